@@ -1,0 +1,46 @@
+"""The order in which prompts are visited: shuffled by seed, balanced over tasks, continued from a cursor."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from opd.records import Prompt
+
+
+class PromptStream:
+    """An endless stream of prompts.
+
+    Each task is visited in its own order, reshuffled every epoch; tasks take turns in proportion to their weights, so
+    every batch is as balanced as its size allows. The stream is a pure function of (seed, cursor).
+    """
+
+    def __init__(self, prompts: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float], *, seed: int) -> None:
+        assert prompts and all(prompts.values())
+        self._prompts = {name: list(items) for name, items in prompts.items()}
+        self._weights = {name: weights[name] / sum(weights[n] for n in prompts) for name in prompts}
+        self._seed = seed
+        self.cursor: dict[str, int] = dict.fromkeys(self._prompts, 0)
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; within a batch a prompt repeats only when its task has fewer."""
+        return [self._draw(self._due()) for _ in range(count)]
+
+    def _due(self) -> str:
+        """The task that is furthest behind its share."""
+        drawn = sum(self.cursor.values()) + 1
+        return max(self._prompts, key=lambda name: self._weights[name] * drawn - self.cursor[name])
+
+    def _draw(self, name: str) -> Prompt:
+        items = self._prompts[name]
+        epoch, index = divmod(self.cursor[name], len(items))
+        self.cursor[name] += 1
+        return items[self._order(name, epoch)[index]]
+
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        key = (name, epoch)
+        if key not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != name}
+            task = sorted(self._prompts).index(name)
+            self._orders[key] = np.random.default_rng([self._seed, task, epoch]).permutation(len(self._prompts[name]))
+        return self._orders[key]

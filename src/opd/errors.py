@@ -1,0 +1,32 @@
+"""Every error that a user can meet, one line each: what, which record, got and expected, what to do.
+
+Each is an `OpdError` and also the standard exception that a caller would expect, and each survives pickling.
+"""
+
+
+class OpdError(Exception):
+    """Base of all errors that are the user's to mend; the command line prints one line and exits with 2."""
+
+
+class ConfigError(OpdError, ValueError):
+    """A recipe or an override that cannot be read, or that asks for something that makes no sense."""
+
+
+class DataError(OpdError, ValueError):
+    """A prompt record or a task that cannot be used; names the file and the line."""
+
+
+class ModelError(OpdError, ValueError):
+    """A model, adapter or tokenizer that cannot be loaded or does not fit the others."""
+
+
+class CheckError(OpdError, RuntimeError):
+    """A start-up check that failed: training would follow wrong numbers."""
+
+
+class ScoreError(OpdError, ArithmeticError):
+    """A teacher's score, a loss or a gradient that is not a number; names the sample."""
+
+
+class RunError(OpdError, OSError):
+    """A run folder that exists, is missing, cannot be written, or does not hold what it should."""

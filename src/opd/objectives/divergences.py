@@ -1,0 +1,16 @@
+"""Divergences per position over the full vocabulary, from logits."""
+
+import torch
+from torch import Tensor
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(student, teacher) = sum_a p_a (log p_a - log q_a): logits [..., vocab] -> [...], nats, differentiable.
+
+    At least 0, 0 where the two are equal, unchanged when a constant is added to either's logits; tokens to which the
+    student gives no probability contribute nothing. This is the dense form; training uses `losses.exact_reverse_kl`.
+    """
+    logp = torch.log_softmax(student_logits / temperature, dim=-1)
+    logq = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    p = logp.exp()
+    return torch.where(p > 0, p * (logp - logq), torch.zeros_like(p)).sum(-1)

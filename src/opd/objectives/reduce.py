@@ -1,0 +1,32 @@
+"""Normalisers: what the sum over tokens is divided by."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Normalizer: TypeAlias = Literal["trajectory", "token", "constant"]
+
+
+def denominator(mask: Tensor, normalizer: Normalizer = "trajectory", *, constant: float | None = None) -> float:
+    """What a loss over the tokens of `mask` is divided by; at least 1, so an all-masked batch has loss 0.
+
+    "trajectory": the number of rows with an action. The only one whose gradient estimates that of V without bias
+        (equation 6: sum over tokens, mean over trajectories).
+    "token": the number of actions. Weighs long responses like short ones per token; biased when lengths vary.
+    "constant": the number given, whatever the batch holds; unbiased for V up to that factor.
+
+    Args: mask [batch, tokens] bool. Compute it over the whole batch before the batch is split.
+    """
+    if normalizer == "trajectory":
+        return max(1.0, float(mask.any(dim=-1).sum()))
+    if normalizer == "token":
+        return max(1.0, float(mask.sum()))
+    if constant is None or constant <= 0:
+        raise ValueError(f"normalizer 'constant' needs a positive constant, got {constant}")
+    return float(constant)
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` on the mask and exactly 0 off it, also where they are inf or nan there."""
+    return torch.where(mask, values, torch.zeros_like(values))

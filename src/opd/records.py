@@ -1,0 +1,138 @@
+"""The records that flow through a step: Prompt -> Rollout -> ScoredRollout.
+
+All are frozen; each stage makes a new object, so a missing score cannot be represented. Arrays are read-only numpy.
+
+One worked example, a prompt of 3 tokens and a response of 2 (the second is the end-of-turn token):
+
+    token_ids         [ 11,  12,  13,   27,    2]
+    loss_mask         [  F,   F,   F,    T,    T]     True where the student sampled the token
+    rollout_logprobs  [  0,   0,   0, -0.3, -0.1]     as sampled, nats, at the run's temperature
+    score.logprobs    [  0,   0,   0, -0.9, -0.1]     the teacher's, of the same tokens
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Message: TypeAlias = Mapping[str, str]
+Finish: TypeAlias = Literal["end", "length"]
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """The same array with writing forbidden."""
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt x and the name of its teacher T(x).
+
+    `messages` is the conversation so far; `answer` is what a verifier compares with, if the task has one.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    teacher: str
+    task: str
+    answer: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tokens [start, end) of a rollout that one author wrote: "prompt", "student" or "observation"."""
+
+    author: Literal["prompt", "student", "observation"]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One flat token sequence that the student sampled, and what it means.
+
+    token_ids, loss_mask, rollout_logprobs: [tokens]; `finish` is "end" when the student chose to end its turn (that
+    token is an action and is part of the sequence) and "length" when the response was cut at its limit.
+    `reward` is the verifier's score in [0, 1], or None where the task has none.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    finish: Finish
+    policy_version: int
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.shape == self.loss_mask.shape == self.rollout_logprobs.shape, self.id
+        for array in (self.token_ids, self.loss_mask, self.rollout_logprobs):
+            read_only(array)
+
+    @property
+    def id(self) -> str:
+        return f"{self.prompt.id}/{self.sample}"
+
+    @property
+    def response(self) -> str:
+        """The text of the student's last turn."""
+        return self.messages[-1]["content"]
+
+    @property
+    def num_actions(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class SampledScore:
+    """The teacher's log-probability of each sampled token: logprobs [tokens], nats, 0 off the loss mask."""
+
+    teacher: str
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class HiddenScore:
+    """A full-vocabulary score in process: the teacher's final hidden state before each action, [actions, hidden].
+
+    Its head turns a state into a distribution when the learner needs it; `logprobs` [tokens] is as in `SampledScore`.
+    """
+
+    teacher: str
+    logprobs: np.ndarray
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class FailedScore:
+    """A teacher that could not score this rollout, and why; it is counted and never trained on."""
+
+    teacher: str
+    reason: str
+
+
+Score: TypeAlias = SampledScore | HiddenScore | FailedScore
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout and its own teacher's score of it."""
+
+    rollout: Rollout
+    score: Score
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, FailedScore):
+            return
+        assert self.score.logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
+        read_only(self.score.logprobs)
+        if isinstance(self.score, HiddenScore):
+            assert len(self.score.hidden) == self.rollout.num_actions, self.rollout.id
+            read_only(self.score.hidden)

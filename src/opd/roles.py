@@ -1,0 +1,60 @@
+"""The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from opd.batch import Batch
+from opd.metrics import Metrics
+from opd.records import Prompt, Rollout, ScoredRollout
+
+
+class Sampler(Protocol):
+    """Samples responses from the student as it is now."""
+
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: tuple[int, ...]) -> list[Rollout]:
+        """`num_samples` rollouts a prompt, prompt by prompt; the same seed and weights give the same rollouts."""
+        ...
+
+    def load_weights(self, weights: Any, *, policy_version: int) -> None:
+        """Sample from these weights from now on and stamp rollouts with this version."""
+        ...
+
+
+class Teacher(Protocol):
+    """Scores rollouts, each by the teacher that its prompt names, in the order given."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]: ...
+
+
+class Learner(Protocol):
+    """Holds the student's trainable weights and their optimizer."""
+
+    def forward_backward(self, batch: Batch) -> Metrics:
+        """Add the gradient of the loss of the whole batch."""
+        ...
+
+    def optim_step(self) -> Metrics:
+        """Clip, step, advance the schedule, clear the gradient."""
+        ...
+
+    def weights(self) -> Any: ...
+
+    def state(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """(tensors, plain values) from which `load_state` continues bit for bit."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None: ...
+
+
+class Task(Protocol):
+    """Where prompts come from and what a response is worth."""
+
+    name: str
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """The prompts of "train" or "held_out"."""
+        ...
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        """The verifier's score in [0, 1], or None where the task has no verifier."""
+        ...

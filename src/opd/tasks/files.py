@@ -1,0 +1,110 @@
+"""Prompts from JSONL files, checked line by line."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from opd.config import FileTask, nearest
+from opd.errors import DataError
+from opd.records import Prompt
+from opd.tasks.verify import VERIFIERS
+from opd.text.chat import user_message
+
+_KEYS = ("id", "messages", "prompt", "teacher", "answer", "meta")
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class PromptFile:
+    """A task read from one JSONL file a split; ids are unique within the task."""
+
+    def __init__(self, name: str, config: FileTask) -> None:
+        self.name = name
+        self._config = config
+        self._verify = VERIFIERS[config.verifier]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        path = self._config.path if split == "train" else self._config.held_out_path
+        return [] if path is None else read_prompts(path, task=self.name, teacher=self._config.teacher)
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer is None else self._verify(response, prompt.answer)
+
+
+def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> list[Prompt]:
+    """The prompts of a JSONL file; `teacher` is used where a record names none.
+
+    Raises DataError naming file and line: broken JSON, unknown or missing keys, an empty prompt, a repeated id.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"prompt file '{path}' does not exist (tasks.{task}.path)") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt file '{path}' is not UTF-8: {error}") from None
+    lines: dict[str, int] = {}
+    prompts: list[Prompt] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        prompt = _parse(line, where, task, teacher)
+        if prompt.id in lines:
+            raise DataError(f"{where}: id '{prompt.id}' was used on line {lines[prompt.id]}; ids must be unique")
+        lines[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: no prompts; expected one JSON record a line")
+    return prompts
+
+
+def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    for key in record:
+        if key not in _KEYS:
+            raise DataError(f"{where}: unknown key '{key}'{nearest(key, _KEYS)}; known: {', '.join(_KEYS)}")
+    identity = record.get("id")
+    if not isinstance(identity, str | int) or identity == "":
+        raise DataError(f"{where}: 'id' must be a non-empty string, got {identity!r}")
+    chosen = record.get("teacher", teacher)
+    if not isinstance(chosen, str):
+        raise DataError(f"{where}: no teacher; add \"teacher\" to the record or set tasks.{task}.teacher")
+    answer, meta = record.get("answer"), record.get("meta", {})
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise DataError(f"{where}: 'answer' must be a string or a number, got {type(answer).__name__}")
+    if not isinstance(meta, Mapping):
+        raise DataError(f"{where}: 'meta' must be an object, got {type(meta).__name__}")
+    return Prompt(
+        id=f"{task}:{identity}",
+        messages=_messages(record, where),
+        teacher=chosen,
+        task=task,
+        answer=None if answer is None else str(answer),
+        meta=MappingProxyType(dict(meta)),
+    )
+
+
+def _messages(record: dict[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+    if ("messages" in record) == ("prompt" in record):
+        raise DataError(f"{where}: give exactly one of 'messages' and 'prompt'")
+    if "prompt" in record:
+        text = record["prompt"]
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: 'prompt' is empty or no string: {text!r}")
+        return user_message(text)
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' must be a non-empty list, got {messages!r}")
+    for i, message in enumerate(messages):
+        good = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in _ROLES
+        if not good:
+            raise DataError(f"{where}: messages[{i}] needs 'role' (one of {', '.join(_ROLES)}) and a string 'content'")
+    if not any(m["content"].strip() for m in messages):
+        raise DataError(f"{where}: every message is empty")
+    return tuple(MappingProxyType({"role": m["role"], "content": m["content"]}) for m in messages)
