@@ -11,7 +11,7 @@ from opd.records import Prompt, Rollout, ScoredRollout
 class Sampler(Protocol):
     """Samples responses from the student as it is now."""
 
-    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: tuple[int, ...]) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int) -> list[Rollout]:
         """`num_samples` rollouts a prompt, prompt by prompt; the same seed and weights give the same rollouts."""
         ...
 

@@ -1,0 +1,49 @@
+"""On-policy distillation of language models.
+
+    config = opd.load_config("recipes/merge.toml", ["steps=10"])
+    result = opd.train(config, reward=my_reward, on_step=my_callback)
+
+Names are imported when first used, so that `import opd` and `opd --help` stay quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.config import Config, SftConfig, load_config, parse_config
+    from opd.errors import OpdError
+    from opd.finetune import sft
+    from opd.launch import Result, check, evaluate_run, resume, train
+    from opd.report.run_folder import read_metrics, read_rollouts
+
+__all__ = [
+    "Config",
+    "OpdError",
+    "Result",
+    "SftConfig",
+    "check",
+    "evaluate_run",
+    "load_config",
+    "parse_config",
+    "read_metrics",
+    "read_rollouts",
+    "resume",
+    "sft",
+    "train",
+]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
+    "opd.errors": ("OpdError",),
+    "opd.finetune": ("sft",),
+    "opd.launch": ("Result", "check", "evaluate_run", "resume", "train"),
+    "opd.report.run_folder": ("read_metrics", "read_rollouts"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'opd' has no attribute '{name}'")

@@ -1,0 +1,113 @@
+"""The command line: `opd train | sft | eval | check`.
+
+What a user can mend ends with one line on stderr and exit code 2; an interrupted run with 130.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd.errors import ConfigError, OpdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation of language models.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ holds some.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs, such as optimizer.lr=1e-5", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A TOML recipe; recipes/ holds some.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
+) -> None:
+    """Distil one or several teachers into a student, on the student's own samples."""
+    with _one_line():
+        if (recipe is None) == (resume is None):
+            raise ConfigError("give a recipe, or --resume RUN (which uses the recipe that the run was started with)")
+        if resume is not None:
+            from opd.launch import resume as continue_run
+
+            result = continue_run(resume)
+        else:
+            from opd.config import load_config
+
+            assert recipe is not None
+            config = load_config(recipe, overrides or [])
+            from opd.launch import train as start_run
+
+            result = start_run(config)
+    if not result.finished:
+        raise typer.Exit(130)
+    typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Fine-tune a student on reference answers: makes an expert, or a warm start."""
+    with _one_line():
+        from opd.config import SftConfig, load_config
+
+        config = load_config(recipe, overrides or [], kind=SftConfig)
+        from opd.finetune import sft as run
+
+        run(config)
+    typer.echo(f"done: {config.output} (student in {Path(config.output) / 'student'})")
+
+
+@app.command(name="eval")
+def evaluate(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Evaluate a run's student and its teachers, and print the parity table."""
+    with _one_line():
+        from opd.launch import evaluate_run
+
+        evaluate_run(run)
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Run every start-up check of a recipe, without training."""
+    with _one_line():
+        from opd.config import load_config
+
+        config = load_config(recipe, overrides or [])
+        from opd.launch import check as run_checks
+
+        findings = run_checks(config)
+    for finding in findings:
+        typer.echo(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
+    if not all(f.passed for f in findings):
+        raise typer.Exit(2)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """One line and exit code 2 for what the user can mend; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except OpdError as error:
+        _fail(" ".join(str(error).split()))
+    except PermissionError as error:
+        _fail(f"no permission for '{error.filename}'; fix the permission or choose another place")
+    except KeyboardInterrupt:
+        print("opd: stopped at once; the newest checkpoint is whole: opd train --resume RUN", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"opd: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """The entry point of the `opd` command."""
+    app()

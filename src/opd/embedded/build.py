@@ -1,0 +1,195 @@
+"""From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opd.config import ComputeConfig, Config, SftConfig
+from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
+from opd.embedded.network import Network
+from opd.embedded.sampler import EmbeddedSampler
+from opd.embedded.teacher import EmbeddedTeachers, Voice
+from opd.errors import ModelError
+from opd.objectives.losses import exact_reverse_kl
+from opd.records import HiddenScore, Rollout
+from opd.text.tokenizer import difference
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The student, its teachers, and what they share: `vocab_size` is the number of ids that all heads have."""
+
+    config: Config
+    student: Voice
+    voices: Mapping[str, Voice]
+    identities: Mapping[str, str]
+    vocab_size: int
+
+    def sampler(self, voice: Voice | None = None) -> EmbeddedSampler:
+        """A sampler of the student, or of a teacher when its voice is given."""
+        voice = voice or self.student
+        return EmbeddedSampler(
+            voice.network,
+            adapter=voice.adapter,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            max_rows=self.config.sampling.max_rows,
+        )
+
+    def teachers(self, *, keep_hidden: bool, voices: Mapping[str, Voice] | None = None) -> EmbeddedTeachers:
+        return EmbeddedTeachers(
+            self.voices if voices is None else voices,
+            vocab_size=self.vocab_size,
+            temperature=self.config.temperature,
+            max_tokens=self.config.compute.max_tokens,
+            keep_hidden=keep_hidden,
+        )
+
+    def learner(self) -> EmbeddedLearner:
+        teachers = self.teachers(keep_hidden=True)
+        return EmbeddedLearner(
+            self.student.network,
+            adapter=self.student.adapter,
+            objective=self.config.objective,
+            optimizer=self.config.optimizer,
+            steps=self.config.steps * self.config.objective.epochs,
+            teacher_heads={name: teachers.head(name) for name in self.voices},
+            temperature=self.config.temperature,
+            max_tokens=self.config.compute.max_tokens,
+        )
+
+    @torch.no_grad()
+    def reverse_kl(
+        self, rollouts: Sequence[Rollout], scores: Sequence[HiddenScore], policy: Voice | None = None
+    ) -> list[np.ndarray]:
+        """KL(policy, teacher) over the vocabulary at every action of every rollout, [actions] each; policy: the student."""
+        policy = policy or self.student
+        names = dict.fromkeys(r.prompt.teacher for r in rollouts)
+        own = self.teachers(keep_hidden=True, voices=dict.fromkeys(names, policy))
+        heads = self.teachers(keep_hidden=True)
+        found = []
+        for item, theirs in zip(own.score(rollouts), scores, strict=True):
+            assert isinstance(item.score, HiddenScore)
+            device = policy.network.device
+            mine = torch.from_numpy(item.score.hidden.copy()).to(device)
+            teacher = torch.from_numpy(theirs.hidden.copy()).to(device)
+            head = policy.network.head_weight()[: self.vocab_size]
+            _, kl, _, _ = exact_reverse_kl(
+                mine.to(head.dtype), head, teacher.to(head.dtype), heads.head(theirs.teacher), mine.new_ones(len(mine)),
+                temperature=self.config.temperature, logprob_floor=self.config.objective.teacher_logprob_floor,
+            )  # fmt: skip
+            found.append(kl.double().cpu().numpy())
+        return found
+
+
+def prepare(compute: ComputeConfig) -> None:
+    """Process-wide settings of torch."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+
+
+def build(config: Config) -> Studio:
+    """Load the student and every teacher, each set of weights once.
+
+    Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
+    student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
+    """
+    prepare(config.compute)
+    network = load_network(config.student, config.compute)
+    lora = config.trainable == "lora"
+    if lora:
+        add_student_adapter(network, config.lora, seed=config.seed)
+    loaded: dict[str, Network] = {config.student: network} if lora else {}
+    voices: dict[str, Voice] = {}
+    for name, teacher in config.teachers.items():
+        source = teacher.model or config.student
+        if source not in loaded:
+            loaded[source] = load_network(source, config.compute)
+        home = loaded[source]
+        if teacher.adapter is not None:
+            add_adapter(home, teacher.adapter, name=name)
+        _require_one_tokenizer(name, network, home)
+        voices[name] = Voice(home, name if teacher.adapter is not None else None)
+    vocab_size = min(n.vocab_size for n in (network, *loaded.values()))
+    needed = max(network.tokenizer.get_vocab().values()) + 1
+    if needed > vocab_size:
+        raise ModelError(f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows")
+    for net in (network, *loaded.values()):
+        net.vocab_size = vocab_size
+    identities = {name: _identity(config, name, voice) for name, voice in voices.items()}
+    return Studio(config, Voice(network, "student" if lora else None), voices, identities, vocab_size)
+
+
+def build_student(config: SftConfig) -> Voice:
+    """A student to fine-tune, without teachers."""
+    prepare(config.compute)
+    network = load_network(config.student, config.compute)
+    if config.trainable == "lora":
+        add_student_adapter(network, config.lora, seed=config.seed)
+    return Voice(network, "student" if config.trainable == "lora" else None)
+
+
+def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
+    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder, with its tokenizer."""
+    network = voice.network
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        if voice.adapter is None:
+            network.base.save_pretrained(staging)
+            network.tokenizer.save_pretrained(staging)
+        else:
+            assert isinstance(network.model, PeftModel)
+            # peft puts an adapter of this name into a folder of this name
+            network.model.save_pretrained(str(staging), selected_adapters=[voice.adapter], save_embedding_layers=False)
+            for file in (staging / voice.adapter).iterdir():
+                file.rename(staging / file.name)
+            (staging / voice.adapter).rmdir()
+            (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
+            save_adapter_facts(staging, network)
+        _cast(staging, getattr(torch, dtype))
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _cast(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "adapter_model.safetensors"
+    if path.exists():
+        tensors: dict[str, Tensor] = {name: t.to(dtype).contiguous() for name, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _require_one_tokenizer(name: str, student: Network, teacher: Network) -> None:
+    if teacher is student:
+        return
+    found = difference(student.tokenizer, teacher.tokenizer)
+    if found is not None:
+        raise ModelError(
+            f"teacher '{name}' ('{teacher.source}') and student ('{student.source}') have different tokenizers: {found}; "
+            "choose a teacher with the student's tokenizer"
+        )
+
+
+def _identity(config: Config, name: str, voice: Voice) -> str:
+    """What makes this teacher this teacher: its base's weights and its adapter's file."""
+    adapter = config.teachers[name].adapter
+    base = voice.network.fingerprint()
+    if adapter is None:
+        return base
+    digest = hashlib.sha256()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        path = Path(adapter) / file
+        if path.exists():
+            digest.update(path.read_bytes())
+    return f"{base}+{digest.hexdigest()[:32]}"

@@ -1,0 +1,175 @@
+"""Loading models, tokenizers and adapters from a hub id, a folder or a GGUF file."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.config import ComputeConfig, LoraConfig
+from opd.embedded.network import Network
+from opd.errors import ModelError
+
+ADAPTER_FACTS = "opd.json"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `compute.device`; "auto" takes an accelerator where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def load_network(source: str, compute: ComputeConfig) -> Network:
+    """A model and its tokenizer. Raises ModelError with one line when either cannot be loaded."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        path = gguf_folder(path)
+    elif not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.exists()):
+        raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
+    where = str(path)
+    with _one_line(source), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    model.to(resolve_device(compute.device)).eval().requires_grad_(False)
+    return Network(model, tokenizer, source)
+
+
+def gguf_folder(path: Path) -> Path:
+    """The safetensors folder of a GGUF file, converted once and kept in the cache (OPD_CACHE, ~/.cache/opd)."""
+    if not path.is_file():
+        raise ModelError(f"GGUF file '{path}' does not exist")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
+    folder = cache / f"{path.stem}-{digest}"
+    if not folder.is_dir():
+        convert_gguf(path, folder)
+    return folder
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF model as a float32 safetensors folder, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _one_line(str(path)), _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            # What was read is no longer quantised: without this, saving would ask for a GGUF writer.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> None:
+    """Put a fresh trainable adapter named "student" on a network; it starts as the identity."""
+    torch.manual_seed(seed)
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        network.model = get_peft_model(network.base, peft_config, adapter_name="student")
+    except ValueError as error:
+        raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
+
+
+def add_adapter(network: Network, folder: str, *, name: str) -> None:
+    """Load a frozen adapter beside the others. Raises ModelError when it is missing or was made for another base."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists():
+        raise ModelError(f"adapter '{folder}' (teacher '{name}') has no adapter_config.json; expected a PEFT LoRA folder")
+    facts = _adapter_facts(path)
+    if facts and facts.get("base_fingerprint") != network.fingerprint():
+        raise ModelError(
+            f"adapter '{folder}' (teacher '{name}') was made on another base ('{facts.get('base')}', fingerprint "
+            f"{facts.get('base_fingerprint')}) than '{network.source}' ({network.fingerprint()}); use that base, or load "
+            f"the teacher as a whole model (teachers.{name}.model)"
+        )
+    try:
+        if isinstance(network.model, PeftModel):
+            result = network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
+            unexpected = list(getattr(result, "unexpected_keys", []))
+        else:
+            network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
+            unexpected = []
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"adapter '{folder}' (teacher '{name}') does not fit the base '{network.source}': {_first_line(error)}"
+        ) from None
+    if unexpected:
+        raise ModelError(f"adapter '{folder}' (teacher '{name}') has weights that '{network.source}' lacks: {unexpected[0]}")
+    network.base.requires_grad_(False)
+
+
+def save_adapter_facts(folder: Path, network: Network) -> None:
+    """Write beside an adapter on which base it was made, so that a wrong base is refused instead of trained on."""
+    facts = {"base": network.source, "base_fingerprint": network.fingerprint()}
+    (folder / ADAPTER_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any] | None:
+    path = folder / ADAPTER_FACTS
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"'{path}' is not valid JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Turn a loader's failure into one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's own (disk full, no permission), not the model's
+        raise ModelError(f"model '{source}' cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loaders' own bars and advice; ours name what matters."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,109 @@
+"""A causal language model, the LoRA adapters that live on it, and the packed forward pass that all parts use."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from opd.data.tree import TokenTree, pack_trees
+from opd.errors import ModelError
+
+
+class Network:
+    """One set of weights in memory. Adapters are switched, not copied: N adapters cost one base.
+
+    `student` and every teacher that is an adapter of the student's own base share one Network; each call says which
+    adapter it speaks for (None: the bare model).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+        self.model: PreTrainedModel | PeftModel = model
+        self.base = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.vocab_size = len(self._whole_head())
+        self._active: tuple[str | None, bool] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest sequence that the model was made for, or None where its config does not say."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    def head_weight(self) -> Tensor:
+        """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
+        return self._whole_head()[: self.vocab_size]
+
+    def _whole_head(self) -> Tensor:
+        head = self.base.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise ModelError(f"model '{self.source}': needs an output head without bias (a plain linear lm_head)")
+        return head.weight  # type: ignore[return-value]
+
+    def activate(self, adapter: str | None, *, trainable: bool = False) -> None:
+        """Speak as this adapter from now on; `trainable` says whether its weights collect gradients."""
+        if self._active == (adapter, trainable):
+            return
+        if isinstance(self.model, PeftModel):
+            if adapter is None:
+                self.model.base_model.disable_adapter_layers()
+            else:
+                if self._active is None or self._active[0] is None:
+                    self.model.base_model.enable_adapter_layers()
+                self.model.base_model.set_adapter(adapter, inference_mode=not trainable)
+        else:
+            assert adapter is None, f"{self.source} has no adapters, asked for {adapter!r}"
+            self.base.requires_grad_(trainable)
+        self._active = (adapter, trainable)
+
+    def hidden_states(self, tree: TokenTree, *, cache: Cache | None = None) -> Tensor:
+        """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
+        device = self.device
+        return self.base.base_model(
+            input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
+            position_ids=torch.from_numpy(tree.positions).to(device)[None],
+            attention_mask=torch.from_numpy(tree.attention_mask()).to(device)[None, None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state[0]
+
+    def decode_step(self, token_ids: Tensor, positions: Tensor, visible: Tensor, cache: Cache) -> Tensor:
+        """Hidden states [rows, hidden] of one further token a row; `visible` [rows, cached + 1] bool hides padding."""
+        return self.base.base_model(
+            input_ids=token_ids[:, None],
+            position_ids=positions[:, None],
+            attention_mask=visible[:, None, None, :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, 0]
+
+    def fingerprint(self) -> str:
+        """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.base.named_parameters()):
+            if "lora_" in name:
+                continue
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, math.ceil(len(flat) / 64))].to(torch.bfloat16).float().cpu()
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    @torch.no_grad()
+    def packing_error(self, sequences: Sequence[Sequence[int]]) -> float:
+        """The largest difference between packed logits and those of the model's plain forward pass, one by one."""
+        [(_, tree)] = pack_trees(sequences, max_tokens=sum(map(len, sequences)) + 1)
+        packed = self.hidden_states(tree) @ self.head_weight().T
+        worst = 0.0
+        for sequence, path in zip(sequences, tree.paths, strict=True):
+            plain = self.base(input_ids=torch.tensor([list(sequence)], device=self.device)).logits[0, :, : self.vocab_size]
+            worst = max(worst, float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max()))
+        return worst

@@ -1,0 +1,149 @@
+"""Sampling from the student in process: one packed prefill, then rows that end one by one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from opd.data.tree import TokenTree, pack_trees
+from opd.embedded.network import Network
+from opd.records import Finish, Prompt, Rollout, Turn
+from opd.text.chat import decode_response, encode_prompt
+from opd.text.tokenizer import end_token_ids
+
+_COMPACT_BELOW = 0.75  # rows are dropped from the cache once this share or less is still growing
+
+
+class EmbeddedSampler:
+    """Samples from the full distribution softmax(logits / temperature) of one adapter of a network.
+
+    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, whatever else is sampled
+    beside it, so splitting a batch changes nothing but rounding.
+    """
+
+    def __init__(
+        self, network: Network, *, adapter: str | None, temperature: float, max_new_tokens: int, max_rows: int
+    ) -> None:
+        self._network = network
+        self._adapter = adapter
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._max_rows = max_rows
+        self._end_ids = end_token_ids(network.tokenizer, network.base.generation_config)
+        self._version = 0
+
+    def load_weights(self, weights: Any, *, policy_version: int) -> None:
+        """The learner trains the very weights that this sampler reads; only the version moves."""
+        self._version = policy_version
+
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int) -> list[Rollout]:
+        rows = [(prompt, k) for prompt in prompts for k in range(num_samples)]
+        draws = uniforms(seed, len(rows), self._max_new_tokens)
+        encoded = {p.id: encode_prompt(self._network.tokenizer, p) for p in prompts}
+        self._network.activate(self._adapter)
+        rollouts: list[Rollout] = []
+        for start in range(0, len(rows), self._max_rows):
+            part = rows[start : start + self._max_rows]
+            grown = self._grow([encoded[p.id] for p, _ in part], draws[start : start + self._max_rows])
+            rollouts += [self._rollout(p, k, encoded[p.id], row) for (p, k), row in zip(part, grown, strict=True)]
+        return rollouts
+
+    @torch.no_grad()
+    def _grow(self, prompts: Sequence[list[int]], draws: Tensor) -> list["_Row"]:
+        """Extend every prompt until its turn ends or the limit is reached."""
+        network, device = self._network, self._network.device
+        [(_, tree)] = pack_trees(prompts, max_tokens=sum(map(len, prompts)) + 1)
+        prefill = DynamicCache(config=network.base.config)
+        hidden = network.hidden_states(tree, cache=prefill)
+        hidden = hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=device)]
+        cache, visible = _rows_of(prefill, tree, device)
+        positions = visible.sum(-1)
+        rows = [_Row() for _ in prompts]
+        live = torch.arange(len(rows))
+        ends = torch.tensor(self._end_ids)
+        for step in range(self._max_new_tokens):
+            tokens, logprobs = self._draw(hidden, draws[live, step])
+            ended = torch.isin(tokens, ends)
+            growing = torch.ones(len(live), dtype=torch.bool)
+            for i, (row, token, logprob) in enumerate(zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)):
+                if rows[row].finish is None:
+                    rows[row].append(token, logprob, ended=bool(ended[i]), limit=self._max_new_tokens)
+                growing[i] = rows[row].finish is None
+            if not growing.any():
+                break
+            if growing.float().mean() <= _COMPACT_BELOW:
+                keep = growing.nonzero()[:, 0]
+                live, tokens, positions, visible = live[keep], tokens[keep], positions[keep.to(device)], visible[keep.to(device)]
+                cache.batch_select_indices(keep.to(device))
+            visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=-1)
+            hidden = network.decode_step(tokens.to(device), positions, visible, cache)
+            positions = positions + 1
+        return rows
+
+    def _draw(self, hidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row by inversion of the distribution function, and its log-probability."""
+        logits = (hidden @ self._network.head_weight().T).float() / self._temperature
+        logprobs = torch.log_softmax(logits, dim=-1)
+        # float64: in float32 the rounding of a sum over a vocabulary would move rare tokens' probabilities
+        cdf = logprobs.double().exp().cumsum(-1)
+        marks = draws.to(cdf.device)[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, marks, right=True).clamp(max=cdf.shape[-1] - 1)
+        return tokens[:, 0].cpu(), logprobs.gather(-1, tokens)[:, 0].cpu()
+
+    def _rollout(self, prompt: Prompt, sample: int, head: list[int], row: "_Row") -> Rollout:
+        start, end = len(head), len(head) + len(row.tokens)
+        assert row.finish is not None
+        answer = {"role": "assistant", "content": decode_response(self._network.tokenizer, row.tokens)}
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=np.array([*head, *row.tokens], dtype=np.int32),
+            loss_mask=np.arange(end) >= start,
+            rollout_logprobs=np.array([0.0] * start + row.logprobs, dtype=np.float32),
+            turns=(Turn("prompt", 0, start), Turn("student", start, end)),
+            messages=(*prompt.messages, answer),
+            finish=row.finish,
+            policy_version=self._version,
+        )
+
+
+def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
+    """The random numbers of one call, [rows, tokens] float64 in [0, 1)."""
+    return torch.rand(rows, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class _Row:
+    """A response while it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def append(self, token: int, logprob: float, *, ended: bool, limit: int) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if ended:
+            self.finish = "end"
+        elif len(self.tokens) == limit:
+            self.finish = "length"
+
+
+def _rows_of(prefill: DynamicCache, tree: TokenTree, device: torch.device) -> tuple[DynamicCache, Tensor]:
+    """Rows of a batch from a packed prefill: each path's keys and values, padded on the left.
+
+    Returns (cache, visible [rows, longest] bool).
+    """
+    longest = max(len(path) for path in tree.paths)
+    index = np.zeros((len(tree.paths), longest), dtype=np.int64)
+    visible = np.zeros((len(tree.paths), longest), dtype=bool)
+    for i, path in enumerate(tree.paths):
+        index[i, longest - len(path) :] = path
+        visible[i, longest - len(path) :] = True
+    where = torch.from_numpy(index).to(device)
+    layers = [(keys[0][:, where].transpose(0, 1), values[0][:, where].transpose(0, 1)) for keys, values, _ in prefill]
+    return DynamicCache(layers), torch.from_numpy(visible).to(device)

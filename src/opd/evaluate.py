@@ -1,0 +1,158 @@
+"""Score policies on prompt sets, and the parity table: does the student match each of its teachers?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from opd.metrics import wilson_interval
+from opd.records import HiddenScore, Prompt, Rollout
+from opd.roles import Sampler, Teacher
+
+Reward = Callable[[Prompt, str], float | None]
+ReverseKl = Callable[[Sequence[Rollout], Sequence[HiddenScore]], list[np.ndarray]]
+
+SPLITS = ("train", "held_out")
+EVALUATION_SEED = 2**62  # apart from every training step's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy on one set of prompts, one response a prompt.
+
+    correct of total: responses of reward 1 (None where the task has no verifier); interval: 95 %, Wilson; kl_token and
+    kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses, nats.
+    """
+
+    total: int
+    correct: int | None
+    truncated: int
+    mean_length: float
+    kl_token: float | None = None
+    kl_sequence: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.correct is None else self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.correct is None else wilson_interval(self.correct, self.total)
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One task and split: the student before, its teacher, the student after."""
+
+    task: str
+    split: str
+    teacher: str
+    before: Cell | None
+    expert: Cell
+    after: Cell
+
+    @property
+    def parity(self) -> float | None:
+        """The student's accuracy as a share of its teacher's."""
+        if not self.expert.accuracy or self.after.accuracy is None:
+            return None
+        return self.after.accuracy / self.expert.accuracy
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    *,
+    seed: int = EVALUATION_SEED,
+    teachers: Teacher | None = None,
+    reverse_kl: ReverseKl | None = None,
+) -> Cell:
+    """One response a prompt at the sampler's temperature, verified; with `teachers` and `reverse_kl` also the KL."""
+    rollouts = sampler.sample(prompts, num_samples=1, seed=seed)
+    rewards = [reward(r.prompt, r.response) for r in rollouts]
+    known = [r for r in rewards if r is not None]
+    kl_token = kl_sequence = None
+    if teachers is not None and reverse_kl is not None:
+        scored = [s for s in teachers.score(rollouts) if isinstance(s.score, HiddenScore)]
+        per_token = reverse_kl([s.rollout for s in scored], [s.score for s in scored if isinstance(s.score, HiddenScore)])
+        kl_token = float(np.concatenate(per_token).mean())
+        kl_sequence = float(np.mean([k.sum() for k in per_token]))
+    return Cell(
+        total=len(rollouts),
+        correct=sum(r >= 1.0 for r in known) if known else None,
+        truncated=sum(r.finish == "length" for r in rollouts),
+        mean_length=float(np.mean([r.num_actions for r in rollouts])),
+        kl_token=kl_token,
+        kl_sequence=kl_sequence,
+    )
+
+
+def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
+    """A fixed random choice of at most `count` prompts, in their order."""
+    if len(prompts) <= count:
+        return list(prompts)
+    chosen = np.random.default_rng([seed, len(prompts)]).choice(len(prompts), size=count, replace=False)
+    return [prompts[i] for i in sorted(chosen)]
+
+
+def parity_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
+    """The table as plain data, derived numbers included."""
+
+    def cell(value: Cell | None) -> dict[str, Any] | None:
+        return None if value is None else asdict(value) | {"accuracy": value.accuracy, "interval": value.interval}
+
+    return [
+        {
+            "task": row.task,
+            "split": row.split,
+            "teacher": row.teacher,
+            "student_before": cell(row.before),
+            "teacher_alone": cell(row.expert),
+            "student_after": cell(row.after),
+            "parity": row.parity,
+        }
+        for row in rows
+    ]
+
+
+def parity_text(rows: Sequence[ParityRow]) -> str:
+    """The table as Markdown: exact match in percent with its 95 % interval, reverse KL in nats."""
+
+    def accuracy(cell: Cell | None) -> str:
+        if cell is None or cell.accuracy is None or cell.interval is None:
+            return "-"
+        low, high = cell.interval
+        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def kl(cell: Cell | None) -> str:
+        if cell is None or cell.kl_token is None or cell.kl_sequence is None:
+            return "-"
+        return f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
+
+    head = ("task", "prompts", "n", "student before", "teacher", "student after", "after / teacher", "KL before", "KL after")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        parity = "-" if row.parity is None else f"{100 * row.parity:.1f} %"
+        cells = (row.task, row.split.replace("_", "-"), str(row.after.total), accuracy(row.before), accuracy(row.expert))
+        cells += (accuracy(row.after), parity, kl(row.before), kl(row.after))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines.append("Exact match in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence.")
+    return "\n".join(lines)
+
+
+def worst_parity(rows: Sequence[ParityRow]) -> float | None:
+    """The smallest share of a teacher's accuracy that the student reaches, or None without verifiers."""
+    return min((row.parity for row in rows if row.parity is not None), default=None)
+
+
+def by_task(prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]) -> list[tuple[str, str, str]]:
+    """(task, split, teacher) of every non-empty set, in order; a task may have several teachers."""
+    found = []
+    for task, splits in prompts.items():
+        for split in SPLITS:
+            teachers = dict.fromkeys(p.teacher for p in splits.get(split, ()))
+            found += [(task, split, teacher) for teacher in teachers]
+    return found

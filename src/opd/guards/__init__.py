@@ -1,0 +1,1 @@
+"""Pre-flight checks: nothing is trained on wrong numbers."""

@@ -1,0 +1,116 @@
+"""Checks before the first step. Each returns a `Finding`, or raises the error that says which record is wrong."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd.config import nearest
+from opd.errors import CheckError, DataError
+from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.roles import Teacher
+
+_UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, and the figures."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Raise CheckError naming the first check that failed."""
+    for finding in findings:
+        if not finding.passed:
+            raise CheckError(f"start-up check '{finding.name}' failed: {finding.detail}")
+
+
+def teachers_exist(prompts: Sequence[Prompt], teachers: Collection[str]) -> Finding:
+    """Every prompt names a teacher of the recipe. Raises DataError for the first that does not."""
+    for prompt in prompts:
+        if prompt.teacher not in teachers:
+            hint = nearest(prompt.teacher, list(teachers))
+            raise DataError(
+                f"prompt '{prompt.id}': teacher '{prompt.teacher}' is not in [teachers] ({', '.join(sorted(teachers))}){hint}"
+            )
+    return Finding("every prompt's teacher exists", True, f"{len(prompts)} prompts, {len(teachers)} teachers")
+
+
+def lengths_fit(
+    prompts: Sequence[Prompt],
+    length: Callable[[Prompt], int],
+    *,
+    max_new_tokens: int,
+    contexts: Mapping[str, int | None],
+    teacher_contexts: Mapping[str, int | None],
+) -> Finding:
+    """Prompt and response fit the student's context and the prompt's teacher's. Raises DataError for the first that does not.
+
+    contexts: the student's, by a name to show; teacher_contexts: by teacher.
+    """
+    longest = 0
+    for prompt in prompts:
+        tokens = length(prompt)
+        longest = max(longest, tokens)
+        for who, limit in (*contexts.items(), (f"teacher '{prompt.teacher}'", teacher_contexts.get(prompt.teacher))):
+            if limit is not None and tokens + max_new_tokens > limit:
+                raise DataError(
+                    f"prompt '{prompt.id}': {tokens} tokens + sampling.max_new_tokens = {max_new_tokens} exceed the context "
+                    f"of {who} ({limit}); shorten the prompt or lower sampling.max_new_tokens"
+                )
+    return Finding("lengths fit the contexts", True, f"longest prompt {longest} + {max_new_tokens} new tokens")
+
+
+def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], *, tolerance: float) -> Finding:
+    """A teacher that equals the student gives a log ratio of about 0 on every token that the student sampled."""
+    gaps = [np.abs(s.score.logprobs - r.rollout_logprobs).max() for r, s in zip(rollouts, rescored, strict=True)
+            if not isinstance(s.score, FailedScore)]  # fmt: skip
+    worst = float(max(gaps, default=math.inf))
+    return Finding(
+        "a teacher equal to the student gives KL 0",
+        worst <= tolerance,
+        f"largest |log ratio| {worst:.1e} over {len(gaps)} rollouts (allowed {tolerance:.0e})",
+    )
+
+
+def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, tolerance: float) -> Finding:
+    """Scoring the same rollouts again, in reverse order, gives the same scores."""
+    again = teachers.score([s.rollout for s in reversed(first)])[::-1]
+    worst = 0.0
+    for a, b in zip(first, again, strict=True):
+        if isinstance(a.score, FailedScore) or isinstance(b.score, FailedScore):
+            return Finding("scores are deterministic", False, f"rollout '{a.rollout.id}' could not be scored")
+        worst = max(worst, float(np.abs(a.score.logprobs - b.score.logprobs).max()))
+    return Finding("scores are deterministic", worst <= tolerance, f"largest difference {worst:.1e} (allowed {tolerance:.0e})")
+
+
+def informative(scored: Sequence[ScoredRollout], *, vocab_size: int) -> list[Finding]:
+    """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls."""
+    findings = []
+    for teacher in dict.fromkeys(s.score.teacher for s in scored):
+        mine = [s for s in scored if s.score.teacher == teacher and not isinstance(s.score, FailedScore)]
+        logprobs = np.concatenate([s.score.logprobs[s.rollout.loss_mask] for s in mine])  # type: ignore[union-attr]
+        spread = float(np.abs(logprobs + math.log(vocab_size)).max()) if len(logprobs) else 0.0
+        findings.append(
+            Finding(
+                f"teacher '{teacher}' is not uniform",
+                spread > _UNIFORM_WITHIN,
+                f"mean log-probability {logprobs.mean():.2f} (uniform: {-math.log(vocab_size):.2f}) on {len(logprobs)} tokens",
+            )
+        )
+    return findings
+
+
+def packed_equals_plain(name: str, difference: float, *, tolerance: float) -> Finding:
+    """The packed forward pass with its own head gives the logits of the model's plain forward pass."""
+    return Finding(
+        f"packed logits equal plain logits ({name})",
+        difference <= tolerance,
+        f"largest difference {difference:.1e} (allowed {tolerance:.0e}); larger means an architecture that opd cannot pack "
+        "(recurrent layers, logit soft-capping)",
+    )

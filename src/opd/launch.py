@@ -1,0 +1,315 @@
+"""From a configuration to a finished run; the only file that puts the parts together."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from opd import checkpoint
+from opd.config import Config
+from opd.data.stream import PromptStream
+from opd.embedded.build import Studio, build, export
+from opd.errors import CheckError, DataError, RunError
+from opd.evaluate import SPLITS, Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
+from opd.guards import preflight
+from opd.guards.preflight import Finding
+from opd.loop import Parts, StepReport, train_steps
+from opd.records import Prompt
+from opd.report.console import ProgressLine
+from opd.report.curves import draw_curves
+from opd.report.run_folder import RunFolder, explain_io, read_metrics
+from opd.report.writers import make_writers, require_installed
+from opd.tasks import Reward, make_tasks
+from opd.text.chat import encode_prompt
+
+PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
+_PROBES_PER_TEACHER = 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with: `finished` is False when it was interrupted; `parity` is empty without evaluation."""
+
+    run: Path
+    steps_done: int
+    finished: bool
+    parity: tuple[ParityRow, ...] = ()
+
+
+def train(
+    config: Config, *, reward: Reward | None = None, on_step: Callable[[StepReport], None] | None = None
+) -> Result:
+    """Train a student by on-policy distillation, from a fresh run folder to the parity table.
+
+    Args:
+        config: the recipe, from `opd.load_config`.
+        reward: (prompt, response) -> score in [0, 1] or None; takes the place of every task's own verifier.
+        on_step: called after each update with what it did.
+
+    Raises OpdError with one line when something does not fit; nothing is written over.
+    """
+    require_installed(config.logging.writers)
+    prompts, rewards = _read_tasks(config, reward)
+    folder = RunFolder.create(config.output, config)
+    return _Run(config, folder, prompts, rewards, on_step).go(resume=False)
+
+
+def resume(
+    run: str | Path, *, reward: Reward | None = None, on_step: Callable[[StepReport], None] | None = None
+) -> Result:
+    """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped."""
+    folder = RunFolder.open(run)
+    config = folder.config()
+    prompts, rewards = _read_tasks(config, reward)
+    return _Run(config, folder, prompts, rewards, on_step).go(resume=True)
+
+
+def check(config: Config) -> list[Finding]:
+    """Every start-up check on a recipe, with its figures; raises for a record that no run could use."""
+    prompts, _ = _read_tasks(config, None)
+    return run_checks(build(config), prompts)
+
+
+def evaluate_run(run: str | Path, *, reward: Reward | None = None) -> list[ParityRow]:
+    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew."""
+    folder = RunFolder.open(run)
+    config = folder.config()
+    prompts, rewards = _read_tasks(config, reward)
+    return _Run(config, folder, prompts, rewards, None).evaluate_only()
+
+
+class _Run:
+    """One training run, in this process."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        prompts: PromptSets,
+        reward: Reward,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.prompts = prompts
+        self.reward = reward
+        self.on_step = on_step
+        self.studio = build(config)
+        self.learner = self.studio.learner()
+        weights = {name: task.weight for name, task in config.tasks.items()}
+        self.stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
+
+    def go(self, *, resume: bool) -> Result:
+        config = self.config
+        with ProgressLine(config.steps) as line:
+            preflight.require(run_checks(self.studio, self.prompts))
+            start = self._restore(line.say) if resume else 0
+            before = self._before(line, start)
+            done = self._steps(line, start)
+            if done < config.steps:
+                line.say(f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}")
+                return Result(self.folder.path, done, finished=False)
+            with explain_io(self.folder.student):
+                export(self.studio.student, self.folder.student)
+                draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
+            rows = self._parity(before, line)
+        return Result(self.folder.path, done, finished=True, parity=tuple(rows))
+
+    def evaluate_only(self) -> list[ParityRow]:
+        with ProgressLine(self.config.steps) as line:
+            if self._restore(line.say) == 0:
+                raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
+            path = self.folder.path / "before.json"
+            return self._parity(_cells(path) if path.exists() else {}, line)
+
+    def _steps(self, line: ProgressLine, start: int) -> int:
+        """Train until the last step or an interrupt; returns the steps done, all of them saved."""
+        config, every = self.config, self.config.checkpoint.every
+        teachers = self.studio.teachers(keep_hidden=config.objective.type == "exact")
+        sampler = self.studio.sampler()
+        sampler.load_weights(self.learner.weights(), policy_version=start)
+        parts = Parts(self.stream, sampler, teachers, self.learner, self.reward)
+        writers = make_writers(config, self.folder.path)
+        done, saved = start, start
+        try:
+            with _interrupts() as interrupted:
+                for report in train_steps(config, parts, start=start):
+                    done = report.step
+                    self._record(report, line)
+                    for writer in writers:
+                        writer.write(done, report.values)
+                    if done % every == 0 or done == config.steps or interrupted.is_set():
+                        self._save(done)
+                        saved = done
+                    if interrupted.is_set():
+                        break
+        finally:
+            for writer in writers:
+                writer.close()
+        assert saved == done
+        return done
+
+    def _record(self, report: StepReport, line: ProgressLine) -> None:
+        self.folder.write_rollouts(report.step, report.scored)
+        self.folder.append_metrics(report.step, report.values)
+        line.step(report.step, report.values)
+        every = self.config.logging.samples_every
+        if every and (report.step == 1 or report.step % every == 0):
+            line.samples(report.scored)
+        if self.on_step is not None:
+            self.on_step(report)
+
+    def _save(self, step: int) -> None:
+        tensors, values = self.learner.state()
+        state = {
+            "learner": values,
+            "cursor": self.stream.cursor,
+            "policy_version": step,
+            "teachers": dict(self.studio.identities),
+        }
+        tensors = {**tensors, "rng/torch": torch.get_rng_state()}
+        with explain_io(self.folder.checkpoints):
+            checkpoint.save(self.folder.checkpoints, step, tensors, state, keep=self.config.checkpoint.keep)
+
+    def _restore(self, warn: Callable[[str], None]) -> int:
+        """Load the newest whole checkpoint; returns its step, 0 when there is none yet."""
+        found = checkpoint.load_newest(self.folder.checkpoints, warn=warn)
+        if found is None:
+            self.folder.truncate_metrics(0)
+            return 0
+        for name, identity in self.studio.identities.items():
+            if found.state["teachers"].get(name) != identity:
+                raise CheckError(
+                    f"teacher '{name}' is not the one this run began with (identity {found.state['teachers'].get(name)}, "
+                    f"now {identity}); restore it, or start a new run"
+                )
+        self.learner.load_state(found.tensors, found.state["learner"])
+        self.stream.cursor = dict(found.state["cursor"])
+        torch.set_rng_state(found.tensors["rng/torch"])
+        self.folder.truncate_metrics(found.step)
+        return found.step
+
+    def _before(self, line: ProgressLine, start: int) -> dict[tuple[str, str, str], Cell]:
+        """The student's cells before the first step: measured once, kept in before.json."""
+        path = self.folder.path / "before.json"
+        if path.exists():
+            return _cells(path)
+        if start > 0 or not self.config.evaluation.before or not self.config.evaluation.num_prompts:
+            return {}
+        line.say("evaluating the student before the first step")
+        cells = self._student_cells()
+        plain = [[*key, asdict(cell)] for key, cell in cells.items()]
+        self.folder.write_text("before.json", json.dumps(plain, indent=1) + "\n")
+        return cells
+
+    def _parity(self, before: Mapping[tuple[str, str, str], Cell], line: ProgressLine) -> list[ParityRow]:
+        """Measure the student and each teacher on its own prompts; write and show the table."""
+        if not self.config.evaluation.num_prompts:
+            return []
+        line.say("evaluating the student and its teachers")
+        after = self._student_cells()
+        rows = []
+        for (task, split, teacher), cell in after.items():
+            sampler = self.studio.sampler(self.studio.voices[teacher])
+            expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.reward)
+            rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
+        text = parity_text(rows)
+        self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
+        self.folder.write_text("parity.md", text + "\n")
+        line.say(text)
+        return rows
+
+    def _student_cells(self) -> dict[tuple[str, str, str], Cell]:
+        sampler, teachers = self.studio.sampler(), self.studio.teachers(keep_hidden=True)
+        return {
+            key: evaluate(
+                sampler, self._evaluation_set(*key), self.reward, teachers=teachers, reverse_kl=self.studio.reverse_kl
+            )
+            for key in by_task(self.prompts)
+        }
+
+    def _evaluation_set(self, task: str, split: str, teacher: str) -> list[Prompt]:
+        mine = [p for p in self.prompts[task][split] if p.teacher == teacher]
+        # The same prompts whatever the run's seed, so that runs can be compared.
+        return pick(mine, self.config.evaluation.num_prompts, seed=0)
+
+
+def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
+    """Every start-up check, on the real weights: see `opd.guards.preflight`."""
+    config = studio.config
+    every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
+    findings = [preflight.teachers_exist(every, studio.voices)]
+    tokenizer = studio.student.network.tokenizer
+    findings.append(
+        preflight.lengths_fit(
+            every,
+            lambda p: len(encode_prompt(tokenizer, p)),
+            max_new_tokens=config.sampling.max_new_tokens,
+            contexts={"the student": studio.student.network.max_context},
+            teacher_contexts={name: voice.network.max_context for name, voice in studio.voices.items()},
+        )
+    )
+    by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in studio.voices}
+    probes = [p for chosen in by_teacher.values() for p in chosen]
+    half = config.compute.dtype != "float32"
+    tolerance = 0.5 if half else 2e-3
+    sequences = [encode_prompt(tokenizer, p) for p in probes]
+    for network in dict.fromkeys([studio.student.network, *(v.network for v in studio.voices.values())]):
+        network.activate(None if network is not studio.student.network else studio.student.adapter)
+        findings.append(
+            preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
+        )
+    rollouts = studio.sampler().sample(probes, num_samples=1, seed=config.seed)
+    own = studio.teachers(keep_hidden=False, voices=dict.fromkeys(studio.voices, studio.student))
+    findings.append(preflight.same_policy(rollouts, own.score(rollouts), tolerance=tolerance))
+    teachers = studio.teachers(keep_hidden=False)
+    scored = teachers.score(rollouts)
+    findings.append(preflight.deterministic(scored, teachers, tolerance=tolerance))
+    return findings + preflight.informative(scored, vocab_size=studio.vocab_size)
+
+
+def _read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Reward]:
+    """The prompts of every task and split, and the reward of a response; raises DataError for a bad record."""
+    tasks = make_tasks(config.tasks)
+    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
+    for name, splits in prompts.items():
+        if not splits["train"]:
+            raise DataError(f"tasks.{name} has no training prompts")
+        for split in SPLITS:
+            preflight.teachers_exist(splits[split], config.teachers)
+
+    def verify(prompt: Prompt, response: str) -> float | None:
+        return tasks[prompt.task].reward(prompt, response)
+
+    return prompts, reward or verify
+
+
+def _cells(path: Path) -> dict[tuple[str, str, str], Cell]:
+    return {(task, split, teacher): Cell(**cell) for task, split, teacher, cell in json.loads(path.read_text())}
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second SIGINT stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

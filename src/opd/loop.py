@@ -1,0 +1,140 @@
+"""The training loop, written in roles only: embedded and distributed runs are this same loop.
+
+    Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from opd.batch import Batch, pack
+from opd.config import Config
+from opd.data.stream import PromptStream
+from opd.metrics import Metrics, Sum, mean_of, merge, values
+from opd.objectives import advantages as adv
+from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.roles import Learner, Sampler, Teacher
+
+SEED_STRIDE = 2**20  # draws of step s of seed k come from generator seed k * SEED_STRIDE + s
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    stream: PromptStream
+    sampler: Sampler
+    teachers: Teacher
+    learner: Learner
+    reward: Callable[[Prompt, str], float | None]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: `step` counts from 1; `values` are the merged metrics as plain numbers."""
+
+    step: int
+    values: Mapping[str, float]
+    scored: tuple[ScoredRollout, ...]
+
+
+@dataclass
+class _Clock:
+    """Seconds by phase of one step; "wait" is what no phase accounts for."""
+
+    started: float = field(default_factory=time.perf_counter)
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self, num_tokens: int) -> Metrics:
+        total = time.perf_counter() - self.started
+        wait = max(0.0, total - sum(self.phases.values()))
+        times = {f"time/{name}_s/sum": Sum(s) for name, s in (self.phases | {"wait": wait, "step": total}).items()}
+        return times | {"time/tokens_per_s/mean": mean_of([num_tokens / total])}
+
+
+def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
+    """Run steps start + 1 ... config.steps, yielding a report after each update."""
+    for step in range(start + 1, config.steps + 1):
+        yield train_step(config, parts, step)
+
+
+def train_step(config: Config, parts: Parts, step: int) -> StepReport:
+    """One step: sample, score, update. A pure function of the parts' state, (config, step) and nothing else."""
+    clock = _Clock()
+    with clock.phase("sample"):
+        prompts = parts.stream.next(config.sampling.prompts_per_step)
+        sampled = parts.sampler.sample(
+            prompts, num_samples=config.sampling.group_size, seed=config.seed * SEED_STRIDE + step
+        )
+        rollouts = [replace(r, reward=parts.reward(r.prompt, r.response)) for r in sampled]
+    with clock.phase("score"):
+        scored = parts.teachers.score(rollouts)
+    with clock.phase("update"):
+        batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor)
+        batch = replace(batch, advantages=advantages(config, batch))
+        updates = []
+        for _ in range(config.objective.epochs):
+            updates.append(parts.learner.forward_backward(batch) | parts.learner.optim_step())
+        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
+    metrics = updates[0] | {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
+    metrics |= rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
+    metrics |= {f"failed/{reason}/sum": Sum(n) for reason, n in _failures(scored).items()}
+    metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
+    return StepReport(step, values(metrics), tuple(scored))
+
+
+def advantages(config: Config, batch: Batch) -> torch.Tensor | None:
+    """The per-token advantage of every token, [tokens], or None when no sampled term is asked for.
+
+    The distillation part comes from `objective.type` (the exact objective integrates it in the loss instead), the
+    outcome part from the verified rewards: A_t = A_t^OPD + coef * A^out on the tokens that the student sampled.
+    """
+    mask = batch.padded(batch.loss_mask)
+    log_ratio = batch.padded(batch.teacher_logprobs - batch.rollout_logprobs)
+    total: torch.Tensor | None
+    match config.objective.type:
+        case "exact":
+            total = None
+        case "immediate":
+            total = adv.immediate(log_ratio, mask)
+        case "to_go":
+            discount = 1.0 if config.objective.discount is None else config.objective.discount
+            total = adv.log_ratio_to_go(log_ratio, mask, discount)
+    if config.outcome.coef > 0:
+        rewards = torch.nan_to_num(batch.rewards, nan=0.0)
+        known = ~torch.isnan(batch.rewards)
+        result = adv.outcome(rewards[known], batch.group_ids[known], config.outcome.baseline)
+        outcome = torch.zeros_like(rewards).masked_scatter(known, result)
+        term = config.outcome.coef * outcome[:, None] * mask
+        total = term if total is None else total + term
+    return None if total is None else batch.flatten(total)
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Outcome, length and truncation, over all and by task."""
+    metrics: Metrics = {
+        "response/length/mean": mean_of(r.num_actions for r in rollouts),
+        "response/truncated/mean": mean_of(r.finish == "length" for r in rollouts),
+        "batch/rollouts/sum": Sum(len(rollouts)),
+        "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),
+    }
+    metrics["outcome/mean"] = mean_of(r.reward for r in rollouts if r.reward is not None)
+    for task in dict.fromkeys(r.prompt.task for r in rollouts):
+        metrics[f"outcome/{task}/mean"] = mean_of(
+            r.reward for r in rollouts if r.prompt.task == task and r.reward is not None
+        )
+    return metrics
+
+
+def _failures(scored: Sequence[ScoredRollout]) -> Counter[str]:
+    return Counter(s.score.teacher for s in scored if isinstance(s.score, FailedScore))

@@ -1,0 +1,1 @@
+"""The run folder, the progress line, the curves and the writers."""

@@ -1,0 +1,96 @@
+"""What a run shows while it runs: a progress bar in a terminal, plain lines without one."""
+
+import re
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from opd.records import FailedScore, ScoredRollout
+
+# C0 and C1 controls, bidirectional overrides: model output must not steer the terminal.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, limit: int = 160) -> str:
+    """Model output made safe for a terminal: controls shown as escapes, long text cut, markup taken literally."""
+    shown = _CONTROL.sub(lambda m: m.group().encode("unicode_escape").decode(), text)
+    return escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """The step in one line: reverse KL, outcome, speed, and seconds by phase."""
+    parts = [f"kl/token {values['kl/token/mean']:.4f}"] if "kl/token/mean" in values else []
+    if "student/nll/mean" in values and not parts:
+        parts.append(f"nll/token {values['student/nll/mean']:.4f}")
+    if "outcome/mean" in values:
+        parts.append(f"outcome {values['outcome/mean']:.3f}")
+    if "time/tokens_per_s/mean" in values:
+        parts.append(f"{values['time/tokens_per_s/mean']:.0f} tok/s")
+    phases = [f"{p} {values[f'time/{p}_s/sum']:.1f}" for p in ("sample", "score", "update", "wait") if f"time/{p}_s/sum" in values]
+    if phases:
+        parts.append(" + ".join(phases) + " s")
+    for name in ("batch/dropped/sum", "batch/floored/sum"):
+        if values.get(name):
+            parts.append(f"{name.split('/')[1]} {values[name]:.0f}")
+    return "  ".join(parts)
+
+
+class ProgressLine:
+    """Shows steps and, now and then, sampled responses."""
+
+    def __init__(self, total: int, *, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._total = total
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn())
+            self._progress = Progress(
+                *columns, TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.description}"), console=self._console
+            )
+            self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> "ProgressLine":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line of our own words."""
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=summary(values))
+        else:
+            self.say(f"step {step}/{self._total}  {summary(values)}")
+
+    def samples(self, scored: Sequence[ScoredRollout], count: int = 4) -> None:
+        """A table of a few responses; first of each task."""
+        table = Table("prompt", "response", "answer", "reward", "log ratio/token", title="sampled responses")
+        chosen = sorted(enumerate(scored), key=lambda item: (_rank(scored, item[0]), item[0]))[:count]
+        for _, item in chosen:
+            rollout = item.rollout
+            ratio = "-"
+            if not isinstance(item.score, FailedScore):
+                mask = rollout.loss_mask
+                ratio = f"{(item.score.logprobs[mask] - rollout.rollout_logprobs[mask]).mean():+.3f}"
+            reward = "-" if rollout.reward is None else f"{rollout.reward:.2f}"
+            texts = (rollout.prompt.messages[-1]["content"], rollout.response, rollout.prompt.answer or "-")
+            table.add_row(*(printable(t, 60) for t in texts), reward, ratio)
+        self._console.print(table)
+
+
+def _rank(scored: Sequence[ScoredRollout], index: int) -> int:
+    """How many rollouts of the same task stand before this one."""
+    task = scored[index].rollout.prompt.task
+    return sum(s.rollout.prompt.task == task for s in scored[:index])

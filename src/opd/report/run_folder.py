@@ -1,0 +1,194 @@
+"""What a run leaves on disk, and reading it back.
+
+    config.json        the resolved configuration
+    metrics.jsonl      one line a step
+    rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
+    checkpoints/       what `opd train --resume` continues from
+    before.json        the student's evaluation before the first step
+    parity.json        the parity table; parity.md the same to read
+    curves.png         the picture
+    student/           the trained student, a PEFT adapter or a Hugging Face folder
+"""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd.checkpoint import replace_file
+from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
+from opd.errors import RunError
+from opd.records import FailedScore, Prompt, Rollout, SampledScore, ScoredRollout, Turn
+
+
+class RunFolder:
+    """One run on disk. Files are written whole or not at all, metrics a line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config | SftConfig) -> "RunFolder":
+        """A new run folder; raises RunError when there is one already."""
+        folder = cls(Path(path))
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise RunError(
+                f"run folder '{path}' exists and is not empty; continue it with 'opd train --resume {path}', or choose "
+                "another with output=..."
+            )
+        with explain_io(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write_text("config.json", dump_config(config))
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run folder; raises RunError when it is none."""
+        if not (Path(path) / "config.json").is_file():
+            raise RunError(f"'{path}' is no run folder: it has no config.json")
+        return cls(Path(path))
+
+    def config(self, kind: type[AnyConfig] = Config) -> AnyConfig:
+        path = self.path / "config.json"
+        try:
+            return parse_config(json.loads(path.read_text(encoding="utf-8")), kind=kind, source=str(path))
+        except json.JSONDecodeError as error:
+            raise RunError(f"'{path}' is damaged: {error}") from None
+
+    def write_text(self, name: str, text: str) -> None:
+        with explain_io(self.path / name):
+            replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        with explain_io(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, and a last line that a kill cut short."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
+        """Write the rollouts of a step; token ids and scores are exact."""
+        text = "".join(json.dumps(_to_plain(s), ensure_ascii=False) + "\n" for s in scored)
+        path = self.path / "rollouts" / f"step-{step:06d}.jsonl.gz"
+        with explain_io(path):
+            path.parent.mkdir(exist_ok=True)
+            # Without a time stamp the same rollouts give the same bytes.
+            replace_file(path, lambda p: p.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0)))
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict a step; a line cut short by a kill is left out."""
+    path = Path(run) / "metrics.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
+    """Every rollout of a run with its scores, in order; of one step when it is given.
+
+    Hidden states are not kept on disk: a full-vocabulary score reads back as its sampled tokens' log-probabilities.
+    Raises RunError when the run has no such rollouts.
+    """
+    folder = Path(run) / "rollouts"
+    pattern = "step-*.jsonl.gz" if step is None else f"step-{step:06d}.jsonl.gz"
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise RunError(f"'{run}' has no rollouts" + ("" if step is None else f" of step {step}"))
+    for path in paths:
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            yield _from_plain(json.loads(line))
+
+
+@contextlib.contextmanager
+def explain_io(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into one line that names the file."""
+    try:
+        yield
+    except RunError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"cannot write '{path}': {error.strerror or error}; what was saved before is untouched: free space or fix the "
+            "permission, then continue with 'opd train --resume'"
+        ) from None
+
+
+def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
+    rollout, score = scored.rollout, scored.score
+    prompt = rollout.prompt
+    actions = rollout.loss_mask
+    plain: dict[str, Any] = {
+        "id": rollout.id,
+        "prompt": {
+            "id": prompt.id,
+            "messages": [dict(m) for m in prompt.messages],
+            "teacher": prompt.teacher,
+            "task": prompt.task,
+            "answer": prompt.answer,
+        },
+        "sample": rollout.sample,
+        "response": rollout.response,
+        "reward": rollout.reward,
+        "finish": rollout.finish,
+        "policy_version": rollout.policy_version,
+        "turns": [[t.author, t.start, t.end] for t in rollout.turns],
+        "token_ids": rollout.token_ids.tolist(),
+        "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
+    }
+    if isinstance(score, FailedScore):
+        return plain | {"failure": score.reason}
+    return plain | {"teacher_logprobs": _numbers(score.logprobs[actions])}
+
+
+def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
+    head = plain["prompt"]
+    prompt = Prompt(
+        head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"]
+    )
+    turns = tuple(Turn(author, start, end) for author, start, end in plain["turns"])
+    mask = np.zeros(len(plain["token_ids"]), dtype=bool)
+    for turn in turns:
+        mask[turn.start : turn.end] = turn.author == "student"
+    rollout = Rollout(
+        prompt=prompt,
+        sample=plain["sample"],
+        token_ids=np.array(plain["token_ids"], dtype=np.int32),
+        loss_mask=mask,
+        rollout_logprobs=_spread(plain["rollout_logprobs"], mask),
+        turns=turns,
+        messages=(*prompt.messages, {"role": "assistant", "content": plain["response"]}),
+        finish=plain["finish"],
+        policy_version=plain["policy_version"],
+        reward=plain["reward"],
+    )
+    if "failure" in plain:
+        return ScoredRollout(rollout, FailedScore(prompt.teacher, plain["failure"]))
+    return ScoredRollout(rollout, SampledScore(prompt.teacher, _spread(plain["teacher_logprobs"], mask)))
+
+
+def _numbers(values: np.ndarray) -> list[float]:
+    """float32 values by their shortest decimal that reads back as the same float32."""
+    return [float(str(v)) for v in values.astype(np.float32)]
+
+
+def _spread(values: Sequence[float], mask: np.ndarray) -> np.ndarray:
+    spread = np.zeros(len(mask), dtype=np.float32)
+    spread[mask] = values
+    return spread
