@@ -1,6 +1,6 @@
 """Write the prompts of the letters task: reverse four to six letters. Training and held-out letters never coincide.
 
-    python examples/merge/letters.py examples/merge
+python examples/merge/letters.py examples/merge
 """
 
 import json

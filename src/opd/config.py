@@ -29,7 +29,7 @@ class LoraConfig(Node):
     """The student's adapter (used when `trainable = "lora"`)."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Positive = 32
     target_modules: str | list[str] = "all-linear"
 
 
@@ -109,11 +109,15 @@ class ObjectiveConfig(Node):
     @model_validator(mode="after")
     def _combinations(self) -> "ObjectiveConfig":
         if self.discount is not None and self.type != "to_go":
-            raise ValueError(f"discount belongs to type = 'to_go', got type = '{self.type}'; drop it or change the type")
+            raise ValueError(
+                f"discount belongs to type = 'to_go', got type = '{self.type}'; drop it or change the type"
+            )
         if (self.constant is not None) != (self.normalizer == "constant"):
             raise ValueError("normalizer = 'constant' and a value for 'constant' go together")
         if self.epochs > 1 and self.loss != "ppo":
-            raise ValueError("epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student")
+            raise ValueError(
+                "epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student"
+            )
         if self.type == "exact" and self.loss == "ppo":
             raise ValueError("loss = 'ppo' clips sampled advantages; type = 'exact' has none: write loss = 'reinforce'")
         return self

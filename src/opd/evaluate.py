@@ -76,7 +76,9 @@ def evaluate(
     kl_token = kl_sequence = None
     if teachers is not None and reverse_kl is not None:
         scored = [s for s in teachers.score(rollouts) if isinstance(s.score, HiddenScore)]
-        per_token = reverse_kl([s.rollout for s in scored], [s.score for s in scored if isinstance(s.score, HiddenScore)])
+        per_token = reverse_kl(
+            [s.rollout for s in scored], [s.score for s in scored if isinstance(s.score, HiddenScore)]
+        )
         kl_token = float(np.concatenate(per_token).mean())
         kl_sequence = float(np.mean([k.sum() for k in per_token]))
     return Cell(
@@ -131,15 +133,33 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
             return "-"
         return f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
 
-    head = ("task", "prompts", "n", "student before", "teacher", "student after", "after / teacher", "KL before", "KL after")
+    head = (
+        "task",
+        "prompts",
+        "n",
+        "student before",
+        "teacher",
+        "student after",
+        "after / teacher",
+        "KL before",
+        "KL after",
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         parity = "-" if row.parity is None else f"{100 * row.parity:.1f} %"
-        cells = (row.task, row.split.replace("_", "-"), str(row.after.total), accuracy(row.before), accuracy(row.expert))
+        cells = (
+            row.task,
+            row.split.replace("_", "-"),
+            str(row.after.total),
+            accuracy(row.before),
+            accuracy(row.expert),
+        )
         cells += (accuracy(row.after), parity, kl(row.before), kl(row.after))
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines.append("Exact match in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence.")
+    lines.append(
+        "Exact match in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
+    )
     return "\n".join(lines)
 
 

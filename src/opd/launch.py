@@ -113,11 +113,15 @@ class _Run:
             before = self._before(line, start)
             done = self._steps(line, start)
             if done < config.steps:
-                line.say(f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}")
+                line.say(
+                    f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}"
+                )
                 return Result(self.folder.path, done, finished=False)
             with explain_io(self.folder.student):
                 export(self.studio.student, self.folder.student)
-                draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
+                draw_curves(
+                    read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path)
+                )
             rows = self._parity(before, line)
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
 

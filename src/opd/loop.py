@@ -1,6 +1,6 @@
 """The training loop, written in roles only: embedded and distributed runs are this same loop.
 
-    Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
+Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 """
 
 import time
@@ -58,8 +58,11 @@ class _Clock:
     def metrics(self, num_tokens: int) -> Metrics:
         total = time.perf_counter() - self.started
         wait = max(0.0, total - sum(self.phases.values()))
-        times = {f"time/{name}_s/sum": Sum(s) for name, s in (self.phases | {"wait": wait, "step": total}).items()}
-        return times | {"time/tokens_per_s/mean": mean_of([num_tokens / total])}
+        times: Metrics = {
+            f"time/{name}_s/sum": Sum(s) for name, s in (self.phases | {"wait": wait, "step": total}).items()
+        }
+        times["time/tokens_per_s/mean"] = mean_of([num_tokens / total])
+        return times
 
 
 def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
@@ -82,9 +85,9 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     with clock.phase("update"):
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor)
         batch = replace(batch, advantages=advantages(config, batch))
-        updates = []
-        for _ in range(config.objective.epochs):
-            updates.append(parts.learner.forward_backward(batch) | parts.learner.optim_step())
+        updates = [
+            parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(config.objective.epochs)
+        ]
         parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
     metrics = updates[0] | {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}

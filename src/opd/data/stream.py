@@ -15,7 +15,8 @@ class PromptStream:
     """
 
     def __init__(self, prompts: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float], *, seed: int) -> None:
-        assert prompts and all(prompts.values())
+        assert prompts
+        assert all(prompts.values())
         self._prompts = {name: list(items) for name, items in prompts.items()}
         self._weights = {name: weights[name] / sum(weights[n] for n in prompts) for name in prompts}
         self._seed = seed

@@ -122,7 +122,9 @@ def build(config: Config) -> Studio:
     vocab_size = min(n.vocab_size for n in (network, *loaded.values()))
     needed = max(network.tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:
-        raise ModelError(f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows")
+        raise ModelError(
+            f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows"
+        )
     for net in (network, *loaded.values()):
         net.vocab_size = vocab_size
     identities = {name: _identity(config, name, voice) for name, voice in voices.items()}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from opd.data.micro import MicroBatch, micro_batches
 from opd.embedded.network import Network
 from opd.errors import ScoreError
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge
-from opd.objectives.losses import exact_reverse_kl, ppo, reinforce
 from opd.objectives.logprobs import token_logprobs
+from opd.objectives.losses import exact_reverse_kl, ppo, reinforce
 from opd.objectives.reduce import denominator
 
 
@@ -63,8 +64,8 @@ class EmbeddedLearner:
             batch.padded(batch.loss_mask), self._objective.normalizer, constant=self._objective.constant
         )
         bounds = batch.offsets
-        sequences = [batch.token_ids[a:b].numpy() for a, b in zip(bounds, bounds[1:], strict=False)]
-        masks = [batch.loss_mask[a:b].numpy() for a, b in zip(bounds, bounds[1:], strict=False)]
+        sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(bounds)]
+        masks = [batch.loss_mask[a:b].numpy() for a, b in pairwise(bounds)]
         parts = [
             self._micro_step(batch, micro, divisor)
             for micro in micro_batches(sequences, masks, max_tokens=self._max_tokens)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,16 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     path = Path(source)
     if path.suffix == ".gguf":
         path = gguf_folder(path)
-    elif not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.exists()):
+    elif not path.is_dir() and (
+        path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.exists()
+    ):
         raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
     where = str(path)
     with _one_line(source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa"
         )
     if tokenizer.eos_token_id is None:
@@ -72,7 +75,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
     try:
         with _one_line(str(path)), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32
+            )
             # What was read is no longer quantised: without this, saving would ask for a GGUF writer.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
@@ -97,7 +102,8 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
         task_type="CAUSAL_LM",
     )
     try:
-        network.model = get_peft_model(network.base, peft_config, adapter_name="student")
+        with _quiet():
+            network.model = get_peft_model(network.base, peft_config, adapter_name="student")
     except ValueError as error:
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
 
@@ -106,7 +112,9 @@ def add_adapter(network: Network, folder: str, *, name: str) -> None:
     """Load a frozen adapter beside the others. Raises ModelError when it is missing or was made for another base."""
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
-        raise ModelError(f"adapter '{folder}' (teacher '{name}') has no adapter_config.json; expected a PEFT LoRA folder")
+        raise ModelError(
+            f"adapter '{folder}' (teacher '{name}') has no adapter_config.json; expected a PEFT LoRA folder"
+        )
     facts = _adapter_facts(path)
     if facts and facts.get("base_fingerprint") != network.fingerprint():
         raise ModelError(
@@ -114,19 +122,22 @@ def add_adapter(network: Network, folder: str, *, name: str) -> None:
             f"{facts.get('base_fingerprint')}) than '{network.source}' ({network.fingerprint()}); use that base, or load "
             f"the teacher as a whole model (teachers.{name}.model)"
         )
+    unexpected: list[str] = []
     try:
-        if isinstance(network.model, PeftModel):
-            result = network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
-            unexpected = list(getattr(result, "unexpected_keys", []))
-        else:
-            network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
-            unexpected = []
+        with _quiet():
+            if isinstance(network.model, PeftModel):
+                result = network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
+                unexpected = list(getattr(result, "unexpected_keys", []))
+            else:
+                network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(
             f"adapter '{folder}' (teacher '{name}') does not fit the base '{network.source}': {_first_line(error)}"
         ) from None
     if unexpected:
-        raise ModelError(f"adapter '{folder}' (teacher '{name}') has weights that '{network.source}' lacks: {unexpected[0]}")
+        raise ModelError(
+            f"adapter '{folder}' (teacher '{name}') has weights that '{network.source}' lacks: {unexpected[0]}"
+        )
     network.base.requires_grad_(False)
 
 
@@ -168,7 +179,9 @@ def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -42,6 +42,16 @@ class Network:
         """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
         return self._whole_head()[: self.vocab_size]
 
+    @property
+    def _tuner(self) -> Any:
+        """What switches adapters, once there are any."""
+        return cast(PeftModel, self.model).base_model
+
+    @property
+    def _backbone(self) -> torch.nn.Module:
+        """The layers below the head."""
+        return cast(torch.nn.Module, self.base.base_model)
+
     def _whole_head(self) -> Tensor:
         head = self.base.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
@@ -54,11 +64,11 @@ class Network:
             return
         if isinstance(self.model, PeftModel):
             if adapter is None:
-                self.model.base_model.disable_adapter_layers()
+                self._tuner.disable_adapter_layers()
             else:
                 if self._active is None or self._active[0] is None:
-                    self.model.base_model.enable_adapter_layers()
-                self.model.base_model.set_adapter(adapter, inference_mode=not trainable)
+                    self._tuner.enable_adapter_layers()
+                self._tuner.set_adapter(adapter, inference_mode=not trainable)
         else:
             assert adapter is None, f"{self.source} has no adapters, asked for {adapter!r}"
             self.base.requires_grad_(trainable)
@@ -67,7 +77,7 @@ class Network:
     def hidden_states(self, tree: TokenTree, *, cache: Cache | None = None) -> Tensor:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
         device = self.device
-        return self.base.base_model(
+        return self._backbone(
             input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
             position_ids=torch.from_numpy(tree.positions).to(device)[None],
             attention_mask=torch.from_numpy(tree.attention_mask()).to(device)[None, None],
@@ -77,7 +87,7 @@ class Network:
 
     def decode_step(self, token_ids: Tensor, positions: Tensor, visible: Tensor, cache: Cache) -> Tensor:
         """Hidden states [rows, hidden] of one further token a row; `visible` [rows, cached + 1] bool hides padding."""
-        return self.base.base_model(
+        return self._backbone(
             input_ids=token_ids[:, None],
             position_ids=positions[:, None],
             attention_mask=visible[:, None, None, :],
@@ -104,6 +114,8 @@ class Network:
         packed = self.hidden_states(tree) @ self.head_weight().T
         worst = 0.0
         for sequence, path in zip(sequences, tree.paths, strict=True):
-            plain = self.base(input_ids=torch.tensor([list(sequence)], device=self.device)).logits[0, :, : self.vocab_size]
+            plain = self.base(input_ids=torch.tensor([list(sequence)], device=self.device)).logits[
+                0, :, : self.vocab_size
+            ]
             worst = max(worst, float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max()))
         return worst

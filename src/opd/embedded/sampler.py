@@ -69,7 +69,9 @@ class EmbeddedSampler:
             tokens, logprobs = self._draw(hidden, draws[live, step])
             ended = torch.isin(tokens, ends)
             growing = torch.ones(len(live), dtype=torch.bool)
-            for i, (row, token, logprob) in enumerate(zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)):
+            for i, (row, token, logprob) in enumerate(
+                zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
+            ):
                 if rows[row].finish is None:
                     rows[row].append(token, logprob, ended=bool(ended[i]), limit=self._max_new_tokens)
                 growing[i] = rows[row].finish is None
@@ -77,7 +79,12 @@ class EmbeddedSampler:
                 break
             if growing.float().mean() <= _COMPACT_BELOW:
                 keep = growing.nonzero()[:, 0]
-                live, tokens, positions, visible = live[keep], tokens[keep], positions[keep.to(device)], visible[keep.to(device)]
+                live, tokens, positions, visible = (
+                    live[keep],
+                    tokens[keep],
+                    positions[keep.to(device)],
+                    visible[keep.to(device)],
+                )
                 cache.batch_select_indices(keep.to(device))
             visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=-1)
             hidden = network.decode_step(tokens.to(device), positions, visible, cache)
@@ -145,5 +152,9 @@ def _rows_of(prefill: DynamicCache, tree: TokenTree, device: torch.device) -> tu
         index[i, longest - len(path) :] = path
         visible[i, longest - len(path) :] = True
     where = torch.from_numpy(index).to(device)
-    layers = [(keys[0][:, where].transpose(0, 1), values[0][:, where].transpose(0, 1)) for keys, values, _ in prefill]
+    layers = [
+        (k[0][:, where].transpose(0, 1), v[0][:, where].transpose(0, 1))
+        for k, v, _ in prefill
+        if k is not None and v is not None
+    ]
     return DynamicCache(layers), torch.from_numpy(visible).to(device)

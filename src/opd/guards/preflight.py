@@ -86,7 +86,9 @@ def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, toleranc
         if isinstance(a.score, FailedScore) or isinstance(b.score, FailedScore):
             return Finding("scores are deterministic", False, f"rollout '{a.rollout.id}' could not be scored")
         worst = max(worst, float(np.abs(a.score.logprobs - b.score.logprobs).max()))
-    return Finding("scores are deterministic", worst <= tolerance, f"largest difference {worst:.1e} (allowed {tolerance:.0e})")
+    return Finding(
+        "scores are deterministic", worst <= tolerance, f"largest difference {worst:.1e} (allowed {tolerance:.0e})"
+    )
 
 
 def informative(scored: Sequence[ScoredRollout], *, vocab_size: int) -> list[Finding]:

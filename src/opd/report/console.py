@@ -30,12 +30,15 @@ def summary(values: Mapping[str, float]) -> str:
         parts.append(f"outcome {values['outcome/mean']:.3f}")
     if "time/tokens_per_s/mean" in values:
         parts.append(f"{values['time/tokens_per_s/mean']:.0f} tok/s")
-    phases = [f"{p} {values[f'time/{p}_s/sum']:.1f}" for p in ("sample", "score", "update", "wait") if f"time/{p}_s/sum" in values]
+    phases = [
+        f"{p} {values[f'time/{p}_s/sum']:.1f}"
+        for p in ("sample", "score", "update", "wait")
+        if f"time/{p}_s/sum" in values
+    ]
     if phases:
         parts.append(" + ".join(phases) + " s")
-    for name in ("batch/dropped/sum", "batch/floored/sum"):
-        if values.get(name):
-            parts.append(f"{name.split('/')[1]} {values[name]:.0f}")
+    counted = ("batch/dropped/sum", "batch/floored/sum")
+    parts += [f"{name.split('/')[1]} {values[name]:.0f}" for name in counted if values.get(name)]
     return "  ".join(parts)
 
 
@@ -49,7 +52,11 @@ class ProgressLine:
         if self._console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn())
             self._progress = Progress(
-                *columns, TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.description}"), console=self._console
+                *columns,
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
             )
             self._task = self._progress.add_task("", total=total)
 

@@ -32,7 +32,9 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     figure.savefig(path, dpi=110, format="png")
 
 
-def _lines(axis: Any, metrics: Sequence[Mapping[str, Any]], names: Sequence[str], title: str, *, log: bool = False) -> None:
+def _lines(
+    axis: Any, metrics: Sequence[Mapping[str, Any]], names: Sequence[str], title: str, *, log: bool = False
+) -> None:
     for name in names:
         points = [(line["step"], line[name]) for line in metrics if name in line]
         label = "/".join(name.split("/")[1:-1]) or "all"

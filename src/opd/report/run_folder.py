@@ -1,13 +1,13 @@
 """What a run leaves on disk, and reading it back.
 
-    config.json        the resolved configuration
-    metrics.jsonl      one line a step
-    rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
-    checkpoints/       what `opd train --resume` continues from
-    before.json        the student's evaluation before the first step
-    parity.json        the parity table; parity.md the same to read
-    curves.png         the picture
-    student/           the trained student, a PEFT adapter or a Hugging Face folder
+config.json        the resolved configuration
+metrics.jsonl      one line a step
+rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
+checkpoints/       what `opd train --resume` continues from
+before.json        the student's evaluation before the first step
+parity.json        the parity table; parity.md the same to read
+curves.png         the picture
+student/           the trained student, a PEFT adapter or a Hugging Face folder
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Optional writers beside metrics.jsonl."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class TrackioWriter:
     """A trackio run named after the run folder, in project "opd"."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        import trackio
+        trackio = importlib.import_module("trackio")
 
         self._trackio: Any = trackio
         trackio.init(project="opd", name=folder.name, config=config.model_dump(mode="json"), resume="allow")

@@ -74,7 +74,7 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         raise DataError(f"{where}: 'id' must be a non-empty string, got {identity!r}")
     chosen = record.get("teacher", teacher)
     if not isinstance(chosen, str):
-        raise DataError(f"{where}: no teacher; add \"teacher\" to the record or set tasks.{task}.teacher")
+        raise DataError(f'{where}: no teacher; add "teacher" to the record or set tasks.{task}.teacher')
     answer, meta = record.get("answer"), record.get("meta", {})
     if answer is not None and not isinstance(answer, str | int | float):
         raise DataError(f"{where}: 'answer' must be a string or a number, got {type(answer).__name__}")

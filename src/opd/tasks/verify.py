@@ -13,7 +13,7 @@ def mathematical(response: str, answer: str) -> float | None:
     """1 where math-verify finds the two mathematically equal; a response that it cannot parse is worth 0."""
     from math_verify import parse, verify
 
-    return float(verify(parse(answer, parsing_timeout=None), parse(response, parsing_timeout=None), timeout_seconds=None))
+    return float(verify(parse(answer), parse(response)))
 
 
 def nothing(response: str, answer: str) -> float | None:

@@ -1,0 +1,13 @@
+import os
+
+import pytest
+import torch
+
+# Nothing in the tests may reach for a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Many small tensors: one thread is many times faster than two."""
+    torch.set_num_threads(1)

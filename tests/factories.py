@@ -1,0 +1,142 @@
+"""Builders that the tests share: a toy transformer, a byte tokenizer, prompts, rollouts and recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opd.records import Prompt, Rollout, SampledScore, ScoredRollout, Turn
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, plus two special tokens that delimit turns; 258 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+    fast.add_special_tokens({"additional_special_tokens": []})
+    return fast
+
+
+def toy_model(seed: int = 0, *, vocab_size: int = 258, scale: float = 0.3, max_context: int = 256) -> LlamaForCausalLM:
+    """A two-layer Llama of about 30k parameters whose next-token distribution is far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_context,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, scale)
+    return model.eval()
+
+
+def save_toy(folder: Path, seed: int = 0, **kwargs: Any) -> str:
+    """A toy model and its tokenizer as a Hugging Face folder; returns the path as text."""
+    toy_model(seed, **kwargs).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def prompt(identity: str = "p0", text: str = "hi", *, teacher: str = "t", answer: str | None = None) -> Prompt:
+    return Prompt(identity, ({"role": "user", "content": text},), teacher=teacher, task="task", answer=answer)
+
+
+def rollout(
+    token_ids: list[int], num_prompt: int, *, prompt: Prompt, sample: int = 0, logprobs: list[float] | None = None
+) -> Rollout:
+    """A rollout whose first `num_prompt` tokens are the prompt and whose other tokens are actions."""
+    n = len(token_ids)
+    actions = n - num_prompt
+    values = [0.0] * num_prompt + (logprobs or [-1.0] * actions)
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        token_ids=np.array(token_ids, dtype=np.int32),
+        loss_mask=np.arange(n) >= num_prompt,
+        rollout_logprobs=np.array(values, dtype=np.float32),
+        turns=(Turn("prompt", 0, num_prompt), Turn("student", num_prompt, n)),
+        messages=(*prompt.messages, {"role": "assistant", "content": "response"}),
+        finish="end",
+        policy_version=0,
+        reward=0.5,
+    )
+
+
+def scored(item: Rollout, logprobs: list[float]) -> ScoredRollout:
+    """A sampled-token score; `logprobs` one an action."""
+    spread = np.zeros(len(item.token_ids), dtype=np.float32)
+    spread[item.loss_mask] = logprobs
+    return ScoredRollout(item, SampledScore(item.prompt.teacher, spread))
+
+
+def write_prompts(path: Path, count: int = 12, *, teacher: str | None = None) -> str:
+    """A prompt file of short questions with answers; returns the path as text."""
+    lines = []
+    for i in range(count):
+        record = {"id": str(i), "prompt": f"say {chr(97 + i % 26)}", "answer": chr(97 + i % 26)}
+        lines.append(json.dumps(record | ({"teacher": teacher} if teacher else {})))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def toy_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe, as plain data, that trains a toy student on two toy teachers in well under a second a step.
+
+    `changes` are top-level tables; a table given here is merged into the default one.
+    """
+    student = save_toy(folder / "student", 0)
+    tree: dict[str, Any] = {
+        "student": student,
+        "output": str(folder / "run"),
+        "steps": 4,
+        "lora": {"rank": 4, "alpha": 8},
+        "teachers": {
+            "even": {"model": save_toy(folder / "even", 1)},
+            "odd": {"model": save_toy(folder / "odd", 2)},
+        },
+        "tasks": {
+            "first": {"type": "file", "path": write_prompts(folder / "first.jsonl"), "teacher": "even"},
+            "second": {
+                "type": "file",
+                "path": write_prompts(folder / "second.jsonl"),
+                "held_out_path": write_prompts(folder / "second_held_out.jsonl", 4),
+                "teacher": "odd",
+            },
+        },
+        "sampling": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 6},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 1},
+        "evaluation": {"num_prompts": 4},
+        "checkpoint": {"every": 2},
+        "compute": {"threads": 1, "device": "cpu"},
+    }
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+    return tree
