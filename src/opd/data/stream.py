@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+import torch
 
 from opd.records import Prompt
 
@@ -21,7 +21,7 @@ class PromptStream:
         self._weights = {name: weights[name] / sum(weights[n] for n in prompts) for name in prompts}
         self._seed = seed
         self.cursor: dict[str, int] = dict.fromkeys(self._prompts, 0)
-        self._orders: dict[tuple[str, int], np.ndarray] = {}
+        self._orders: dict[tuple[str, int], list[int]] = {}
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts; within a batch a prompt repeats only when its task has fewer."""
@@ -38,10 +38,17 @@ class PromptStream:
         self.cursor[name] += 1
         return items[self._order(name, epoch)[index]]
 
-    def _order(self, name: str, epoch: int) -> np.ndarray:
+    def _order(self, name: str, epoch: int) -> list[int]:
         key = (name, epoch)
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != name}
-            task = sorted(self._prompts).index(name)
-            self._orders[key] = np.random.default_rng([self._seed, task, epoch]).permutation(len(self._prompts[name]))
+            task = list(self._prompts).index(name)
+            self._orders[key] = shuffled(len(self._prompts[name]), (self._seed, task, epoch))
         return self._orders[key]
+
+
+def shuffled(count: int, seed: tuple[int, int, int]) -> list[int]:
+    """A permutation of range(count) that is a function of the seed alone: (run's seed, task's place, epoch)."""
+    run, task, epoch = seed
+    generator = torch.Generator().manual_seed((run * 1_000 + task) * 1_000_000 + epoch)
+    return torch.randperm(count, generator=generator).tolist()

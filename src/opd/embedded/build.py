@@ -110,15 +110,17 @@ def build(config: Config) -> Studio:
         add_student_adapter(network, config.lora, seed=config.seed)
     loaded: dict[str, Network] = {config.student: network} if lora else {}
     voices: dict[str, Voice] = {}
-    for name, teacher in config.teachers.items():
+    for index, (name, teacher) in enumerate(config.teachers.items()):
         source = teacher.model or config.student
         if source not in loaded:
             loaded[source] = load_network(source, config.compute)
         home = loaded[source]
-        if teacher.adapter is not None:
-            add_adapter(home, teacher.adapter, name=name)
+        # A name of our own: peft refuses some, and a teacher may be called "student".
+        adapter = f"teacher{index}" if teacher.adapter is not None else None
+        if teacher.adapter is not None and adapter is not None:
+            add_adapter(home, teacher.adapter, teacher=name, name=adapter)
         _require_one_tokenizer(name, network, home)
-        voices[name] = Voice(home, name if teacher.adapter is not None else None)
+        voices[name] = Voice(home, adapter)
     vocab_size = min(n.vocab_size for n in (network, *loaded.values()))
     needed = max(network.tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:

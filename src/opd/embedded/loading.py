@@ -108,19 +108,22 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
 
 
-def add_adapter(network: Network, folder: str, *, name: str) -> None:
-    """Load a frozen adapter beside the others. Raises ModelError when it is missing or was made for another base."""
+def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> None:
+    """Load `teacher`'s frozen adapter beside the others, under a `name` of ours.
+
+    Raises ModelError when it is missing or was made for another base.
+    """
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         raise ModelError(
-            f"adapter '{folder}' (teacher '{name}') has no adapter_config.json; expected a PEFT LoRA folder"
+            f"adapter '{folder}' (teacher '{teacher}') has no adapter_config.json; expected a PEFT LoRA folder"
         )
     facts = _adapter_facts(path)
     if facts and facts.get("base_fingerprint") != network.fingerprint():
         raise ModelError(
-            f"adapter '{folder}' (teacher '{name}') was made on another base ('{facts.get('base')}', fingerprint "
+            f"adapter '{folder}' (teacher '{teacher}') was made on another base ('{facts.get('base')}', fingerprint "
             f"{facts.get('base_fingerprint')}) than '{network.source}' ({network.fingerprint()}); use that base, or load "
-            f"the teacher as a whole model (teachers.{name}.model)"
+            f"the teacher as a whole model (teachers.{teacher}.model)"
         )
     unexpected: list[str] = []
     try:
@@ -132,11 +135,11 @@ def add_adapter(network: Network, folder: str, *, name: str) -> None:
                 network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(
-            f"adapter '{folder}' (teacher '{name}') does not fit the base '{network.source}': {_first_line(error)}"
+            f"adapter '{folder}' (teacher '{teacher}') does not fit the base '{network.source}': {_first_line(error)}"
         ) from None
     if unexpected:
         raise ModelError(
-            f"adapter '{folder}' (teacher '{name}') has weights that '{network.source}' lacks: {unexpected[0]}"
+            f"adapter '{folder}' (teacher '{teacher}') has weights that '{network.source}' lacks: {unexpected[0]}"
         )
     network.base.requires_grad_(False)
 

@@ -6,28 +6,44 @@ from typing import Any
 
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Reverse KL and outcome by teacher or task, gradient norm, and seconds a step by phase, as one PNG."""
+    """What the metrics hold of reverse KL, likelihood, outcome, gradient norm and seconds a step, as one PNG.
+
+    Draws nothing when there is nothing to draw.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
     names = sorted({name for line in metrics for name in line})
-    kl = [n for n in names if n.startswith("kl/token/")]
-    outcome = [n for n in names if n.startswith("outcome/")]
-    _lines(axes[0, 0], metrics, kl, "reverse KL, nats per token", log=True)
-    _lines(axes[0, 1], metrics, outcome, "outcome (mean reward of the samples)")
-    _lines(axes[1, 0], metrics, ["optim/grad_norm/mean"], "gradient norm before clipping", log=True)
-    phases = [f"time/{p}_s/sum" for p in ("sample", "score", "update", "wait")]
-    steps = [line["step"] for line in metrics]
-    present = [p for p in phases if p in names]
-    axes[1, 1].stackplot(steps, [[line.get(p, 0.0) for line in metrics] for p in present], labels=present, alpha=0.8)
-    axes[1, 1].set_title("seconds per step")
-    axes[1, 1].legend(fontsize=8)
-    for axis in axes.flat:
+    curves = {
+        "reverse KL, nats per token": [n for n in names if n.startswith("kl/token/")],
+        "negative log-likelihood, nats per token": [n for n in names if n == "student/nll/mean"],
+        "outcome (mean reward of the samples)": [n for n in names if n.startswith("outcome/")],
+        "gradient norm before clipping": [n for n in names if n == "optim/grad_norm/mean"],
+    }
+    shown = {title: chosen for title, chosen in curves.items() if chosen}
+    phases = [n for n in (f"time/{p}_s/sum" for p in ("sample", "score", "update", "wait")) if n in names]
+    panels = len(shown) + bool(phases)
+    if not panels:
+        return
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (name, chosen) in zip(axes, shown.items(), strict=False):
+        _lines(axis, metrics, chosen, name, log="KL" in name or "norm" in name or "likelihood" in name)
+    if phases:
+        axis = axes[len(shown)]
+        steps = [line["step"] for line in metrics]
+        seconds = [[line.get(p, 0.0) for line in metrics] for p in phases]
+        axis.stackplot(steps, seconds, labels=[p.split("/")[1].removesuffix("_s") for p in phases], alpha=0.8)
+        axis.set_title("seconds per step")
+        axis.legend(fontsize=8)
+    for axis in axes[:panels]:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110, format="png")
 

