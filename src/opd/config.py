@@ -156,7 +156,6 @@ class ComputeConfig(Node):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive = 2048
     threads: NonNegative = 0
-    activation_checkpointing: bool = False
 
 
 class CheckpointConfig(Node):
