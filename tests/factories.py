@@ -1,11 +1,14 @@
 """Builders that the tests share: a toy transformer, a byte tokenizer, prompts, rollouts and recipes."""
 
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -140,3 +143,69 @@ def toy_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         tree[key] = tree[key] | value if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
     return tree
+
+
+def save_adapter(folder: Path, base: str, seed: int = 0, *, rank: int = 4, scale: float = 0.2) -> str:
+    """A LoRA adapter of random weights on a toy base, as peft alone writes it (without opd.json); returns its path."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
+        model = get_peft_model(
+            LlamaForCausalLM.from_pretrained(base),
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0.0, scale)
+        model.save_pretrained(str(folder))
+    return str(folder)
+
+
+def merged_model(base: str, adapter: str) -> LlamaForCausalLM:
+    """A plain model into whose weights an adapter was merged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+        return model.merge_and_unload().eval()
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, item: Rollout, *, temperature: float = 1.0, vocab_size: int | None = None) -> np.ndarray:
+    """The log-probability of each action by a plain forward pass of the rollout alone, [actions]."""
+    ids = torch.tensor(item.token_ids.tolist())
+    logits = model(input_ids=ids[None]).logits[0, :-1, :vocab_size].double() / temperature
+    logprobs = torch.log_softmax(logits, dim=-1).gather(-1, ids[1:, None])[:, 0]
+    return logprobs.numpy()[item.loss_mask[1:]]
+
+
+def sft_recipe(folder: Path, student: str, **changes: Any) -> dict[str, Any]:
+    """A fine-tuning recipe, as plain data, that makes a toy expert in a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree: dict[str, Any] = {
+        "student": student,
+        "output": str(folder / "expert"),
+        "steps": 20,
+        "batch_size": 8,
+        "lora": {"rank": 4, "alpha": 8},
+        "tasks": {"answers": {"type": "file", "path": write_prompts(folder / "answers.jsonl"), "teacher": "-"}},
+        "optimizer": {"lr": 2e-2, "warmup_steps": 1},
+        "max_new_tokens": 4,
+        "evaluation": {"num_prompts": 4},
+        "compute": {"threads": 1, "device": "cpu"},
+    }
+    return tree | changes
+
+
+def write_toml(path: Path, tree: Mapping[str, Any]) -> str:
+    """A recipe of plain data as a TOML file; returns the path as text."""
+
+    def lines(table: Mapping[str, Any], prefix: str) -> list[str]:
+        found = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+        for key, value in table.items():
+            if isinstance(value, dict):
+                found += [f"[{prefix}{key}]", *lines(value, f"{prefix}{key}.")]
+        return found
+
+    path.write_text("\n".join(lines(tree, "")) + "\n", encoding="utf-8")
+    return str(path)

@@ -68,27 +68,29 @@ class Studio:
         )
 
     @torch.no_grad()
-    def reverse_kl(
-        self, rollouts: Sequence[Rollout], scores: Sequence[HiddenScore], policy: Voice | None = None
-    ) -> list[np.ndarray]:
-        """KL(policy, teacher) over the vocabulary at every action of every rollout, [actions] each; policy: the student."""
-        policy = policy or self.student
-        names = dict.fromkeys(r.prompt.teacher for r in rollouts)
-        own = self.teachers(keep_hidden=True, voices=dict.fromkeys(names, policy))
+    def reverse_kl(self, rollouts: Sequence[Rollout], scores: Sequence[HiddenScore]) -> list[np.ndarray]:
+        """KL(student, teacher) over the vocabulary at every action of every rollout, one [actions] array each."""
+        teachers = dict.fromkeys(s.teacher for s in scores)
+        own = self.teachers(keep_hidden=True, voices=dict.fromkeys(teachers, self.student)).score(rollouts)
+        student_hidden = [s.score.hidden for s in own if isinstance(s.score, HiddenScore)]
+        assert len(student_hidden) == len(scores)
+        head = self.student.network.head_weight()[: self.vocab_size]
         heads = self.teachers(keep_hidden=True)
-        found = []
-        for item, theirs in zip(own.score(rollouts), scores, strict=True):
-            assert isinstance(item.score, HiddenScore)
-            device = policy.network.device
-            mine = torch.from_numpy(item.score.hidden.copy()).to(device)
-            teacher = torch.from_numpy(theirs.hidden.copy()).to(device)
-            head = policy.network.head_weight()[: self.vocab_size]
+        found: dict[int, np.ndarray] = {}
+        for teacher in teachers:
+            mine = [i for i, s in enumerate(scores) if s.teacher == teacher]
+            ours, theirs = (
+                torch.from_numpy(np.concatenate(arrays)).to(head.device, head.dtype)
+                for arrays in ([student_hidden[i] for i in mine], [scores[i].hidden for i in mine])
+            )
+            floor = self.config.objective.teacher_logprob_floor
             _, kl, _, _ = exact_reverse_kl(
-                mine.to(head.dtype), head, teacher.to(head.dtype), heads.head(theirs.teacher), mine.new_ones(len(mine)),
-                temperature=self.config.temperature, logprob_floor=self.config.objective.teacher_logprob_floor,
+                ours, head, theirs, heads.head(teacher), ours.new_ones(len(ours)),
+                temperature=self.config.temperature, logprob_floor=floor,
             )  # fmt: skip
-            found.append(kl.double().cpu().numpy())
-        return found
+            ends = np.cumsum([len(scores[i].hidden) for i in mine])[:-1]
+            found.update(zip(mine, np.split(kl.double().cpu().numpy(), ends), strict=True))
+        return [found[i] for i in range(len(scores))]
 
 
 def prepare(compute: ComputeConfig) -> None:

@@ -1,0 +1,251 @@
+"""Every start-up check passes on what is right and fails on what is wrong."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from factories import prompt, rollout, scored
+
+from opd.errors import CheckError, DataError
+from opd.guards import preflight
+from opd.guards.preflight import Finding
+from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+
+VOCAB = 258
+
+
+def rollouts(count: int = 3) -> list[Rollout]:
+    """Rollouts of different lengths with figures of their own."""
+    return [
+        rollout(
+            list(range(i + 4)), 2, prompt=prompt(f"p{i}"), logprobs=[-0.5 - 0.1 * i - 0.01 * t for t in range(i + 2)]
+        )
+        for i in range(count)
+    ]
+
+
+def own_scores(items: Sequence[Rollout], shift: float = 0.0) -> list[ScoredRollout]:
+    """What a teacher would say that is the student itself, `shift` nats off."""
+    return [scored(r, (r.rollout_logprobs[r.loss_mask] + shift).tolist()) for r in items]
+
+
+def failed(item: Rollout) -> ScoredRollout:
+    return ScoredRollout(item, FailedScore(item.prompt.teacher, "too long"))
+
+
+class Stub:
+    """A teacher whose score of a rollout is a function of the rollout and of how often it was asked."""
+
+    def __init__(self, score: Callable[[Rollout, int], ScoredRollout]) -> None:
+        self._score, self.calls = score, 0
+
+    def score(self, items: Sequence[Rollout]) -> list[ScoredRollout]:
+        self.calls += 1
+        return [self._score(r, self.calls) for r in items]
+
+
+def steady(item: Rollout, call: int) -> ScoredRollout:
+    return own_scores([item])[0]
+
+
+# --- require ---
+
+
+def test_require_is_silent_when_all_checks_pass():
+    assert preflight.require([Finding("a", True, ""), Finding("b", True, "")]) is None
+
+
+def test_require_names_the_first_check_that_failed():
+    findings = [Finding("a", True, "x"), Finding("b", False, "got 3"), Finding("c", False, "z")]
+    with pytest.raises(CheckError, match=r"^start-up check 'b' failed: got 3$"):
+        preflight.require(findings)
+
+
+# --- teachers_exist ---
+
+
+def test_prompts_whose_teachers_are_there_pass():
+    found = preflight.teachers_exist([prompt(teacher="even"), prompt(teacher="odd")], ["even", "odd", "spare"])
+    assert found.passed
+    assert found.detail == "2 prompts, 3 teachers"
+
+
+def test_a_prompt_with_a_wrong_teacher_is_named():
+    with pytest.raises(DataError) as caught:
+        preflight.teachers_exist([prompt("a", teacher="even"), prompt("b", teacher="evne")], {"odd": 1, "even": 2})
+    assert str(caught.value) == ("prompt 'b': teacher 'evne' is not in [teachers] (even, odd); did you mean 'even'?")
+
+
+# --- lengths_fit ---
+
+
+def fits(lengths: dict[str, int], *, student: int | None, teacher: int | None) -> Finding:
+    def length(item: Prompt) -> int:
+        return lengths[item.id]
+
+    return preflight.lengths_fit(
+        [prompt(name, teacher="t") for name in lengths],
+        length,
+        max_new_tokens=10,
+        contexts={"the student": student},
+        teacher_contexts={"t": teacher, "other": 1},
+    )
+
+
+def test_lengths_that_just_fit_pass():
+    found = fits({"a": 5, "b": 90}, student=100, teacher=100)
+    assert found.passed
+    assert found.detail == "longest prompt 90 + 10 new tokens"
+
+
+@pytest.mark.parametrize(("student", "teacher", "who"), [(99, 100, "the student (99)"), (100, 99, "teacher 't' (99)")])
+def test_a_prompt_that_is_one_token_too_long_is_named_with_the_context_that_it_exceeds(student, teacher, who):
+    with pytest.raises(DataError) as caught:
+        fits({"a": 5, "b": 90}, student=student, teacher=teacher)
+    assert str(caught.value).startswith(
+        f"prompt 'b': 90 tokens + sampling.max_new_tokens = 10 exceed the context of {who}; shorten the prompt"
+    )
+
+
+def test_an_unknown_context_limits_nothing():
+    assert fits({"a": 10**9}, student=None, teacher=None).passed
+
+
+# --- same_policy ---
+
+
+def test_a_teacher_that_equals_the_student_passes():
+    items = rollouts()
+    found = preflight.same_policy(items, own_scores(items, shift=5e-4), tolerance=1e-3)
+    assert found.passed
+    assert "over 3 rollouts" in found.detail
+
+
+@pytest.mark.parametrize("shift", [0.1, -0.1])
+def test_log_ratios_that_are_off_fail(shift):
+    items = rollouts()
+    found = preflight.same_policy(items, own_scores(items, shift=shift), tolerance=1e-3)
+    assert not found.passed
+    assert "1.0e-01" in found.detail
+
+
+def test_one_log_ratio_that_is_off_fails():
+    items = rollouts()
+    rescored = own_scores(items)
+    off = items[1].rollout_logprobs[items[1].loss_mask].copy()
+    off[-1] -= 0.5
+    rescored[1] = scored(items[1], off.tolist())
+    assert not preflight.same_policy(items, rescored, tolerance=1e-3).passed
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_log_ratio_that_is_no_number_fails_wherever_it_stands(place):
+    items = rollouts()
+    rescored = own_scores(items)
+    rescored[place] = scored(items[place], [math.nan] * items[place].num_actions)
+    assert not preflight.same_policy(items, rescored, tolerance=1e-3).passed
+
+
+def test_nothing_scored_by_the_student_itself_fails():
+    items = rollouts()
+    assert not preflight.same_policy(items, [failed(r) for r in items], tolerance=1e-3).passed
+
+
+# --- deterministic ---
+
+
+def test_a_teacher_that_repeats_itself_passes():
+    teacher = Stub(steady)
+    assert preflight.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-6).passed
+
+
+def test_a_teacher_that_gives_other_scores_the_second_time_fails():
+    teacher = Stub(lambda r, call: own_scores([r], shift=0.01 * call)[0])
+    found = preflight.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
+    assert not found.passed
+    assert "1.0e-02" in found.detail
+
+
+def test_a_teacher_whose_scores_depend_on_the_order_fails():
+    class ByPlace(Stub):
+        def score(self, items: Sequence[Rollout]) -> list[ScoredRollout]:
+            return [own_scores([r], shift=0.1 * i)[0] for i, r in enumerate(items)]
+
+    teacher = ByPlace(steady)
+    assert not preflight.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_rollout_that_cannot_be_scored_is_named(call):
+    teacher = Stub(lambda r, n: failed(r) if n == call and r.id == "p1/0" else own_scores([r])[0])
+    found = preflight.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
+    assert not found.passed
+    assert found.detail == "rollout 'p1/0' could not be scored"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("calls", [(1, 2), (2,)])
+def test_scores_that_are_no_numbers_are_not_called_deterministic(place, calls):
+    teacher = Stub(
+        lambda r, n: (
+            scored(r, [math.nan] * r.num_actions) if n in calls and r.id == f"p{place}/0" else own_scores([r])[0]
+        )
+    )
+    assert not preflight.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
+
+
+# --- informative ---
+
+
+def test_teachers_that_tell_tokens_apart_pass_each_by_name():
+    items = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}", teacher=t)) for i, t in enumerate(["even", "odd", "even"])]
+    found = preflight.informative(own_scores(items), vocab_size=VOCAB)
+    assert [f.name for f in found] == ["teacher 'even' is not uniform", "teacher 'odd' is not uniform"]
+    assert all(f.passed for f in found)
+    assert "on 4 tokens" in found[0].detail
+
+
+def test_only_the_uniform_teacher_fails():
+    items = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}", teacher=t)) for i, t in enumerate(["even", "odd"])]
+    uniform = scored(items[0], [-math.log(VOCAB)] * 2)
+    found = preflight.informative([uniform, *own_scores(items[1:])], vocab_size=VOCAB)
+    assert [f.passed for f in found] == [False, True]
+    assert f"uniform: {-math.log(VOCAB):.2f}" in found[0].detail
+
+
+def test_a_teacher_whose_tokens_are_on_average_like_uniform_passes():
+    [item] = rollouts(1)
+    around = scored(item, [-math.log(VOCAB) - 1.0, -math.log(VOCAB) + 1.0])
+    assert all(f.passed for f in preflight.informative([around], vocab_size=VOCAB))
+
+
+def test_a_teacher_whose_scores_are_no_numbers_is_not_informative():
+    [item] = rollouts(1)
+    found = preflight.informative([scored(item, [math.nan, -1.0])], vocab_size=VOCAB)
+    assert not any(f.passed for f in found)
+
+
+def test_a_teacher_that_could_score_nothing_fails_the_check():
+    found = preflight.informative([failed(r) for r in rollouts()], vocab_size=VOCAB)
+    assert [f.passed for f in found] == [False]
+
+
+# --- packed_equals_plain ---
+
+
+@pytest.mark.parametrize(("difference", "passed"), [(0.0, True), (1e-3, True), (2e-3, False), (math.nan, False)])
+def test_packed_logits_must_equal_plain_ones(difference, passed):
+    found = preflight.packed_equals_plain("student", difference, tolerance=1e-3)
+    assert found.passed is passed
+    assert found.name == "packed logits equal plain logits (student)"
+
+
+def test_findings_are_plain_booleans():
+    items = rollouts()
+    for found in (
+        preflight.same_policy(items, own_scores(items), tolerance=1e-3),
+        *preflight.informative(own_scores(items), vocab_size=VOCAB),
+        preflight.packed_equals_plain("student", float(np.float32(0.0)), tolerance=1e-3),
+    ):
+        assert isinstance(found.passed, bool)

@@ -1,0 +1,510 @@
+"""Training from end to end on toy models: every objective, what a run leaves behind, and that it learns."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from factories import save_toy, sft_recipe, toy_recipe, write_prompts
+from matplotlib.image import imread
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import opd
+from opd import checkpoint
+from opd.embedded.build import build
+from opd.loop import StepReport
+from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+
+IDS = torch.tensor([[256, 104, 105, 32, 119, 111, 114, 108, 100, 257]])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, what it returned, and what its callables saw."""
+
+    tree: dict[str, Any]
+    result: opd.Result
+    reports: list[StepReport]
+    rewarded: list[tuple[Prompt, str]]
+
+    @property
+    def path(self) -> Path:
+        return self.result.run
+
+
+def reward_of(prompt: Prompt, response: str) -> float:
+    """Some reward that differs between samples."""
+    return float(crc32(response.encode()) % 2)
+
+
+def other_words(path: str) -> None:
+    """Another text for every prompt of a file, so that two teachers do not pull apart what one text is answered with."""
+    text = Path(path).read_text(encoding="utf-8")
+    Path(path).write_text(text.replace("say ", "Now for something else: "), encoding="utf-8")
+
+
+def train(tree: dict[str, Any]) -> Run:
+    reports: list[StepReport] = []
+    rewarded: list[tuple[Prompt, str]] = []
+
+    def reward(prompt: Prompt, response: str) -> float:
+        rewarded.append((prompt, response))
+        return reward_of(prompt, response)
+
+    result = opd.train(opd.parse_config(tree), reward=reward, on_step=reports.append)
+    assert result.finished
+    assert result.steps_done == tree["steps"]
+    return Run(tree, result, reports, rewarded)
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A toy expert made by `opd.sft`: its recipe's tree."""
+    folder = tmp_path_factory.mktemp("sft")
+    tree = sft_recipe(folder, save_toy(folder / "base", 0))
+    opd.sft(opd.parse_config(tree, kind=opd.SftConfig))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, expert: dict[str, Any]) -> Run:
+    """Forty steps toward a whole model (even) and an adapter made by sft (odd)."""
+    tree = toy_recipe(
+        tmp_path_factory.mktemp("mixed"),
+        student=expert["student"],
+        steps=40,
+        lora={"rank": 8, "alpha": 32},
+        optimizer={"lr": 2e-2},
+        checkpoint={"every": 7, "keep": 3},
+    )
+    tree["teachers"]["odd"] = {"adapter": f"{expert['output']}/student"}
+    for key in ("path", "held_out_path"):
+        other_words(tree["tasks"]["second"][key])
+    return train(tree)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, expert: dict[str, Any]) -> Run:
+    """A run that trains every weight of the student toward an adapter and a whole model."""
+    tree = toy_recipe(
+        tmp_path_factory.mktemp("whole"), student=expert["student"], steps=6, trainable="full", optimizer={"lr": 3e-3}
+    )
+    tree["teachers"]["odd"] = {"adapter": f"{expert['output']}/student"}
+    return train(tree)
+
+
+def actions_of(item: ScoredRollout) -> tuple[np.ndarray, np.ndarray]:
+    """(the student's log-probabilities as sampled, the teacher's) of a rollout's actions."""
+    assert not isinstance(item.score, FailedScore)
+    mask = item.rollout.loss_mask
+    return item.rollout.rollout_logprobs[mask].astype(float), item.score.logprobs[mask].astype(float)
+
+
+def to_go(log_ratio: np.ndarray, discount: float) -> np.ndarray:
+    return np.array(
+        [sum(discount ** (u - t) * log_ratio[u] for u in range(t, len(log_ratio))) for t in range(len(log_ratio))]
+    )
+
+
+def outcome_advantages(rollouts: Sequence[Rollout], baseline: str) -> list[float]:
+    found = []
+    for item in rollouts:
+        mine = [r.reward for r in rollouts if r.prompt == item.prompt]
+        others = [r.reward for r in rollouts if r.prompt == item.prompt and r.sample != item.sample]
+        if baseline == "leave_one_out":
+            found.append(item.reward - np.mean(others))
+        else:
+            found.append((item.reward - np.mean(mine)) / (np.std(mine) + 1e-6))
+    return found
+
+
+VARIANTS = {
+    "immediate": ({"objective": {"type": "immediate"}}, lambda r: r),
+    "to_go": ({"objective": {"type": "to_go"}}, lambda r: to_go(r, 1.0)),
+    "to_go discounted": ({"objective": {"type": "to_go", "discount": 0.5}}, lambda r: to_go(r, 0.5)),
+    "ppo": ({"objective": {"type": "immediate", "loss": "ppo"}}, None),
+    "outcome beside exact": ({"objective": {"type": "exact"}, "outcome": {"coef": 2.0}}, None),
+    "outcome beside to_go": (
+        {"objective": {"type": "to_go"}, "outcome": {"coef": 0.5, "baseline": "grpo"}},
+        lambda r: to_go(r, 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ppo"])
+def test_the_loss_of_a_step_is_that_of_its_recorded_rollouts(tmp_path: Path, variant: str):
+    changes, distillation = VARIANTS[variant]
+    run = train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}, **changes))
+    for line in opd.read_metrics(run.path):
+        scored = list(opd.read_rollouts(run.path, line["step"]))
+        coef = changes.get("outcome", {}).get("coef", 0.0)
+        baseline = changes.get("outcome", {}).get("baseline", "leave_one_out")
+        outcomes = outcome_advantages([s.rollout for s in scored], baseline)
+        assert len({s.rollout.reward for s in scored}) == 2
+        total = line["kl/sequence/mean"] * len(scored) if distillation is None else 0.0
+        for item, outcome in zip(scored, outcomes, strict=True):
+            student, teacher = actions_of(item)
+            advantage = coef * outcome + (0.0 if distillation is None else distillation(teacher - student))
+            total -= float((advantage * student).sum())
+        assert line["loss/total/sum"] == pytest.approx(total / len(scored), rel=1e-4, abs=1e-4)
+
+
+def test_a_clipped_update_is_repeated_on_one_batch_and_counts_what_it_clips(tmp_path: Path):
+    still = {"optimizer": {"lr": 1e-12}, "objective": {"type": "immediate", "loss": "ppo", "epochs": 2}}
+    run = train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}, **still))
+    for line in opd.read_metrics(run.path):
+        # With weights that stand still every ratio is 1, so each epoch's loss is -sum A / rollouts.
+        scored = list(opd.read_rollouts(run.path, line["step"]))
+        ratios = [teacher - student for student, teacher in map(actions_of, scored)]
+        once = -sum(r.sum() for r in ratios) / len(scored)
+        assert line["loss/total/sum"] == pytest.approx(2 * once, rel=1e-4, abs=1e-4)
+        assert line["loss/clipped/mean"] == 0.0
+    fast = still | {"optimizer": {"lr": 0.3}, "output": str(tmp_path / "fast")}
+    moved = train(toy_recipe(tmp_path, steps=3, evaluation={"num_prompts": 0}, **fast))
+    lines = opd.read_metrics(moved.path)
+    assert all(0 < line["loss/clipped/mean"] < 1 for line in lines)
+    _, state = newest(moved.path)
+    assert state["learner"]["num_updates"] == 6
+
+
+def test_the_exact_objective_brings_the_reverse_kl_down(mixed: Run):
+    lines = opd.read_metrics(mixed.path)
+    for teacher in ("even", "odd"):
+        curve = [line[f"kl/token/{teacher}/mean"] for line in lines]
+        assert np.mean(curve[-5:]) < 0.7 * np.mean(curve[:5]), teacher
+    assert len(mixed.result.parity) == 3
+    for row in mixed.result.parity:
+        assert row.before is not None
+        assert row.before.kl_token is not None
+        assert row.after.kl_token < 0.8 * row.before.kl_token, (row.task, row.split)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{"type": "immediate"}, {"type": "immediate", "loss": "ppo", "epochs": 2}],
+    ids=["reinforce", "ppo"],
+)
+def test_sampled_objectives_bring_the_reverse_kl_down(tmp_path: Path, objective: dict[str, Any]):
+    changes = {
+        "sampling": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 3},
+        "optimizer": {"lr": 2e-2},
+        "evaluation": {"num_prompts": 12},
+    }
+    tree = toy_recipe(tmp_path, steps=25, objective=objective, **changes)
+    other_words(tree["tasks"]["second"]["path"])
+    rows = [row for row in train(tree).result.parity if row.split == "train"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.before is not None
+        assert row.after.kl_token < 0.95 * row.before.kl_token, row.task
+
+
+def test_full_training_brings_the_reverse_kl_down(whole: Run):
+    curve = [line["kl/token/mean"] for line in opd.read_metrics(whole.path)]
+    assert curve[-1] < 0.9 * curve[0]
+
+
+def test_the_outcome_term_makes_rewarded_responses_more_frequent(tmp_path: Path):
+    changes = {"sampling": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 3}, "optimizer": {"lr": 2e-2}}
+    tree = toy_recipe(tmp_path, steps=20, outcome={"coef": 50.0}, evaluation={"num_prompts": 0}, **changes)
+    opd.train(opd.parse_config(tree), reward=lambda prompt, response: float(response[:1].isascii()))
+    curve = [line["outcome/mean"] for line in opd.read_metrics(tree["output"])]
+    assert np.mean(curve[-5:]) > np.mean(curve[:2]) + 0.2
+
+
+def test_a_teacher_equal_to_the_student_gives_kl_0(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=2)
+    copy = shutil.copytree(tree["student"], tmp_path / "copy")
+    tree["teachers"] = {"even": {"model": tree["student"]}, "odd": {"model": str(copy)}}
+    run = train(tree)
+    first = opd.read_metrics(run.path)[0]
+    for name in ("kl/token/mean", "kl/token/even/mean", "kl/token/odd/mean"):
+        assert abs(first[name]) < 1e-6
+    assert first["optim/grad_norm/mean"] < 1e-4
+    for item in opd.read_rollouts(run.path, 1):
+        student, teacher = actions_of(item)
+        np.testing.assert_allclose(teacher, student, atol=1e-4)
+    for row in run.result.parity:
+        assert row.before is not None
+        assert abs(row.before.kl_token) < 1e-6
+
+
+def test_on_step_sees_every_update_in_order_with_the_values_on_disk(mixed: Run):
+    assert [r.step for r in mixed.reports] == list(range(1, 41))
+    assert [{"step": r.step, **r.values} for r in mixed.reports] == opd.read_metrics(mixed.path)
+
+
+def test_the_reward_callable_judges_every_response(mixed: Run):
+    seen = {(p.id, response) for p, response in mixed.rewarded}
+    for report in mixed.reports:
+        for item in report.scored:
+            assert (item.rollout.prompt.id, item.rollout.response) in seen
+            assert item.rollout.reward == reward_of(item.rollout.prompt, item.rollout.response)
+        rewards = [item.rollout.reward for item in report.scored]
+        assert report.values["outcome/mean"] == pytest.approx(np.mean(rewards))
+    evaluated = {row.task: row.after for row in mixed.result.parity if row.split == "train"}
+    assert all(cell.correct is not None and 0 <= cell.correct <= cell.total == 4 for cell in evaluated.values())
+
+
+def test_without_a_reward_callable_the_tasks_own_verifier_judges(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=1, optimizer={"warmup_steps": 0}, evaluation={"num_prompts": 0})
+    tree["tasks"]["second"]["verifier"] = "none"
+    opd.train(opd.parse_config(tree))
+    rewards = {s.rollout.prompt.task: s.rollout.reward for s in opd.read_rollouts(tree["output"])}
+    assert rewards == {"first": 0.0, "second": None}
+    [line] = opd.read_metrics(tree["output"])
+    assert line["outcome/first/mean"] == line["outcome/mean"] == 0.0
+    assert "outcome/second/mean" not in line
+
+
+def test_every_metric_of_a_step_is_a_number_and_the_phases_fill_its_time(mixed: Run):
+    lines = opd.read_metrics(mixed.path)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for line in lines:
+        assert all(np.isfinite(value) for value in line.values())
+        phases = sum(line[f"time/{p}_s/sum"] for p in ("sample", "score", "update", "wait"))
+        assert phases == pytest.approx(line["time/step_s/sum"], rel=1e-6)
+        assert line["batch/rollouts/sum"] == 8
+
+
+def test_a_run_folder_holds_what_its_contract_lists(mixed: Run):
+    names = {p.name for p in mixed.path.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "before.json",
+        "parity.json",
+        "parity.md",
+        "curves.png",
+        "student",
+    }
+    assert not [p for p in mixed.path.rglob("*") if "partial" in p.name]
+    config = json.loads((mixed.path / "config.json").read_text())
+    assert opd.parse_config(config) == opd.parse_config(mixed.tree)
+    assert len(list((mixed.path / "rollouts").iterdir())) == 40
+    # One every 7 steps and one at the end, the newest 3 kept.
+    kept = [p.name for p in checkpoint.list_checkpoints(mixed.path / "checkpoints")]
+    assert kept == ["step-000028", "step-000035", "step-000040"]
+
+
+def test_rollouts_read_back_exactly(mixed: Run):
+    back = list(opd.read_rollouts(mixed.path))
+    sampled = [item for report in mixed.reports for item in report.scored]
+    assert len(back) == len(sampled) == 40 * 8
+    for ours, theirs in zip(back, sampled, strict=True):
+        assert not isinstance(ours.score, FailedScore)
+        assert not isinstance(theirs.score, FailedScore)
+        for name in ("token_ids", "loss_mask", "rollout_logprobs"):
+            a, b = getattr(ours.rollout, name), getattr(theirs.rollout, name)
+            assert a.dtype == b.dtype
+            assert np.array_equal(a, b), name
+        assert ours.score.teacher == theirs.score.teacher
+        assert np.array_equal(ours.score.logprobs, theirs.score.logprobs)
+        for name in ("id", "response", "reward", "finish", "policy_version", "turns"):
+            assert getattr(ours.rollout, name) == getattr(theirs.rollout, name), name
+    fifth = list(opd.read_rollouts(mixed.path, 5))
+    assert [s.rollout.id for s in fifth] == [s.rollout.id for s in mixed.reports[4].scored]
+    assert {s.rollout.policy_version for s in fifth} == {4}
+
+
+def test_reading_rollouts_of_a_step_that_was_never_done_says_so(mixed: Run):
+    with pytest.raises(opd.OpdError, match="has no rollouts of step 41"):
+        list(opd.read_rollouts(mixed.path, 41))
+
+
+def test_the_curves_are_a_picture(mixed: Run):
+    data = (mixed.path / "curves.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(mixed.path / "curves.png")
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.01
+
+
+def test_the_parity_table_on_disk_is_the_one_returned(mixed: Run):
+    rows = json.loads((mixed.path / "parity.json").read_text())
+    assert [(r["task"], r["split"], r["teacher"]) for r in rows] == [
+        ("first", "train", "even"),
+        ("second", "train", "odd"),
+        ("second", "held_out", "odd"),
+    ]
+    for row, returned in zip(rows, mixed.result.parity, strict=True):
+        assert row["student_after"]["kl_token"] == returned.after.kl_token
+        assert row["student_before"]["kl_sequence"] == returned.before.kl_sequence
+        assert row["teacher_alone"]["correct"] == returned.expert.correct
+        assert row["student_after"]["total"] == 4
+    table = (mixed.path / "parity.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + len(rows)
+
+
+def newest(run: Path) -> tuple[Any, Any]:
+    found = checkpoint.load_newest(run / "checkpoints", warn=pytest.fail)
+    assert found is not None
+    return found.tensors, found.state
+
+
+@torch.no_grad()
+def trained_logits(run: Run) -> torch.Tensor:
+    """The logits of the student as its newest checkpoint has it."""
+    studio = build(opd.parse_config(run.tree))
+    tensors, state = newest(run.path)
+    studio.learner().load_state(tensors, state["learner"])
+    studio.student.network.activate(studio.student.adapter)
+    return studio.student.network.base(input_ids=IDS).logits
+
+
+@torch.no_grad()
+def test_an_adapter_student_loads_with_peft_alone(mixed: Run):
+    base = AutoModelForCausalLM.from_pretrained(mixed.tree["student"])
+    before = base(input_ids=IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
+        student = PeftModel.from_pretrained(base, str(mixed.path / "student")).eval()
+    after = student(input_ids=IDS).logits
+    torch.testing.assert_close(after, trained_logits(mixed), rtol=0, atol=1e-6)
+    assert float((after - before).abs().max()) > 0.1
+    base_of = json.loads((mixed.path / "student" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base_of == mixed.tree["student"]
+
+
+@torch.no_grad()
+def test_a_whole_student_loads_with_transformers_alone(whole: Run):
+    folder = whole.path / "student"
+    student = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = AutoModelForCausalLM.from_pretrained(whole.tree["student"]).eval()(input_ids=IDS).logits
+    after = student(input_ids=IDS).logits
+    torch.testing.assert_close(after, trained_logits(whole), rtol=0, atol=1e-6)
+    assert float((after - before).abs().max()) > 0.01
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(whole.tree["student"]).get_vocab()
+    assert tokenizer.chat_template
+
+
+def test_an_exported_student_is_a_teacher_of_the_next_run(mixed: Run, whole: Run, tmp_path: Path):
+    tree = toy_recipe(tmp_path, student=mixed.tree["student"], steps=2)
+    tree["teachers"] = {"even": {"adapter": f"{mixed.path}/student"}, "odd": {"model": f"{whole.path}/student"}}
+    run = train(tree)
+    assert opd.read_metrics(run.path)[0]["kl/token/mean"] > 0.01
+
+
+def test_two_adapters_made_by_sft_teach_one_student(expert: dict[str, Any], tmp_path: Path):
+    other = sft_recipe(tmp_path / "other", expert["student"], seed=3)
+    (tmp_path / "other" / "answers.jsonl").write_text(
+        "".join(json.dumps({"id": i, "prompt": f"Now for something else: {c}", "answer": "!"}) + "\n"
+                for i, c in enumerate("abcdefgh")),
+        encoding="utf-8",
+    )  # fmt: skip
+    opd.sft(opd.parse_config(other, kind=opd.SftConfig))
+    tree = toy_recipe(tmp_path, student=expert["student"], steps=12, optimizer={"lr": 2e-2})
+    tree["teachers"] = {
+        "even": {"adapter": f"{expert['output']}/student"},
+        "odd": {"adapter": f"{other['output']}/student"},
+    }
+    for key in ("path", "held_out_path"):
+        other_words(tree["tasks"]["second"][key])
+    for row in train(tree).result.parity:
+        assert row.before is not None
+        assert row.after.kl_token < 0.85 * row.before.kl_token, (row.task, row.split)
+
+
+def test_sft_lowers_the_likelihood_loss_and_writes_an_adapter_that_knows_its_base(expert: dict[str, Any]):
+    folder = Path(expert["output"])
+    curve = [line["student/nll/mean"] for line in opd.read_metrics(folder)]
+    assert len(curve) == 20
+    assert curve[-1] < 0.7 * curve[0]
+    facts = json.loads((folder / "student" / "opd.json").read_text())
+    assert facts["base"] == expert["student"]
+    assert load_file(folder / "student" / "adapter_model.safetensors")
+
+
+def test_sft_scores_every_token_of_the_answer_and_its_end(tmp_path: Path):
+    student = save_toy(tmp_path / "base", 0)
+    tree = sft_recipe(tmp_path, student, steps=1, batch_size=3, optimizer={"warmup_steps": 0})
+    write_prompts(tmp_path / "answers.jsonl", 3)
+    opd.sft(opd.parse_config(tree, kind=opd.SftConfig))
+    tokenizer, model = AutoTokenizer.from_pretrained(student), AutoModelForCausalLM.from_pretrained(student).eval()
+    losses = []
+    for line in (tmp_path / "answers.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        head = f"<|im_start|>user\n{record['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(f"{head}{record['answer']}<|im_end|>", return_tensors="pt").input_ids
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(input_ids=ids).logits[0], -1)
+        losses += [-float(logprobs[t - 1, ids[0, t]]) for t in (ids.shape[1] - 2, ids.shape[1] - 1)]
+    [line] = opd.read_metrics(tree["output"])
+    assert line["student/nll/mean"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert line["loss/total/sum"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_opd_check_passes_on_a_sound_recipe_without_writing(mixed: Run, tmp_path: Path):
+    tree = mixed.tree | {"output": str(tmp_path / "never")}
+    findings = opd.check(opd.parse_config(tree))
+    assert len(findings) >= 7
+    assert [f for f in findings if not f.passed] == []
+    names = " ".join(f.name for f in findings)
+    assert all(word in names for word in ("KL 0", "packed logits", "deterministic", "'even'", "'odd'", "contexts"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_opd_check_finds_a_teacher_that_lost_its_weights(tmp_path: Path):
+    tree = toy_recipe(tmp_path)
+    tree["teachers"]["odd"]["model"] = save_toy(tmp_path / "empty", 2, scale=0.0)
+    failed = [f.name for f in opd.check(opd.parse_config(tree)) if not f.passed]
+    assert failed == ["teacher 'odd' is not uniform"]
+    with pytest.raises(opd.OpdError, match="teacher 'odd' is not uniform"):
+        opd.train(opd.parse_config(tree))
+
+
+def test_evaluating_a_run_writes_its_parity_table_anew(mixed: Run, tmp_path: Path):
+    copy = shutil.copytree(mixed.path, tmp_path / "copy")
+    for name in ("parity.json", "parity.md"):
+        (copy / name).write_text("gone")
+    rows = opd.evaluate_run(copy, reward=reward_of)
+    assert rows == list(mixed.result.parity)
+    for name in ("parity.json", "parity.md", "metrics.jsonl", "before.json"):
+        assert (copy / name).read_bytes() == (mixed.path / name).read_bytes(), name
+
+
+def test_evaluating_a_run_leaves_the_metrics_of_steps_after_its_checkpoint(mixed: Run, tmp_path: Path):
+    copy = shutil.copytree(mixed.path, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / "step-000040")  # as of a run that goes on, or was killed
+    before = (copy / "metrics.jsonl").read_bytes()
+    opd.evaluate_run(copy, reward=reward_of)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluating_a_folder_without_a_checkpoint_is_refused(mixed: Run, tmp_path: Path):
+    copy = shutil.copytree(mixed.path, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    before = {p: p.read_bytes() for p in copy.iterdir() if p.is_file()}
+    with pytest.raises(opd.OpdError, match="no checkpoint"):
+        opd.evaluate_run(copy)
+    assert {p: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
+
+
+def test_a_run_without_evaluation_has_no_parity_table(tmp_path: Path):
+    run = train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))
+    assert run.result.parity == ()
+    assert not {"parity.json", "parity.md", "before.json"} & {p.name for p in run.path.iterdir()}
+
+
+def test_another_seed_gives_other_rollouts_and_another_student(tmp_path: Path):
+    def weights(seed: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        path = tmp_path / str(seed)
+        quick = {"steps": 2, "evaluation": {"num_prompts": 0}, "output": str(path), "seed": seed}
+        opd.train(opd.parse_config(toy_recipe(tmp_path, **quick)))
+        tokens = [s.rollout.token_ids.tolist() for s in opd.read_rollouts(path, 1)]
+        return tokens, load_file(path / "student" / "adapter_model.safetensors")
+
+    (first, ours), (second, theirs) = weights(0), weights(1)
+    assert first != second
+    assert all(not torch.equal(ours[name], theirs[name]) for name in ours)
