@@ -28,11 +28,11 @@ demo: install model
 
 # Make the two experts under examples/merge/ again.
 experts: install model
-	rm -rf runs/expert_arithmetic runs/expert_letters
-	$(BIN)/opd sft recipes/expert_arithmetic.toml
+	rm -rf runs/expert_words runs/expert_letters
+	$(BIN)/opd sft recipes/expert_words.toml
 	$(BIN)/opd sft recipes/expert_letters.toml
-	rm -rf examples/merge/arithmetic examples/merge/letters
-	cp -r runs/expert_arithmetic/student examples/merge/arithmetic
+	rm -rf examples/merge/words examples/merge/letters
+	cp -r runs/expert_words/student examples/merge/words
 	cp -r runs/expert_letters/student examples/merge/letters
 
 # Everything that a change must pass; .ci/run calls this.

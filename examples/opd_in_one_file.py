@@ -9,6 +9,7 @@ LoRA student. The library's first steps are the same, number for number; it adds
 """
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -76,6 +77,12 @@ def read_prompts(tokenizer, name: str, path: str) -> list[tuple[list[int], str]]
     return prompts
 
 
+def generator_of(*parts: int | str) -> torch.Generator:
+    """Random numbers for one place in the run; hashed, because torch reads only 32 bits of a seed."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
 def prompt_batches(tasks: list[list], size: int, seed: int):
     """Endless batches: tasks take turns, each in its own order, reshuffled every epoch."""
     drawn = [0] * len(tasks)
@@ -84,8 +91,7 @@ def prompt_batches(tasks: list[list], size: int, seed: int):
         for _ in range(size):
             due = max(range(len(tasks)), key=lambda i: (sum(drawn) + 1) / len(tasks) - drawn[i])
             epoch, index = divmod(drawn[due], len(tasks[due]))
-            generator = torch.Generator().manual_seed((seed * 1_000 + due) * 1_000_000 + epoch)
-            order = torch.randperm(len(tasks[due]), generator=generator).tolist()
+            order = torch.randperm(len(tasks[due]), generator=generator_of(seed, "prompts", due, epoch)).tolist()
             batch.append(tasks[due][order[index]])
             drawn[due] += 1
         yield batch
@@ -164,7 +170,7 @@ def distill(args: argparse.Namespace) -> list[dict[str, float]]:
         batch = next(batches)
         prompts = [ids for ids, _ in batch for _ in range(args.group_size)]
         chosen = [teacher for _, teacher in batch for _ in range(args.group_size)]
-        generator = torch.Generator().manual_seed(args.seed * 2**20 + step + 1)
+        generator = generator_of(args.seed, "sample", step + 1)
         uniforms = torch.rand(len(prompts), args.max_new_tokens, dtype=torch.float64, generator=generator)
         sequences = sample(model, prompts, uniforms, end, args.temperature)
 

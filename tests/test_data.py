@@ -343,6 +343,11 @@ def test_continuing_from_a_saved_cursor_equals_not_stopping(before, after):
     assert ids(fresh.next(after)) == ids(whole.next(after))
 
 
+@pytest.mark.parametrize("seed", [1, 2**23, 2**32, 20_260_131_235_959])
+def test_a_seed_of_any_size_gives_an_order_of_its_own(seed):
+    assert ids(stream({"a": 50}, seed=seed).next(50)) != ids(stream({"a": 50}, seed=0).next(50))
+
+
 def test_a_task_keeps_its_order_when_another_task_grows():
     def order(drawn: list[str]) -> list[str]:
         return [i for i in drawn if i.startswith("a")][:10]

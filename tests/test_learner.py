@@ -92,7 +92,7 @@ def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool 
         for name, parameter in studio.learner().weights().items():
             if "lora_" in name:  # a fresh adapter is the identity, and half of its gradient is 0
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=5)
+    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(5,))
     scored = studio.teachers(keep_hidden=True).score(rollouts)
     batch, counts = pack(scored, logprob_floor=-50.0)
     assert counts["dropped"] == 0

@@ -410,9 +410,7 @@ def test_a_changed_teacher_is_refused_on_resume(tmp_path: Path, which: str):
 def test_a_changed_base_of_the_student_is_refused_on_resume(tmp_path: Path):
     tree = toy_recipe(tmp_path, steps=6, evaluation={"num_prompts": 2})  # both teachers are models of their own
     stop = signal.SIGINT
-    result = opd.train(
-        opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 3 else None
-    )
+    result = opd.train(opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 3 else None)
     assert not result.finished
     before = files_of(result.run)
     save_toy(tmp_path / "student", 9)

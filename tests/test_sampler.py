@@ -40,7 +40,7 @@ def sample(
     sampler = EmbeddedSampler(
         network, adapter=adapter, temperature=temperature, max_new_tokens=max_new_tokens, max_rows=max_rows
     )
-    return sampler.sample(prompts, num_samples=num_samples, seed=seed)
+    return sampler.sample(prompts, num_samples=num_samples, seed=(seed,))
 
 
 def several() -> list[Prompt]:
@@ -114,7 +114,7 @@ def test_smaller_parts_draw_the_same_tokens(network: Network, max_rows: int):
     for a, b in zip(parts, whole, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert a.finish == b.finish
-        np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_draws_the_same_tokens_alone_and_beside_others_of_its_prefix(network: Network):
@@ -179,7 +179,7 @@ def test_one_new_token_is_one_action(network: Network):
 def test_a_rollout_says_which_tokens_are_the_students_and_what_they_mean(network: Network):
     sampler = EmbeddedSampler(network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64)
     sampler.load_weights({}, policy_version=3)
-    for item in sampler.sample(several(), num_samples=2, seed=0):
+    for item in sampler.sample(several(), num_samples=2, seed=(0,)):
         head, answer = item.turns
         assert (head.author, head.start, answer.author, answer.end) == ("prompt", 0, "student", len(item.token_ids))
         assert head.end == answer.start

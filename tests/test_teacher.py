@@ -33,7 +33,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("teachers")
     tree = toy_recipe(folder)
     adapters = {
-        name: {"adapter": save_adapter(folder / name, tree["student"], seed)} for name, seed in (("left", 5), ("right", 6))
+        name: {"adapter": save_adapter(folder / name, tree["student"], seed)}
+        for name, seed in (("left", 5), ("right", 6))
     }
     return tree | {"teachers": tree["teachers"] | adapters}
 
@@ -50,7 +51,7 @@ def rollouts(studio: Studio) -> list[Rollout]:
         prompt(f"p{i}", text, teacher=NAMES[i % 4])
         for i, text in enumerate(["hi", "hi", "hi there", "hi", "what now", "hi there", "x", "well"])
     ]
-    return studio.sampler().sample(prompts, num_samples=2, seed=3)
+    return studio.sampler().sample(prompts, num_samples=2, seed=(3,))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from factories import save_toy, sft_recipe, toy_recipe, write_prompts
+from factories import prompt, rollout, save_toy, scored, sft_recipe, toy_recipe, write_prompts
 from matplotlib.image import imread
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from opd import checkpoint
 from opd.embedded.build import build
 from opd.loop import StepReport
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.report.run_folder import RunFolder
 
 IDS = torch.tensor([[256, 104, 105, 32, 119, 111, 114, 108, 100, 257]])
 
@@ -316,6 +317,16 @@ def test_rollouts_read_back_exactly(mixed: Run):
     fifth = list(opd.read_rollouts(mixed.path, 5))
     assert [s.rollout.id for s in fifth] == [s.rollout.id for s in mixed.reports[4].scored]
     assert {s.rollout.policy_version for s in fifth} == {4}
+
+
+def test_a_response_of_line_separators_reads_back(tmp_path: Path):
+    text = "one\u2028two\u2029three\x85four\x1cfive\x0csix\r\nseven"
+    item = rollout([1, 2, 3], 2, prompt=prompt())
+    item = replace(item, messages=(*item.prompt.messages, {"role": "assistant", "content": text}))
+    RunFolder(tmp_path).write_rollouts(1, [scored(item, [-0.5]), scored(item, [-0.25])])
+    back = list(opd.read_rollouts(tmp_path))
+    assert [s.rollout.response for s in back] == [text, text]
+    assert [float(s.score.logprobs[-1]) for s in back if not isinstance(s.score, FailedScore)] == [-0.5, -0.25]
 
 
 def test_reading_rollouts_of_a_step_that_was_never_done_says_so(mixed: Run):

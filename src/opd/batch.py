@@ -64,9 +64,10 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         rollout, score = item.rollout, item.score
         assert not isinstance(score, FailedScore)
         on_mask = score.logprobs[rollout.loss_mask]
-        if np.isnan(on_mask).any() or np.isposinf(on_mask).any():
+        faulty = np.isnan(on_mask) | np.isposinf(on_mask)
+        if faulty.any():
             raise ScoreError(
-                f"rollout '{rollout.id}': teacher '{score.teacher}' gave {int((~np.isfinite(on_mask)).sum())} of "
+                f"rollout '{rollout.id}': teacher '{score.teacher}' gave {int(faulty.sum())} of "
                 f"{len(on_mask)} log-probabilities that are no numbers; check the teacher's weights (opd check)"
             )
         floored += int((on_mask < logprob_floor).sum())

@@ -320,7 +320,8 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
 
 def _is_union_tag(loc: Sequence[str], index: int) -> bool:
     # pydantic puts the discriminator's value into the location: tasks, <name>, <tag>, <key>
-    return index == 2 and loc[0] == "tasks"
+    # and the type that it tried: lora, target_modules, str
+    return (index == 2 and loc[0] == "tasks") or loc[:index] == ["lora", "target_modules"]
 
 
 def _known_keys(kind: type[BaseModel], loc: Sequence[str]) -> list[str]:

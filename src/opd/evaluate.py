@@ -8,13 +8,13 @@ import numpy as np
 
 from opd.metrics import wilson_interval
 from opd.records import HiddenScore, Prompt, Rollout
-from opd.roles import Sampler, Teacher
+from opd.roles import Sampler, Seed, Teacher
 
 Reward = Callable[[Prompt, str], float | None]
 ReverseKl = Callable[[Sequence[Rollout], Sequence[HiddenScore]], list[np.ndarray]]
 
 SPLITS = ("train", "held_out")
-EVALUATION_SEED = 2**62  # apart from every training step's
+EVALUATION_SEED: Seed = (0, "evaluate")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     reward: Reward,
     *,
-    seed: int = EVALUATION_SEED,
+    seed: Seed = EVALUATION_SEED,
     teachers: Teacher | None = None,
     reverse_kl: ReverseKl | None = None,
 ) -> Cell:

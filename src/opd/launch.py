@@ -269,7 +269,7 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
         findings.append(
             preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
         )
-    rollouts = studio.sampler().sample(probes, num_samples=1, seed=config.seed)
+    rollouts = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
     own = studio.teachers(keep_hidden=False, voices=dict.fromkeys(studio.voices, studio.student))
     findings.append(preflight.same_policy(rollouts, own.score(rollouts), tolerance=tolerance))
     teachers = studio.teachers(keep_hidden=False)

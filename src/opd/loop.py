@@ -19,8 +19,6 @@ from opd.objectives import advantages as adv
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
 
-SEED_STRIDE = 2**20  # draws of step s of seed k come from generator seed k * SEED_STRIDE + s
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -77,7 +75,7 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     with clock.phase("sample"):
         prompts = parts.stream.next(config.sampling.prompts_per_step)
         sampled = parts.sampler.sample(
-            prompts, num_samples=config.sampling.group_size, seed=config.seed * SEED_STRIDE + step
+            prompts, num_samples=config.sampling.group_size, seed=(config.seed, "sample", step)
         )
         rollouts = [replace(r, reward=parts.reward(r.prompt, r.response)) for r in sampled]
     with clock.phase("score"):

@@ -1,17 +1,19 @@
 """The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from opd.batch import Batch
 from opd.metrics import Metrics
 from opd.records import Prompt, Rollout, ScoredRollout
 
+Seed: TypeAlias = tuple[int | str, ...]
+
 
 class Sampler(Protocol):
     """Samples responses from the student as it is now."""
 
-    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         """`num_samples` rollouts a prompt, prompt by prompt; the same seed and weights give the same rollouts."""
         ...
 

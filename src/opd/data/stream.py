@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from opd.data.seeds import generator_of
 from opd.records import Prompt
 
 
@@ -24,7 +25,7 @@ class PromptStream:
         self._orders: dict[tuple[str, int], list[int]] = {}
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; within a batch a prompt repeats only when its task has fewer."""
+        """The next `count` prompts; one may stand twice in a batch in which its task's epoch ends."""
         return [self._draw(self._due()) for _ in range(count)]
 
     def _due(self) -> str:
@@ -43,12 +44,10 @@ class PromptStream:
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != name}
             task = list(self._prompts).index(name)
-            self._orders[key] = shuffled(len(self._prompts[name]), (self._seed, task, epoch))
+            self._orders[key] = shuffled(len(self._prompts[name]), self._seed, task, epoch)
         return self._orders[key]
 
 
-def shuffled(count: int, seed: tuple[int, int, int]) -> list[int]:
-    """A permutation of range(count) that is a function of the seed alone: (run's seed, task's place, epoch)."""
-    run, task, epoch = seed
-    generator = torch.Generator().manual_seed((run * 1_000 + task) * 1_000_000 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+def shuffled(count: int, seed: int, task: int, epoch: int) -> list[int]:
+    """A permutation of range(count) that is a function of the run's seed, the task's place and the epoch."""
+    return torch.randperm(count, generator=generator_of(seed, "prompts", task, epoch)).tolist()

@@ -121,7 +121,7 @@ class EmbeddedLearner:
             loss, metrics = loss + term, metrics | more
         if not torch.isfinite(loss):
             raise ScoreError(
-                f"the loss is {float(loss)} in a pass over rollouts {_names(batch, micro)}; the weights were left as they "
+                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(batch, micro)}; the weights were left as they "
                 "are. Check the student's and the teachers' weights (opd check)"
             )
         loss.backward()

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from opd.data.seeds import generator_of
 from opd.data.tree import TokenTree, pack_trees
 from opd.embedded.network import Network
 from opd.records import Finish, Prompt, Rollout, Turn
+from opd.roles import Seed
 from opd.text.chat import decode_response, encode_prompt
 from opd.text.tokenizer import end_token_ids
 
@@ -40,7 +42,7 @@ class EmbeddedSampler:
         """The learner trains the very weights that this sampler reads; only the version moves."""
         self._version = policy_version
 
-    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: int) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         rows = [(prompt, k) for prompt in prompts for k in range(num_samples)]
         draws = uniforms(seed, len(rows), self._max_new_tokens)
         encoded = {p.id: encode_prompt(self._network.tokenizer, p) for p in prompts}
@@ -53,55 +55,53 @@ class EmbeddedSampler:
         return rollouts
 
     @torch.no_grad()
-    def _grow(self, prompts: Sequence[list[int]], draws: Tensor) -> list["_Row"]:
-        """Extend every prompt until its turn ends or the limit is reached."""
+    def _grow(self, prompts: Sequence[list[int]], draws: Tensor) -> list["_Response"]:
+        """Extend every prompt until its turn ends or the limit is reached.
+
+        Samples that share all tokens so far (a group, at first) share one row of the batch; a row is split where they
+        part.
+        """
         network, device = self._network, self._network.device
-        [(_, tree)] = pack_trees(prompts, max_tokens=sum(map(len, prompts)) + 1)
+        distinct = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        [(_, tree)] = pack_trees(list(distinct), max_tokens=sum(map(len, distinct)) + 1)
         prefill = DynamicCache(config=network.base.config)
         hidden = network.hidden_states(tree, cache=prefill)
         hidden = hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=device)]
         cache, visible = _rows_of(prefill, tree, device)
         positions = visible.sum(-1)
-        rows = [_Row() for _ in prompts]
-        live = torch.arange(len(rows))
-        ends = torch.tensor(self._end_ids)
+        responses = [_Response() for _ in prompts]
+        rows = {i: distinct[tuple(p)] for i, p in enumerate(prompts)}  # growing sample -> its row
         for step in range(self._max_new_tokens):
-            tokens, logprobs = self._draw(hidden, draws[live, step])
-            ended = torch.isin(tokens, ends)
-            growing = torch.ones(len(live), dtype=torch.bool)
-            for i, (row, token, logprob) in enumerate(
-                zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-            ):
-                if rows[row].finish is None:
-                    rows[row].append(token, logprob, ended=bool(ended[i]), limit=self._max_new_tokens)
-                growing[i] = rows[row].finish is None
-            if not growing.any():
+            live = list(rows)
+            tokens, logprobs = self._draw(hidden, list(rows.values()), draws[live, step])
+            for sample, token, logprob in zip(live, tokens, logprobs, strict=True):
+                responses[sample].append(token, logprob, ends=self._end_ids, limit=self._max_new_tokens)
+            pairs = {s: (rows[s], t) for s, t in zip(live, tokens, strict=True) if responses[s].finish is None}
+            if not pairs:
                 break
-            if growing.float().mean() <= _COMPACT_BELOW:
-                keep = growing.nonzero()[:, 0]
-                live, tokens, positions, visible = (
-                    live[keep],
-                    tokens[keep],
-                    positions[keep.to(device)],
-                    visible[keep.to(device)],
-                )
-                cache.batch_select_indices(keep.to(device))
+            rows, parents, inputs = _split(pairs, len(hidden))
+            if parents is not None:
+                keep = torch.tensor(parents, device=device)
+                positions, visible = positions[keep], visible[keep]
+                cache.batch_select_indices(keep)
             visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=-1)
-            hidden = network.decode_step(tokens.to(device), positions, visible, cache)
+            hidden = network.decode_step(torch.tensor(inputs, device=device), positions, visible, cache)
             positions = positions + 1
-        return rows
+        return responses
 
-    def _draw(self, hidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row by inversion of the distribution function, and its log-probability."""
+    def _draw(self, hidden: Tensor, rows: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
+        """One token a sample by inversion of its row's distribution function, and its log-probability."""
         logits = (hidden @ self._network.head_weight().T).float() / self._temperature
         logprobs = torch.log_softmax(logits, dim=-1)
         # float64: in float32 the rounding of a sum over a vocabulary would move rare tokens' probabilities
         cdf = logprobs.double().exp().cumsum(-1)
-        marks = draws.to(cdf.device)[:, None] * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, marks, right=True).clamp(max=cdf.shape[-1] - 1)
-        return tokens[:, 0].cpu(), logprobs.gather(-1, tokens)[:, 0].cpu()
+        tokens = []
+        for row, draw in zip(rows, draws.tolist(), strict=True):
+            mark = draw * cdf[row, -1]
+            tokens.append(min(int(torch.searchsorted(cdf[row], mark, right=True)), cdf.shape[-1] - 1))
+        return tokens, logprobs[rows, tokens].tolist()
 
-    def _rollout(self, prompt: Prompt, sample: int, head: list[int], row: "_Row") -> Rollout:
+    def _rollout(self, prompt: Prompt, sample: int, head: list[int], row: "_Response") -> Rollout:
         start, end = len(head), len(head) + len(row.tokens)
         assert row.finish is not None
         answer = {"role": "assistant", "content": decode_response(self._network.tokenizer, row.tokens)}
@@ -118,26 +118,44 @@ class EmbeddedSampler:
         )
 
 
-def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
+def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:
     """The random numbers of one call, [rows, tokens] float64 in [0, 1)."""
-    return torch.rand(rows, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(rows, tokens, dtype=torch.float64, generator=generator_of(*seed))
 
 
 @dataclass
-class _Row:
+class _Response:
     """A response while it grows."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
 
-    def append(self, token: int, logprob: float, *, ended: bool, limit: int) -> None:
+    def append(self, token: int, logprob: float, *, ends: Sequence[int], limit: int) -> None:
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if ended:
+        if token in ends:
             self.finish = "end"
         elif len(self.tokens) == limit:
             self.finish = "length"
+
+
+def _split(pairs: dict[int, tuple[int, int]], num_rows: int) -> tuple[dict[int, int], list[int] | None, list[int]]:
+    """The rows of the next pass, from each growing sample's (row, token).
+
+    Returns (sample -> row, which old row each new row continues, or None when the rows stay as they are, the rows' tokens).
+    Rows that ended are dropped when a row is split or when no more than `_COMPACT_BELOW` of the rows still grow.
+    """
+    continued = dict.fromkeys(pairs.values())
+    parents = [row for row, _ in continued]
+    unsplit = len(set(parents)) == len(parents)
+    if unsplit and len(parents) > _COMPACT_BELOW * num_rows:
+        inputs = [0] * num_rows  # an ended row is fed anything; nothing reads it
+        for row, token in continued:
+            inputs[row] = token
+        return {sample: row for sample, (row, _) in pairs.items()}, None, inputs
+    place = {pair: i for i, pair in enumerate(continued)}
+    return {sample: place[pair] for sample, pair in pairs.items()}, parents, [token for _, token in continued]
 
 
 def _rows_of(prefill: DynamicCache, tree: TokenTree, device: torch.device) -> tuple[DynamicCache, Tensor]:

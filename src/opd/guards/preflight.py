@@ -70,7 +70,7 @@ def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], 
     """A teacher that equals the student gives a log ratio of about 0 on every token that the student sampled."""
     gaps = [np.abs(s.score.logprobs - r.rollout_logprobs).max() for r, s in zip(rollouts, rescored, strict=True)
             if not isinstance(s.score, FailedScore)]  # fmt: skip
-    worst = float(max(gaps, default=math.inf))
+    worst = float(np.max(gaps)) if gaps else math.inf  # np.max keeps a nan, max() may lose it
     return Finding(
         "a teacher equal to the student gives KL 0",
         worst <= tolerance,
@@ -85,7 +85,7 @@ def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, toleranc
     for a, b in zip(first, again, strict=True):
         if isinstance(a.score, FailedScore) or isinstance(b.score, FailedScore):
             return Finding("scores are deterministic", False, f"rollout '{a.rollout.id}' could not be scored")
-        worst = max(worst, float(np.abs(a.score.logprobs - b.score.logprobs).max()))
+        worst = float(np.maximum(worst, np.abs(a.score.logprobs - b.score.logprobs).max()))  # keeps a nan
     return Finding(
         "scores are deterministic", worst <= tolerance, f"largest difference {worst:.1e} (allowed {tolerance:.0e})"
     )
@@ -96,6 +96,9 @@ def informative(scored: Sequence[ScoredRollout], *, vocab_size: int) -> list[Fin
     findings = []
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
         mine = [s for s in scored if s.score.teacher == teacher and not isinstance(s.score, FailedScore)]
+        if not mine:
+            findings.append(Finding(f"teacher '{teacher}' is not uniform", False, "it could score no rollout"))
+            continue
         logprobs = np.concatenate([s.score.logprobs[s.rollout.loss_mask] for s in mine])  # type: ignore[union-attr]
         spread = float(np.abs(logprobs + math.log(vocab_size)).max()) if len(logprobs) else 0.0
         findings.append(

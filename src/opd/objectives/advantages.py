@@ -62,7 +62,9 @@ def outcome(
     num_groups = int(group.max()) + 1 if len(group) else 0
     zeros = rewards.new_zeros(num_groups)
     count = zeros.index_add(0, group, torch.ones_like(rewards))
-    centred = rewards - (zeros.index_add(0, group, rewards) / count)[group]
+    # Summed in float64: the rounding of a float32 mean, divided by a deviation of 0, would be an advantage.
+    total = zeros.double().index_add(0, group, rewards.double())
+    centred = (rewards.double() - (total / count)[group]).to(rewards.dtype)
     if baseline == "group_mean":
         return centred
     if baseline == "grpo":

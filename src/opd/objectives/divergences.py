@@ -13,4 +13,5 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     logp = torch.log_softmax(student_logits / temperature, dim=-1)
     logq = torch.log_softmax(teacher_logits / temperature, dim=-1)
     p = logp.exp()
-    return torch.where(p > 0, p * (logp - logq), torch.zeros_like(p)).sum(-1)
+    gap = torch.where(p > 0, logp, 0.0) - torch.where(p > 0, logq, 0.0)
+    return (p * gap).sum(-1)

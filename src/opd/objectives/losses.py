@@ -22,7 +22,7 @@ def reinforce(
     `divisor` replaces the normaliser's own count where this is a part of a larger batch; the sum over the parts is then
     the loss of the whole. Source: equation (6).
     """
-    total = masked(advantages.detach() * student_logprobs, mask).sum()
+    total = (masked(advantages.detach(), mask) * masked(student_logprobs, mask)).sum()
     return -total / (divisor if divisor is not None else denominator(mask, normalizer))
 
 
@@ -100,7 +100,7 @@ class _ExactReverseKl(torch.autograd.Function):
             logp = _log_softmax(hidden[rows] @ head.T, temperature)
             logq = _log_softmax(teacher_hidden[rows] @ teacher_head.T, temperature)
             p = logp.exp()
-            if bool(logq.min() < floor):
+            if bool((logq < floor).any()):
                 floored[rows] = (p * (logq < floor)).sum(-1)
                 logq = logq.clamp(min=floor)
             entropy[rows] = -(p * logp).sum(-1)

@@ -38,14 +38,18 @@ def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> 
     Raises DataError naming file and line: broken JSON, unknown or missing keys, an empty prompt, a repeated id.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"prompt file '{path}' does not exist (tasks.{task}.path)") from None
+    except IsADirectoryError:
+        raise DataError(f"prompt file '{path}' is a folder; name a .jsonl file (tasks.{task}.path)") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"prompt file '{path}' is not UTF-8: {error}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8: {error.reason}") from None
     lines: dict[str, int] = {}
     prompts: list[Prompt] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
