@@ -256,7 +256,7 @@ def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tree: dict[str, Any
     tree["tasks"]["first"]["path"] = str(path)
     assert f"prompt file '{path}' does not exist (tasks.first.path)" in refuse_tree(tree, tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
-    assert "is not UTF-8" in refuse_tree(tree, tmp_path)
+    assert "line 1: not UTF-8" in refuse_tree(tree, tmp_path)
 
 
 def test_a_folder_as_prompt_file_is_refused(tree: dict[str, Any], tmp_path: Path):
