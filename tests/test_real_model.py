@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import opd
 import pytest
+
+import opd
 from opd.embedded.build import build
 from opd.evaluate import evaluate, pick
 from opd.launch import run_checks

@@ -88,7 +88,7 @@ def test_a_faulty_record_is_named_by_file_and_line(tmp_path, line, message):
         ("say b", "'messages' must be a non-empty list, got 'say b'"),
         (
             [{"role": "user", "content": "x"}, {"role": "teacher", "content": "y"}],
-            "messages[1] needs 'role' (one of system, user, assistant, tool) and a string 'content'",
+            "messages[1] needs 'role' (one of system, user, assistant, tool), a string 'content'",
         ),
         ([{"content": "x"}], "messages[0] needs 'role'"),
         ([{"role": ["user"], "content": "x"}], "messages[0] needs 'role'"),
@@ -145,19 +145,19 @@ def test_windows_line_ends_are_read(tmp_path):
 
 def test_the_splits_of_a_file_task_are_its_two_files(tmp_path):
     train, held_out = write_prompts(tmp_path / "a.jsonl", 5), write_prompts(tmp_path / "b.jsonl", 2)
-    task = PromptFile("words", FileTask(path=train, held_out_path=held_out, teacher="t"))
+    task = PromptFile("words", FileTask(type="file", path=train, held_out_path=held_out, teacher="t"))
     assert len(task.prompts("train")) == 5
     assert len(task.prompts("held_out")) == 2
-    assert PromptFile("words", FileTask(path=train, teacher="t")).prompts("held_out") == []
+    assert PromptFile("words", FileTask(type="file", path=train, teacher="t")).prompts("held_out") == []
 
 
 def test_a_file_task_rewards_by_its_verifier_and_only_where_there_is_an_answer(tmp_path):
     path = write_prompts(tmp_path / "a.jsonl")
-    task = PromptFile("words", FileTask(path=path, teacher="t"))
+    task = PromptFile("words", FileTask(type="file", path=path, teacher="t"))
     assert task.reward(prompt(answer="a"), " a\n") == 1.0
     assert task.reward(prompt(answer="a"), "b") == 0.0
     assert task.reward(prompt(answer=None), "a") is None
-    silent = PromptFile("words", FileTask(path=path, teacher="t", verifier="none"))
+    silent = PromptFile("words", FileTask(type="file", path=path, teacher="t", verifier="none"))
     assert silent.reward(prompt(answer="a"), "a") is None
 
 
@@ -296,7 +296,7 @@ def test_parameters_that_the_generator_refuses_are_one_line(params):
 def test_every_task_of_a_recipe_is_made_under_its_name(tmp_path):
     made = make_tasks(
         {
-            "words": FileTask(path=write_prompts(tmp_path / "a.jsonl"), teacher="t"),
+            "words": FileTask(type="file", path=write_prompts(tmp_path / "a.jsonl"), teacher="t"),
             "sums": ReasoningGymTask(type="reasoning_gym", dataset="basic_arithmetic", teacher="t", params=ADDITION),
         }
     )

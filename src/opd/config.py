@@ -49,7 +49,7 @@ class TeacherConfig(Node):
 class FileTask(Node):
     """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?} a line."""
 
-    type: Literal["file"] = "file"
+    type: Literal["file"]
     path: str
     held_out_path: str | None = None
     teacher: str | None = None
@@ -288,9 +288,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override '{override}': '{table}' is a value in the recipe, not a table")
         node = child
     value = _parse_value(text)
+    if leaf in _TEXT_KEYS and not isinstance(value, str):
+        value = text  # output=2026-11-21 is a name, not a date
     if tables and tables[0] == "teachers" and leaf in ("model", "adapter"):
         node.pop("adapter" if leaf == "model" else "model", None)  # a teacher has one source: the override's
     node[leaf] = value
+
+
+_TEXT_KEYS = ("student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset")
 
 
 def _parse_value(text: str) -> Any:
@@ -312,10 +317,16 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
         return f"unknown key '{key}'{nearest(loc[-1], _known_keys(kind, loc[:-1]))}{more}"
     if fault["type"] == "missing":
         return f"key '{key}' is missing; add it to the recipe or pass {key}=...{more}"
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f"{key}.type must be 'file' or 'reasoning_gym', got {_tag(fault['input'])}{more}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return (f"{key}: " if key else "") + message + more
     return f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _tag(table: Any) -> str:
+    return repr(table["type"]) if isinstance(table, Mapping) and "type" in table else "none"
 
 
 def _is_union_tag(loc: Sequence[str], index: int) -> bool:

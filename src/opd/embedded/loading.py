@@ -163,7 +163,7 @@ def _one_line(source: str) -> Iterator[None]:
     """Turn a loader's failure into one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's own (disk full, no permission), not the model's
         raise ModelError(f"model '{source}' cannot be loaded: {_first_line(error)}") from None

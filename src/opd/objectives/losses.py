@@ -44,7 +44,8 @@ def ppo(
     """
     # Off the mask both are set equal so that no exponential can overflow there.
     log_weight = masked(student_logprobs - rollout_logprobs.detach(), mask)
-    weight = log_weight.exp()
+    # e^20 is far beyond any clip; without the bound an overflow times an advantage of 0 would be no number.
+    weight = log_weight.clamp(max=20.0).exp()
     advantages = masked(advantages.detach(), mask)
     plain = weight * advantages
     clipped = weight.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages

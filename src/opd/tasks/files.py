@@ -66,7 +66,7 @@ def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> 
 def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise DataError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -74,13 +74,13 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         if key not in _KEYS:
             raise DataError(f"{where}: unknown key '{key}'{nearest(key, _KEYS)}; known: {', '.join(_KEYS)}")
     identity = record.get("id")
-    if not isinstance(identity, str | int) or identity == "":
+    if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
         raise DataError(f"{where}: 'id' must be a non-empty string, got {identity!r}")
     chosen = record.get("teacher", teacher)
     if not isinstance(chosen, str):
         raise DataError(f'{where}: no teacher; add "teacher" to the record or set tasks.{task}.teacher')
     answer, meta = record.get("answer"), record.get("meta", {})
-    if answer is not None and not isinstance(answer, str | int | float):
+    if answer is not None and (not isinstance(answer, str | int | float) or isinstance(answer, bool)):
         raise DataError(f"{where}: 'answer' must be a string or a number, got {type(answer).__name__}")
     if not isinstance(meta, Mapping):
         raise DataError(f"{where}: 'meta' must be an object, got {type(meta).__name__}")
@@ -107,8 +107,10 @@ def _messages(record: dict[str, Any], where: str) -> tuple[Mapping[str, str], ..
         raise DataError(f"{where}: 'messages' must be a non-empty list, got {messages!r}")
     for i, message in enumerate(messages):
         good = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in _ROLES
-        if not good:
-            raise DataError(f"{where}: messages[{i}] needs 'role' (one of {', '.join(_ROLES)}) and a string 'content'")
+        if not good or set(message) - {"role", "content"}:
+            raise DataError(
+                f"{where}: messages[{i}] needs 'role' (one of {', '.join(_ROLES)}), a string 'content', and nothing else"
+            )
     if not any(m["content"].strip() for m in messages):
         raise DataError(f"{where}: every message is empty")
     return tuple(MappingProxyType({"role": m["role"], "content": m["content"]}) for m in messages)
