@@ -69,7 +69,7 @@ def load_expert(layers: dict[str, Lora], name: str, folder: str) -> None:
 def read_prompts(tokenizer, name: str, path: str) -> list[tuple[list[int], str]]:
     """(token ids of the rendered prompt, name of its teacher) of each line of a JSONL file."""
     prompts = []
-    for line in Path(path).read_text().splitlines():
+    for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
         record = json.loads(line)
         messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

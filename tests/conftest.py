@@ -2,6 +2,10 @@ import os
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Every call of the mathematics, by a test or by training, has its shapes and dtypes checked.
+install_import_hook("opd.objectives", "beartype.beartype")
 
 # Nothing in the tests may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -193,7 +193,7 @@ OBJECTIVES = [
     {"type": "exact"},
     {"type": "exact", "normalizer": "token"},
     {"type": "immediate"},
-    {"type": "to_go", "normalizer": "token"},
+    {"type": "to_go", "discount": 1.0, "normalizer": "token"},
     {"type": "immediate", "loss": "ppo"},
     {"type": "immediate", "normalizer": "constant", "constant": 3.0},
 ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -591,3 +592,10 @@ def test_leave_one_out_is_group_mean_times_n_over_n_minus_one(rewards):
 def test_the_outcome_of_no_rollouts_is_empty():
     for baseline in ("leave_one_out", "group_mean", "grpo", "none"):
         assert outcome(torch.zeros(0), torch.zeros(0, dtype=torch.long), baseline).shape == (0,)
+
+
+def test_shapes_that_do_not_fit_are_refused_while_testing():
+    with pytest.raises(TypeCheckError):
+        immediate(torch.zeros(2, 3), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(TypeCheckError):
+        reinforce(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3))

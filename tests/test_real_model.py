@@ -35,7 +35,9 @@ def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(studio):
 @pytest.mark.real
 def test_every_start_up_check_passes_on_the_demos_recipe(studio):
     tasks = make_tasks(studio.config.tasks)
-    prompts = {name: {split: task.prompts(split)[:20] for split in ("train", "held_out")} for name, task in tasks.items()}
+    prompts = {
+        name: {split: task.prompts(split)[:20] for split in ("train", "held_out")} for name, task in tasks.items()
+    }
     findings = run_checks(studio, prompts)
     assert len(findings) >= 7
     assert [f.name for f in findings if not f.passed] == []

@@ -36,9 +36,15 @@ def sample(
     temperature: float = 1.0,
     max_new_tokens: int = 12,
     max_rows: int = 64,
+    max_tokens: int = 2048,
 ) -> list[Rollout]:
     sampler = EmbeddedSampler(
-        network, adapter=adapter, temperature=temperature, max_new_tokens=max_new_tokens, max_rows=max_rows
+        network,
+        adapter=adapter,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
     )
     return sampler.sample(prompts, num_samples=num_samples, seed=(seed,))
 
@@ -106,14 +112,25 @@ def test_successive_tokens_of_one_row_use_draws_of_their_own(network: Network):
     assert abs(second.mean() - 0.5) < 0.06
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 7])
-def test_smaller_parts_draw_the_same_tokens(network: Network, max_rows: int):
-    whole = sample(network, several(), max_rows=64)
-    parts = sample(network, several(), max_rows=max_rows)
+@pytest.mark.parametrize(
+    "limits", [{"max_rows": 1}, {"max_rows": 3}, {"max_rows": 7}, {"max_tokens": 1}, {"max_tokens": 60}]
+)
+def test_smaller_parts_draw_the_same_tokens(network: Network, limits: dict[str, int]):
+    whole = sample(network, several())
+    parts = sample(network, several(), **limits)
     assert [r.id for r in parts] == [r.id for r in whole]
     for a, b in zip(parts, whole, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert a.finish == b.finish
+        np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 40])
+def test_smaller_passes_over_the_prompts_draw_the_same_tokens(network: Network, max_tokens: int):
+    whole = sample(network, several())
+    parts = sample(network, several(), max_tokens=max_tokens)
+    for a, b in zip(parts, whole, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
         np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, rtol=1e-5, atol=1e-5)
 
 
@@ -177,7 +194,7 @@ def test_one_new_token_is_one_action(network: Network):
 
 
 def test_a_rollout_says_which_tokens_are_the_students_and_what_they_mean(network: Network):
-    sampler = EmbeddedSampler(network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64)
+    sampler = EmbeddedSampler(network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64, max_tokens=64)
     sampler.load_weights({}, policy_version=3)
     for item in sampler.sample(several(), num_samples=2, seed=(0,)):
         head, answer = item.turns

@@ -130,12 +130,12 @@ def outcome_advantages(rollouts: Sequence[Rollout], baseline: str) -> list[float
 
 VARIANTS = {
     "immediate": ({"objective": {"type": "immediate"}}, lambda r: r),
-    "to_go": ({"objective": {"type": "to_go"}}, lambda r: to_go(r, 1.0)),
+    "to_go": ({"objective": {"type": "to_go", "discount": 1.0}}, lambda r: to_go(r, 1.0)),
     "to_go discounted": ({"objective": {"type": "to_go", "discount": 0.5}}, lambda r: to_go(r, 0.5)),
     "ppo": ({"objective": {"type": "immediate", "loss": "ppo"}}, None),
     "outcome beside exact": ({"objective": {"type": "exact"}, "outcome": {"coef": 2.0}}, None),
     "outcome beside to_go": (
-        {"objective": {"type": "to_go"}, "outcome": {"coef": 0.5, "baseline": "grpo"}},
+        {"objective": {"type": "to_go", "discount": 1.0}, "outcome": {"coef": 0.5, "baseline": "grpo"}},
         lambda r: to_go(r, 1.0),
     ),
 }

@@ -48,12 +48,16 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         _write(staging / _FILES[1], lambda path: path.write_text(text, encoding="utf-8"))
         sums = json.dumps({name: _sha256(staging / name) for name in _FILES}, indent=1)
         _write(staging / "checksums.json", lambda path: path.write_text(sums, encoding="utf-8"))
+        _sync(staging)
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
         _sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
+    done = list_checkpoints(folder)
+    # Later ones were found damaged when the run was resumed from before them.
+    past = [path for path in done if path.name <= target.name]
+    for old in (*past[:-keep], *(path for path in done if path.name > target.name)):
         shutil.rmtree(old, ignore_errors=True)
     return target
 

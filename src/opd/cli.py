@@ -55,7 +55,7 @@ def train(
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Fine-tune a student on reference answers: makes an expert, or a warm start."""
+    """Fine-tune a student on reference answers: how experts are made."""
     with _one_line():
         from opd.config import SftConfig, load_config
 
@@ -98,8 +98,9 @@ def _one_line() -> Iterator[None]:
         yield
     except OpdError as error:
         _fail(" ".join(str(error).split()))
-    except PermissionError as error:
-        _fail(f"no permission for '{error.filename}'; fix the permission or choose another place")
+    except OSError as error:  # the machine's own: no permission, no space
+        place = f" '{error.filename}'" if error.filename else ""
+        _fail(f"the system refuses{place}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("opd: stopped at once; the newest checkpoint is whole: opd train --resume RUN", file=sys.stderr)
         raise typer.Exit(130) from None

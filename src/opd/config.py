@@ -108,6 +108,10 @@ class ObjectiveConfig(Node):
 
     @model_validator(mode="after")
     def _combinations(self) -> "ObjectiveConfig":
+        if self.type == "to_go" and self.discount is None:
+            raise ValueError(
+                "type = 'to_go' needs a discount: 0 is the immediate log ratio, 1 the unbiased sum (docs/objectives.md)"
+            )
         if self.discount is not None and self.type != "to_go":
             raise ValueError(
                 f"discount belongs to type = 'to_go', got type = '{self.type}'; drop it or change the type"
@@ -172,6 +176,12 @@ class EvaluationConfig(Node):
     before: bool = True
 
 
+class SftEvaluationConfig(Node):
+    """After fine-tuning: the accuracy on `num_prompts` prompts of each task and split (0: none)."""
+
+    num_prompts: NonNegative = 128
+
+
 class LoggingConfig(Node):
     """Writers beside metrics.jsonl, and how often sampled responses are shown (0: never)."""
 
@@ -190,8 +200,19 @@ class RunNode(Node):
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "RunNode":
+        if self.trainable == "full" and self.compute.dtype != "float32":
+            raise ValueError(
+                f"trainable = 'full' needs compute.dtype = 'float32', got '{self.compute.dtype}': a small step is lost when "
+                "it is added to a weight in half precision; train an adapter (trainable = 'lora'), whose weights stay float32"
+            )
+        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; lower it"
+            )
+        return self
 
 
 class Config(RunNode):
@@ -203,7 +224,9 @@ class Config(RunNode):
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     outcome: OutcomeConfig = OutcomeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _across_tables(self) -> "Config":
@@ -218,21 +241,17 @@ class Config(RunNode):
                 f"outcome.baseline = '{self.outcome.baseline}' compares the samples of one prompt: set "
                 "sampling.group_size >= 2, or outcome.baseline = 'none'"
             )
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
-            raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; lower it"
-            )
         return self
 
 
 class SftConfig(RunNode):
-    """Supervised fine-tuning on (prompt, answer) pairs: `opd sft`, which makes experts and warm starts."""
+    """Supervised fine-tuning on (prompt, answer) pairs: `opd sft`, which makes experts."""
 
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     batch_size: Positive = 32
     max_new_tokens: Positive = 64
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    evaluation: EvaluationConfig = EvaluationConfig(before=False)
+    evaluation: SftEvaluationConfig = SftEvaluationConfig()
 
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)

@@ -21,11 +21,13 @@ EVALUATION_SEED: Seed = (0, "evaluate")
 class Cell:
     """One policy on one set of prompts, one response a prompt.
 
-    correct of total: responses of reward 1 (None where the task has no verifier); interval: 95 %, Wilson; kl_token and
-    kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses, nats.
+    total: responses; correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson;
+    kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
+    nats.
     """
 
     total: int
+    verified: int
     correct: int | None
     truncated: int
     mean_length: float
@@ -34,11 +36,11 @@ class Cell:
 
     @property
     def accuracy(self) -> float | None:
-        return None if self.correct is None else self.correct / self.total
+        return None if self.correct is None else self.correct / self.verified
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return None if self.correct is None else wilson_interval(self.correct, self.total)
+        return None if self.correct is None else wilson_interval(self.correct, self.verified)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def evaluate(
         kl_sequence = float(np.mean([k.sum() for k in per_token]))
     return Cell(
         total=len(rollouts),
+        verified=len(known),
         correct=sum(r >= 1.0 for r in known) if known else None,
         truncated=sum(r.finish == "length" for r in rollouts),
         mean_length=float(np.mean([r.num_actions for r in rollouts])),

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: how the experts of a merge are made (`opd sft`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opd.config import ObjectiveConfig, SftConfig
@@ -9,9 +9,11 @@ from opd.embedded.build import build_student, export
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import EmbeddedSampler
 from opd.embedded.sft import answer_batch
+from opd.embedded.teacher import Voice
 from opd.errors import DataError
 from opd.evaluate import SPLITS, Cell, evaluate, pick
 from opd.metrics import values
+from opd.records import Prompt
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
@@ -29,8 +31,11 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     for name, splits in prompts.items():
         if not splits["train"]:
             raise DataError(f"tasks.{name} has no training prompts")
-    folder = RunFolder.create(config.output, config)
+    RunFolder.require_absent(config.output)
     student = build_student(config)
+    for splits in prompts.values():
+        _require_learnable(splits["train"], student)
+    folder = RunFolder.create(config.output, config)
     learner = EmbeddedLearner(
         student.network,
         adapter=student.adapter,
@@ -59,6 +64,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
             temperature=1.0,
             max_new_tokens=config.max_new_tokens,
             max_rows=64,
+            max_tokens=config.compute.max_tokens,
         )
         found: dict[tuple[str, str], Cell] = {}
         for name, splits in prompts.items():
@@ -71,3 +77,14 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
                     low, high = cell.interval
                     line.say(f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] exact match of {cell.total}")
     return found
+
+
+def _require_learnable(prompts: Sequence[Prompt], student: Voice) -> None:
+    """Raise DataError for the first prompt whose answer is missing or does not fit the context."""
+    limit = student.network.max_context
+    for prompt in prompts:
+        tokens = len(answer_batch(student.network.tokenizer, [prompt]).token_ids)
+        if limit is not None and tokens > limit:
+            raise DataError(
+                f"prompt '{prompt.id}': {tokens} tokens with its answer exceed the model's context ({limit})"
+            )

@@ -1,5 +1,6 @@
 """From a configuration to a finished run; the only file that puts the parts together."""
 
+import hashlib
 import json
 import signal
 import threading
@@ -25,11 +26,16 @@ from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
-from opd.tasks import Reward, make_tasks
+from opd.tasks import Reward, checked_reward, make_tasks
 from opd.text.chat import encode_prompt
 
 PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
+_SAFE_DISCOUNT = 0.9
+_DISCOUNT_WARNING = (
+    "warning: objective.discount = {} lets a student that cannot match its teacher everywhere prefer short or empty branches: "
+    "a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ def train(
     Raises OpdError with one line when something does not fit; nothing is written over.
     """
     require_installed(config.logging.writers)
+    RunFolder.require_absent(config.output)
     prompts, rewards = _read_tasks(config, reward)
-    folder = RunFolder.create(config.output, config)
-    return _Run(config, folder, prompts, rewards, on_step).go(resume=False)
+    return _Run(config, RunFolder(Path(config.output)), prompts, rewards, on_step).go(resume=False)
 
 
 def resume(
@@ -66,6 +72,7 @@ def resume(
     """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped."""
     folder = RunFolder.open(run)
     config = folder.config()
+    require_installed(config.logging.writers)
     prompts, rewards = _read_tasks(config, reward)
     return _Run(config, folder, prompts, rewards, on_step).go(resume=True)
 
@@ -109,10 +116,17 @@ class _Run:
         config = self.config
         with ProgressLine(config.steps) as line:
             preflight.require(run_checks(self.studio, self.prompts))
+            if not resume:
+                # Only now, so that a recipe that is refused leaves nothing behind.
+                RunFolder.create(self.folder.path, config)
             start = self._restore(line.say) if resume else 0
+            if resume:
+                self.folder.truncate_metrics(start)
+            if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
+                line.say(_DISCOUNT_WARNING.format(config.objective.discount))
             before = self._before(line, start)
-            done = self._steps(line, start)
-            if done < config.steps:
+            done, interrupted = self._steps(line, start)
+            if interrupted:
                 line.say(
                     f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}"
                 )
@@ -132,15 +146,15 @@ class _Run:
             path = self.folder.path / "before.json"
             return self._parity(_cells(path) if path.exists() else {}, line)
 
-    def _steps(self, line: ProgressLine, start: int) -> int:
-        """Train until the last step or an interrupt; returns the steps done, all of them saved."""
+    def _steps(self, line: ProgressLine, start: int) -> tuple[int, bool]:
+        """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
         config, every = self.config, self.config.checkpoint.every
         teachers = self.studio.teachers(keep_hidden=config.objective.type == "exact")
         sampler = self.studio.sampler()
         sampler.load_weights(self.learner.weights(), policy_version=start)
         parts = Parts(self.stream, sampler, teachers, self.learner, self.reward)
-        writers = make_writers(config, self.folder.path)
-        done, saved = start, start
+        writers = make_writers(config, self.folder.path, start=start)
+        done, saved, stopped = start, start, False
         try:
             with _interrupts() as interrupted:
                 for report in train_steps(config, parts, start=start):
@@ -151,13 +165,14 @@ class _Run:
                     if done % every == 0 or done == config.steps or interrupted.is_set():
                         self._save(done)
                         saved = done
-                    if interrupted.is_set():
+                    stopped = interrupted.is_set()
+                    if stopped:
                         break
         finally:
             for writer in writers:
                 writer.close()
         assert saved == done
-        return done
+        return done, stopped
 
     def _record(self, report: StepReport, line: ProgressLine) -> None:
         self.folder.write_rollouts(report.step, report.scored)
@@ -175,7 +190,7 @@ class _Run:
             "learner": values,
             "cursor": self.stream.cursor,
             "policy_version": step,
-            "teachers": dict(self.studio.identities),
+            "identities": self._identities(),
         }
         tensors = {**tensors, "rng/torch": torch.get_rng_state()}
         with explain_io(self.folder.checkpoints):
@@ -185,19 +200,27 @@ class _Run:
         """Load the newest whole checkpoint; returns its step, 0 when there is none yet."""
         found = checkpoint.load_newest(self.folder.checkpoints, warn=warn)
         if found is None:
-            self.folder.truncate_metrics(0)
             return 0
-        for name, identity in self.studio.identities.items():
-            if found.state["teachers"].get(name) != identity:
+        for what, identity in self._identities().items():
+            began = found.state["identities"].get(what)
+            if began != identity:
                 raise CheckError(
-                    f"teacher '{name}' is not the one this run began with (identity {found.state['teachers'].get(name)}, "
-                    f"now {identity}); restore it, or start a new run"
+                    f"{what} is not what this run began with (identity {began}, now {identity}); restore it, or start a new run"
                 )
         self.learner.load_state(found.tensors, found.state["learner"])
         self.stream.cursor = dict(found.state["cursor"])
         torch.set_rng_state(found.tensors["rng/torch"])
-        self.folder.truncate_metrics(found.step)
         return found.step
+
+    def _identities(self) -> dict[str, str]:
+        """What must not change under a run: its teachers, the student's base, the prompts."""
+        named = {f"teacher '{name}'": identity for name, identity in self.studio.identities.items()}
+        if self.studio.student.adapter is not None:
+            named["the student's base"] = self.studio.student.network.fingerprint()
+        for task, splits in self.prompts.items():
+            content = repr([(p.id, [dict(m) for m in p.messages], p.teacher, p.answer) for p in splits["train"]])
+            named[f"the training prompts of tasks.{task}"] = hashlib.sha256(content.encode()).hexdigest()[:32]
+        return named
 
     def _before(self, line: ProgressLine, start: int) -> dict[tuple[str, str, str], Cell]:
         """The student's cells before the first step: measured once, kept in before.json."""
@@ -288,10 +311,19 @@ def _read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewa
         for split in SPLITS:
             preflight.teachers_exist(splits[split], config.teachers)
 
+    every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
+    for name in config.teachers:
+        if not any(p.teacher == name for p in every):
+            raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
+    if config.outcome.coef > 0 and reward is None and all(p.answer is None for p in every):
+        raise DataError(
+            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
+        )
+
     def verify(prompt: Prompt, response: str) -> float | None:
         return tasks[prompt.task].reward(prompt, response)
 
-    return prompts, reward or verify
+    return prompts, checked_reward(reward or verify)
 
 
 def _cells(path: Path) -> dict[tuple[str, str, str], Cell]:

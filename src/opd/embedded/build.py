@@ -43,6 +43,7 @@ class Studio:
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
+            max_tokens=self.config.compute.max_tokens,
         )
 
     def teachers(self, *, keep_hidden: bool, voices: Mapping[str, Voice] | None = None) -> EmbeddedTeachers:
@@ -145,13 +146,13 @@ def build_student(config: SftConfig) -> Voice:
 
 
 def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
-    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder, with its tokenizer."""
+    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder with its tokenizer."""
     network = voice.network
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         if voice.adapter is None:
-            network.base.save_pretrained(staging)
+            network.base.to(getattr(torch, dtype)).save_pretrained(staging)  # type: ignore[call-arg]
             network.tokenizer.save_pretrained(staging)
         else:
             assert isinstance(network.model, PeftModel)
@@ -163,6 +164,8 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
             (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
             save_adapter_facts(staging, network)
         _cast(staging, getattr(torch, dtype))
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors writes files for their owner alone
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     finally:

@@ -106,7 +106,9 @@ class EmbeddedLearner:
                 p.copy_(tensors[f"student/{name}"])
         for name, p in self._parameters.items():
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{name}/{k}" in tensors]
-            self._optimizer.state[p] = {k: tensors[f"optimizer/{name}/{k}"].clone() for k in keys}
+            saved = {k: tensors[f"optimizer/{name}/{k}"].clone() for k in keys}
+            # AdamW keeps its count on the CPU and the moments beside the parameter.
+            self._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}
         self._num_updates = int(values["num_updates"])
 
     def _micro_step(self, batch: Batch, micro: MicroBatch, divisor: float) -> Metrics:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.config import ComputeConfig, LoraConfig
@@ -25,11 +27,14 @@ ADAPTER_FACTS = "opd.json"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of `compute.device`; "auto" takes an accelerator where there is one."""
+    """The torch device of `compute.device`; "auto" takes a CUDA device where there is one."""
     if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"compute.device = '{name}' cannot be used: {_first_line(error)}") from None
+    # Other accelerators may lack the float64 that sampling sums in; they can be asked for by name.
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_network(source: str, compute: ComputeConfig) -> Network:
@@ -37,21 +42,20 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     path = Path(source)
     if path.suffix == ".gguf":
         path = gguf_folder(path)
-    elif not path.is_dir() and (
-        path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.exists()
-    ):
+    elif not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.exists()):
         raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
     where = str(path)
+    device = resolve_device(compute.device)
     with _one_line(source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(where)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa"
+            where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
-    model.to(resolve_device(compute.device)).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
     return Network(model, tokenizer, source)
 
 
@@ -72,7 +76,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF model as a float32 safetensors folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    try:  # a kill leaves the staging folder behind, never half of `folder`
         with _one_line(str(path)), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,8 +88,12 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 del model.config.quantization_config
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors writes files for their owner alone
         staging.chmod(0o755)
         staging.rename(folder)
+    except SafetensorError as error:
+        raise OSError(f"cannot write '{folder}': {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -106,6 +114,7 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
             network.model = get_peft_model(network.base, peft_config, adapter_name="student")
     except ValueError as error:
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
+    network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
 
 
 def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> None:
@@ -118,6 +127,10 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
         raise ModelError(
             f"adapter '{folder}' (teacher '{teacher}') has no adapter_config.json; expected a PEFT LoRA folder"
         )
+    if not (path / "adapter_model.safetensors").exists():
+        raise ModelError(
+            f"adapter '{folder}' (teacher '{teacher}') has no adapter_model.safetensors; pickles are not loaded"
+        )
     facts = _adapter_facts(path)
     if facts and facts.get("base_fingerprint") != network.fingerprint():
         raise ModelError(
@@ -125,22 +138,24 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
             f"{facts.get('base_fingerprint')}) than '{network.source}' ({network.fingerprint()}); use that base, or load "
             f"the teacher as a whole model (teachers.{teacher}.model)"
         )
-    unexpected: list[str] = []
     try:
         with _quiet():
             if isinstance(network.model, PeftModel):
-                result = network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
-                unexpected = list(getattr(result, "unexpected_keys", []))
+                network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
             else:
                 network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(
             f"adapter '{folder}' (teacher '{teacher}') does not fit the base '{network.source}': {_first_line(error)}"
         ) from None
-    if unexpected:
+    wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
+    odd = sorted(wanted ^ set(load_file(path / "adapter_model.safetensors")))
+    if odd:
         raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') has weights that '{network.source}' lacks: {unexpected[0]}"
+            f"adapter '{folder}' (teacher '{teacher}') was made for another base than '{network.source}': {len(odd)} of its "
+            f"weights or of the base's layers have no counterpart, first {odd[0]}"
         )
+    network.head_weight()  # refuses an adapter that replaced the head
     network.base.requires_grad_(False)
 
 
@@ -152,10 +167,15 @@ def save_adapter_facts(folder: Path, network: Network) -> None:
 
 def _adapter_facts(folder: Path) -> dict[str, Any] | None:
     path = folder / ADAPTER_FACTS
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except json.JSONDecodeError as error:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise ModelError(f"'{path}' must hold a JSON object, got {type(facts).__name__}")
+    return facts
 
 
 @contextlib.contextmanager

@@ -35,8 +35,14 @@ class Network:
 
     @property
     def max_context(self) -> int | None:
-        """The longest sequence that the model was made for, or None where its config does not say."""
-        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        """The longest sequence that the packed pass is right for, or None where the model's config sets no limit.
+
+        That is the context, and with sliding-window layers their window: the mask of a packed pass has no window.
+        """
+        config = self.base.config.get_text_config()
+        slides = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+        limits = [getattr(config, "max_position_embeddings", None), config.sliding_window if slides else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def head_weight(self) -> Tensor:
         """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
@@ -54,8 +60,11 @@ class Network:
 
     def _whole_head(self) -> Tensor:
         head = self.base.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise ModelError(f"model '{self.source}': needs an output head without bias (a plain linear lm_head)")
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            raise ModelError(
+                f"model '{self.source}': needs a plain linear output head without bias, got {type(head).__name__}; adapters "
+                "that touch the head (target_modules, modules_to_save) are not supported"
+            )
         return head.weight  # type: ignore[return-value]
 
     def activate(self, adapter: str | None, *, trainable: bool = False) -> None:

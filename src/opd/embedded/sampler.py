@@ -28,13 +28,21 @@ class EmbeddedSampler:
     """
 
     def __init__(
-        self, network: Network, *, adapter: str | None, temperature: float, max_new_tokens: int, max_rows: int
+        self,
+        network: Network,
+        *,
+        adapter: str | None,
+        temperature: float,
+        max_new_tokens: int,
+        max_rows: int,
+        max_tokens: int,
     ) -> None:
         self._network = network
         self._adapter = adapter
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
         self._max_rows = max_rows
+        self._max_tokens = max_tokens
         self._end_ids = end_token_ids(network.tokenizer, network.base.generation_config)
         self._version = 0
 
@@ -43,15 +51,15 @@ class EmbeddedSampler:
         self._version = policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
-        rows = [(prompt, k) for prompt in prompts for k in range(num_samples)]
+        encoded = [(prompt, encode_prompt(self._network.tokenizer, prompt)) for prompt in prompts]
+        rows = [(prompt, k, ids) for prompt, ids in encoded for k in range(num_samples)]
         draws = uniforms(seed, len(rows), self._max_new_tokens)
-        encoded = {p.id: encode_prompt(self._network.tokenizer, p) for p in prompts}
         self._network.activate(self._adapter)
         rollouts: list[Rollout] = []
         for start in range(0, len(rows), self._max_rows):
             part = rows[start : start + self._max_rows]
-            grown = self._grow([encoded[p.id] for p, _ in part], draws[start : start + self._max_rows])
-            rollouts += [self._rollout(p, k, encoded[p.id], row) for (p, k), row in zip(part, grown, strict=True)]
+            grown = self._grow([ids for _, _, ids in part], draws[start : start + self._max_rows])
+            rollouts += [self._rollout(p, k, ids, row) for (p, k, ids), row in zip(part, grown, strict=True)]
         return rollouts
 
     @torch.no_grad()
@@ -63,11 +71,7 @@ class EmbeddedSampler:
         """
         network, device = self._network, self._network.device
         distinct = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        [(_, tree)] = pack_trees(list(distinct), max_tokens=sum(map(len, distinct)) + 1)
-        prefill = DynamicCache(config=network.base.config)
-        hidden = network.hidden_states(tree, cache=prefill)
-        hidden = hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=device)]
-        cache, visible = _rows_of(prefill, tree, device)
+        hidden, cache, visible = self._prefill(list(distinct))
         positions = visible.sum(-1)
         responses = [_Response() for _ in prompts]
         rows = {i: distinct[tuple(p)] for i, p in enumerate(prompts)}  # growing sample -> its row
@@ -88,6 +92,26 @@ class EmbeddedSampler:
             hidden = network.decode_step(torch.tensor(inputs, device=device), positions, visible, cache)
             positions = positions + 1
         return responses
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Run the prompts through the model, packed into passes of at most `max_tokens` distinct tokens.
+
+        Returns (the last hidden state of each [rows, hidden], a cache of one left-padded row each, which cached positions
+        are theirs [rows, longest] bool).
+        """
+        longest = max(map(len, prompts))
+        states, layers, visible = [], [], []
+        for _, tree in pack_trees(prompts, max_tokens=self._max_tokens):
+            packed = DynamicCache()
+            hidden = self._network.hidden_states(tree, cache=packed)
+            states.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=hidden.device)])
+            rows, seen = _rows_of(packed, tree, longest, hidden.device)
+            layers.append(rows)
+            visible.append(seen)
+        joined = [
+            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*layers, strict=True)
+        ]
+        return torch.cat(states), DynamicCache(joined), torch.cat(visible)
 
     def _draw(self, hidden: Tensor, rows: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
         """One token a sample by inversion of its row's distribution function, and its log-probability."""
@@ -158,12 +182,13 @@ def _split(pairs: dict[int, tuple[int, int]], num_rows: int) -> tuple[dict[int, 
     return {sample: place[pair] for sample, pair in pairs.items()}, parents, [token for _, token in continued]
 
 
-def _rows_of(prefill: DynamicCache, tree: TokenTree, device: torch.device) -> tuple[DynamicCache, Tensor]:
-    """Rows of a batch from a packed prefill: each path's keys and values, padded on the left.
+def _rows_of(
+    packed: DynamicCache, tree: TokenTree, longest: int, device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Each path's keys and values as a row, padded on the left to `longest`.
 
-    Returns (cache, visible [rows, longest] bool).
+    Returns ((keys, values) of every layer [rows, heads, longest, size], visible [rows, longest] bool).
     """
-    longest = max(len(path) for path in tree.paths)
     index = np.zeros((len(tree.paths), longest), dtype=np.int64)
     visible = np.zeros((len(tree.paths), longest), dtype=bool)
     for i, path in enumerate(tree.paths):
@@ -172,7 +197,7 @@ def _rows_of(prefill: DynamicCache, tree: TokenTree, device: torch.device) -> tu
     where = torch.from_numpy(index).to(device)
     layers = [
         (k[0][:, where].transpose(0, 1), v[0][:, where].transpose(0, 1))
-        for k, v, _ in prefill
+        for k, v, _ in packed
         if k is not None and v is not None
     ]
-    return DynamicCache(layers), torch.from_numpy(visible).to(device)
+    return layers, torch.from_numpy(visible).to(device)

@@ -8,12 +8,15 @@ observation between turns) neither discount nor contribute.
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.objectives.reduce import masked
 
 
-def immediate(log_ratio: Tensor, mask: Tensor) -> Tensor:
+def immediate(
+    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
     """The log ratio of the token itself: A_t = r_t.
 
     Its policy gradient has mean g1 = -sum_s d(s) grad KL_s and misses g2, the gradient of the state occupancy; biased for
@@ -22,7 +25,9 @@ def immediate(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return masked(log_ratio, mask).detach()
 
 
-def log_ratio_to_go(log_ratio: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
+def log_ratio_to_go(
+    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], discount: float = 1.0
+) -> Float[Tensor, "batch tokens"]:
     """The discounted sum of this and later log ratios: A_t = sum_{t' >= t} discount^(t' - t) r_t'.
 
     With discount 1 its policy gradient has mean grad V (Theorem 1, ii); with discount 0 it is `immediate`.
@@ -42,10 +47,10 @@ def log_ratio_to_go(log_ratio: Tensor, mask: Tensor, discount: float = 1.0) -> T
 
 
 def outcome(
-    rewards: Tensor,
-    group_ids: Tensor,
+    rewards: Float[Tensor, " batch"],
+    group_ids: Int[Tensor, " batch"],
     baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out",
-) -> Tensor:
+) -> Float[Tensor, " batch"]:
     """The advantage of a whole response from its verified reward, [batch].
 
     leave_one_out: R_i - mean of the other rewards of the group (0 for a group of one: nothing to compare with).

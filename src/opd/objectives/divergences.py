@@ -1,10 +1,16 @@
 """Divergences per position over the full vocabulary, from logits."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def reverse_kl(
+    student_logits: Float[Tensor, "*positions vocab"],
+    teacher_logits: Float[Tensor, "*positions vocab"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*positions"]:
     """KL(student, teacher) = sum_a p_a (log p_a - log q_a): logits [..., vocab] -> [...], nats, differentiable.
 
     At least 0, 0 where the two are equal, unchanged when a constant is added to either's logits; tokens to which the

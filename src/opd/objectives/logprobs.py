@@ -1,11 +1,14 @@
 """Log-probabilities of given tokens, from logits or from hidden states and a head."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+def gather_logprobs(
+    logits: Float[Tensor, "*positions vocab"], token_ids: Int[Tensor, "*positions"], *, temperature: float = 1.0
+) -> Float[Tensor, "*positions"]:
     """log softmax(logits / temperature)[token]: logits [..., vocab], token_ids [...] -> [...], float32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     chosen = wide.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
@@ -13,8 +16,13 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1
 
 
 def token_logprobs(
-    hidden: Tensor, head: Tensor, token_ids: Tensor, *, temperature: float = 1.0, max_logits: int = 2**24
-) -> Tensor:
+    hidden: Float[Tensor, "states width"],
+    head: Float[Tensor, "vocab width"],
+    token_ids: Int[Tensor, " states"],
+    *,
+    temperature: float = 1.0,
+    max_logits: int = 2**24,
+) -> Float[Tensor, " states"]:
     """The same from hidden states [states, hidden] and a head [vocab, hidden], token_ids [states] -> [states].
 
     At most `max_logits` logits exist at once; with gradients each chunk is recomputed in the backward pass.

@@ -4,19 +4,20 @@ Only `student_logprobs` (or hidden states and head) carry a gradient; advantages
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd.objectives.reduce import Normalizer, denominator, masked
 
 
 def reinforce(
-    student_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    student_logprobs: Float[Tensor, "batch tokens"],
+    advantages: Float[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
     normalizer: Normalizer = "trajectory",
     *,
     divisor: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """The policy-gradient loss: -sum_t A_t log pi(a_t | s_t), divided by the normaliser.
 
     `divisor` replaces the normaliser's own count where this is a part of a larger batch; the sum over the parts is then
@@ -27,10 +28,10 @@ def reinforce(
 
 
 def ppo(
-    student_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    student_logprobs: Float[Tensor, "batch tokens"],
+    rollout_logprobs: Float[Tensor, "batch tokens"],
+    advantages: Float[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     *,
@@ -55,16 +56,16 @@ def ppo(
 
 
 def exact_reverse_kl(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    weights: Tensor,
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teacher_hidden: Float[Tensor, "states teacher_width"],
+    teacher_head: Float[Tensor, "vocab teacher_width"],
+    weights: Float[Tensor, " states"],
     *,
     temperature: float = 1.0,
     logprob_floor: float = -50.0,
     max_logits: int = 2**24,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
     """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without ever holding [states, vocab] logits.
 
     The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio and

@@ -3,12 +3,15 @@
 from typing import Literal, TypeAlias
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 Normalizer: TypeAlias = Literal["trajectory", "token", "constant"]
 
 
-def denominator(mask: Tensor, normalizer: Normalizer = "trajectory", *, constant: float | None = None) -> float:
+def denominator(
+    mask: Bool[Tensor, "batch tokens"], normalizer: Normalizer = "trajectory", *, constant: float | None = None
+) -> float:
     """What a loss over the tokens of `mask` is divided by; at least 1, so an all-masked batch has loss 0.
 
     "trajectory": the number of rows with an action. The only one whose gradient estimates that of V without bias
@@ -27,6 +30,6 @@ def denominator(mask: Tensor, normalizer: Normalizer = "trajectory", *, constant
     return float(constant)
 
 
-def masked(values: Tensor, mask: Tensor) -> Tensor:
+def masked(values: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """`values` on the mask and exactly 0 off it, also where they are inf or nan there."""
     return torch.where(mask, values, torch.zeros_like(values))

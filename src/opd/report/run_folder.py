@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from opd.checkpoint import replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
@@ -42,16 +43,22 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path, config: Config | SftConfig) -> "RunFolder":
         """A new run folder; raises RunError when there is one already."""
+        cls.require_absent(path)
         folder = cls(Path(path))
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunError(
-                f"run folder '{path}' exists and is not empty; continue it with 'opd train --resume {path}', or choose "
-                "another with output=..."
-            )
         with explain_io(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_text("config.json", dump_config(config))
         return folder
+
+    @staticmethod
+    def require_absent(path: str | Path) -> None:
+        """Raise RunError when something is there already: a run never writes over another."""
+        place = Path(path)
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise RunError(
+                f"run folder '{path}' exists and is not empty; continue it with 'opd train --resume {path}', or choose "
+                "another with output=..."
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -94,7 +101,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, one dict a step; a line cut short by a kill is left out."""
     path = Path(run) / "metrics.jsonl"
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
@@ -103,7 +110,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
     """Every rollout of a run with its scores, in order; of one step when it is given.
 
-    Hidden states are not kept on disk: a full-vocabulary score reads back as its sampled tokens' log-probabilities.
+    Not kept on disk: hidden states (a full-vocabulary score reads back as its sampled tokens' log-probabilities) and the
+    prompts' `meta`.
     Raises RunError when the run has no such rollouts.
     """
     folder = Path(run) / "rollouts"
@@ -112,7 +120,7 @@ def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRo
     if not paths:
         raise RunError(f"'{run}' has no rollouts" + ("" if step is None else f" of step {step}"))
     for path in paths:
-        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        for line in gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]:
             yield _from_plain(json.loads(line))
 
 
@@ -123,9 +131,10 @@ def explain_io(path: Path) -> Iterator[None]:
         yield
     except RunError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RunError(
-            f"cannot write '{path}': {error.strerror or error}; what was saved before is untouched: free space or fix the "
+            f"cannot write '{path}': {cause}; what was saved before is untouched: free space or fix the "
             "permission, then continue with 'opd train --resume'"
         ) from None
 

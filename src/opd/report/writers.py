@@ -18,9 +18,9 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def make_writers(config: Config, folder: Path) -> list[Writer]:
-    """The writers of `logging.writers`; raises ConfigError when one is not installed."""
-    return [_make(name, config, folder) for name in config.logging.writers]
+def make_writers(config: Config, folder: Path, *, start: int) -> list[Writer]:
+    """The writers of `logging.writers`; steps after `start` that an interrupted run wrote are written anew."""
+    return [_make(name, config, folder, start) for name in config.logging.writers]
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -30,10 +30,10 @@ def require_installed(names: Sequence[str]) -> None:
             raise ConfigError(f"logging.writers names '{name}', which is not installed: pip install 'opd[{name}]'")
 
 
-def _make(name: str, config: Config, folder: Path) -> Writer:
+def _make(name: str, config: Config, folder: Path, start: int) -> Writer:
     match name:
         case "tensorboard":
-            return TensorboardWriter(folder / "tensorboard")
+            return TensorboardWriter(folder / "tensorboard", start)
         case "trackio":
             return TrackioWriter(config, folder)
         case _:
@@ -43,10 +43,10 @@ def _make(name: str, config: Config, folder: Path) -> Writer:
 class TensorboardWriter:
     """Scalars for TensorBoard, under the run folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

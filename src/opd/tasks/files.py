@@ -44,6 +44,8 @@ def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> 
         raise DataError(f"prompt file '{path}' does not exist (tasks.{task}.path)") from None
     except IsADirectoryError:
         raise DataError(f"prompt file '{path}' is a folder; name a .jsonl file (tasks.{task}.path)") from None
+    except OSError as error:
+        raise DataError(f"prompt file '{path}' cannot be read: {error.strerror} (tasks.{task}.path)") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8: {error.reason}") from None

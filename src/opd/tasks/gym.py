@@ -50,7 +50,7 @@ class ReasoningGym:
                     messages=user_message(question),
                     teacher=config.teacher,
                     task=self.name,
-                    answer=str(entry["answer"]),
+                    answer=None if entry["answer"] is None else str(entry["answer"]),
                     meta=MappingProxyType({"entry": entry}),
                 )
             index += 1

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from opd.errors import DataError
 from opd.records import Message, Prompt
 
@@ -15,7 +17,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
     if getattr(tokenizer, "chat_template", None):
         messages = [dict(m) for m in prompt.messages]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except TemplateError as error:
+            raise DataError(f"prompt '{prompt.id}': the model's chat template refuses it: {error}") from None
     else:
         ids = tokenizer("\n\n".join(m["content"] for m in prompt.messages)).input_ids
     if not ids:
