@@ -98,7 +98,9 @@ def _one_line() -> Iterator[None]:
         yield
     except OpdError as error:
         _fail(" ".join(str(error).split()))
-    except OSError as error:  # the machine's own: no permission, no space
+    except PermissionError as error:
+        _fail(f"no permission for '{error.filename}'; fix the permission or choose another place")
+    except OSError as error:  # the machine's own: a full disk, say
         place = f" '{error.filename}'" if error.filename else ""
         _fail(f"the system refuses{place}: {error.strerror or error}")
     except KeyboardInterrupt:

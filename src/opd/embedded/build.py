@@ -1,6 +1,7 @@
 """From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,7 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
                 file.rename(staging / file.name)
             (staging / voice.adapter).rmdir()
             (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
+            _sort_lists(staging / "adapter_config.json")
             save_adapter_facts(staging, network)
         _cast(staging, getattr(torch, dtype))
         for file in staging.iterdir():
@@ -170,6 +172,13 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sort_lists(path: Path) -> None:
+    """Write a JSON file's lists in order: peft keeps them as sets, whose order changes from process to process."""
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in plain.items()}
+    path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
 
 
 def _cast(folder: Path, dtype: torch.dtype) -> None:

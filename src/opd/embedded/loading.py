@@ -144,7 +144,7 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
                 network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
             else:
                 network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(
             f"adapter '{folder}' (teacher '{teacher}') does not fit the base '{network.source}': {_first_line(error)}"
         ) from None
@@ -183,7 +183,7 @@ def _one_line(source: str) -> Iterator[None]:
     """Turn a loader's failure into one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's own (disk full, no permission), not the model's
         raise ModelError(f"model '{source}' cannot be loaded: {_first_line(error)}") from None
@@ -191,6 +191,8 @@ def _one_line(source: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return lines[1]  # torch heads its list of mismatches with a line that says nothing
     return lines[0] if lines else type(error).__name__
 
 
@@ -204,6 +206,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which `add_adapter` refuses
             yield
     finally:
         transformers.logging.set_verbosity(level)
