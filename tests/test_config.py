@@ -104,7 +104,7 @@ def test_a_dump_holds_every_value_that_differs_from_its_default():
             optimizer={"lr": 3e-5, "betas": [0.8, 0.99], "schedule": "linear", "final_lr_share": 0.1},
             compute={"device": "cpu", "dtype": "float32", "max_tokens": 99, "threads": 1},
             checkpoint={"every": 3, "keep": 1},
-            evaluation={"num_prompts": 0, "before": False},
+            evaluation={"num_prompts": 0, "before_prompts": 0},
             logging={"writers": ["trackio"], "samples_every": 0},
         )
     )
@@ -417,7 +417,7 @@ def test_overrides_reach_every_depth(tmp_path):
             "optimizer.lr=1e-5",
             "optimizer.betas=[0.5, 0.6]",
             "tasks.words.weight=2.5",
-            "evaluation.before=false",
+            "evaluation.before_prompts=0",
             'lora.target_modules=["q_proj"]',
             "teachers.odd.adapter=runs/a",
         ],
@@ -426,7 +426,7 @@ def test_overrides_reach_every_depth(tmp_path):
     assert config.optimizer.lr == 1e-5
     assert config.optimizer.betas == (0.5, 0.6)
     assert config.tasks["words"].weight == 2.5
-    assert config.evaluation.before is False
+    assert config.evaluation.before_prompts == 0
     assert config.lora.target_modules == ["q_proj"]
     assert config.teachers["odd"].adapter == "runs/a"
 

@@ -34,18 +34,11 @@ def sample(
     seed: int = 7,
     adapter: str | None = None,
     temperature: float = 1.0,
-    max_new_tokens: int = 12,
-    max_rows: int = 64,
-    max_tokens: int = 2048,
+    **limits: int,
 ) -> list[Rollout]:
-    sampler = EmbeddedSampler(
-        network,
-        adapter=adapter,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        max_rows=max_rows,
-        max_tokens=max_tokens,
-    )
+    """limits: max_new_tokens, max_rows, max_tokens."""
+    chosen = {"max_new_tokens": 12, "max_rows": 64, "max_tokens": 2048} | limits
+    sampler = EmbeddedSampler(network, adapter=adapter, temperature=temperature, **chosen)
     return sampler.sample(prompts, num_samples=num_samples, seed=(seed,))
 
 

@@ -170,10 +170,13 @@ class CheckpointConfig(Node):
 
 
 class EvaluationConfig(Node):
-    """The parity table: `num_prompts` prompts of each task and split (0: no table), the same before and after."""
+    """The parity table: `num_prompts` prompts of each task and split (0: no table).
+
+    The untrained student is measured on the first `before_prompts` of them (0: not at all): its long responses cost most.
+    """
 
     num_prompts: NonNegative = 128
-    before: bool = True
+    before_prompts: NonNegative = 32
 
 
 class SftEvaluationConfig(Node):

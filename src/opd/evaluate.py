@@ -129,7 +129,7 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         if cell is None or cell.accuracy is None or cell.interval is None:
             return "-"
         low, high = cell.interval
-        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {cell.verified}"
 
     def kl(cell: Cell | None) -> str:
         if cell is None or cell.kl_token is None or cell.kl_sequence is None:
@@ -139,7 +139,6 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
     head = (
         "task",
         "prompts",
-        "n",
         "student before",
         "teacher",
         "student after",
@@ -153,7 +152,6 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         cells = (
             row.task,
             row.split.replace("_", "-"),
-            str(row.after.total),
             accuracy(row.before),
             accuracy(row.expert),
         )

@@ -227,10 +227,11 @@ class _Run:
         path = self.folder.path / "before.json"
         if path.exists():
             return _cells(path)
-        if start > 0 or not self.config.evaluation.before or not self.config.evaluation.num_prompts:
+        count = min(self.config.evaluation.before_prompts, self.config.evaluation.num_prompts)
+        if start > 0 or not count:
             return {}
         line.say("evaluating the student before the first step")
-        cells = self._student_cells()
+        cells = self._student_cells(count)
         plain = [[*key, asdict(cell)] for key, cell in cells.items()]
         self.folder.write_text("before.json", json.dumps(plain, indent=1) + "\n")
         return cells
@@ -240,7 +241,7 @@ class _Run:
         if not self.config.evaluation.num_prompts:
             return []
         line.say("evaluating the student and its teachers")
-        after = self._student_cells()
+        after = self._student_cells(self.config.evaluation.num_prompts)
         rows = []
         for (task, split, teacher), cell in after.items():
             sampler = self.studio.sampler(self.studio.voices[teacher])
@@ -252,11 +253,15 @@ class _Run:
         line.say(text)
         return rows
 
-    def _student_cells(self) -> dict[tuple[str, str, str], Cell]:
+    def _student_cells(self, count: int) -> dict[tuple[str, str, str], Cell]:
         sampler, teachers = self.studio.sampler(), self.studio.teachers(keep_hidden=True)
         return {
             key: evaluate(
-                sampler, self._evaluation_set(*key), self.reward, teachers=teachers, reverse_kl=self.studio.reverse_kl
+                sampler,
+                self._evaluation_set(*key)[:count],
+                self.reward,
+                teachers=teachers,
+                reverse_kl=self.studio.reverse_kl,
             )
             for key in by_task(self.prompts)
         }
