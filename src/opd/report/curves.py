@@ -53,7 +53,7 @@ def _lines(
 ) -> None:
     for name in names:
         points = [(line["step"], line[name]) for line in metrics if name in line]
-        label = "/".join(name.split("/")[1:-1]) or "all"
+        label = "/".join(part for part in name.split("/")[1:-1] if part != "token") or "all"
         axis.plot([s for s, _ in points], [v for _, v in points], label=label, linewidth=1.2)
     axis.set_title(title)
     if log and any(line.get(n, 0) > 0 for line in metrics for n in names):
