@@ -164,11 +164,6 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
     return "\n".join(lines)
 
 
-def worst_parity(rows: Sequence[ParityRow]) -> float | None:
-    """The smallest share of a teacher's accuracy that the student reaches, or None without verifiers."""
-    return min((row.parity for row in rows if row.parity is not None), default=None)
-
-
 def by_task(prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]) -> list[tuple[str, str, str]]:
     """(task, split, teacher) of every non-empty set, in order; a task may have several teachers."""
     found = []

@@ -89,7 +89,7 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
     metrics = updates[0] | {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
-    metrics |= {f"failed/{reason}/sum": Sum(n) for reason, n in _failures(scored).items()}
+    metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
 
@@ -138,4 +138,5 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def _failures(scored: Sequence[ScoredRollout]) -> Counter[str]:
+    """How many rollouts each teacher could not score; the reasons stand with the rollouts on disk."""
     return Counter(s.score.teacher for s in scored if isinstance(s.score, FailedScore))
