@@ -141,7 +141,7 @@ def test_a_value_out_of_range_is_refused_by_its_key(recipe: str, tmp_path: Path,
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["objective.discount=0.5"], "discount belongs to type = 'to_go'"),
+        (["objective.discount=0.5"], "no future part to discount; drop discount or write type = 'exact_to_go'"),
         (["objective.type=immediate", "objective.epochs=2"], "epochs > 1 needs loss = 'ppo'"),
         (["objective.loss=ppo"], "write loss = 'reinforce'"),
         (["objective.normalizer=constant"], "go together"),

@@ -320,21 +320,21 @@ def test_a_task_without_a_type_is_told_so():
     [
         (
             {"teachers": {"even": {}, "odd": {"model": "m"}}},
-            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file) and 'adapter' (a LoRA folder)",
+            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder) and 'weights' (other teachers)",
         ),
         (
             {"teachers": {"even": {"model": "m", "adapter": "a"}, "odd": {"model": "m"}}},
-            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file) and 'adapter' (a LoRA folder)",
+            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder) and 'weights' (other teachers)",
         ),
         ({"sampling": {"top_p": 0.9}}, "sampling: top_p and top_k sampling are refused"),
         ({"sampling": {"top_k": 5}}, "sampling: top_p and top_k sampling are refused"),
         (
             {"objective": {"type": "immediate", "discount": 0.5}},
-            "objective: discount belongs to type = 'to_go', got type = 'immediate'; drop it or change the type",
+            "objective: type = 'immediate' has no future part to discount; drop discount or write type = 'to_go'",
         ),
         (
             {"objective": {"discount": 0.5}},
-            "objective: discount belongs to type = 'to_go', got type = 'exact'; drop it or change the type",
+            "objective: type = 'exact' has no future part to discount; drop discount or write type = 'exact_to_go'",
         ),
         (
             {"objective": {"normalizer": "constant"}},
@@ -346,7 +346,7 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"type": "to_go"}},
-            "objective: type = 'to_go' needs a discount: 0 is the immediate log ratio, 1 the unbiased sum",
+            "objective: type = 'to_go' needs a discount: 0 is the immediate term, 1 the unbiased sum",
         ),
         (
             {"trainable": "full", "compute": {"dtype": "bfloat16"}},
@@ -358,7 +358,7 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"loss": "ppo"}},
-            "objective: loss = 'ppo' clips sampled advantages; type = 'exact' has none: write loss = 'reinforce'",
+            "loss = 'ppo' clips sampled advantages; type = 'exact' without an outcome has none: write loss = 'reinforce'",
         ),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in [0, 1), got [0.9, 1.0]"),
         ({"optimizer": {"betas": [-0.1, 0.5]}}, "optimizer: betas must lie in [0, 1), got [-0.1, 0.5]"),

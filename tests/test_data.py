@@ -16,7 +16,7 @@ from opd.data.micro import micro_batches
 from opd.data.stream import PromptStream
 from opd.data.tree import TokenTree, pack_trees
 from opd.errors import ScoreError
-from opd.records import FailedScore, HiddenScore, ScoredRollout
+from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 # Few token values, so that prefixes are often shared.
@@ -196,7 +196,7 @@ def test_pack_keeps_every_token_with_its_own_figures():
     assert batch.rollout_logprobs.tolist() == [0, 0, -0.25, 0, -1, -2, -3]
     assert batch.teacher_logprobs.tolist() == [0, 0, -0.5, 0, -1.5, -2.5, -3.5]
     assert batch.rewards.tolist() == [0.5, 0.5]
-    assert batch.teacher_hidden is None
+    assert batch.teacher_parts is None
     assert batch.advantages is None
     assert len(batch) == 2
     assert counts == {"dropped": 0, "floored": 0}
@@ -276,13 +276,13 @@ def test_hidden_scores_are_kept_a_rollout_at_a_time():
     items = scored_of([3, 4])
     hidden = [np.full((s.rollout.num_actions, 2), i, dtype=np.float32) for i, s in enumerate(items)]
     full = [
-        ScoredRollout(s.rollout, HiddenScore("t", s.score.logprobs.copy(), h))  # type: ignore[union-attr]
+        ScoredRollout(s.rollout, HiddenScore("t", s.score.logprobs.copy(), (HiddenPart("t", 1.0, h),)))  # type: ignore[union-attr]
         for s, h in zip(items, hidden, strict=True)
     ]
     batch, _ = pack(full, logprob_floor=-50.0)
-    assert batch.teacher_hidden is not None
-    assert [h.shape for h in batch.teacher_hidden] == [(2, 2), (3, 2)]
-    assert [float(h[0, 0]) for h in batch.teacher_hidden] == [0.0, 1.0]
+    assert batch.teacher_parts is not None
+    assert [[part.hidden.shape for part in parts] for parts in batch.teacher_parts] == [[(2, 2)], [(3, 2)]]
+    assert [float(parts[0].hidden[0, 0]) for parts in batch.teacher_parts] == [0.0, 1.0]
 
 
 def test_a_score_that_is_shorter_than_its_rollout_cannot_be_made():

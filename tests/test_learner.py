@@ -19,9 +19,9 @@ from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.embedded.build import Studio, build
 from opd.embedded.learner import EmbeddedLearner, learning_rate
 from opd.errors import ScoreError
-from opd.loop import advantages
 from opd.metrics import values
 from opd.records import HiddenScore, Prompt, ScoredRollout
+from opd.signal import follow
 
 TEMPERATURE = 0.8
 # Several samples of one prompt, and one text asked of both teachers.
@@ -55,7 +55,6 @@ class Bench:
 
     def learner(self, *, max_tokens: int = 10_000, steps: int = 10, **options: Any) -> EmbeddedLearner:
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-2, warmup_steps=1))
-        teachers = self.studio.teachers(keep_hidden=True)
         student = self.studio.student
         return EmbeddedLearner(
             student.network,
@@ -63,7 +62,7 @@ class Bench:
             objective=ObjectiveConfig(**options),
             optimizer=optimizer,
             steps=steps,
-            teacher_heads={name: teachers.head(name).to(student.network.base.dtype) for name in self.studio.voices},
+            heads=heads_of(self.studio, student.network.base.dtype),
             temperature=TEMPERATURE,
             max_tokens=max_tokens,
         )
@@ -82,6 +81,10 @@ class Bench:
         for parameter in weights.values():
             parameter.grad = None
         return found, metrics["loss/total/sum"]
+
+
+def heads_of(studio: Studio, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: voice.network.head_weight().to(dtype) for name, voice in studio.voices.items()}
 
 
 def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool = True, **changes: Any) -> Bench:
@@ -154,14 +157,16 @@ def dense_gradient(bench: Bench, batch: Batch, loss_of_row: Loss) -> dict[str, T
 def dense_exact(bench: Bench, batch: Batch, divisor: float, *, plain_teachers: bool = False) -> dict[str, Tensor]:
     """The gradient of sum KL(student, teacher) / divisor, with the teachers' logits from their hidden states or models."""
     models = {"even": toy_model(1).double(), "odd": toy_model(2).double()}
-    heads = bench.studio.teachers(keep_hidden=True)
+    heads = heads_of(bench.studio, torch.float64)
 
     @torch.no_grad()
     def teacher_logits(row: int, places: Tensor) -> Tensor:
         teacher = batch.teachers[row]
         if not plain_teachers:
-            assert batch.teacher_hidden is not None
-            return torch.tensor(batch.teacher_hidden[row]).double() @ heads.head(teacher).double().T
+            assert batch.teacher_parts is not None
+            [part] = batch.teacher_parts[row]
+            assert (part.model, part.weight) == (teacher, 1.0)
+            return torch.tensor(part.hidden).double() @ heads[teacher].double().T
         start, end = batch.offsets[row], batch.offsets[row + 1]
         return models[teacher](input_ids=batch.token_ids[None, start:end]).logits[0, places - start - 1]
 
@@ -304,7 +309,7 @@ def test_samples_of_one_prompt_id_for_two_teachers_are_two_groups(bench: Bench):
     config = opd.parse_config(
         bench.studio.config.model_dump() | {"outcome": {"coef": 1.0}, "objective": {"type": "exact"}}
     )
-    found = advantages(config, batch)
+    found = follow(config, batch)[0].advantages
     assert found is not None
     firsts = [float(found[start:end][batch.loss_mask[start:end]][0]) for start, end in _spans(batch)]
     assert firsts == [1.0, -1.0, 0.0]
@@ -419,9 +424,11 @@ def test_a_teachers_state_that_is_no_number_names_the_rollout_and_the_weights_st
     item = bench.scored[3]
     assert isinstance(item.score, HiddenScore)
     assert item.rollout.num_actions > 2
-    bad = item.score.hidden.copy()
+    [part] = item.score.parts
+    bad = part.hidden.copy()
     bad[2, 0] = np.nan
-    scored = [*bench.scored[:3], replace(item, score=replace(item.score, hidden=bad)), *bench.scored[4:]]
+    score = replace(item.score, parts=(replace(part, hidden=bad),))
+    scored = [*bench.scored[:3], replace(item, score=score), *bench.scored[4:]]
     batch, _ = pack(scored, logprob_floor=-50.0)
     learner = bench.learner(max_tokens=max_tokens)
     before = snapshot(learner)

@@ -170,7 +170,8 @@ def test_kept_hidden_states_and_the_head_reproduce_the_logprobs(
     teachers = studio.teachers(keep_hidden=True)
     for item in teachers.score(rollouts):
         assert isinstance(item.score, HiddenScore)
-        logits = torch.tensor(item.score.hidden) @ teachers.head(item.score.teacher).T
+        [part] = item.score.parts
+        logits = torch.tensor(part.hidden) @ studio.voices[part.model].network.head_weight().T
         targets = torch.tensor(item.rollout.token_ids[item.rollout.loss_mask].tolist())
         logprobs = torch.log_softmax(logits / temperature, -1).gather(-1, targets[:, None])[:, 0]
         np.testing.assert_allclose(actions(item), logprobs.detach().numpy(), atol=1e-5)
@@ -186,14 +187,14 @@ def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: St
         assert isinstance(b.score, HiddenScore)
         assert np.array_equal(a.score.logprobs, b.score.logprobs)
         assert not a.score.logprobs[~a.rollout.loss_mask].any()
-        assert b.score.hidden.shape == (a.rollout.num_actions, 32)
+        assert [part.hidden.shape for part in b.score.parts] == [(a.rollout.num_actions, 32)]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100])
 def test_the_size_of_a_pass_does_not_change_the_scores(studio: Studio, rollouts: list[Rollout], max_tokens: int):
     def score(limit: int) -> list[ScoredRollout]:
         teachers = EmbeddedTeachers(
-            studio.voices, vocab_size=studio.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True
+            studio.targets, vocab_size=studio.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True
         )
         return teachers.score(rollouts)
 
@@ -201,7 +202,7 @@ def test_the_size_of_a_pass_does_not_change_the_scores(studio: Studio, rollouts:
         assert isinstance(a.score, HiddenScore)
         assert isinstance(b.score, HiddenScore)
         np.testing.assert_allclose(a.score.logprobs, b.score.logprobs, atol=1e-5)
-        np.testing.assert_allclose(a.score.hidden, b.score.hidden, atol=1e-4)
+        np.testing.assert_allclose(a.score.parts[0].hidden, b.score.parts[0].hidden, atol=1e-4)
 
 
 def test_a_padded_vocabulary_is_scored_over_the_shared_ids(tmp_path: Path, rollouts: list[Rollout]):

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from opd.errors import ScoreError
-from opd.records import FailedScore, HiddenScore, ScoredRollout
+from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rollouts of one step, concatenated. `tokens` counts all their tokens, `actions` those that the student sampled.
 
-    rollout_ids, teachers: one entry a rollout; lengths, group_ids [batch]; rewards [batch] (nan: none);
-    token_ids, loss_mask, rollout_logprobs, teacher_logprobs [tokens]; teacher_hidden: one [actions_i, hidden] array a
-    rollout, or None when teachers gave sampled scores; advantages [tokens] once computed.
+    rollout_ids, teachers: one entry a rollout; lengths, group_ids, truncated [batch]; rewards [batch] (nan: none);
+    token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. train_mask: those that any term
+    trains on, which normalisers count; distill_mask: those that the distillation term acts on (all, unless
+    `opd.signal` leaves some out). teacher_parts: of each rollout, or None when teachers gave sampled scores.
+
+    Once computed, [tokens]: student_logprobs, reverse_kl, best_baseline (by the learner, before the update), and advantages.
     """
 
     rollout_ids: tuple[str, ...]
@@ -25,11 +28,17 @@ class Batch:
     lengths: Tensor
     group_ids: Tensor
     rewards: Tensor
+    truncated: Tensor
     token_ids: Tensor
     loss_mask: Tensor
+    train_mask: Tensor
+    distill_mask: Tensor
     rollout_logprobs: Tensor
     teacher_logprobs: Tensor
-    teacher_hidden: tuple[np.ndarray, ...] | None = None
+    teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
+    student_logprobs: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    best_baseline: Tensor | None = None
     advantages: Tensor | None = None
 
     def __len__(self) -> int:
@@ -59,7 +68,7 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
     usable = [s for s in scored if not isinstance(s.score, FailedScore) and s.rollout.num_actions > 0]
     floored = 0
     columns: dict[str, list[np.ndarray]] = {"ids": [], "mask": [], "rollout": [], "teacher": []}
-    hidden: list[np.ndarray] = []
+    parts: list[tuple[HiddenPart, ...]] = []
     for item in usable:
         rollout, score = item.rollout, item.score
         assert not isinstance(score, FailedScore)
@@ -76,11 +85,12 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         columns["rollout"].append(rollout.rollout_logprobs)
         columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, logprob_floor), 0.0))
         if isinstance(score, HiddenScore):
-            hidden.append(score.hidden)
+            parts.append(score.parts)
     if not usable:
         reasons = sorted({s.score.reason for s in scored if isinstance(s.score, FailedScore)}) or ["no actions"]
         raise ScoreError(f"none of {len(scored)} rollouts can be trained on: {'; '.join(reasons)}")
-    flat = {name: np.concatenate(parts) for name, parts in columns.items()}
+    flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    loss_mask = torch.from_numpy(flat["mask"])
     groups = {p: i for i, p in enumerate(dict.fromkeys((s.rollout.prompt.id, s.score.teacher) for s in usable))}
     batch = Batch(
         rollout_ids=tuple(s.rollout.id for s in usable),
@@ -88,10 +98,13 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         lengths=torch.tensor([len(s.rollout.token_ids) for s in usable]),
         group_ids=torch.tensor([groups[s.rollout.prompt.id, s.score.teacher] for s in usable]),
         rewards=torch.tensor([np.nan if s.rollout.reward is None else s.rollout.reward for s in usable]),
+        truncated=torch.tensor([s.rollout.finish == "length" for s in usable]),
         token_ids=torch.from_numpy(flat["ids"].astype(np.int64)),
-        loss_mask=torch.from_numpy(flat["mask"]),
+        loss_mask=loss_mask,
+        train_mask=loss_mask,
+        distill_mask=loss_mask,
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
-        teacher_hidden=tuple(hidden) if len(hidden) == len(usable) else None,
+        teacher_parts=tuple(parts) if len(parts) == len(usable) else None,
     )
     return batch, {"dropped": len(scored) - len(usable), "floored": floored}

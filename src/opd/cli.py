@@ -1,4 +1,4 @@
-"""The command line: `opd train | sft | eval | check`.
+"""The command line: `opd train | sft | eval | check | theory`.
 
 What a user can mend ends with one line on stderr and exit code 2; an interrupted run with 130.
 """
@@ -89,6 +89,32 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
     if not all(f.passed for f in findings):
         raise typer.Exit(2)
+
+
+@app.command()
+def theory(
+    output: Annotated[Path, typer.Option(help="Folder for claims.json, claims.md and the pictures.")] = Path(
+        "runs/theory"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Run the claims of the theory as experiments on small trees; exit code 1 when one fails."""
+    from opd.theory.report import claim_line, run_claims, write_report
+
+    claims = []
+    with _one_line():
+        for claim, seconds in run_claims():
+            claims.append(claim)
+            if not as_json:
+                typer.echo(f"{claim_line(claim)}\n            ({seconds:.1f} s)")
+        files = write_report(claims, output)
+    if as_json:
+        typer.echo(files[0].read_text(encoding="utf-8"))
+    else:
+        held = sum(claim.holds for claim in claims)
+        typer.echo(f"{held} of {len(claims)} claims hold; table, figures and pictures in {output}")
+    if not all(claim.holds for claim in claims):
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from opd.metrics import wilson_interval
-from opd.records import HiddenScore, Prompt, Rollout
+from opd.records import HiddenScore, Prompt, ScoredRollout
 from opd.roles import Sampler, Seed, Teacher
 
 Reward = Callable[[Prompt, str], float | None]
-ReverseKl = Callable[[Sequence[Rollout], Sequence[HiddenScore]], list[np.ndarray]]
+ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
 
 SPLITS = ("train", "held_out")
 EVALUATION_SEED: Seed = (0, "evaluate")
@@ -45,19 +45,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One task and split: the student before, its teacher, the student after."""
+    """One task and split: the student before, its teacher (None: several at once), the student after."""
 
     task: str
     split: str
     teacher: str
     before: Cell | None
-    expert: Cell
+    expert: Cell | None
     after: Cell
 
     @property
     def parity(self) -> float | None:
         """The student's accuracy as a share of its teacher's."""
-        if not self.expert.accuracy or self.after.accuracy is None:
+        if self.expert is None or not self.expert.accuracy or self.after.accuracy is None:
             return None
         return self.after.accuracy / self.expert.accuracy
 
@@ -78,9 +78,7 @@ def evaluate(
     kl_token = kl_sequence = None
     if teachers is not None and reverse_kl is not None:
         scored = [s for s in teachers.score(rollouts) if isinstance(s.score, HiddenScore)]
-        per_token = reverse_kl(
-            [s.rollout for s in scored], [s.score for s in scored if isinstance(s.score, HiddenScore)]
-        )
+        per_token = reverse_kl(scored)
         kl_token = float(np.concatenate(per_token).mean())
         kl_sequence = float(np.mean([k.sum() for k in per_token]))
     return Cell(

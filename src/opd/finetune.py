@@ -42,7 +42,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
         objective=ObjectiveConfig(type="immediate", normalizer="token"),
         optimizer=config.optimizer,
         steps=config.steps,
-        teacher_heads={},
+        heads={},
         temperature=1.0,
         max_tokens=config.compute.max_tokens,
     )

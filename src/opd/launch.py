@@ -7,21 +7,25 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
 from opd import checkpoint
+from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.embedded.build import Studio, build, export
+from opd.embedded.teacher import Part
 from opd.errors import CheckError, DataError, RunError
 from opd.evaluate import SPLITS, Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts, StepReport, train_steps
-from opd.records import Prompt
+from opd.records import Prompt, ScoredRollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
@@ -149,7 +153,7 @@ class _Run:
     def _steps(self, line: ProgressLine, start: int) -> tuple[int, bool]:
         """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
         config, every = self.config, self.config.checkpoint.every
-        teachers = self.studio.teachers(keep_hidden=config.objective.type == "exact")
+        teachers = self.studio.teachers(keep_hidden=config.objective.needs_distributions, targets=self.studio.followed)
         sampler = self.studio.sampler()
         sampler.load_weights(self.learner.weights(), policy_version=start)
         parts = Parts(self.stream, sampler, teachers, self.learner, self.reward)
@@ -244,8 +248,10 @@ class _Run:
         after = self._student_cells(self.config.evaluation.num_prompts)
         rows = []
         for (task, split, teacher), cell in after.items():
-            sampler = self.studio.sampler(self.studio.voices[teacher])
-            expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.reward)
+            expert = None
+            if teacher in self.studio.voices:  # several teachers at once are nobody who could answer alone
+                sampler = self.studio.sampler(self.studio.voices[teacher])
+                expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.reward)
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
         self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
@@ -261,10 +267,17 @@ class _Run:
                 self._evaluation_set(*key)[:count],
                 self.reward,
                 teachers=teachers,
-                reverse_kl=self.studio.reverse_kl,
+                reverse_kl=self._reverse_kl,
             )
             for key in by_task(self.prompts)
         }
+
+    def _reverse_kl(self, scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
+        """KL(student, teacher) at every action of every rollout, one [actions] array each."""
+        batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
+        kl = self.learner.score_student(batch).reverse_kl
+        assert kl is not None
+        return [kl[a:b][batch.loss_mask[a:b]].double().numpy() for a, b in pairwise(batch.offsets)]
 
     def _evaluation_set(self, task: str, split: str, teacher: str) -> list[Prompt]:
         mine = [p for p in self.prompts[task][split] if p.teacher == teacher]
@@ -276,7 +289,7 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     """Every start-up check, on the real weights: see `opd.guards.preflight`."""
     config = studio.config
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
-    findings = [preflight.teachers_exist(every, studio.voices)]
+    findings = [preflight.teachers_exist(every, studio.targets)]
     tokenizer = studio.student.network.tokenizer
     findings.append(
         preflight.lengths_fit(
@@ -284,10 +297,10 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
             lambda p: len(encode_prompt(tokenizer, p)),
             max_new_tokens=config.sampling.max_new_tokens,
             contexts={"the student": studio.student.network.max_context},
-            teacher_contexts={name: voice.network.max_context for name, voice in studio.voices.items()},
+            teacher_contexts=studio.contexts(),
         )
     )
-    by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in studio.voices}
+    by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in studio.targets}
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32"
     tolerance = 0.5 if half else 2e-3
@@ -298,7 +311,8 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
             preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
         )
     rollouts = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
-    own = studio.teachers(keep_hidden=False, voices=dict.fromkeys(studio.voices, studio.student))
+    itself = (Part("student", studio.student),)
+    own = studio.teachers(keep_hidden=False, targets=dict.fromkeys(studio.targets, itself))
     findings.append(preflight.same_policy(rollouts, own.score(rollouts), tolerance=tolerance))
     teachers = studio.teachers(keep_hidden=False)
     scored = teachers.score(rollouts)
@@ -317,8 +331,9 @@ def _read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewa
             preflight.teachers_exist(splits[split], config.teachers)
 
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
+    inner = {part for teacher in config.teachers.values() for part in teacher.weights or ()}
     for name in config.teachers:
-        if not any(p.teacher == name for p in every):
+        if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     if config.outcome.coef > 0 and reward is None and all(p.answer is None for p in every):
         raise DataError(

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from opd.batch import Batch, pack
+from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.metrics import Metrics, Sum, mean_of, merge, values
-from opd.objectives import advantages as adv
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
+from opd.signal import follow
 
 
 @dataclass(frozen=True)
@@ -82,43 +80,18 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         scored = parts.teachers.score(rollouts)
     with clock.phase("update"):
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor)
-        batch = replace(batch, advantages=advantages(config, batch))
+        if config.objective.needs_student_scores:
+            batch = parts.learner.score_student(batch)
+        batch, followed = follow(config, batch)
         updates = [
             parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(config.objective.epochs)
         ]
         parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
     metrics = updates[0] | {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
-    metrics |= rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
+    metrics |= followed | rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
-
-
-def advantages(config: Config, batch: Batch) -> torch.Tensor | None:
-    """The per-token advantage of every token, [tokens], or None when no sampled term is asked for.
-
-    The distillation part comes from `objective.type` (the exact objective integrates it in the loss instead), the
-    outcome part from the verified rewards: A_t = A_t^OPD + coef * A^out on the tokens that the student sampled.
-    """
-    mask = batch.padded(batch.loss_mask)
-    log_ratio = batch.padded(batch.teacher_logprobs - batch.rollout_logprobs)
-    total: torch.Tensor | None
-    match config.objective.type:
-        case "exact":
-            total = None
-        case "immediate":
-            total = adv.immediate(log_ratio, mask)
-        case "to_go":
-            discount = 1.0 if config.objective.discount is None else config.objective.discount
-            total = adv.log_ratio_to_go(log_ratio, mask, discount)
-    if config.outcome.coef > 0:
-        rewards = torch.nan_to_num(batch.rewards, nan=0.0)
-        known = ~torch.isnan(batch.rewards)
-        result = adv.outcome(rewards[known], batch.group_ids[known], config.outcome.baseline)
-        outcome = torch.zeros_like(rewards).masked_scatter(known, result)
-        term = config.outcome.coef * outcome[:, None] * mask
-        total = term if total is None else total + term
-    return None if total is None else batch.flatten(total)
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:

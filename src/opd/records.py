@@ -99,15 +99,27 @@ class SampledScore:
 
 
 @dataclass(frozen=True)
-class HiddenScore:
-    """A full-vocabulary score in process: the teacher's final hidden state before each action, [actions, hidden].
+class HiddenPart:
+    """One model of a score: its final hidden state before each action [actions, hidden], and its weight in log q.
 
-    Its head turns a state into a distribution when the learner needs it; `logprobs` [tokens] is as in `SampledScore`.
+    `model` names the head that turns a state into a distribution when the learner needs it.
+    """
+
+    model: str
+    weight: float
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class HiddenScore:
+    """A full-vocabulary score in process: log q = sum_k weight_k log q_k over its parts, one for an ordinary teacher.
+
+    `logprobs` [tokens] is as in `SampledScore`.
     """
 
     teacher: str
     logprobs: np.ndarray
-    hidden: np.ndarray
+    parts: tuple[HiddenPart, ...]
 
 
 @dataclass(frozen=True)
@@ -134,5 +146,6 @@ class ScoredRollout:
         assert self.score.logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
         read_only(self.score.logprobs)
         if isinstance(self.score, HiddenScore):
-            assert len(self.score.hidden) == self.rollout.num_actions, self.rollout.id
-            read_only(self.score.hidden)
+            for part in self.score.parts:
+                assert len(part.hidden) == self.rollout.num_actions, self.rollout.id
+                read_only(part.hidden)

@@ -31,6 +31,10 @@ class Teacher(Protocol):
 class Learner(Protocol):
     """Holds the student's trainable weights and their optimizer."""
 
+    def score_student(self, batch: Batch) -> Batch:
+        """The batch with the student's own log-probabilities, KLs and baselines at every action, as it is now."""
+        ...
+
     def forward_backward(self, batch: Batch) -> Metrics:
         """Add the gradient of the loss of the whole batch."""
         ...

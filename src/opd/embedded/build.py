@@ -3,11 +3,10 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -18,20 +17,28 @@ from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
 from opd.embedded.network import Network
 from opd.embedded.sampler import EmbeddedSampler
-from opd.embedded.teacher import EmbeddedTeachers, Voice
+from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.errors import ModelError
-from opd.objectives.losses import exact_reverse_kl
-from opd.records import HiddenScore, Rollout
 from opd.text.tokenizer import difference
+
+_INITIAL = "student"  # objective.reference: the student as it was before the first step
+_INITIAL_VOICE = "the initial student"
 
 
 @dataclass(frozen=True)
 class Studio:
-    """The student, its teachers, and what they share: `vocab_size` is the number of ids that all heads have."""
+    """The student, its teachers, and what they share.
+
+    voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
+    `followed` takes its place, which has the reference of an extrapolation too. vocab_size: the number of ids that all
+    heads have.
+    """
 
     config: Config
     student: Voice
     voices: Mapping[str, Voice]
+    targets: Mapping[str, Target]
+    followed: Mapping[str, Target]
     identities: Mapping[str, str]
     vocab_size: int
 
@@ -47,52 +54,32 @@ class Studio:
             max_tokens=self.config.compute.max_tokens,
         )
 
-    def teachers(self, *, keep_hidden: bool, voices: Mapping[str, Voice] | None = None) -> EmbeddedTeachers:
+    def teachers(self, *, keep_hidden: bool, targets: Mapping[str, Target] | None = None) -> EmbeddedTeachers:
+        """Teachers that score as `targets` say; the prompts' own by default."""
         return EmbeddedTeachers(
-            self.voices if voices is None else voices,
+            self.targets if targets is None else targets,
             vocab_size=self.vocab_size,
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
         )
 
+    def contexts(self) -> dict[str, int | None]:
+        """The longest sequence that each target can score, None where nothing limits it."""
+        limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
+        return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
+
     def learner(self) -> EmbeddedLearner:
-        teachers = self.teachers(keep_hidden=True)
         return EmbeddedLearner(
             self.student.network,
             adapter=self.student.adapter,
             objective=self.config.objective,
             optimizer=self.config.optimizer,
             steps=self.config.steps * self.config.objective.epochs,
-            teacher_heads={name: teachers.head(name) for name in self.voices},
+            heads={name: voice.network.head_weight() for name, voice in self.voices.items()},
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
         )
-
-    @torch.no_grad()
-    def reverse_kl(self, rollouts: Sequence[Rollout], scores: Sequence[HiddenScore]) -> list[np.ndarray]:
-        """KL(student, teacher) over the vocabulary at every action of every rollout, one [actions] array each."""
-        teachers = dict.fromkeys(s.teacher for s in scores)
-        own = self.teachers(keep_hidden=True, voices=dict.fromkeys(teachers, self.student)).score(rollouts)
-        student_hidden = [s.score.hidden for s in own if isinstance(s.score, HiddenScore)]
-        assert len(student_hidden) == len(scores)
-        head = self.student.network.head_weight()[: self.vocab_size]
-        heads = self.teachers(keep_hidden=True)
-        found: dict[int, np.ndarray] = {}
-        for teacher in teachers:
-            mine = [i for i, s in enumerate(scores) if s.teacher == teacher]
-            ours, theirs = (
-                torch.from_numpy(np.concatenate(arrays)).to(head.device, head.dtype)
-                for arrays in ([student_hidden[i] for i in mine], [scores[i].hidden for i in mine])
-            )
-            floor = self.config.objective.teacher_logprob_floor
-            _, kl, _, _ = exact_reverse_kl(
-                ours, head, theirs, heads.head(teacher), ours.new_ones(len(ours)),
-                temperature=self.config.temperature, logprob_floor=floor,
-            )  # fmt: skip
-            ends = np.cumsum([len(scores[i].hidden) for i in mine])[:-1]
-            found.update(zip(mine, np.split(kl.double().cpu().numpy(), ends), strict=True))
-        return [found[i] for i in range(len(scores))]
 
 
 def prepare(compute: ComputeConfig) -> None:
@@ -115,6 +102,8 @@ def build(config: Config) -> Studio:
     loaded: dict[str, Network] = {config.student: network} if lora else {}
     voices: dict[str, Voice] = {}
     for index, (name, teacher) in enumerate(config.teachers.items()):
+        if teacher.weights is not None:
+            continue
         source = teacher.model or config.student
         if source not in loaded:
             loaded[source] = load_network(source, config.compute)
@@ -125,6 +114,11 @@ def build(config: Config) -> Studio:
             add_adapter(home, teacher.adapter, teacher=name, name=adapter)
         _require_one_tokenizer(name, network, home)
         voices[name] = Voice(home, adapter)
+    if config.objective.reference == _INITIAL:
+        if config.student not in loaded:
+            loaded[config.student] = load_network(config.student, config.compute)
+        # The student's adapter changes nothing before the first step: its base is the student as it was.
+        voices[_INITIAL_VOICE] = Voice(loaded[config.student], None)
     vocab_size = min(n.vocab_size for n in (network, *loaded.values()))
     needed = max(network.tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:
@@ -134,7 +128,28 @@ def build(config: Config) -> Studio:
     for net in (network, *loaded.values()):
         net.vocab_size = vocab_size
     identities = {name: _identity(config, name, voice) for name, voice in voices.items()}
-    return Studio(config, Voice(network, "student" if lora else None), voices, identities, vocab_size)
+    targets = {name: _target(config, name, voices) for name in config.teachers}
+    followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
+    return Studio(
+        config, Voice(network, "student" if lora else None), voices, targets, followed, identities, vocab_size
+    )
+
+
+def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:
+    """What a teacher key stands for: one voice, or several whose weights sum to one."""
+    weights = config.teachers[name].weights or {name: 1.0}
+    total = sum(weights.values())
+    return tuple(Part(part, voices[part], weight / total) for part, weight in weights.items())
+
+
+def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -> Target:
+    """lambda log q + (1 - lambda) log pi_ref: with lambda above 1 away from the reference, past the teacher."""
+    share, reference = config.objective.extrapolation, config.objective.reference
+    if reference is None:
+        return target
+    name = _INITIAL_VOICE if reference == _INITIAL else reference
+    scaled = tuple(replace(part, weight=share * part.weight) for part in target)
+    return (*scaled, Part(name, voices[name], 1.0 - share))
 
 
 def build_student(config: SftConfig) -> Voice:
@@ -201,7 +216,7 @@ def _require_one_tokenizer(name: str, student: Network, teacher: Network) -> Non
 
 def _identity(config: Config, name: str, voice: Voice) -> str:
     """What makes this teacher this teacher: its base's weights and its adapter's file."""
-    adapter = config.teachers[name].adapter
+    adapter = None if name == _INITIAL_VOICE else config.teachers[name].adapter
     base = voice.network.fingerprint()
     if adapter is None:
         return base

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opd.data.micro import micro_batches
 from opd.embedded.network import Network
 from opd.objectives.logprobs import token_logprobs
-from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
+from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -21,59 +21,87 @@ class Voice:
     adapter: str | None
 
 
+@dataclass(frozen=True)
+class Part:
+    """One voice of a target: the name of its head, who speaks, and its weight in log q."""
+
+    name: str
+    voice: Voice
+    weight: float = 1.0
+
+
+Target: TypeAlias = tuple[Part, ...]
+"""What a prompt's teacher key stands for, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
+
+
 class EmbeddedTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
-    With `keep_hidden` a score carries the teacher's hidden states before each action, from which `head(name)` gives the
+    With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
     full distribution; without, the sampled tokens' log-probabilities alone.
     """
 
     def __init__(
-        self, voices: Mapping[str, Voice], *, vocab_size: int, temperature: float, max_tokens: int, keep_hidden: bool
+        self, targets: Mapping[str, Target], *, vocab_size: int, temperature: float, max_tokens: int, keep_hidden: bool
     ) -> None:
-        self._voices = dict(voices)
+        self._targets = dict(targets)
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._keep_hidden = keep_hidden
 
-    def head(self, teacher: str) -> Tensor:
-        """The teacher's output head over the shared vocabulary, [vocab, hidden]."""
-        return self._voices[teacher].network.head_weight()[: self._vocab_size]
-
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; what cannot be scored says why."""
         scores: dict[int, Score] = {}
         for teacher in dict.fromkeys(r.prompt.teacher for r in rollouts):
-            mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
-            voice = self._voices[teacher]
-            limit = voice.network.max_context
-            short = [i for i in mine if limit is None or len(rollouts[i].token_ids) <= limit]
-            for i in set(mine) - set(short):
-                reason = f"{len(rollouts[i].token_ids)} tokens exceed the context of teacher '{teacher}' ({limit})"
-                scores[i] = FailedScore(teacher, reason)
-            scores.update(zip(short, self._score(teacher, voice, [rollouts[i] for i in short]), strict=True))
+            target = self._targets[teacher]
+            limit = min((c for part in target if (c := part.voice.network.max_context) is not None), default=None)
+            fits = []
+            for i, rollout in enumerate(rollouts):
+                if rollout.prompt.teacher != teacher:
+                    continue
+                if limit is None or len(rollout.token_ids) <= limit:
+                    fits.append(i)
+                else:
+                    reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{teacher}' ({limit})"
+                    scores[i] = FailedScore(teacher, reason)
+            found = self._score(teacher, target, [rollouts[i] for i in fits])
+            scores.update(zip(fits, found, strict=True))
         return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
+    def _score(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
+        every = [(part, self._speak(part.voice, rollouts)) for part in target]
+        scores: list[Score] = []
+        for i in range(len(rollouts)):
+            logprobs = np.zeros(len(rollouts[i].token_ids), dtype=np.float32)
+            for part, (spread, _) in every:
+                logprobs += np.float32(part.weight) * spread[i]
+            if self._keep_hidden:
+                parts = tuple(HiddenPart(part.name, part.weight, hidden[i]) for part, (_, hidden) in every)
+                scores.append(HiddenScore(teacher, logprobs, parts))
+            else:
+                scores.append(SampledScore(teacher, logprobs))
+        return scores
+
     @torch.no_grad()
-    def _score(self, teacher: str, voice: Voice, rollouts: Sequence[Rollout]) -> list[Score]:
+    def _speak(self, voice: Voice, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """One voice's log-probabilities [tokens] of each rollout, and its hidden states [actions, hidden]."""
         network = voice.network
         network.activate(voice.adapter)
-        head = self.head(teacher)
-        found: list[Score | None] = [None] * len(rollouts)
+        head = network.head_weight()[: self._vocab_size]
         sequences, masks = [r.token_ids for r in rollouts], [r.loss_mask for r in rollouts]
+        logprobs = [np.zeros(len(s), dtype=np.float32) for s in sequences]
+        states: list[np.ndarray] = [np.zeros((0, head.shape[1]), dtype=np.float32) for _ in sequences]
         for micro in micro_batches(sequences, masks, max_tokens=self._max_tokens):
             nodes, inverse = np.unique(micro.states, return_inverse=True)
             hidden = network.hidden_states(micro.tree)[torch.from_numpy(nodes).to(network.device)]
             every = hidden[torch.from_numpy(inverse).to(network.device)]
             targets = torch.from_numpy(micro.targets).to(network.device)
-            logprobs = token_logprobs(every, head, targets, temperature=self._temperature).cpu().numpy()
-            states = every.float().cpu().numpy() if self._keep_hidden else None
+            found = token_logprobs(every, head, targets, temperature=self._temperature).cpu().numpy()
+            plain = every.float().cpu().numpy() if self._keep_hidden else None
             for member in micro.members:
                 mine = micro.owners == member
-                spread = np.zeros(len(sequences[member]), dtype=np.float32)
-                spread[micro.places[mine]] = logprobs[mine]
-                found[member] = (
-                    SampledScore(teacher, spread) if states is None else HiddenScore(teacher, spread, states[mine])
-                )
-        return [score for score in found if score is not None]
+                logprobs[member][micro.places[mine]] = found[mine]
+                if plain is not None:
+                    states[member] = plain[mine]
+        return logprobs, states

@@ -25,6 +25,18 @@ def immediate(
     return masked(log_ratio, mask).detach()
 
 
+def full_trajectory(
+    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """The log ratio of the whole response on every token: A_t = sum_{t'} r_t'.
+
+    Its policy gradient has mean grad V and the highest variance of all: what came before an action is noise to it.
+    Source: Theorem 1 (i), log(pi_T(y|x) / pi(y|x)).
+    """
+    rewards = masked(log_ratio, mask).detach()
+    return masked(rewards.sum(dim=-1, keepdim=True).expand_as(rewards), mask)
+
+
 def log_ratio_to_go(
     log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], discount: float = 1.0
 ) -> Float[Tensor, "batch tokens"]:
@@ -33,17 +45,47 @@ def log_ratio_to_go(
     With discount 1 its policy gradient has mean grad V (Theorem 1, ii); with discount 0 it is `immediate`.
     Raises ValueError for a discount outside [0, 1].
     """
+    rewards = masked(log_ratio, mask).detach()
+    return rewards + _later(rewards, mask, discount)
+
+
+def kl_to_go(
+    log_ratio: Float[Tensor, "batch tokens"],
+    reverse_kl: Float[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    discount: float = 1.0,
+) -> Float[Tensor, "batch tokens"]:
+    """This log ratio and the KLs of the later states: A_t = r_t - sum_{t' > t} discount^(t' - t) KL_t'.
+
+    KL_t = KL(pi(.|s_t), pi_T(.|s_t)) = -E_a[r_a | s_t]: the action is integrated out of the future part, so the mean is
+    that of `log_ratio_to_go` with less noise. Source: Theorem 1 (iv). Raises ValueError for a discount outside [0, 1].
+    """
+    return immediate(log_ratio, mask) + future_kl(reverse_kl, mask, discount)
+
+
+def future_kl(
+    reverse_kl: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], discount: float = 1.0
+) -> Float[Tensor, "batch tokens"]:
+    """The future part alone: A_t = -sum_{t' > t} discount^(t' - t) KL_t'.
+
+    Goes with the exact immediate term, which has the immediate part already: at discount 1 the two together have mean
+    grad V. Never positive, so it needs a baseline. Raises ValueError for a discount outside [0, 1].
+    """
+    return _later(masked(-reverse_kl, mask).detach(), mask, discount)
+
+
+def _later(values: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """sum_{t' > t} discount^(t' - t) values_t' over the actions, [batch, tokens]; `values` is 0 off the mask."""
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount must lie in [0, 1], got {discount}")
-    rewards = masked(log_ratio, mask).detach()
+    later = torch.zeros_like(values)
     if discount == 0.0:
-        return rewards
-    to_go = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.sum(-1)
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        running = torch.where(mask[:, t], rewards[:, t] + discount * running, running)
-        to_go[:, t] = running
-    return masked(to_go, mask)
+        return later
+    running = values.new_zeros(len(values))
+    for t in range(values.shape[1] - 1, -1, -1):
+        later[:, t] = discount * running
+        running = torch.where(mask[:, t], values[:, t] + discount * running, running)
+    return masked(later, mask)
 
 
 def outcome(

@@ -1,4 +1,4 @@
-"""Divergences per position over the full vocabulary, from logits."""
+"""Divergences per position, from logits over the full vocabulary or from log-probabilities on a support."""
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,87 @@ def reverse_kl(
     At least 0, 0 where the two are equal, unchanged when a constant is added to either's logits; tokens to which the
     student gives no probability contribute nothing. This is the dense form; training uses `losses.exact_reverse_kl`.
     """
-    logp = torch.log_softmax(student_logits / temperature, dim=-1)
-    logq = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    return _kl(torch.log_softmax(student_logits / temperature, -1), torch.log_softmax(teacher_logits / temperature, -1))
+
+
+def forward_kl(
+    student_logits: Float[Tensor, "*positions vocab"],
+    teacher_logits: Float[Tensor, "*positions vocab"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*positions"]:
+    """KL(teacher, student) = sum_a q_a (log q_a - log p_a): logits [..., vocab] -> [...], nats, differentiable.
+
+    Covers all that the teacher does, where the reverse KL keeps to what it finds likely. Laws as of `reverse_kl`.
+    """
+    return _kl(torch.log_softmax(teacher_logits / temperature, -1), torch.log_softmax(student_logits / temperature, -1))
+
+
+def jsd(
+    student_logits: Float[Tensor, "*positions vocab"],
+    teacher_logits: Float[Tensor, "*positions vocab"],
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*positions"]:
+    """beta KL(q, m) + (1 - beta) KL(p, m) with m = beta q + (1 - beta) p: logits [..., vocab] -> [...], nats.
+
+    Student p, teacher q. Symmetric at beta = 1/2, where it is at most log 2; divided by beta (by 1 - beta) it tends to
+    the forward (the reverse) KL as beta tends to 0 (to 1). Source: Agarwal et al. 2024 (GKD), equation (1).
+    Raises ValueError for a beta outside (0, 1).
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta must lie in (0, 1), got {beta}; its ends are forward_kl and reverse_kl")
+    logp = torch.log_softmax(student_logits / temperature, -1)
+    logq = torch.log_softmax(teacher_logits / temperature, -1)
+    logm = mixture(logp, logq, beta)
+    return beta * _kl(logq, logm) + (1.0 - beta) * _kl(logp, logm)
+
+
+def mixture(
+    logp: Float[Tensor, "*positions vocab"], logq: Float[Tensor, "*positions vocab"], beta: float
+) -> Float[Tensor, "*positions vocab"]:
+    """log(beta q + (1 - beta) p)."""
+    shares = torch.tensor([1.0 - beta, beta], dtype=logp.dtype, device=logp.device).log()
+    return torch.logaddexp(logp + shares[0], logq + shares[1])
+
+
+def support_reverse_kl(
+    student_logprobs_on_support: Float[Tensor, "*positions support"],
+    teacher_logprobs_on_support: Float[Tensor, "*positions support"],
+    *,
+    logprob_floor: float = -50.0,
+) -> Float[Tensor, "*positions"]:
+    """The reverse KL of the distributions in which all tokens off the support are one: [..., k] -> [...], nats.
+
+        sum_S p_a sg(log p_a - log q_a) + p_tail sg(log p_tail - log q_tail),  p_tail = 1 - sum_S p_a
+
+    A lower bound of `reverse_kl` (data processing), equal to it when the support is the vocabulary, and growing with the
+    support. Coefficients carry no gradient (sg); the gradient is that of the bucketed KL all the same, since the
+    probabilities of the buckets sum to one. Renormalising over the support, or leaving the tail out, gives other
+    stationary points and is not offered. The teacher's log-probabilities, the tail's too, are raised to `logprob_floor`.
+    """
+    logp, logq = student_logprobs_on_support, teacher_logprobs_on_support.detach()
+    p = logp.exp()
+    gap = torch.where(p > 0, logp.detach(), 0.0) - logq.clamp(min=logprob_floor)
+    log_tail_q = tail_logprob(logq, logprob_floor=logprob_floor)
+    tail_p = (1.0 - p.sum(-1)).clamp(min=0.0)
+    some = tail_p.detach() > 4 * torch.finfo(p.dtype).eps
+    tail_gap = torch.where(some, tail_p.detach().clamp(min=torch.finfo(p.dtype).tiny).log() - log_tail_q, 0.0)
+    return (p * gap.detach()).sum(-1) + tail_p * tail_gap
+
+
+def tail_logprob(
+    logprobs_on_support: Float[Tensor, "*positions support"], *, logprob_floor: float = -50.0
+) -> Float[Tensor, "*positions"]:
+    """log(1 - sum of the probabilities on the support), at least `logprob_floor`; [..., k] -> [...]."""
+    inside = logprobs_on_support.double().exp().sum(-1)
+    tail = (1.0 - inside).clamp(min=0.0).log().clamp(min=logprob_floor)
+    return tail.to(logprobs_on_support.dtype)
+
+
+def _kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """sum p (log p - log q); what p gives no probability contributes nothing."""
     p = logp.exp()
     gap = torch.where(p > 0, logp, 0.0) - torch.where(p > 0, logq, 0.0)
     return (p * gap).sum(-1)

@@ -1,0 +1,47 @@
+"""The configuration: what a recipe may say, with every default, range and cross-field rule.
+
+A recipe is TOML; `key=value` pairs on the command line override it (`optimizer.lr=1e-5`). Unknown keys are errors that
+name the nearest known key. Importing this package needs no torch.
+"""
+
+from opd.config.node import nearest
+from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
+from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
+from opd.config.tree import (
+    ComputeConfig,
+    Config,
+    EvaluationConfig,
+    FileTask,
+    LoggingConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ReasoningGymTask,
+    SamplingConfig,
+    SftConfig,
+    TaskConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "AnyConfig",
+    "ComputeConfig",
+    "Config",
+    "CorrectionConfig",
+    "EvaluationConfig",
+    "FileTask",
+    "LoggingConfig",
+    "LoraConfig",
+    "MaskConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "OutcomeConfig",
+    "ReasoningGymTask",
+    "SamplingConfig",
+    "SftConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "dump_config",
+    "load_config",
+    "nearest",
+    "parse_config",
+]

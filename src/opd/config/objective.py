@@ -1,0 +1,147 @@
+"""What the student follows: the objective, its corrections, the masks and the outcome (docs/objectives.md)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from opd.config.node import Node, Positive
+
+_INTEGRATED = ("exact", "support")
+_FUTURE = ("to_go", "kl_to_go", "exact_to_go")
+_REFUSED_TYPES = {
+    "k1": "backpropagating k1 = log pi - log q through the sampled token has an expected gradient of zero; as an advantage it "
+    "is type = 'immediate'",
+    "k2": "half the squared log ratio has the mean gradient of type = 'immediate' and more variance; write 'immediate'",
+    "k3": "backpropagating k3 = exp(r) - 1 - r follows the forward KL's direction under the reverse KL's name; write "
+    "'immediate', or type = 'exact' with divergence = 'forward_kl'",
+}
+_REFUSED_TAILS = {
+    "renormalize": "a KL renormalised over the support ignores the student's mass off it (final KL 1.04 where the bucket "
+    "reaches 0.03 at k = 32)",
+    "drop": "a sum over the support without its tail pushes mass off the support: a token is raised only if q > e pi",
+}
+
+
+class CorrectionConfig(Node):
+    """Importance weights against the policy that sampled, where that is not quite the student: an engine that rounds
+    otherwise, an older version. Rejected tokens leave the normaliser too."""
+
+    type: Literal["none", "truncate", "reject"] = "none"
+    level: Literal["token", "geometric", "sequence"] = "token"
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    low: Annotated[float, Field(gt=0, le=1)] = 0.5
+    high: Annotated[float, Field(ge=1)] = 2.0
+
+
+class ObjectiveConfig(Node):
+    """The distillation term. `teacher_logprob_floor` bounds what one token may cost; what it raises is counted."""
+
+    type: Literal["exact", "exact_to_go", "support", "immediate", "to_go", "kl_to_go"] = "exact"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    support: Positive = 32
+    support_tail: Literal["bucket"] = "bucket"
+    tail_residual: bool = False
+    discount: Annotated[float, Field(ge=0, le=1)] | None = None
+    baseline: Literal["none", "leave_one_out", "leave_one_out_prompt", "kl", "score_weighted"] = "none"
+    extrapolation: Annotated[float, Field(gt=0)] = 1.0
+    reference: str | None = None
+    loss: Literal["reinforce", "ppo"] = "reinforce"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    clip_dual: Annotated[float, Field(gt=1)] | None = None
+    epochs: Positive = 1
+    correction: CorrectionConfig = CorrectionConfig()
+    normalizer: Literal["trajectory", "token", "constant"] = "trajectory"
+    constant: Annotated[float, Field(gt=0)] | None = None
+    teacher_logprob_floor: Annotated[float, Field(lt=0)] = -50.0
+
+    @property
+    def integrated(self) -> bool:
+        """Whether the immediate part is computed over the vocabulary rather than from the sampled token."""
+        return self.type in (*_INTEGRATED, "exact_to_go")
+
+    @property
+    def needs_distributions(self) -> bool:
+        """Whether teachers must give whole distributions."""
+        return self.integrated or self.type == "kl_to_go" or self.baseline in ("kl", "score_weighted")
+
+    @property
+    def needs_student_scores(self) -> bool:
+        """Whether the advantages need the student's own distributions at every action, before the update."""
+        from_kl = self.type in ("kl_to_go", "exact_to_go") or self.baseline in ("kl", "score_weighted")
+        return from_kl or self.correction.type != "none"
+
+    @property
+    def centred(self) -> bool:
+        """Whether leaving a trajectory out of the distillation term neither rewards nor punishes it on average."""
+        return self.integrated or self.baseline != "none"
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _no_wrong_estimator(cls, value: object) -> object:
+        if isinstance(value, str) and value in _REFUSED_TYPES:
+            raise ValueError(_REFUSED_TYPES[value])
+        return value
+
+    @field_validator("support_tail", mode="before")
+    @classmethod
+    def _no_wrong_tail(cls, value: object) -> object:
+        if isinstance(value, str) and value in _REFUSED_TAILS:
+            raise ValueError(f"{_REFUSED_TAILS[value]}; leave support_tail = 'bucket'")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_type(self) -> "ObjectiveConfig":
+        kind = self.type
+        if kind in _FUTURE and self.discount is None:
+            raise ValueError(
+                f"type = '{kind}' needs a discount: 0 is the immediate term, 1 the unbiased sum (docs/objectives.md)"
+            )
+        if self.discount is not None and kind not in _FUTURE:
+            other = "exact_to_go" if kind in _INTEGRATED else "to_go"
+            raise ValueError(f"type = '{kind}' has no future part to discount; drop discount or write type = '{other}'")
+        if kind == "exact_to_go" and self.baseline not in ("leave_one_out", "leave_one_out_prompt"):
+            raise ValueError(
+                f"type = 'exact_to_go' needs baseline = 'leave_one_out', got '{self.baseline}': the future KL is never "
+                "positive, and without one every response is pushed down by its length"
+            )
+        if kind in _INTEGRATED and self.baseline != "none":
+            raise ValueError(f"type = '{kind}' has no sampled advantage: drop baseline, or write type = 'exact_to_go'")
+        owners = {"divergence": "exact", "jsd_beta": "exact", "support": "support", "tail_residual": "support"}
+        for field, owner in owners.items():
+            if kind != owner and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(
+                    f"{field} belongs to type = '{owner}', got type = '{kind}'; drop it or change the type"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "ObjectiveConfig":
+        if (self.constant is not None) != (self.normalizer == "constant"):
+            raise ValueError("normalizer = 'constant' and a value for 'constant' go together")
+        if self.epochs > 1 and self.loss != "ppo":
+            raise ValueError(
+                "epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student"
+            )
+        if self.clip_dual is not None and self.loss != "ppo":
+            raise ValueError("clip_dual belongs to loss = 'ppo'; drop it or change the loss")
+        if (self.extrapolation != 1.0) != (self.reference is not None):
+            raise ValueError(
+                "extrapolation other than 1 and 'reference' go together: the reference is what lambda moves away from, "
+                "'student' (as it was before the first step) or a name of [teachers]"
+            )
+        return self
+
+
+class MaskConfig(Node):
+    """Responses that the distillation term leaves out: `truncated` ones, cut at the length limit. An outcome still counts."""
+
+    truncated: Literal["keep", "trajectory"] = "keep"
+
+
+class OutcomeConfig(Node):
+    """A policy gradient from the verifier's reward, added to the distillation advantage."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.0
+    baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out"

@@ -1,0 +1,121 @@
+"""From a TOML recipe and `key=value` overrides to a checked configuration, with one clear line for the first fault."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from opd.config.node import nearest
+from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TeacherConfig
+from opd.errors import ConfigError
+
+AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyConfig] = Config) -> AnyConfig:
+    """Read a TOML recipe, apply `key=value` overrides, and check everything.
+
+    Raises ConfigError with one line that names the file and the key, what was found and what to write instead.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe '{path}' does not exist; recipes/ holds the ones that come with opd") from None
+    except IsADirectoryError:
+        raise ConfigError(f"recipe '{path}' is a folder; name a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe '{path}' is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, kind=kind, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, source: str = "config") -> AnyConfig:
+    """A checked, frozen configuration from plain data; raises ConfigError with one line for the first fault."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error, kind, tree)}") from None
+
+
+def dump_config(config: Config | SftConfig) -> str:
+    """The resolved tree as JSON; `parse_config(json.loads(dump_config(c))) == c`."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"override '{override}' is not of the form key=value, such as optimizer.lr=1e-5")
+    *tables, leaf = key.strip().split(".")
+    node = tree
+    for table in tables:
+        child = node.setdefault(table, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{table}' is a value in the recipe, not a table")
+        node = child
+    value = _parse_value(text)
+    if leaf in _TEXT_KEYS and not isinstance(value, str):
+        value = text  # output=2026-11-21 is a name, not a date
+    if tables and tables[0] == "teachers" and leaf in ("model", "adapter"):
+        for other in {"model", "adapter", "weights"} - {leaf}:
+            node.pop(other, None)  # a teacher has one source: the override's
+    node[leaf] = value
+
+
+_TEXT_KEYS = ("student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference")
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word: student=Qwen/Qwen3-1.7B needs no quotes
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, Any]) -> str:
+    """One line for the first fault of a pydantic error."""
+    faults = error.errors(include_url=False)
+    # An unknown key explains more than what is missing beside it.
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
+    loc = [str(part) for part in fault["loc"]]
+    key = ".".join(part for i, part in enumerate(loc) if not _is_union_tag(loc, i))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(loc[-1], _known_keys(kind, loc[:-1]))}{more}"
+    if fault["type"] == "missing":
+        return f"key '{key}' is missing; add it to the recipe or pass {key}=...{more}"
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f"{key}.type must be 'file' or 'reasoning_gym', got {_tag(fault['input'])}{more}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return (f"{key}: " if key else "") + message + more
+    return f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _tag(table: Any) -> str:
+    return repr(table["type"]) if isinstance(table, Mapping) and "type" in table else "none"
+
+
+def _is_union_tag(loc: Sequence[str], index: int) -> bool:
+    # pydantic puts the discriminator's value into the location: tasks, <name>, <tag>, <key>
+    # and the type that it tried: lora, target_modules, str
+    return (index == 2 and loc[0] == "tasks") or loc[:index] == ["lora", "target_modules"]
+
+
+def _known_keys(kind: type[BaseModel], loc: Sequence[str]) -> list[str]:
+    """The keys that the table at `loc` may hold."""
+    if not loc:
+        return list(kind.model_fields)
+    if loc[0] == "tasks" and len(loc) >= 3:
+        variants = {"file": FileTask, "reasoning_gym": ReasoningGymTask}
+        return list(variants[loc[2]].model_fields)
+    if loc[0] == "teachers":
+        return list(TeacherConfig.model_fields)
+    child = kind.model_fields[loc[0]].annotation
+    models = [a for a in (child, *get_args(child)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return _known_keys(models[0], loc[1:]) if models else []

@@ -1,0 +1,181 @@
+"""The terms of the loss of one packed pass: hidden states and a batch's columns in, a scalar and its metrics out."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.batch import Batch
+from opd.config import ObjectiveConfig
+from opd.data.micro import MicroBatch
+from opd.errors import ScoreError
+from opd.metrics import Mean, Metrics, mean_of
+from opd.objectives.logprobs import token_logprobs
+from opd.objectives.losses import ppo, reinforce
+from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, state_statistics, vocabulary_loss
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One packed forward pass of the student: hidden [nodes, width], its head and its teachers' [vocab, width]."""
+
+    batch: Batch
+    micro: MicroBatch
+    hidden: Tensor
+    head: Tensor
+    heads: Mapping[str, Tensor]
+
+    @property
+    def flat(self) -> Tensor:
+        """Where each action stands in the batch's flat columns, [actions]."""
+        return torch.from_numpy(np.asarray(self.batch.offsets)[self.micro.owners] + self.micro.places)
+
+    def column(self, values: Tensor) -> Tensor:
+        """A flat column's values at the actions of this pass, on the student's device, [actions]."""
+        return values[self.flat].to(self.hidden.device)
+
+
+def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> VocabularyLoss:
+    """How the immediate term is computed over the vocabulary."""
+    return VocabularyLoss(
+        divergence=objective.divergence,
+        jsd_beta=objective.jsd_beta,
+        support=objective.support if objective.type == "support" else None,
+        tail_residual=objective.tail_residual,
+        temperature=temperature,
+        logprob_floor=objective.teacher_logprob_floor,
+    )
+
+
+def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tuple[Tensor, Metrics]:
+    """The divergence over the vocabulary at every visited state; a state that several samples share is done once."""
+    device, micro = given.hidden.device, given.micro
+    weights = given.batch.distill_mask[given.flat].double().numpy() / divisor
+    loss = given.hidden.sum() * 0.0
+    columns = {name: np.zeros(len(micro.states)) for name in ("divergence", "reverse_kl", "entropy", "floored", "tail")}
+    for mine, first, inverse, states, teachers in _by_teacher(given, tokens_differ=how.support is not None):
+        summed = np.bincount(inverse, weights=weights[mine], minlength=len(first))
+        term, stats = vocabulary_loss(
+            given.hidden[states],
+            given.head,
+            teachers,
+            torch.from_numpy(summed).to(device, torch.float32),
+            how,
+            sampled_ids=torch.from_numpy(micro.targets[mine[first]]).to(device),
+        )
+        loss = loss + term
+        for name, whole in columns.items():
+            whole[mine] = getattr(stats, name).double().cpu().numpy()[inverse]
+    refuse_nan(columns["divergence"], given)
+    metrics: Metrics = {
+        "student/entropy/mean": mean_of(columns["entropy"]),
+        "teacher/floored_mass/mean": mean_of(columns["floored"]),
+    }
+    if how.support is not None:
+        metrics["support/tail_mass/mean"] = mean_of(columns["tail"])
+    if how.support is not None or how.divergence != "reverse_kl":
+        metrics["divergence/token/mean"] = mean_of(columns["divergence"])
+    return loss, metrics | kl_metrics(columns["reverse_kl"], given)
+
+
+def policy_term(
+    given: Pass, objective: ObjectiveConfig, *, temperature: float, divisor: float
+) -> tuple[Tensor, Metrics]:
+    """REINFORCE or PPO over `batch.advantages`, on what trains."""
+    batch, micro, device = given.batch, given.micro, given.hidden.device
+    assert batch.advantages is not None
+    advantages = given.column(batch.advantages)[None]
+    mask = given.column(batch.train_mask)[None]
+    targets = torch.from_numpy(micro.targets).to(device)
+    states = given.hidden[torch.from_numpy(micro.states).to(device)]
+    logprobs = token_logprobs(states, given.head, targets, temperature=temperature)[None]
+    metrics: Metrics = {}
+    if objective.loss == "ppo":
+        # The ratio is to the student as this update found it; what sampled is the correction's business.
+        before = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
+        low, high = objective.clip_low, objective.clip_high
+        loss, clipped = ppo(
+            logprobs, given.column(before)[None], advantages, mask, low, high, clip_dual=objective.clip_dual, divisor=divisor
+        )  # fmt: skip
+        metrics["loss/clipped/mean"] = Mean(float(clipped), mask.sum().item())
+    else:
+        loss = reinforce(logprobs, advantages, mask, divisor=divisor)
+    metrics["student/nll/mean"] = Mean(-float(logprobs.detach().sum()), logprobs.numel())
+    if not objective.integrated:
+        if batch.reverse_kl is not None:
+            kl = batch.reverse_kl[given.flat].double().numpy()
+        else:
+            kl = (batch.rollout_logprobs - batch.teacher_logprobs)[given.flat].double().numpy()
+        refuse_nan(kl, given)
+        metrics |= kl_metrics(kl, given)
+    return loss, metrics
+
+
+@torch.no_grad()
+def student_scores(given: Pass, how: VocabularyLoss, *, score_weighted: bool) -> dict[str, Tensor]:
+    """The student's log-probability of each action and, where teachers gave distributions, the reverse KL and b*."""
+    device, micro = given.hidden.device, given.micro
+    targets = torch.from_numpy(micro.targets).to(device)
+    states = given.hidden[torch.from_numpy(micro.states).to(device)]
+    found = {"student_logprobs": token_logprobs(states, given.head, targets, temperature=how.temperature).cpu()}
+    if given.batch.teacher_parts is None:
+        return found
+    kl, best = torch.zeros(len(micro.states)), torch.zeros(len(micro.states))
+    for mine, _, inverse, nodes, teachers in _by_teacher(given, tokens_differ=False):
+        stats = state_statistics(given.hidden[nodes], given.head, teachers, how, score_weighted=score_weighted)
+        where, back = torch.from_numpy(mine), torch.from_numpy(inverse)
+        kl[where] = stats.reverse_kl.float().cpu()[back]
+        best[where] = stats.score_weighted.float().cpu()[back]
+    refuse_nan(kl.numpy(), given)
+    return found | {"reverse_kl": kl} | ({"best_baseline": best} if score_weighted else {})
+
+
+def _by_teacher(
+    given: Pass, *, tokens_differ: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Tensor, list[TeacherStates]]]:
+    """For each teacher of the pass: (its actions, the first action of each distinct state, each action's distinct state,
+    the states' nodes, the teacher's own states). With `tokens_differ` a state counts once a sampled token."""
+    batch, micro, device = given.batch, given.micro, given.hidden.device
+    assert batch.teacher_parts is not None, "this objective needs teachers that give hidden states"
+    teacher_of = np.array([batch.teachers[o] for o in micro.owners])
+    for teacher in dict.fromkeys(teacher_of.tolist()):
+        mine = np.flatnonzero(teacher_of == teacher)
+        key = micro.states[mine]
+        if tokens_differ:
+            key = key * (int(micro.targets.max()) + 1) + micro.targets[mine]
+        _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+        chosen = mine[first]
+        members = [batch.teacher_parts[m] for m in micro.members if batch.teachers[m] == teacher]
+        teachers = []
+        for k, part in enumerate(members[0]):
+            # Actions come rollout by rollout, so these rows are those of `mine`.
+            hidden = torch.from_numpy(np.concatenate([parts[k].hidden for parts in members])[first])
+            head = given.heads[part.model].to(device)[: len(given.head)]
+            teachers.append(TeacherStates(hidden.to(device, given.hidden.dtype), head, part.weight))
+        yield mine, first, inverse, torch.from_numpy(micro.states[chosen]).to(device), teachers
+
+
+def kl_metrics(kl: np.ndarray, given: Pass) -> Metrics:
+    """Reverse KL per token and per sequence, over all and by teacher; `kl` [actions] in nats."""
+    batch, micro = given.batch, given.micro
+    metrics: Metrics = {"kl/token/mean": mean_of(kl)}
+    per_sequence = {m: float(kl[micro.owners == m].sum()) for m in micro.members}
+    metrics["kl/sequence/mean"] = mean_of(per_sequence.values())
+    for teacher in dict.fromkeys(batch.teachers[m] for m in micro.members):
+        mine = np.array([batch.teachers[o] == teacher for o in micro.owners])
+        metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[mine])
+    return metrics
+
+
+def refuse_nan(values: np.ndarray, given: Pass) -> None:
+    """Raises ScoreError naming the rollout, the token and the teacher of the first value that is no finite number."""
+    bad = ~np.isfinite(values)
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        owner = int(given.micro.owners[index])
+        raise ScoreError(
+            f"rollout '{given.batch.rollout_ids[owner]}': the reverse KL at token {int(given.micro.places[index])} is "
+            f"{values[index]}, expected a number; check the student and teacher '{given.batch.teachers[owner]}' (opd check)"
+        )

@@ -1,0 +1,261 @@
+"""Losses over the whole vocabulary at every state, from hidden states and heads, in chunks: [states, vocab] logits never
+exist at once. Each has its gradient in closed form,
+
+    d D / d logits_a = p_a (h_a - sum_b p_b h_b)
+
+with h_a = log p_a - log q_a for the reverse KL, -q_a / p_a for the forward KL, (1 - beta) (log p_a - log m_a) for the JSD,
+and on a support the log ratio of the token's bucket. Source: each divergence's derivative in p_a, up to a constant.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.objectives.baselines import score_weighted_mean
+from opd.objectives.divergences import mixture
+
+Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+class TeacherStates(NamedTuple):
+    """One teacher at every state: hidden [states, width], head [vocab, width], and its weight in log q."""
+
+    hidden: Tensor
+    head: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class VocabularyLoss:
+    """Which loss, and how it is computed.
+
+    divergence: of the whole distributions; jsd_beta belongs to "jsd". support: with k, the reverse KL on the union of the
+    student's and the teacher's k likeliest tokens and the sampled one, all others as one bucket; with tail_residual the
+    sampled token stays out of the support and what the bucket hides is added as a policy-gradient term, which makes the
+    gradient's mean that of the reverse KL. max_logits: how many logits of one model may exist at once.
+    """
+
+    divergence: Divergence = "reverse_kl"
+    jsd_beta: float = 0.5
+    support: int | None = None
+    tail_residual: bool = False
+    temperature: float = 1.0
+    logprob_floor: float = -50.0
+    max_logits: int = 2**24
+
+
+class StateStatistics(NamedTuple):
+    """What a loss saw at each state, all [states] and without gradient.
+
+    divergence: the loss's own (nats); reverse_kl: over the full vocabulary; entropy: of the student; floored: the student's
+    mass on tokens whose teacher log-probability was floored; tail: its mass off the support (0 without one);
+    score_weighted: the baseline b* (nan unless asked for).
+    """
+
+    divergence: Tensor
+    reverse_kl: Tensor
+    entropy: Tensor
+    floored: Tensor
+    tail: Tensor
+    score_weighted: Tensor
+
+
+def exact_reverse_kl(
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teacher_hidden: Float[Tensor, "states teacher_width"],
+    teacher_head: Float[Tensor, "vocab teacher_width"],
+    weights: Float[Tensor, " states"],
+    *,
+    temperature: float = 1.0,
+    logprob_floor: float = -50.0,
+    max_logits: int = 2**24,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
+    """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without ever holding [states, vocab] logits.
+
+    The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio and
+    none of the variance of drawing the action. One pass over chunks of states; gradients are formed in the same pass from
+    the closed form d KL / d logits = p (log p - log q - KL), so memory is O(max_logits + states * hidden).
+
+    Args:
+        student_hidden: [states, hidden]; student_head: [vocab, hidden]; both may require gradients.
+        teacher_hidden: [states, teacher_hidden]; teacher_head: [vocab, teacher_hidden]; constants.
+        weights: [states], the weight of each state in the loss (1 / normaliser, times its multiplicity).
+        logprob_floor: teacher log-probabilities below it are raised to it, so that a zero gives a finite KL.
+        max_logits: how many logits of one model may exist at once.
+
+    Returns:
+        (loss, reverse_kl [states], entropy [states] of the student, floored [states]: the student's probability mass on
+        tokens whose teacher log-probability was floored); the last three detached.
+
+    Does not include the future part of grad V. Source: section 1.3 (g1).
+    """
+    how = VocabularyLoss(temperature=temperature, logprob_floor=logprob_floor, max_logits=max_logits)
+    loss, stats = vocabulary_loss(
+        student_hidden, student_head, [TeacherStates(teacher_hidden, teacher_head)], weights, how
+    )
+    return loss, stats.reverse_kl, stats.entropy, stats.floored
+
+
+def vocabulary_loss(
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teachers: Sequence[TeacherStates],
+    weights: Float[Tensor, " states"],
+    how: VocabularyLoss,
+    *,
+    sampled_ids: Int[Tensor, " states"] | None = None,
+) -> tuple[Float[Tensor, ""], StateStatistics]:
+    """sum_i weights_i D_i for the divergence D that `how` names, and what was seen at each state.
+
+    The target is log q = sum_k weight_k log q_k over `teachers`, weights summing to one. The reverse KL takes it as it is,
+    so its value is the weighted mean of the KLs to each and its optimum their normalised geometric mean; the others
+    normalise it first. Negative weights extrapolate away from a reference. `sampled_ids` [states] is needed with a support.
+    """
+    assert how.support is None or sampled_ids is not None
+    # autograd.Function wants tensors one by one
+    flat = [t for teacher in teachers for t in (teacher.hidden, teacher.head)]
+    shares = tuple(teacher.weight for teacher in teachers)
+    found = _VocabularyLoss.apply(student_hidden, student_head, weights, sampled_ids, shares, how, *flat)
+    loss, divergence, reverse_kl, entropy, floored, tail = cast(tuple[Tensor, ...], found)
+    unasked = torch.full_like(entropy, torch.nan)
+    return loss, StateStatistics(divergence, reverse_kl, entropy, floored, tail, unasked)
+
+
+@torch.no_grad()
+def state_statistics(
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teachers: Sequence[TeacherStates],
+    how: VocabularyLoss,
+    *,
+    score_weighted: bool = False,
+) -> StateStatistics:
+    """What the reverse KL of `vocabulary_loss` sees at each state, and on demand the baseline b*; without gradient."""
+    whole = replace(how, divergence="reverse_kl", support=None)
+    weights = torch.zeros(len(student_hidden), device=student_hidden.device)
+    _, stats = vocabulary_loss(student_hidden, student_head, teachers, weights, whole)
+    if not score_weighted:
+        return stats
+    found = [score_weighted_mean(c.logp, c.logq) for c in _chunks(student_hidden, student_head, teachers, how)]
+    return stats._replace(score_weighted=torch.cat(found) if found else stats.score_weighted)
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, weights, sampled_ids, shares, how, *flat):  # type: ignore[override]
+        teachers = [TeacherStates(h, w, share) for h, w, share in zip(flat[::2], flat[1::2], shares, strict=True)]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_head = torch.zeros_like(head) if need_head else None
+        stats = tuple(hidden.new_zeros(len(hidden), dtype=_wide(hidden)) for _ in range(5))
+        for chunk in _chunks(hidden, head, teachers, how):
+            rows = chunk.rows
+            sampled = None if sampled_ids is None else sampled_ids[rows]
+            pull, *found = _pull(chunk, sampled, how)
+            for whole, part in zip(stats, found, strict=True):
+                whole[rows] = part
+            if need_hidden or need_head:
+                pull = pull.addcmul_(chunk.p, pull.sum(-1, keepdim=True), value=-1.0)
+                grad = pull.mul_((weights[rows] / how.temperature)[:, None]).to(head.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ head
+                if grad_head is not None:
+                    grad_head.addmm_(grad.T, hidden[rows])
+        ctx.gradients = (grad_hidden, grad_head)
+        ctx.mark_non_differentiable(*stats)
+        return (stats[0] * weights).sum(), *stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[override]
+        scaled = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients)
+        return *scaled, *(None for _ in range(len(ctx.needs_input_grad) - 2))
+
+
+class _Chunk(NamedTuple):
+    """Some states: rows [states]; log p, p and log q [states, vocab]; the floored mass [states]."""
+
+    rows: Tensor
+    logp: Tensor
+    p: Tensor
+    logq: Tensor
+    floored: Tensor
+
+
+def _chunks(hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss) -> Iterator[_Chunk]:
+    """The distributions of a few states at a time."""
+    for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, how.max_logits // len(head))):
+        logp = _log_softmax(hidden[rows] @ head.T, how.temperature)
+        p = logp.exp()
+        logq, below = None, None
+        for teacher in teachers:
+            part = _log_softmax(teacher.hidden[rows] @ teacher.head.T, how.temperature)
+            low = part < how.logprob_floor
+            if bool(low.any()):
+                part.clamp_(min=how.logprob_floor)
+                below = low if below is None else below | low
+            if teacher.weight != 1.0:
+                part.mul_(teacher.weight)
+            logq = part if logq is None else logq.add_(part)
+        assert logq is not None
+        floored = p.new_zeros(len(rows)) if below is None else (p * below).sum(-1)
+        yield _Chunk(rows, logp, p, logq, floored)
+
+
+def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[Tensor, ...]:
+    """p h [states, vocab], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
+    logp, p, logq = chunk.logp, chunk.p, chunk.logq
+    entropy = -(p * logp).sum(-1)
+    gap = logp - logq
+    reverse_kl = (p * gap).sum(-1)
+    none = torch.zeros_like(entropy)
+    if how.support is not None:
+        assert sampled is not None
+        pull, divergence, tail = _on_support(chunk, gap, sampled, how)
+        return pull, divergence, reverse_kl, entropy, chunk.floored, tail
+    if how.divergence == "reverse_kl":
+        return p * gap, reverse_kl, reverse_kl, entropy, chunk.floored, none
+    logq = torch.log_softmax(logq, -1)
+    q = logq.exp()
+    if how.divergence == "forward_kl":
+        return -q, (q * (logq - logp)).sum(-1), reverse_kl, entropy, chunk.floored, none
+    beta = how.jsd_beta
+    logm = mixture(logp, logq, beta)
+    ours = (1.0 - beta) * p * (logp - logm)
+    return ours, beta * (q * (logq - logm)).sum(-1) + ours.sum(-1), reverse_kl, entropy, chunk.floored, none
+
+
+def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """(p h, the bucketed reverse KL, the student's mass in the tail) on the union of both models' likeliest tokens."""
+    inside = torch.zeros_like(gap, dtype=torch.bool)
+    for logprobs in (chunk.logp, chunk.logq):
+        inside.scatter_(-1, logprobs.topk(min(how.support or 0, gap.shape[-1]), dim=-1).indices, True)
+    here = sampled[:, None]
+    if not how.tail_residual:
+        inside.scatter_(-1, here, True)
+    # Summed off the support: one minus the sum on it would round a small tail away.
+    log_p, log_q = (
+        x.masked_fill(inside, -torch.inf).logsumexp(-1).clamp(min=how.logprob_floor) for x in (chunk.logp, chunk.logq)
+    )
+    tail_gap = torch.where(inside.all(-1), 0.0, log_p - log_q)[:, None]
+    bucketed = torch.where(inside, gap, tail_gap)
+    divergence = (chunk.p * bucketed).sum(-1)
+    pull = chunk.p * bucketed
+    if how.tail_residual:
+        # A policy-gradient term for the sampled token: what the bucket hides of its log ratio. 0 inside the support.
+        hidden = (gap - bucketed).gather(-1, here)
+        pull.scatter_add_(-1, here, hidden)
+    return pull, divergence, (chunk.p * ~inside).sum(-1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32 or wider: reductions over a vocabulary are never done in half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits.to(_wide(logits)) / temperature, dim=-1)

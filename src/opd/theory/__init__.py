@@ -1,0 +1,1 @@
+"""The theory as a program: tabular policies on small trees, where every mean and variance is a finite sum."""
