@@ -1,107 +1,41 @@
 """The learner in process: its gradient is that of the written-out loss, however a batch is split, and its steps are safe."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import prompt, toy_model, toy_recipe
+from benches import (
+    TEMPERATURE,
+    Bench,
+    assert_same_gradient,
+    dense_gradient,
+    float64_norms,
+    heads_of,
+    make_bench,
+    with_advantages,
+)
+from factories import toy_model
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import opd
 from opd.batch import Batch, pack
-from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.embedded.build import Studio, build
+from opd.config import OptimizerConfig
 from opd.embedded.learner import EmbeddedLearner, learning_rate
 from opd.errors import ScoreError
 from opd.metrics import values
-from opd.records import HiddenScore, Prompt, ScoredRollout
+from opd.records import HiddenScore, Score
 from opd.signal import follow
-
-TEMPERATURE = 0.8
-# Several samples of one prompt, and one text asked of both teachers.
-PROMPTS = [
-    prompt("p0", "hi", teacher="even"),
-    prompt("p1", "hi", teacher="odd"),
-    prompt("p2", "hi there", teacher="even"),
-    prompt("p3", "and now", teacher="odd"),
-]
-
-
-def norm_in_its_inputs_width(self: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _float64() -> Iterator[None]:
-    """Llama takes its norms in float32 whatever its weights are; float64 throughout tells a wrong formula from rounding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", norm_in_its_inputs_width)
+    with float64_norms():
         yield
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A student with non-zero weights in float64, its rollouts scored by two teachers, and the batch made of them."""
-
-    studio: Studio
-    scored: list[ScoredRollout]
-    batch: Batch
-
-    def learner(self, *, max_tokens: int = 10_000, steps: int = 10, **options: Any) -> EmbeddedLearner:
-        optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-2, warmup_steps=1))
-        student = self.studio.student
-        return EmbeddedLearner(
-            student.network,
-            adapter=student.adapter,
-            objective=ObjectiveConfig(**options),
-            optimizer=optimizer,
-            steps=steps,
-            heads=heads_of(self.studio, student.network.base.dtype),
-            temperature=TEMPERATURE,
-            max_tokens=max_tokens,
-        )
-
-    def gradient(self, batch: Batch | None = None, **options: Any) -> dict[str, Tensor]:
-        return self.gradient_and_loss(batch, **options)[0]
-
-    def gradient_and_loss(self, batch: Batch | None = None, **options: Any) -> tuple[dict[str, Tensor], float]:
-        """The gradient by name and the loss of one call; nothing of it stays behind."""
-        learner = self.learner(**options)
-        weights = learner.weights()
-        for parameter in weights.values():
-            parameter.grad = None
-        metrics = values(learner.forward_backward(batch or self.batch))
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in weights.items()}
-        for parameter in weights.values():
-            parameter.grad = None
-        return found, metrics["loss/total/sum"]
-
-
-def heads_of(studio: Studio, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: voice.network.head_weight().to(dtype) for name, voice in studio.voices.items()}
-
-
-def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool = True, **changes: Any) -> Bench:
-    config = opd.parse_config(toy_recipe(folder, temperature=TEMPERATURE, **changes))
-    studio = build(config)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in studio.learner().weights().items():
-            if "lora_" in name:  # a fresh adapter is the identity, and half of its gradient is 0
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(5,))
-    scored = studio.teachers(keep_hidden=True).score(rollouts)
-    batch, counts = pack(scored, logprob_floor=-50.0)
-    assert counts["dropped"] == 0
-    if wide:
-        studio.student.network.base.double()
-    return Bench(studio, scored, batch)
 
 
 @pytest.fixture(scope="module")
@@ -112,46 +46,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return make_bench(tmp_path_factory.mktemp("full"), trainable="full")
-
-
-def with_advantages(batch: Batch, seed: int = 0) -> Batch:
-    """The batch with advantages of both signs on its actions, and rollouts of a policy that has moved since."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(batch.token_ids), generator=generator)
-    moved = batch.rollout_logprobs + 0.2 * torch.randn(len(batch.token_ids), generator=generator) * batch.loss_mask
-    return replace(batch, advantages=noise * batch.loss_mask, rollout_logprobs=moved)
-
-
-def largest(gradient: dict[str, Tensor]) -> float:
-    return max(float(g.abs().max()) for g in gradient.values())
-
-
-def assert_same_gradient(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    scale = largest(expected)
-    assert scale > 1e-3
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) <= tolerance * max(1.0, scale), name
-
-
-Loss = Callable[[Tensor, Tensor, slice, int], Tensor]
-
-
-def dense_gradient(bench: Bench, batch: Batch, loss_of_row: Loss) -> dict[str, Tensor]:
-    """The gradient by autograd of one plain forward pass a rollout.
-
-    loss_of_row: (student logits [actions, vocab], targets [actions], the rollout's actions within the batch, its index).
-    """
-    network = bench.studio.student.network
-    weights = bench.learner().weights()
-    total = torch.zeros((), dtype=torch.float64)
-    for row, (start, end) in enumerate(zip(batch.offsets, batch.offsets[1:], strict=False)):
-        ids = batch.token_ids[start:end]
-        places = batch.loss_mask[start:end].nonzero()[:, 0]
-        logits = network.base(input_ids=ids[None]).logits[0, places - 1] / TEMPERATURE
-        total = total + loss_of_row(logits, ids[places], start + places, row)
-    gradients = torch.autograd.grad(total, list(weights.values()))
-    return dict(zip(weights, gradients, strict=True))
 
 
 def dense_exact(bench: Bench, batch: Batch, divisor: float, *, plain_teachers: bool = False) -> dict[str, Tensor]:
@@ -293,10 +187,18 @@ def test_the_same_text_for_two_teachers_is_drawn_to_each_by_its_own_rollouts(ben
     total = bench.gradient(both, **options)
     assert_same_gradient(total, {n: gradients["even"][n] + gradients["odd"][n] for n in total}, 1e-9)
     assert max(float((gradients["even"][n] - gradients["odd"][n]).abs().max()) for n in total) > 1e-3
-    # With the teachers exchanged the rollouts are drawn elsewhere.
-    other = [replace(s, score=replace(s.score, teacher={"even": "odd", "odd": "even"}[s.score.teacher])) for s in same]
+    # With the heads exchanged the rollouts are drawn elsewhere.
+    other = [replace(s, score=exchanged(s.score)) for s in same]
     swapped = bench.gradient(pack(other, logprob_floor=-50.0)[0], **options)
     assert max(float((swapped[n] - total[n]).abs().max()) for n in total) > 1e-3
+
+
+def exchanged(score: Score) -> Score:
+    """The same hidden states under the other teacher's name and head."""
+    assert isinstance(score, HiddenScore)
+    other = {"even": "odd", "odd": "even"}
+    parts = tuple(replace(part, model=other[part.model]) for part in score.parts)
+    return replace(score, teacher=other[score.teacher], parts=parts)
 
 
 def test_samples_of_one_prompt_id_for_two_teachers_are_two_groups(bench: Bench):

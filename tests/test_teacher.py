@@ -19,7 +19,7 @@ from opd.data.stream import PromptStream
 from opd.embedded.build import Studio, build
 from opd.embedded.loading import add_adapter, load_network
 from opd.embedded.network import Network
-from opd.embedded.teacher import EmbeddedTeachers, Voice
+from opd.embedded.teacher import EmbeddedTeachers, Part, Voice
 from opd.loop import Parts, train_step
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
 from opd.tasks import make_tasks
@@ -224,8 +224,8 @@ def of_length(name: str, tokens: int, teacher: str) -> Rollout:
 def test_a_rollout_over_the_context_is_a_failed_score_that_says_why(tmp_path: Path):
     short = load_network(save_toy(tmp_path / "short", 1, max_context=16), ComputeConfig(device="cpu"))
     long = load_network(save_toy(tmp_path / "long", 1), ComputeConfig(device="cpu"))
-    voices = {"short": Voice(short, None), "long": Voice(long, None)}
-    teachers = EmbeddedTeachers(voices, vocab_size=258, temperature=1.0, max_tokens=64, keep_hidden=False)
+    targets = {name: (Part(name, Voice(network, None)),) for name, network in {"short": short, "long": long}.items()}
+    teachers = EmbeddedTeachers(targets, vocab_size=258, temperature=1.0, max_tokens=64, keep_hidden=False)
     sizes = [("a", 17, "short"), ("b", 16, "short"), ("c", 17, "long"), ("d", 30, "short")]
     scored = teachers.score([of_length(*size) for size in sizes])
     assert [isinstance(s.score, FailedScore) for s in scored] == [True, False, False, True]

@@ -93,28 +93,52 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def theory(
-    output: Annotated[Path, typer.Option(help="Folder for claims.json, claims.md and the pictures.")] = Path(
-        "runs/theory"
-    ),
+    overrides: Overrides = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="A recipe: measure every estimator on its student and teachers instead.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for tables, JSON and pictures.")] = Path("runs/theory"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Run the claims of the theory as experiments on small trees; exit code 1 when one fails."""
+    with _one_line():
+        if probe is not None:
+            typer.echo(_probe(probe, overrides or [], output, as_json=as_json))
+            return
+        if overrides:
+            raise ConfigError(f"'{overrides[0]}': key=value pairs belong to --probe RECIPE")
+        failed = _claims(output, as_json=as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _claims(output: Path, *, as_json: bool) -> int:
+    """Run and print every claim; returns how many failed."""
     from opd.theory.report import claim_line, run_claims, write_report
 
     claims = []
-    with _one_line():
-        for claim, seconds in run_claims():
-            claims.append(claim)
-            if not as_json:
-                typer.echo(f"{claim_line(claim)}\n            ({seconds:.1f} s)")
-        files = write_report(claims, output)
+    for claim, seconds in run_claims():
+        claims.append(claim)
+        if not as_json:
+            typer.echo(f"{claim_line(claim)}\n            ({seconds:.1f} s)")
+    files = write_report(claims, output)
+    failed = sum(not claim.holds for claim in claims)
     if as_json:
         typer.echo(files[0].read_text(encoding="utf-8"))
     else:
-        held = sum(claim.holds for claim in claims)
-        typer.echo(f"{held} of {len(claims)} claims hold; table, figures and pictures in {output}")
-    if not all(claim.holds for claim in claims):
-        raise typer.Exit(1)
+        typer.echo(f"{len(claims) - failed} of {len(claims)} claims hold; table, figures and pictures in {output}")
+    return failed
+
+
+def _probe(recipe: Path, overrides: list[str], output: Path, *, as_json: bool) -> str:
+    from opd.config import load_config
+
+    config = load_config(recipe, overrides)
+    from opd.probe import probe, probe_text, write_probe
+
+    found = probe(config)
+    files = write_probe(found, output)
+    return files[0].read_text(encoding="utf-8") if as_json else f"{probe_text(found)}\n\ntable and figures in {output}"
 
 
 @contextmanager

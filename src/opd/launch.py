@@ -66,7 +66,7 @@ def train(
     """
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
-    prompts, rewards = _read_tasks(config, reward)
+    prompts, rewards = read_tasks(config, reward)
     return _Run(config, RunFolder(Path(config.output)), prompts, rewards, on_step).go(resume=False)
 
 
@@ -77,13 +77,13 @@ def resume(
     folder = RunFolder.open(run)
     config = folder.config()
     require_installed(config.logging.writers)
-    prompts, rewards = _read_tasks(config, reward)
+    prompts, rewards = read_tasks(config, reward)
     return _Run(config, folder, prompts, rewards, on_step).go(resume=True)
 
 
 def check(config: Config) -> list[Finding]:
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use."""
-    prompts, _ = _read_tasks(config, None)
+    prompts, _ = read_tasks(config, None)
     return run_checks(build(config), prompts)
 
 
@@ -91,7 +91,7 @@ def evaluate_run(run: str | Path, *, reward: Reward | None = None) -> list[Parit
     """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew."""
     folder = RunFolder.open(run)
     config = folder.config()
-    prompts, rewards = _read_tasks(config, reward)
+    prompts, rewards = read_tasks(config, reward)
     return _Run(config, folder, prompts, rewards, None).evaluate_only()
 
 
@@ -320,7 +320,7 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     return findings + preflight.informative(scored, vocab_size=studio.vocab_size)
 
 
-def _read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Reward]:
+def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Reward]:
     """The prompts of every task and split, and the reward of a response; raises DataError for a bad record."""
     tasks = make_tasks(config.tasks)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}

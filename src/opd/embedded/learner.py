@@ -66,7 +66,7 @@ class EmbeddedLearner:
         for micro in self._micro_batches(batch):
             given = self._pass(batch, micro)
             for name, values in student_scores(given, self._how, score_weighted=wanted).items():
-                columns.setdefault(name, torch.zeros(len(batch.token_ids)))[given.flat] = values
+                columns.setdefault(name, values.new_zeros(len(batch.token_ids)))[given.flat] = values
         return replace(batch, **columns)
 
     def forward_backward(self, batch: Batch) -> Metrics:

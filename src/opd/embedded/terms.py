@@ -122,12 +122,12 @@ def student_scores(given: Pass, how: VocabularyLoss, *, score_weighted: bool) ->
     found = {"student_logprobs": token_logprobs(states, given.head, targets, temperature=how.temperature).cpu()}
     if given.batch.teacher_parts is None:
         return found
-    kl, best = torch.zeros(len(micro.states)), torch.zeros(len(micro.states))
+    kl, best = (found["student_logprobs"].new_zeros(len(micro.states)) for _ in range(2))
     for mine, _, inverse, nodes, teachers in _by_teacher(given, tokens_differ=False):
         stats = state_statistics(given.hidden[nodes], given.head, teachers, how, score_weighted=score_weighted)
         where, back = torch.from_numpy(mine), torch.from_numpy(inverse)
-        kl[where] = stats.reverse_kl.float().cpu()[back]
-        best[where] = stats.score_weighted.float().cpu()[back]
+        kl[where] = stats.reverse_kl.cpu()[back]
+        best[where] = stats.score_weighted.cpu()[back]
     refuse_nan(kl.numpy(), given)
     return found | {"reverse_kl": kl} | ({"best_baseline": best} if score_weighted else {})
 

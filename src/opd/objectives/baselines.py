@@ -30,21 +30,24 @@ def leave_one_out(
 
     Args: advantages, mask [batch, tokens]; group_ids [batch] integers, equal for samples of one prompt.
     """
-    values = masked(advantages, mask).detach()
+    # Summed in float64: a sample's own part is taken out of the sum again.
+    values = masked(advantages, mask).detach().double()
     _, group = torch.unique(group_ids, return_inverse=True)
     num_groups = int(group.max()) + 1 if len(group) else 0
     if per == "prompt":
-        own, count = values.sum(-1), mask.sum(-1).to(values.dtype)
+        own, count = values.sum(-1), mask.sum(-1).double()
         total = values.new_zeros(num_groups).index_add(0, group, own)[group] - own
         others = values.new_zeros(num_groups).index_add(0, group, count)[group] - count
-        return masked((total / others.clamp(min=1)).unsqueeze(-1).expand_as(values), mask)
+        found = (total / others.clamp(min=1)).unsqueeze(-1).expand_as(values)
+        return masked(found, mask).to(advantages.dtype)
     # action[b, t]: how many actions row b has before token t
     action = (mask.long().cumsum(-1) - 1).clamp(min=0)
     cell = group.unsqueeze(-1) * max(1, mask.shape[1]) + action
     size = num_groups * max(1, mask.shape[1])
     total = values.new_zeros(size).index_add(0, cell[mask], values[mask])
     count = values.new_zeros(size).index_add(0, cell[mask], torch.ones_like(values[mask]))
-    return masked((total[cell] - values) / (count[cell] - 1).clamp(min=1), mask & (count[cell] > 1))
+    found = (total[cell] - values) / (count[cell] - 1).clamp(min=1)
+    return masked(found, mask & (count[cell] > 1)).to(advantages.dtype)
 
 
 def negative_kl(

@@ -47,7 +47,7 @@ def variances(
 ) -> dict[str, float]:
     """The variance of a batch's mean gradient, by estimator; exact + KL-to-go by discount and baseline."""
     generator = torch.Generator().manual_seed(seed)
-    states, actions = _walk(chain, horizon, batches * size, generator)
+    states, actions = walk(chain, horizon, batches * size, generator)
     groups = torch.arange(batches).repeat_interleave(size)
     mask = torch.ones(states.shape, dtype=torch.bool)
     kl = chain.kl[states]
@@ -70,7 +70,7 @@ def variances(
     return found
 
 
-def _walk(chain: Chain, horizon: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def walk(chain: Chain, horizon: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     here = torch.zeros(count, dtype=torch.long)
     states, actions = [], []
     p = chain.logp.exp()

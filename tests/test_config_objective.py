@@ -1,0 +1,158 @@
+"""What an objective may say, and what it is told when it may not."""
+
+import json
+from typing import Any
+
+import pytest
+from test_config import fault, tree
+
+from opd.config import Config, ObjectiveConfig, dump_config, parse_config
+
+TO_GO: dict[str, Any] = {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"}
+GROUPS = {"group_size": 4}
+MERGED = {"even": {"model": "m"}, "odd": {"model": "n"}}
+
+
+def parsed(**changes: Any) -> Config:
+    return parse_config(tree(**changes))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"type": "exact", "divergence": "jsd", "jsd_beta": 0.1},
+        {"type": "support", "support": 8, "tail_residual": True},
+        TO_GO,
+        {"type": "kl_to_go", "discount": 1.0, "baseline": "kl", "correction": {"type": "reject", "level": "sequence"}},
+        {"type": "immediate", "baseline": "score_weighted", "loss": "ppo", "clip_dual": 3.0, "epochs": 2},
+        {"type": "exact", "extrapolation": 1.25, "reference": "student"},
+        {"type": "exact", "extrapolation": 1.25, "reference": "odd"},
+    ],
+    ids=str,
+)
+def test_a_sensible_objective_survives_saving_and_loading(objective: dict[str, Any]):
+    config = parsed(objective=objective, sampling=GROUPS)
+    assert parse_config(json.loads(dump_config(config))) == config
+
+
+def test_the_default_objective_is_the_exact_immediate_term():
+    objective = parsed().objective
+    assert (objective.type, objective.discount, objective.divergence) == ("exact", None, "reverse_kl")
+    assert objective.needs_distributions
+    assert not objective.needs_student_scores
+
+
+@pytest.mark.parametrize(
+    ("objective", "distributions", "scores"),
+    [
+        ({"type": "immediate"}, False, False),
+        ({"type": "to_go", "discount": 1.0}, False, False),
+        ({"type": "immediate", "baseline": "leave_one_out"}, False, False),
+        ({"type": "immediate", "baseline": "kl"}, True, True),
+        ({"type": "immediate", "baseline": "score_weighted"}, True, True),
+        ({"type": "kl_to_go", "discount": 1.0}, True, True),
+        ({"type": "support"}, True, False),
+        (TO_GO, True, True),
+        ({"type": "immediate", "correction": {"type": "truncate"}}, False, True),
+    ],
+    ids=str,
+)
+def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool, scores: bool):
+    found = ObjectiveConfig(**objective)
+    assert (found.needs_distributions, found.needs_student_scores) == (distributions, scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "exact_to_go", "discount": 1.0}, "type = 'exact_to_go' needs baseline = 'leave_one_out', got 'none'"),
+        (TO_GO | {"baseline": "kl"}, "type = 'exact_to_go' needs baseline = 'leave_one_out', got 'kl'"),
+        ({"type": "exact_to_go", "baseline": "leave_one_out"}, "type = 'exact_to_go' needs a discount"),
+        ({"type": "exact", "baseline": "kl"}, "type = 'exact' has no sampled advantage: drop baseline"),
+        ({"type": "support", "discount": 0.5}, "type = 'support' has no future part to discount"),
+        ({"type": "immediate", "divergence": "jsd"}, "divergence belongs to type = 'exact', got type = 'immediate'"),
+        ({"type": "exact", "support": 8}, "support belongs to type = 'support', got type = 'exact'"),
+        ({"type": "exact", "tail_residual": True}, "tail_residual belongs to type = 'support'"),
+        ({"clip_dual": 2.0}, "clip_dual belongs to loss = 'ppo'"),
+        ({"extrapolation": 1.5}, "extrapolation other than 1 and 'reference' go together"),
+        ({"reference": "student"}, "extrapolation other than 1 and 'reference' go together"),
+    ],
+    ids=str,
+)
+def test_a_senseless_objective_is_refused_with_what_to_write(changes: dict[str, Any], message: str):
+    assert message in fault(tree(objective=changes, sampling=GROUPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("k1", "expected gradient of zero"), ("k2", "write 'immediate'"), ("k3", "forward KL's direction")],
+)
+def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(name: str, reason: str):
+    message = fault(tree(objective={"type": name}))
+    assert reason in message
+    assert "immediate" in message
+
+
+@pytest.mark.parametrize(("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "q > e pi")])
+def test_wrong_tails_of_a_support_are_refused_with_the_reason(tail: str, reason: str):
+    message = fault(tree(objective={"type": "support", "support_tail": tail}))
+    assert reason in message
+    assert "leave support_tail = 'bucket'" in message
+
+
+@pytest.mark.parametrize("discount", [-0.1, 1.5])
+def test_a_discount_outside_its_range_is_refused(discount: float):
+    assert "objective.discount" in fault(tree(objective={"type": "to_go", "discount": discount}))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "leave_one_out_prompt"])
+def test_leave_one_out_needs_a_group(baseline: str):
+    message = fault(tree(objective={"type": "immediate", "baseline": baseline}))
+    assert f"objective.baseline = '{baseline}' compares the samples of one prompt" in message
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{"type": "immediate"}, {"type": "to_go", "discount": 1.0}, {"type": "kl_to_go", "discount": 0.5}],
+    ids=str,
+)
+def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str, Any]):
+    masked = {"mask": {"truncated": "trajectory"}, "objective": objective}
+    assert "rewards truncation" in fault(tree(**masked))
+    assert parsed(**masked, outcome={"coef": 1.0}, sampling=GROUPS).mask.truncated == "trajectory"
+    assert parsed(**masked | {"objective": {"type": "exact"}}).mask.truncated == "trajectory"
+    centred = masked | {"objective": objective | {"baseline": "kl"}}
+    assert parsed(**centred).mask.truncated == "trajectory"
+
+
+@pytest.mark.parametrize("kind", ["exact", "support"])
+def test_ppo_without_a_sampled_advantage_is_refused_unless_an_outcome_gives_one(kind: str):
+    objective = {"type": kind, "loss": "ppo"}
+    assert "without an outcome has none" in fault(tree(objective=objective))
+    assert parsed(objective=objective, outcome={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        (MERGED | {"both": {"weights": {"even": 1.0}}}, "weights names 1 teachers, expected two or more"),
+        (MERGED | {"both": {"weights": {"even": 1.0, "odd": 0.0}}}, "teachers.both.weights.odd"),
+        (MERGED | {"both": {"weights": {"even": 1.0, "ood": 1.0}}}, "'ood' is no single teacher"),
+        (MERGED | {"both": {"model": "m", "weights": {"even": 1.0, "odd": 1.0}}}, "set exactly one of"),
+        (
+            MERGED | {"a": {"weights": {"even": 1.0, "odd": 1.0}}, "b": {"weights": {"a": 1.0, "odd": 1.0}}},
+            "'a' is no single teacher",
+        ),
+    ],
+    ids=str,
+)
+def test_a_mixture_of_teachers_that_does_not_fit_is_refused(teachers: dict[str, Any], message: str):
+    assert message in fault(tree(teachers=teachers))
+
+
+def test_a_reference_that_is_nobody_is_refused():
+    message = fault(tree(objective={"extrapolation": 1.5, "reference": "studnet"}))
+    assert (
+        "objective.reference = 'studnet' is neither 'student' nor a single teacher of [teachers] (even, odd)" in message
+    )

@@ -1,0 +1,183 @@
+"""From a batch to what the learner follows: every objective, baseline, mask and correction."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from factories import prompt, rollout, scored
+
+import opd
+from opd.batch import Batch, pack
+from opd.config import Config
+from opd.metrics import values
+from opd.objectives import advantages as adv
+from opd.objectives import baselines
+from opd.signal import follow
+
+PROMPTS = {name: prompt(name) for name in ("p0", "p1")}
+
+
+def config(group_size: int = 2, **tables: Any) -> Config:
+    tree: dict[str, Any] = {
+        "student": "s",
+        "output": "o",
+        "teachers": {"t": {"model": "m"}},
+        "tasks": {"task": {"type": "file", "path": "p", "teacher": "t"}},
+        "sampling": {"group_size": group_size},
+    }
+    return opd.parse_config(tree | tables)
+
+
+def make_batch(*, scores: bool = True) -> Batch:
+    """Two prompts, two samples each, of 3, 2, 1 and 2 actions; the second one was cut at its length."""
+    lengths = [3, 2, 1, 2]
+    items = []
+    for i, n in enumerate(lengths):
+        item = rollout([1, 2, *range(3, 3 + n)], 2, prompt=PROMPTS[f"p{i // 2}"], sample=i % 2, logprobs=[-1.0] * n)
+        item = replace(item, reward=float(i % 2), finish="length" if i == 1 else "end")
+        items.append(scored(item, [-0.5 * (i + k + 1) for k in range(n)]))
+    batch, _ = pack(items, logprob_floor=-50.0)
+    if not scores:
+        return batch
+    noise = torch.Generator().manual_seed(0)
+    size = len(batch.token_ids)
+    return replace(
+        batch,
+        student_logprobs=torch.where(batch.loss_mask, -1.0 + 0.3 * torch.randn(size, generator=noise), 0.0),
+        reverse_kl=torch.where(batch.loss_mask, torch.rand(size, generator=noise), 0.0),
+        best_baseline=torch.where(batch.loss_mask, -torch.rand(size, generator=noise), 0.0),
+    )
+
+
+def columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log ratio, reverse KL, mask), padded."""
+    assert batch.student_logprobs is not None
+    assert batch.reverse_kl is not None
+    return (
+        batch.padded(batch.teacher_logprobs - batch.student_logprobs),
+        batch.padded(batch.reverse_kl),
+        batch.padded(batch.loss_mask),
+    )
+
+
+@pytest.mark.parametrize("kind", ["exact", "support"])
+def test_an_integrated_objective_has_no_sampled_advantage(kind: str):
+    batch, metrics = follow(config(objective={"type": kind}), make_batch(scores=False))
+    assert batch.advantages is None
+    assert metrics == {}
+
+
+def test_each_sampled_objective_is_its_function_of_the_batch():
+    batch = make_batch()
+    ratio, kl, mask = columns(batch)
+    future = adv.future_kl(kl, mask, 0.9)
+    expected = {
+        ("immediate", None): adv.immediate(ratio, mask),
+        ("to_go", 0.7): adv.log_ratio_to_go(ratio, mask, 0.7),
+        ("kl_to_go", 1.0): adv.kl_to_go(ratio, kl, mask, 1.0),
+        ("exact_to_go", 0.9): future - baselines.leave_one_out(future, mask, batch.group_ids),
+    }
+    for (kind, discount), wanted in expected.items():
+        objective = {"type": kind, "discount": discount} if discount is not None else {"type": kind}
+        if kind == "exact_to_go":
+            objective["baseline"] = "leave_one_out"
+        found, _ = follow(config(objective=objective), batch)
+        assert found.advantages is not None
+        torch.testing.assert_close(found.advantages, batch.flatten(wanted))
+
+
+def test_each_baseline_is_subtracted():
+    batch = make_batch()
+    ratio, kl, mask = columns(batch)
+    plain = adv.immediate(ratio, mask)
+    assert batch.best_baseline is not None
+    expected = {
+        "leave_one_out": baselines.leave_one_out(plain, mask, batch.group_ids),
+        "leave_one_out_prompt": baselines.leave_one_out(plain, mask, batch.group_ids, per="prompt"),
+        "kl": -kl * mask,
+        "score_weighted": batch.padded(batch.best_baseline),
+    }
+    for name, baseline in expected.items():
+        found, _ = follow(config(objective={"type": "immediate", "baseline": name}), batch)
+        assert found.advantages is not None
+        torch.testing.assert_close(found.advantages, batch.flatten(plain - baseline))
+
+
+def test_without_the_learners_scores_the_sampled_log_probabilities_count():
+    batch = make_batch(scores=False)
+    found, _ = follow(config(objective={"type": "immediate"}), batch)
+    assert found.advantages is not None
+    wanted = torch.where(batch.loss_mask, batch.teacher_logprobs - batch.rollout_logprobs, 0.0)
+    torch.testing.assert_close(found.advantages, wanted)
+
+
+def test_an_objective_that_needs_the_students_scores_says_so():
+    with pytest.raises(ValueError, match=r"needs batch.reverse_kl; call learner.score_student"):
+        follow(config(objective={"type": "kl_to_go", "discount": 1.0}), make_batch(scores=False))
+
+
+def test_the_outcome_is_added_on_every_action():
+    batch = make_batch(scores=False)
+    plain, _ = follow(config(objective={"type": "immediate"}), batch)
+    found, _ = follow(config(objective={"type": "immediate"}, outcome={"coef": 2.0}), batch)
+    assert plain.advantages is not None
+    assert found.advantages is not None
+    added = batch.padded(found.advantages - plain.advantages)
+    # rewards 0, 1, 0, 1; against the other sample of the prompt -1, 1, -1, 1
+    for row, sign in enumerate((-1.0, 1.0, -1.0, 1.0)):
+        mask = batch.padded(batch.loss_mask)[row]
+        torch.testing.assert_close(added[row][mask], torch.full((int(mask.sum()),), 2.0 * sign))
+        assert not added[row][~mask].any()
+
+
+def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
+    batch = make_batch()
+    found, metrics = follow(
+        config(objective={"type": "immediate", "baseline": "kl"}, mask={"truncated": "trajectory"}), batch
+    )
+    masked = batch.padded(found.loss_mask & ~found.distill_mask).any(-1)
+    assert masked.tolist() == [False, True, False, False]
+    assert torch.equal(found.train_mask, found.distill_mask)
+    assert found.advantages is not None
+    assert not found.padded(found.advantages)[1].any()
+    assert values(metrics) == {"mask/truncated/sum": 1.0}
+
+
+def test_a_masked_response_keeps_its_outcome():
+    batch = make_batch()
+    found, _ = follow(
+        config(objective={"type": "exact"}, mask={"truncated": "trajectory"}, outcome={"coef": 1.0}), batch
+    )
+    assert torch.equal(found.train_mask, batch.loss_mask)
+    assert not found.padded(found.distill_mask)[1].any()
+    assert found.advantages is not None
+    assert found.padded(found.advantages)[1].sum() == 2.0
+
+
+def test_truncated_weights_multiply_and_are_counted():
+    batch = make_batch()
+    assert batch.student_logprobs is not None
+    objective = {"type": "immediate", "correction": {"type": "truncate", "cap": 1.1}}
+    found, metrics = follow(config(objective=objective), batch)
+    ratio, _, mask = columns(batch)
+    weights = (batch.padded(batch.student_logprobs - batch.rollout_logprobs)).exp().clamp(max=1.1)
+    assert found.advantages is not None
+    torch.testing.assert_close(found.advantages, batch.flatten(torch.where(mask, ratio * weights, 0.0)))
+    assert torch.equal(found.train_mask, batch.loss_mask)
+    plain = (batch.student_logprobs - batch.rollout_logprobs)[batch.loss_mask].exp()
+    assert values(metrics)["correction/truncated/sum"] == float((plain > 1.1).sum()) > 0
+    assert values(metrics)["correction/weight/mean"] == pytest.approx(float(plain.mean()))
+
+
+def test_rejected_tokens_leave_what_trains():
+    batch = make_batch()
+    assert batch.student_logprobs is not None
+    objective = {"type": "exact", "correction": {"type": "reject", "low": 0.8, "high": 1.25}}
+    found, metrics = follow(config(objective=objective), batch)
+    weights = (batch.student_logprobs - batch.rollout_logprobs).exp()
+    kept = batch.loss_mask & (weights >= 0.8) & (weights <= 1.25)
+    assert 0 < int(kept.sum()) < int(batch.loss_mask.sum())
+    assert torch.equal(found.train_mask, kept)
+    assert torch.equal(found.distill_mask, kept)
+    assert values(metrics)["correction/rejected/sum"] == float((batch.loss_mask & ~kept).sum())
