@@ -44,17 +44,22 @@ def run(name: str, rate: float, seed: int, options: argparse.Namespace) -> dict[
         *COMMON, *OBJECTIVES[name], f"optimizer.lr={rate}", f"seed={seed}", f"output={folder}",
         f"steps={options.steps}", f"evaluation.num_prompts={options.prompts}",
     ]  # fmt: skip
+    config = opd.load_config(options.recipe, overrides)
+    if folder.exists() and json.loads((folder / "config.json").read_text()) != config.model_dump(mode="json"):
+        raise SystemExit(f"{folder} was run with other settings; remove it, or choose another --output")
     if not (folder / "parity.json").exists():
         if folder.exists():
             opd.resume(folder)
         else:
-            opd.train(opd.load_config(options.recipe, overrides))
-    rows = [row for row in json.loads((folder / "parity.json").read_text()) if row["split"] == "held_out"]
-    after = [row["student_after"] for row in rows]
+            opd.train(config)
+    rows = json.loads((folder / "parity.json").read_text())
+    after = [row["student_after"] for row in rows if row["split"] == "held_out"]
+    trained = [row["student_after"] for row in rows if row["split"] == "train"]
     return {
         "objective": name,
         "rate": rate,
         "seed": seed,
+        "kl_sequence_train": sum(cell["kl_sequence"] for cell in trained) / len(trained),
         "kl_sequence": sum(cell["kl_sequence"] for cell in after) / len(after),
         "accuracy": sum(cell["accuracy"] for cell in after) / len(after),
         "curve": [line["kl/token/mean"] for line in opd.read_metrics(folder)],
@@ -108,7 +113,10 @@ def main() -> None:
     for name in OBJECTIVES:
         first, *others = options.seeds
         grid[name] = [run(name, rate, first, options) for rate in options.rates]
-        best = min(grid[name], key=lambda r: r["kl_sequence"] if math.isfinite(r["kl_sequence"]) else math.inf)
+        # chosen on training prompts, reported on held-out ones
+        best = min(
+            grid[name], key=lambda r: r["kl_sequence_train"] if math.isfinite(r["kl_sequence_train"]) else math.inf
+        )
         chosen[name] = [best, *(run(name, best["rate"], seed, options) for seed in others)]
         output = Path(options.output)
         (output / "objectives.json").write_text(json.dumps({"grid": grid, "chosen": chosen}, indent=1) + "\n")

@@ -7,6 +7,7 @@ import pytest
 from test_config import fault, tree
 
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
+from opd.config.parse import _apply
 
 TO_GO: dict[str, Any] = {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"}
 GROUPS = {"group_size": 4}
@@ -72,7 +73,21 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
         ({"type": "exact", "baseline": "kl"}, "type = 'exact' has no sampled advantage: drop baseline"),
         ({"type": "support", "discount": 0.5}, "type = 'support' has no future part to discount"),
         ({"type": "immediate", "divergence": "jsd"}, "divergence belongs to type = 'exact', got type = 'immediate'"),
+        ({"jsd_beta": 0.3}, "jsd_beta belongs to divergence = 'jsd', got divergence = 'reverse_kl'"),
+        ({"clip_low": 0.1}, "clip_low belongs to loss = 'ppo', got loss = 'reinforce'"),
         ({"type": "exact", "support": 8}, "support belongs to type = 'support', got type = 'exact'"),
+        (
+            {"type": "support", "tail_residual": True, "correction": {"type": "reject"}},
+            "tail_residual is a sampled term that corrections and epochs > 1 do not reach",
+        ),
+        ({"correction": {"type": "truncate"}}, "correction.type = 'truncate' weighs sampled advantages"),
+        ({"type": "immediate", "correction": {"type": "reject", "cap": 3.0}}, "cap belongs to type = 'truncate'"),
+        ({"type": "immediate", "correction": {"low": 0.7}}, "low belongs to type = 'reject'"),
+        ({"type": "immediate", "correction": {"level": "sequence"}}, "level belongs to type = 'truncate' or 'reject'"),
+        (
+            TO_GO | {"extrapolation": 1.5, "reference": "student"},
+            "the extrapolated target is not normalised, so the future part would reward length",
+        ),
         ({"type": "exact", "tail_residual": True}, "tail_residual belongs to type = 'support'"),
         ({"clip_dual": 2.0}, "clip_dual belongs to loss = 'ppo'"),
         ({"extrapolation": 1.5}, "extrapolation other than 1 and 'reference' go together"),
@@ -94,7 +109,9 @@ def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(n
     assert "immediate" in message
 
 
-@pytest.mark.parametrize(("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "q > e pi")])
+@pytest.mark.parametrize(
+    ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass off the support")]
+)
 def test_wrong_tails_of_a_support_are_refused_with_the_reason(tail: str, reason: str):
     message = fault(tree(objective={"type": "support", "support_tail": tail}))
     assert reason in message
@@ -106,10 +123,15 @@ def test_a_discount_outside_its_range_is_refused(discount: float):
     assert "objective.discount" in fault(tree(objective={"type": "to_go", "discount": discount}))
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "leave_one_out_prompt"])
-def test_leave_one_out_needs_a_group(baseline: str):
-    message = fault(tree(objective={"type": "immediate", "baseline": baseline}))
-    assert f"objective.baseline = '{baseline}' compares the samples of one prompt" in message
+def test_leave_one_out_needs_a_group():
+    message = fault(tree(objective={"type": "immediate", "baseline": "leave_one_out"}))
+    assert "objective.baseline = 'leave_one_out' compares the samples of one prompt" in message
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
+def test_an_outcome_against_the_group_needs_one(baseline: str):
+    message = fault(tree(outcome={"coef": 1.0, "baseline": baseline}))
+    assert f"outcome.baseline = '{baseline}' compares the samples of one prompt" in message
 
 
 @pytest.mark.parametrize(
@@ -122,8 +144,14 @@ def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str
     assert "rewards truncation" in fault(tree(**masked))
     assert parsed(**masked, outcome={"coef": 1.0}, sampling=GROUPS).mask.truncated == "trajectory"
     assert parsed(**masked | {"objective": {"type": "exact"}}).mask.truncated == "trajectory"
-    centred = masked | {"objective": objective | {"baseline": "kl"}}
-    assert parsed(**centred).mask.truncated == "trajectory"
+    centred = masked | {"objective": objective | {"baseline": "leave_one_out"}}
+    assert parsed(**centred, sampling=GROUPS).mask.truncated == "trajectory"
+    # The KL is the mean of the immediate log ratio alone.
+    by_kl = masked | {"objective": objective | {"baseline": "kl"}}
+    if objective["type"] == "immediate":
+        assert parsed(**by_kl).mask.truncated == "trajectory"
+    else:
+        assert "rewards truncation" in fault(tree(**by_kl))
 
 
 @pytest.mark.parametrize("kind", ["exact", "support"])
@@ -156,3 +184,25 @@ def test_a_reference_that_is_nobody_is_refused():
     assert (
         "objective.reference = 'studnet' is neither 'student' nor a single teacher of [teachers] (even, odd)" in message
     )
+
+
+def test_a_teacher_called_student_is_not_mistaken_for_the_initial_student():
+    teachers = {"even": {"model": "m"}, "odd": {"model": "n"}, "student": {"model": "s"}}
+    message = fault(tree(teachers=teachers, objective={"extrapolation": 1.5, "reference": "student"}))
+    assert "means the initial student" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("teachers.even.adapter=a", {"adapter": "a"}),
+        ("teachers.odd.model=b", {"model": "b"}),
+        ("teachers.both.weights.even=3", {"weights": {"even": 3, "odd": 1.0}}),
+        ("teachers.both.model=c", {"model": "c"}),
+        ("teachers.even.weights={odd=1, even=1}", {"weights": {"odd": 1, "even": 1}}),
+    ],
+)
+def test_an_override_replaces_a_teachers_source(override: str, expected: dict[str, Any]):
+    data: dict[str, Any] = tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
+    _apply(data, override)
+    assert data["teachers"][override.split(".")[1]] == expected

@@ -32,11 +32,13 @@ def test_every_estimator_has_a_row_with_its_intervals(found: Probe):
     for row in found.rows:
         assert row.variance_interval[0] <= row.variance <= row.variance_interval[1]
         assert -1.0 <= row.cosine <= 1.0 + 1e-6
+        assert row.cosine_interval[0] <= row.cosine_interval[1]
 
 
 def test_the_reference_is_itself_and_larger_supports_come_nearer(found: Probe):
     rows = {row.estimator: row for row in found.rows}
     assert rows["exact"].cosine == pytest.approx(1.0, abs=1e-6)
+    assert rows["exact"].mean_cosine == pytest.approx(1.0, abs=1e-6)
     supports = [rows[f"support, k = {k}"].cosine for k in (8, 16, 32, 64)]
     assert supports == sorted(supports)
     assert supports[-1] > 0.9
@@ -47,6 +49,16 @@ def test_the_exact_term_varies_least(found: Probe):
     assert rows["immediate"] == pytest.approx(1.0)
     assert rows["exact"] < 0.5
     assert rows["exact"] < rows["exact_to_go, discount 1"] < rows["to_go, discount 1"]
+
+
+def test_products_of_different_prompts_alone_see_through_the_noise():
+    generator = np.random.default_rng(0)
+    signal, noise = generator.normal(size=400), generator.normal(size=(2, 50, 400))
+    ours, theirs = signal + 3 * noise[0], signal + 3 * noise[1]
+    pairs = [a @ b.T for a, b in ((ours, theirs), (ours, ours), (theirs, theirs))]
+    whole = np.ones(50)
+    assert probe_module._cosine(pairs, whole, apart=True) == pytest.approx(1.0, abs=0.05)
+    assert probe_module._cosine(pairs, whole, apart=False) < 0.9
 
 
 def test_a_sketch_keeps_inner_products(folder: Path):

@@ -213,3 +213,9 @@ def test_a_sampler_speaks_as_its_own_adapter_whichever_was_active(
     assert_recorded_as_drawn(again, toy_model(0))
     assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in bare]
     assert [r.token_ids.tolist() for r in expert] != [r.token_ids.tolist() for r in bare]
+
+
+def test_a_prompt_that_stands_twice_in_a_batch_goes_on_counting_its_samples(network: Network):
+    twice = [prompt("p0"), prompt("p1"), prompt("p0")]
+    rollouts = sample(network, twice, 2)
+    assert [r.id for r in rollouts] == ["p0/0", "p0/1", "p1/0", "p1/1", "p0/2", "p0/3"]

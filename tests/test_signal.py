@@ -94,7 +94,6 @@ def test_each_baseline_is_subtracted():
     assert batch.best_baseline is not None
     expected = {
         "leave_one_out": baselines.leave_one_out(plain, mask, batch.group_ids),
-        "leave_one_out_prompt": baselines.leave_one_out(plain, mask, batch.group_ids, per="prompt"),
         "kl": -kl * mask,
         "score_weighted": batch.padded(batch.best_baseline),
     }
@@ -153,6 +152,13 @@ def test_a_masked_response_keeps_its_outcome():
     assert not found.padded(found.distill_mask)[1].any()
     assert found.advantages is not None
     assert found.padded(found.advantages)[1].sum() == 2.0
+
+
+def test_a_masked_response_without_a_verdict_leaves_the_normaliser():
+    batch = make_batch()
+    batch = replace(batch, rewards=torch.tensor([0.0, float("nan"), 0.0, 1.0]))
+    found, _ = follow(config(mask={"truncated": "trajectory"}, outcome={"coef": 1.0}), batch)
+    assert found.padded(found.train_mask).any(-1).tolist() == [True, False, True, True]
 
 
 def test_truncated_weights_multiply_and_are_counted():

@@ -50,7 +50,15 @@ def test_a_trees_trajectories_are_all_there():
 def test_probabilities_sum_to_one_and_the_occupancy_to_the_mean_length(policy: Policy):
     tree = policy.problem.tree
     assert float(policy.chances.sum()) == pytest.approx(1.0, abs=1e-12)
-    assert float(policy.occupancy.sum()) == pytest.approx(float(policy.chances @ tree.mask.sum(-1).double()), abs=1e-12)
+    expected = torch.zeros(tree.num_states, dtype=torch.float64)
+    expected[tree.steps == 0] = 1.0 / tree.num_prompts
+    seen = set()
+    for t in range(tree.horizon - 1):  # from each state to the next, by the probability of the action
+        for here, action, after in zip(tree.states[:, t], tree.actions[:, t], tree.states[:, t + 1], strict=True):
+            if after > 0 and int(after) not in seen and tree.steps[after] == t + 1:
+                seen.add(int(after))
+                expected[after] = expected[here] * policy.logp[here, action].exp()
+    torch.testing.assert_close(policy.occupancy, expected, rtol=0, atol=1e-12)
 
 
 def test_the_value_is_minus_the_occupancys_kl(policy: Policy):

@@ -519,3 +519,15 @@ def test_another_seed_gives_other_rollouts_and_another_student(tmp_path: Path):
     (first, ours), (second, theirs) = weights(0), weights(1)
     assert first != second
     assert all(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_folder_that_another_process_trains_in_is_refused(tmp_path: Path):
+    folder = RunFolder.create(tmp_path / "run", opd.parse_config(toy_recipe(tmp_path)))
+    with (
+        folder.locked(),
+        pytest.raises(opd.OpdError, match=f"another process trains in run folder '{folder.path}'"),
+        RunFolder(folder.path).locked(),
+    ):
+        pass
+    with RunFolder(folder.path).locked():  # released
+        pass

@@ -78,9 +78,10 @@ def evaluate(
     kl_token = kl_sequence = None
     if teachers is not None and reverse_kl is not None:
         scored = [s for s in teachers.score(rollouts) if isinstance(s.score, HiddenScore)]
-        per_token = reverse_kl(scored)
-        kl_token = float(np.concatenate(per_token).mean())
-        kl_sequence = float(np.mean([k.sum() for k in per_token]))
+        per_token = reverse_kl(scored) if scored else []
+        if per_token:
+            kl_token = float(np.concatenate(per_token).mean())
+            kl_sequence = float(np.mean([k.sum() for k in per_token]))
     return Cell(
         total=len(rollouts),
         verified=len(known),

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,10 @@ from opd.text.chat import encode_prompt
 PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
 _SAFE_DISCOUNT = 0.9
+_MASK_WARNING = (
+    "warning: mask.truncated = 'trajectory' with an uncentred advantage rewards truncation unless the outcome outweighs it: "
+    "outcome.coef must exceed the KL of a response (docs/objectives.md)"
+)
 _DISCOUNT_WARNING = (
     "warning: objective.discount = {} lets a student that cannot match its teacher everywhere prefer short or empty branches: "
     "a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
@@ -123,24 +127,29 @@ class _Run:
             if not resume:
                 # Only now, so that a recipe that is refused leaves nothing behind.
                 RunFolder.create(self.folder.path, config)
-            start = self._restore(line.say) if resume else 0
-            if resume:
-                self.folder.truncate_metrics(start)
-            if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
-                line.say(_DISCOUNT_WARNING.format(config.objective.discount))
-            before = self._before(line, start)
-            done, interrupted = self._steps(line, start)
-            if interrupted:
-                line.say(
-                    f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}"
-                )
-                return Result(self.folder.path, done, finished=False)
-            with explain_io(self.folder.student):
-                export(self.studio.student, self.folder.student)
-                draw_curves(
-                    read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path)
-                )
-            rows = self._parity(before, line)
+            with self.folder.locked():
+                return self._train(line, resume=resume)
+
+    def _train(self, line: ProgressLine, *, resume: bool) -> Result:
+        config = self.config
+        start = self._restore(line.say) if resume else 0
+        if resume:
+            self.folder.truncate_metrics(start)
+        if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
+            line.say(_DISCOUNT_WARNING.format(config.objective.discount))
+        if config.mask.truncated == "trajectory" and not config.objective.centred:
+            line.say(_MASK_WARNING)
+        before = self._before(line, start)
+        done, interrupted = self._steps(line, start)
+        if interrupted:
+            line.say(
+                f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}"
+            )
+            return Result(self.folder.path, done, finished=False)
+        with explain_io(self.folder.student):
+            export(self.studio.student, self.folder.student)
+            draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
+        rows = self._parity(before, line)
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
 
     def evaluate_only(self) -> list[ParityRow]:
@@ -317,6 +326,10 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     teachers = studio.teachers(keep_hidden=False)
     scored = teachers.score(rollouts)
     findings.append(preflight.deterministic(scored, teachers, tolerance=tolerance))
+    # A model that no prompt names alone (a part of a mixture, a reference) is asked by itself too.
+    alone = {name: (Part(name, voice),) for name, voice in studio.voices.items() if not by_teacher.get(name)}
+    asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in alone for r in rollouts]
+    scored += studio.teachers(keep_hidden=False, targets=alone).score(asked)
     return findings + preflight.informative(scored, vocab_size=studio.vocab_size)
 
 
@@ -335,6 +348,7 @@ def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewar
     for name in config.teachers:
         if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
+    _require_foreign_reference(config, every)
     if config.outcome.coef > 0 and reward is None and all(p.answer is None for p in every):
         raise DataError(
             "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
@@ -344,6 +358,18 @@ def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewar
         return tasks[prompt.task].reward(prompt, response)
 
     return prompts, checked_reward(reward or verify)
+
+
+def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Away from a teacher toward itself is nowhere: refuse a reference that is the teacher of a prompt."""
+    reference = config.objective.reference
+    for prompt in prompts:
+        parts = config.teachers[prompt.teacher].weights or {prompt.teacher: 1.0}
+        if reference in parts:
+            raise DataError(
+                f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is the reference of objective.extrapolation, so there is "
+                "nothing to extrapolate; choose another reference"
+            )
 
 
 def _cells(path: Path) -> dict[tuple[str, str, str], Cell]:

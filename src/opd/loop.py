@@ -83,11 +83,12 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         if config.objective.needs_student_scores:
             batch = parts.learner.score_student(batch)
         batch, followed = follow(config, batch)
-        updates = [
-            parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(config.objective.epochs)
-        ]
+        # A batch of which nothing is left makes no update: an optimizer's momentum would move on it all the same.
+        epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
+        updates = [parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(epochs)]
         parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
-    metrics = updates[0] | {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
+    metrics: Metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
+    metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= followed | rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))

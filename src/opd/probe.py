@@ -5,6 +5,7 @@ added with a random sign into one of `_SKETCH` places), which keeps inner produc
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from opd.batch import Batch, pack
-from opd.config import Config, ObjectiveConfig
+from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.embedded.build import Studio, build
 from opd.embedded.learner import EmbeddedLearner
-from opd.errors import DataError
-from opd.launch import read_tasks
-from opd.records import Prompt, ScoredRollout
+from opd.errors import DataError, ScoreError
+from opd.guards import preflight
+from opd.launch import read_tasks, run_checks
+from opd.records import FailedScore, Prompt, ScoredRollout
 from opd.signal import follow
 
 _SKETCH = 2**17
@@ -46,12 +48,19 @@ ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One estimator: the cosine of its mean gradient with the exact immediate one's, and the variance of one response's
-    gradient around its prompt's mean, the sampled immediate log ratio's being 1; each with a 95 % bootstrap interval."""
+    """One estimator, each figure with a 95 % bootstrap interval over prompts.
+
+    cosine: of this batch's gradient with the exact immediate one of the same responses, noise included. mean_cosine: of the
+    two mean gradients, from products of different prompts alone, in which noise has mean zero (it may leave [-1, 1]).
+    variance: of one response's gradient around its prompt's mean, the sampled immediate log ratio's being 1 (with
+    leave-one-out, within the group).
+    """
 
     estimator: str
     cosine: float
     cosine_interval: tuple[float, float]
+    mean_cosine: float
+    mean_cosine_interval: tuple[float, float]
     variance: float
     variance_interval: tuple[float, float]
 
@@ -72,11 +81,12 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     before the first step. Raises OpdError where the recipe does not fit."""
     prompt_sets, _ = read_tasks(config, None)
     studio = build(config)
+    preflight.require(run_checks(studio, prompt_sets))
     chosen = _spread([splits["train"] for splits in prompt_sets.values()], num_prompts)
     if len(chosen) < 2:
         raise DataError(f"a probe compares prompts: it needs 2 or more, the recipe has {len(chosen)}")
     rollouts = studio.sampler().sample(chosen, num_samples=samples, seed=(config.seed, "probe"))
-    scored = studio.teachers(keep_hidden=True).score(rollouts)
+    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
     groups = [scored[i : i + samples] for i in range(0, len(scored), samples)]
     learners = {name: _learner(studio, options) for name, options in ESTIMATORS.items()}
     sketch = _Sketch(next(iter(learners.values())))
@@ -99,15 +109,19 @@ def probe_text(found: Probe) -> str:
     lines = [
         f"{found.prompts} prompts x {found.samples} responses, {found.actions} actions, {found.kl_token:.3f} nats a token",
         "",
-        "| estimator | cosine with the exact immediate gradient | variance of one response, immediate = 1 |",
-        "|---|---|---|",
+        "| estimator | cosine with the exact immediate gradient, this batch | of the mean gradients | variance, immediate = 1 |",
+        "|---|---|---|---|",
     ]
     for row in found.rows:
-        low, high = row.cosine_interval
-        least, most = row.variance_interval
-        lines.append(
-            f"| {row.estimator} | {row.cosine:.4f} [{low:.4f}, {high:.4f}] | {row.variance:.3f} [{least:.3f}, {most:.3f}] |"
-        )
+        cells = [
+            f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            for value, (low, high), digits in (
+                (row.cosine, row.cosine_interval, 4),
+                (row.mean_cosine, row.mean_cosine_interval, 2),
+                (row.variance, row.variance_interval, 3),
+            )
+        ]
+        lines.append(f"| {row.estimator} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -115,9 +129,18 @@ def write_probe(found: Probe, folder: Path) -> list[Path]:
     """probe.json and probe.md."""
     folder.mkdir(parents=True, exist_ok=True)
     plain, table = folder / "probe.json", folder / "probe.md"
-    plain.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    plain.write_text(json.dumps(_without_nan(asdict(found)), indent=1) + "\n", encoding="utf-8")
     table.write_text(probe_text(found) + "\n", encoding="utf-8")
     return [plain, table]
+
+
+def _without_nan(value: Any) -> Any:
+    """The same plain data with None for nan, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _spread(sets: Sequence[Sequence[Prompt]], count: int) -> list[Prompt]:
@@ -141,10 +164,11 @@ def _followed(
     batch, _ = pack(group, logprob_floor=config.objective.teacher_logprob_floor)
     if objective.needs_student_scores:
         batch = learner.score_student(batch)
-    plain = config.model_copy(
-        update={"objective": objective, "outcome": config.outcome.model_copy(update={"coef": 0.0})}
-    )
-    return follow(plain, batch)[0]
+    if len(batch) != len(group):
+        failed = next(s for s in group if isinstance(s.score, FailedScore))
+        raise ScoreError(f"rollout '{failed.rollout.id}' has no score: {failed.score.reason}")  # type: ignore[union-attr]
+    plain = {"objective": objective, "outcome": OutcomeConfig(), "mask": MaskConfig()}
+    return follow(config.model_copy(update=plain), batch)[0]
 
 
 def _only(batch: Batch, row: int) -> Batch:
@@ -183,26 +207,34 @@ def _rows(found: np.ndarray, names: list[str], repeats: int) -> Iterator[ProbeRo
     variances = ((found - means[:, :, None]) ** 2).sum(-1).sum(-1) / (found.shape[2] - 1)  # [estimators, prompts]
     reference, immediate = names.index(_REFERENCE), names.index("immediate")
     draws = np.random.default_rng(0).integers(0, found.shape[1], (repeats, found.shape[1]))
+    whole = np.ones(found.shape[1])
+    counts = np.stack([np.bincount(d, minlength=found.shape[1]) for d in draws]).astype(float)
+    wide = means.astype(np.float64)
     for e, name in enumerate(names):
-        gram = {
-            key: means[a].astype(np.float64) @ means[b].astype(np.float64).T
-            for key, (a, b) in {"ee": (e, e), "er": (e, reference), "rr": (reference, reference)}.items()
-        }
-
-        def cosine(chosen: np.ndarray, gram: dict[str, np.ndarray] = gram) -> float:
-            sums = {key: float(matrix[np.ix_(chosen, chosen)].sum()) for key, matrix in gram.items()}
-            return sums["er"] / (sums["ee"] * sums["rr"]) ** 0.5
-
-        ratios = [float(variances[e][d].sum() / variances[immediate][d].sum()) for d in draws]
+        pairs = [wide[a] @ wide[b].T for a, b in ((e, reference), (e, e), (reference, reference))]
+        ratios = (counts @ variances[e]) / (counts @ variances[immediate])
         yield ProbeRow(
             name,
-            cosine(np.arange(found.shape[1])),
-            _interval([cosine(d) for d in draws]),
+            _cosine(pairs, whole, apart=False),
+            _interval([_cosine(pairs, c, apart=False) for c in counts]),
+            _cosine(pairs, whole, apart=True),
+            _interval([_cosine(pairs, c, apart=True) for c in counts]),
             float(variances[e].sum() / variances[immediate].sum()),
             _interval(ratios),
         )
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
+def _cosine(pairs: list[np.ndarray], counts: np.ndarray, *, apart: bool) -> float:
+    """The cosine of two sums of prompts' gradients, each prompt `counts` times, from their products [prompts, prompts];
+    `apart` leaves out a prompt's product with itself. nan where a squared length comes out negative."""
+    sums = []
+    for products in pairs:
+        total = float(counts @ products @ counts)
+        sums.append(total - float(counts**2 @ np.diag(products)) if apart else total)
+    inner, ours, theirs = sums
+    return inner / (ours * theirs) ** 0.5 if ours > 0 and theirs > 0 else float("nan")
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -36,20 +36,22 @@ def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
-    """Leave truncated responses out of the distillation term where the recipe says so; without an outcome nothing is left
-    of them, so they leave the normaliser too."""
+    """Leave truncated responses out of the distillation term where the recipe says so; one without an outcome has nothing
+    left, so it leaves the normaliser too."""
     if config.mask.truncated == "keep":
         return batch, {}
     kept = batch.loss_mask & ~torch.repeat_interleave(batch.truncated, batch.lengths)
+    verdict = ~torch.isnan(batch.rewards) if config.outcome.coef > 0 else torch.zeros_like(batch.truncated)
+    trained = kept | (batch.loss_mask & torch.repeat_interleave(verdict, batch.lengths))
     metrics: Metrics = {"mask/truncated/sum": Sum(int(batch.truncated.sum()))}
-    return replace(batch, distill_mask=kept, train_mask=batch.loss_mask if config.outcome.coef > 0 else kept), metrics
+    return replace(batch, distill_mask=kept, train_mask=trained), metrics
 
 
 def _distillation(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> Tensor | None:
     """The sampled part of the distillation term, [batch, tokens]; None when all of it is integrated in the loss."""
     current = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
     log_ratio = batch.padded(batch.teacher_logprobs - current)
-    discount = 1.0 if objective.discount is None else objective.discount
+    discount = objective.discount or 0.0  # the types with a future part have one
     match objective.type:
         case "exact" | "support":
             return None
@@ -72,8 +74,6 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
             return torch.zeros_like(advantages)
         case "leave_one_out":
             return baselines.leave_one_out(advantages, mask, batch.group_ids)
-        case "leave_one_out_prompt":
-            return baselines.leave_one_out(advantages, mask, batch.group_ids, per="prompt")
         case "kl":
             return baselines.negative_kl(_needed(batch, "reverse_kl"), mask)
         case "score_weighted":

@@ -61,10 +61,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     value = _parse_value(text)
     if leaf in _TEXT_KEYS and not isinstance(value, str):
         value = text  # output=2026-11-21 is a name, not a date
-    if tables and tables[0] == "teachers" and leaf in ("model", "adapter"):
-        for other in {"model", "adapter", "weights"} - {leaf}:
-            node.pop(other, None)  # a teacher has one source: the override's
     node[leaf] = value
+    if tables[:1] == ["teachers"] and len(tables) >= 2:
+        source = [*tables, leaf][2]
+        for other in {"model", "adapter", "weights"} - {source} if source in ("model", "adapter", "weights") else ():
+            tree["teachers"][tables[1]].pop(other, None)  # a teacher has one source: the override's
 
 
 _TEXT_KEYS = ("student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference")

@@ -199,6 +199,10 @@ class Config(RunNode):
                         f"teachers.{name}.weights: '{part}' is no single teacher of [teachers] ({known}){hint}"
                     )
         reference = self.objective.reference
+        if reference == "student" and "student" in self.teachers:
+            raise ValueError(
+                "objective.reference = 'student' means the initial student; call the teacher of that name otherwise"
+            )
         if reference not in (None, "student") and (
             reference not in self.teachers or self.teachers[reference].weights is not None
         ):
@@ -210,16 +214,22 @@ class Config(RunNode):
     @model_validator(mode="after")
     def _objective_fits(self) -> "Config":
         objective, outcome, groups = self.objective, self.outcome, self.sampling.group_size
-        if outcome.coef > 0 and outcome.baseline in ("leave_one_out", "grpo") and groups < 2:
+        if outcome.coef > 0 and outcome.baseline != "none" and groups < 2:
             raise ValueError(
                 f"outcome.baseline = '{outcome.baseline}' compares the samples of one prompt: set "
                 "sampling.group_size >= 2, or outcome.baseline = 'none'"
             )
-        if objective.baseline.startswith("leave_one_out") and groups < 2:
+        if objective.baseline == "leave_one_out" and groups < 2:
             raise ValueError(
                 f"objective.baseline = '{objective.baseline}' compares the samples of one prompt: set sampling.group_size >= 2"
             )
-        if objective.loss == "ppo" and objective.type in ("exact", "support") and outcome.coef == 0:
+        sampled = outcome.coef > 0 or objective.type not in ("exact", "support")
+        if objective.correction.type == "truncate" and not sampled:
+            raise ValueError(
+                f"objective.correction.type = 'truncate' weighs sampled advantages; type = '{objective.type}' without an outcome "
+                "has none: drop it (the exact term needs no weight of its action)"
+            )
+        if objective.loss == "ppo" and not sampled:
             raise ValueError(
                 f"loss = 'ppo' clips sampled advantages; type = '{objective.type}' without an outcome has none: write loss = "
                 "'reinforce'"
@@ -228,7 +238,7 @@ class Config(RunNode):
             raise ValueError(
                 f"mask.truncated = 'trajectory' with type = '{objective.type}' and no baseline rewards truncation: what is kept "
                 "has mean advantage -KL < 0, what is masked has 0 (a fault of probability 2 % settles at 24 %); set "
-                "objective.baseline = 'kl', or type = 'exact', or outcome.coef > 0"
+                "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact', or outcome.coef > 0"
             )
         return self
 

@@ -1,5 +1,6 @@
 """Sampling from the student in process: one packed prefill, then rows that end one by one."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,11 @@ class EmbeddedSampler:
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         encoded = [(prompt, encode_prompt(self._network.tokenizer, prompt)) for prompt in prompts]
-        rows = [(prompt, k, ids) for prompt, ids in encoded for k in range(num_samples)]
+        seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
+        rows = []
+        for prompt, ids in encoded:
+            rows += [(prompt, seen[prompt.id] + k, ids) for k in range(num_samples)]
+            seen[prompt.id] += num_samples
         draws = uniforms(seed, len(rows), self._max_new_tokens)
         self._network.activate(self._adapter)
         rollouts: list[Rollout] = []

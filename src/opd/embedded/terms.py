@@ -93,8 +93,11 @@ def policy_term(
     logprobs = token_logprobs(states, given.head, targets, temperature=temperature)[None]
     metrics: Metrics = {}
     if objective.loss == "ppo":
-        # The ratio is to the student as this update found it; what sampled is the correction's business.
-        before = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
+        # With a correction, that one accounts for who sampled, and the ratio is to the student as this update found it.
+        before = batch.rollout_logprobs
+        if objective.correction.type != "none":
+            assert batch.student_logprobs is not None
+            before = batch.student_logprobs
         low, high = objective.clip_low, objective.clip_high
         loss, clipped = ppo(
             logprobs, given.column(before)[None], advantages, mask, low, high, clip_dual=objective.clip_dual, divisor=divisor

@@ -69,7 +69,7 @@ def future_kl(
     """The future part alone: A_t = -sum_{t' > t} discount^(t' - t) KL_t'.
 
     Goes with the exact immediate term, which has the immediate part already: at discount 1 the two together have mean
-    grad V. Never positive, so it needs a baseline. Raises ValueError for a discount outside [0, 1].
+    grad V. Never positive where the KL is one, so it needs a baseline. Raises ValueError for a discount outside [0, 1].
     """
     return _later(masked(-reverse_kl, mask).detach(), mask, discount)
 

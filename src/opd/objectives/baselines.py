@@ -55,8 +55,8 @@ def negative_kl(
 ) -> Float[Tensor, "batch tokens"]:
     """The mean of the log ratio at the state: b(s_t) = E_a[r_a | s_t] = -KL_t.
 
-    Centres the sampled immediate term. It lowers the variance iff 0 < KL_t < 2 b*, so not always (identity 1 of
-    docs/objectives.md).
+    Centres the sampled immediate term. It lowers the variance iff 0 < KL_t < -2 b* with b* of `score_weighted`, so not
+    always (identity 1 of docs/objectives.md).
     """
     return masked(-reverse_kl, mask).detach()
 

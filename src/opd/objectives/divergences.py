@@ -14,7 +14,7 @@ def reverse_kl(
     """KL(student, teacher) = sum_a p_a (log p_a - log q_a): logits [..., vocab] -> [...], nats, differentiable.
 
     At least 0, 0 where the two are equal, unchanged when a constant is added to either's logits; tokens to which the
-    student gives no probability contribute nothing. This is the dense form; training uses `losses.exact_reverse_kl`.
+    student gives no probability contribute nothing. This is the dense form; training uses `opd.objectives.vocabulary`.
     """
     return _kl(torch.log_softmax(student_logits / temperature, -1), torch.log_softmax(teacher_logits / temperature, -1))
 

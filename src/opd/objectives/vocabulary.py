@@ -137,12 +137,13 @@ def state_statistics(
 ) -> StateStatistics:
     """What the reverse KL of `vocabulary_loss` sees at each state, and on demand the baseline b*; without gradient."""
     whole = replace(how, divergence="reverse_kl", support=None)
-    weights = torch.zeros(len(student_hidden), device=student_hidden.device)
-    _, stats = vocabulary_loss(student_hidden, student_head, teachers, weights, whole)
-    if not score_weighted:
-        return stats
-    found = [score_weighted_mean(c.logp, c.logq) for c in _chunks(student_hidden, student_head, teachers, how)]
-    return stats._replace(score_weighted=torch.cat(found) if found else stats.score_weighted)
+    empty = student_hidden.new_full((len(student_hidden),), torch.nan, dtype=_wide(student_hidden))
+    found = StateStatistics(*(empty.clone() for _ in range(6)))
+    for chunk in _chunks(student_hidden, student_head, teachers, how):
+        best = score_weighted_mean(chunk.logp, chunk.logq) if score_weighted else empty[chunk.rows]
+        for column, part in zip(found, (*_pull(chunk, None, whole)[1:], best), strict=True):
+            column[chunk.rows] = part
+    return found
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -238,9 +239,8 @@ def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss
     if not how.tail_residual:
         inside.scatter_(-1, here, True)
     # Summed off the support: one minus the sum on it would round a small tail away.
-    log_p, log_q = (
-        x.masked_fill(inside, -torch.inf).logsumexp(-1).clamp(min=how.logprob_floor) for x in (chunk.logp, chunk.logq)
-    )
+    log_p, log_q = (x.masked_fill(inside, -torch.inf).logsumexp(-1) for x in (chunk.logp, chunk.logq))
+    log_p, log_q = log_p.clamp(min=-1e4), log_q.clamp(min=how.logprob_floor)  # an empty tail is no infinity
     tail_gap = torch.where(inside.all(-1), 0.0, log_p - log_q)[:, None]
     bucketed = torch.where(inside, gap, tail_gap)
     divergence = (chunk.p * bucketed).sum(-1)

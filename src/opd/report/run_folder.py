@@ -11,10 +11,12 @@ student/           the trained student, a PEFT adapter or a Hugging Face folder
 """
 
 import contextlib
+import fcntl
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,18 @@ class RunFolder:
         except json.JSONDecodeError as error:
             raise RunError(f"'{path}' is damaged: {error}") from None
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the folder to this process; raises RunError when another one trains in it. A killed one leaves no lock."""
+        with (self.path / "config.json").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process trains in run folder '{self.path}'; stop it first (SIGINT saves and exits)"
+                ) from None
+            yield
+
     def write_text(self, name: str, text: str) -> None:
         with explain_io(self.path / name):
             replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -110,8 +124,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
     """Every rollout of a run with its scores, in order; of one step when it is given.
 
-    Not kept on disk: hidden states (a full-vocabulary score reads back as its sampled tokens' log-probabilities) and the
-    prompts' `meta`.
+    Not kept on disk: hidden states (a full-vocabulary score reads back as its sampled tokens' log-probabilities), and a
+    prompt's `meta` that is not plain JSON.
     Raises RunError when the run has no such rollouts.
     """
     folder = Path(run) / "rollouts"
@@ -151,6 +165,7 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
             "teacher": prompt.teacher,
             "task": prompt.task,
             "answer": prompt.answer,
+            "meta": _json_or_nothing(prompt.meta),
         },
         "sample": rollout.sample,
         "response": rollout.response,
@@ -169,8 +184,9 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
 def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
     head = plain["prompt"]
     prompt = Prompt(
-        head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"]
-    )
+        head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"],
+        meta=MappingProxyType(head["meta"]),
+    )  # fmt: skip
     turns = tuple(Turn(author, start, end) for author, start, end in plain["turns"])
     mask = np.zeros(len(plain["token_ids"]), dtype=bool)
     for turn in turns:
@@ -190,6 +206,14 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
     if "failure" in plain:
         return ScoredRollout(rollout, FailedScore(prompt.teacher, plain["failure"]))
     return ScoredRollout(rollout, SampledScore(prompt.teacher, _spread(plain["teacher_logprobs"], mask)))
+
+
+def _json_or_nothing(meta: Mapping[str, Any]) -> dict[str, Any]:
+    plain = dict(meta)
+    try:
+        return plain if json.loads(json.dumps(plain)) == plain else {}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _numbers(values: np.ndarray) -> list[float]:

@@ -111,7 +111,7 @@ def _variance(gradients: Tensor, size: int) -> float:
 
 def crossover(
     horizons: tuple[int, ...] = (4, 8, 16, 32, 64, 128),
-    discounts: tuple[float, ...] = (0.5, 0.9, 0.97, 1.0),
+    discounts: tuple[float, ...] = (0.9, 0.97, 1.0),
     *,
     vocab: int = 5,
     sharpness: float = 0.5,
@@ -134,20 +134,20 @@ def crossover(
 def crossover_claim() -> Claim:
     """Where the unbiased estimator with a leave-one-out baseline overtakes the biased immediate one's variance."""
     by_kl: dict[str, dict[str, list[float]]] = {}
-    shown, below = [], True
+    shown, holds, crossing = [], True, None
     for sharpness in (0.15, 0.5):
         kl = float(torch.stack([make_chain(5, sharpness, seed=s).kl.mean() for s in range(3)]).mean())
         found = crossover(sharpness=sharpness)
         by_kl[f"{kl:.3f}"] = found
         per_step = {d: found[f"exact + KL-to-go, discount {d}, leave one out, per step"] for d in ("1", "0.97", "0.9")}
         crossing = next((h for h, r in zip(found["horizon"], per_step["1"], strict=True) if r > 1), None)
-        below = below and max(per_step["0.9"]) < 1
+        holds = holds and max(*per_step["0.9"], *per_step["0.97"]) < 1
         shown.append(
             f"{kl:.3f} nats a token: crosses at T {'> 128' if crossing is None else f'<= {crossing:.0f}'}; at T = 128 "
             + ", ".join(f"{ratios[-1]:.2f} with discount {d}" for d, ratios in per_step.items())
         )
     return Claim(
         "3b", "exact + KL-to-go against the immediate log ratio as the horizon grows", "Markov chains, 4 samples a prompt",
-        "a crossover at discount 1, none up to T = 128 at discount 0.9 (variances relative to immediate)", "; ".join(shown),
-        below, by_kl,
+        "at discount 1 a crossover by T = 128 for the larger KL; none at 0.97 and 0.9 (variances relative to immediate)",
+        "; ".join(shown), holds and crossing is not None, by_kl,
     )  # fmt: skip

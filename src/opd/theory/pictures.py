@@ -1,6 +1,6 @@
 """The pictures of the claims: one PNG each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,18 @@ def _picture(path: Path, paint: Callable[[Any], None]) -> Path:
     return path
 
 
+def _plain_ticks(axis: Any, ticks: Sequence[float]) -> None:
+    """These ticks on a logarithmic axis, as plain numbers, and no others."""
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
 def _variance(axis: Any, figures: Mapping[str, Any]) -> None:
     names = sorted(figures["ratios"], key=lambda name: figures["medians"][name])
     axis.boxplot([figures["ratios"][name] for name in names], orientation="horizontal", whis=(5, 95), showfliers=False)
     axis.set_yticks(range(1, len(names) + 1), names)
     axis.set_xscale("log")
+    _plain_ticks(axis.xaxis, (0.2, 0.5, 1, 2, 5, 10))
     axis.axvline(1.0, color="grey", linewidth=1)
     axis.set_xlabel("gradient variance of one response, immediate = 1")
     axis.set_title("variance by estimator, 100 random trees (whiskers 5-95 %)")
@@ -63,6 +70,8 @@ def _crossover(axis: Any, figures: Mapping[str, Any]) -> None:
     axis.axhline(1.0, color="grey", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    _plain_ticks(axis.xaxis, next(iter(figures.values()))["horizon"])
+    _plain_ticks(axis.yaxis, (0.2, 0.5, 1, 2))
     axis.set_xlabel("horizon")
     axis.set_ylabel("gradient variance, immediate = 1")
     axis.set_title("exact + KL-to-go, leave one out over 4 samples")
@@ -72,6 +81,7 @@ def _crossover(axis: Any, figures: Mapping[str, Any]) -> None:
 def _growth(axis: Any, figures: Mapping[str, Any]) -> None:
     for name, slope in figures["slopes"].items():
         axis.loglog(figures["horizons"], figures["variances"][name], "o-", label=f"{name}: slope {slope:.2f}")
+    _plain_ticks(axis.xaxis, figures["horizons"])
     axis.set_xlabel("horizon")
     axis.set_ylabel("gradient variance")
     axis.set_title("growth with the horizon (states that depend on the step alone)")
