@@ -1,6 +1,7 @@
 """Laws of the baselines on sampled advantages and of the importance corrections."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -102,15 +103,15 @@ def test_per_prompt_is_the_mean_over_all_actions_of_the_others():
 
 @quick
 @given(st.integers(0, 10_000), st.sampled_from(["step", "prompt"]))
-def test_a_samples_baseline_does_not_depend_on_itself(seed: int, per: str):
+def test_a_samples_baseline_does_not_depend_on_itself(seed: int, per: Literal["step", "prompt"]):
     generator = torch.Generator().manual_seed(seed)
     advantages = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     mask = torch.rand(6, 4, generator=generator) < 0.7
     groups = torch.randint(0, 3, (6,), generator=generator)
-    before = leave_one_out(advantages, mask, groups, per=per)  # type: ignore[arg-type]
+    before = leave_one_out(advantages, mask, groups, per=per)
     changed = advantages.clone()
     changed[2] += 5.0
-    after = leave_one_out(changed, mask, groups, per=per)  # type: ignore[arg-type]
+    after = leave_one_out(changed, mask, groups, per=per)
     torch.testing.assert_close(before[2], after[2], rtol=0, atol=1e-12)
     assert torch.equal(before[groups != groups[2]], after[groups != groups[2]])
     assert not before[~mask].any()

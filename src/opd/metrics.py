@@ -61,7 +61,7 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
         for name, value in part.items():
             before = merged.get(name)
             assert before is None or type(before) is type(value), f"{name}: {before} and {value} do not merge"
-            merged[name] = value if before is None else before + value  # type: ignore[operator]
+            merged[name] = value if before is None else before + value  # type: ignore[operator]  # of one kind, says the line above
     return merged
 
 

@@ -160,13 +160,13 @@ def _followed(
     config: Config, learner: EmbeddedLearner, options: Mapping[str, Any], group: Sequence[ScoredRollout]
 ) -> Batch:
     """The batch of one prompt's responses as training would prepare it."""
+    for item in group:
+        if isinstance(item.score, FailedScore):
+            raise ScoreError(f"rollout '{item.rollout.id}' has no score: {item.score.reason}")
     objective = ObjectiveConfig(**options)
     batch, _ = pack(group, logprob_floor=config.objective.teacher_logprob_floor)
     if objective.needs_student_scores:
         batch = learner.score_student(batch)
-    if len(batch) != len(group):
-        failed = next(s for s in group if isinstance(s.score, FailedScore))
-        raise ScoreError(f"rollout '{failed.rollout.id}' has no score: {failed.score.reason}")  # type: ignore[union-attr]
     plain = {"objective": objective, "outcome": OutcomeConfig(), "mask": MaskConfig()}
     return follow(config.model_copy(update=plain), batch)[0]
 

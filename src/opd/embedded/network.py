@@ -65,7 +65,7 @@ class Network:
                 f"model '{self.source}': needs a plain linear output head without bias, got {type(head).__name__}; adapters "
                 "that touch the head (target_modules, modules_to_save) are not supported"
             )
-        return head.weight  # type: ignore[return-value]
+        return cast(Tensor, head.weight)
 
     def activate(self, adapter: str | None, *, trainable: bool = False) -> None:
         """Speak as this adapter from now on; `trainable` says whether its weights collect gradients."""

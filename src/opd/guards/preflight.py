@@ -95,11 +95,15 @@ def informative(scored: Sequence[ScoredRollout], *, vocab_size: int) -> list[Fin
     """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls."""
     findings = []
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
-        mine = [s for s in scored if s.score.teacher == teacher and not isinstance(s.score, FailedScore)]
+        mine = [
+            s.score.logprobs[s.rollout.loss_mask]
+            for s in scored
+            if not isinstance(s.score, FailedScore) and s.score.teacher == teacher
+        ]
         if not mine:
             findings.append(Finding(f"teacher '{teacher}' is not uniform", False, "it could score no rollout"))
             continue
-        logprobs = np.concatenate([s.score.logprobs[s.rollout.loss_mask] for s in mine])  # type: ignore[union-attr]
+        logprobs = np.concatenate(mine)
         spread = float(np.abs(logprobs + math.log(vocab_size)).max()) if len(logprobs) else 0.0
         findings.append(
             Finding(

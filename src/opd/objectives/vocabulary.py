@@ -148,7 +148,7 @@ def state_statistics(
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, weights, sampled_ids, shares, how, *flat):  # type: ignore[override]
+    def forward(ctx, hidden, head, weights, sampled_ids, shares, how, *flat):  # type: ignore[override]  # torch declares (*args)
         teachers = [TeacherStates(h, w, share) for h, w, share in zip(flat[::2], flat[1::2], shares, strict=True)]
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -172,7 +172,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return (stats[0] * weights).sum(), *stats
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[override]
+    def backward(ctx, grad_loss, *_):  # type: ignore[override]  # torch declares (*args)
         scaled = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients)
         return *scaled, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 

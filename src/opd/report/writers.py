@@ -37,7 +37,7 @@ def _make(name: str, config: Config, folder: Path, start: int) -> Writer:
         case "trackio":
             return TrackioWriter(config, folder)
         case _:
-            assert_never(name)  # type: ignore[arg-type]
+            assert_never(name)  # type: ignore[arg-type]  # names are checked by the configuration
 
 
 class TensorboardWriter:

@@ -131,10 +131,9 @@ IMMEDIATE: tuple[str, ...] = ("immediate", "immediate + KL", "immediate - b*", "
 
 @dataclass(frozen=True)
 class GroupEstimate:
-    """Means over groups of `size` samples of a prompt: mean [rows * vocab], and the variance of one group's mean times
-    its size (comparable with one trajectory's), with its standard error."""
+    """Means over groups of samples of a prompt: mean [rows * vocab], and the variance of one group's mean times its size
+    (comparable with one trajectory's), with its standard error."""
 
-    size: int
     mean: Tensor
     variance: float
     error: float
@@ -148,22 +147,19 @@ def simulate_groups(
     batches: int,
     exact: bool,
     generator: torch.Generator,
-    per: str = "step",
 ) -> GroupEstimate:
     """Estimate mean and variance with a leave-one-out baseline over `size` samples of one prompt, by simulation."""
     tree = policy.problem.tree
     drawn = torch.multinomial(policy.chances, batches * size, replacement=True, generator=generator)
     groups = torch.arange(batches).repeat_interleave(size)
     advantages, mask = advantage(policy).detach()[drawn], tree.mask[drawn]
-    if size > 1:
-        advantages = advantages - baselines.leave_one_out(advantages, mask, groups, per=per)  # type: ignore[arg-type]
+    advantages = advantages - baselines.leave_one_out(advantages, mask, groups)
     found = trajectory_gradients(policy, advantages, drawn)
     if exact:
         found = found + exact_gradients(policy)[drawn]
     means = found.reshape(batches, size, -1).mean(1)
     centred = (means - means.mean(0)).square().sum(-1)
     return GroupEstimate(
-        size=size,
         mean=means.mean(0),
         variance=float(centred.sum() / (batches - 1)) * size,
         error=float(centred.std() / batches**0.5) * size,
