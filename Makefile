@@ -28,11 +28,11 @@ demo: install model
 
 # Make the two experts under examples/merge/ again.
 experts: install model
-	rm -rf runs/expert_words runs/expert_letters
-	$(BIN)/opd sft recipes/expert_words.toml
+	rm -rf runs/expert_matrix runs/expert_letters
+	$(BIN)/opd sft recipes/expert_matrix.toml
 	$(BIN)/opd sft recipes/expert_letters.toml
-	rm -rf examples/merge/words examples/merge/letters
-	cp -r runs/expert_words/student examples/merge/words
+	rm -rf examples/merge/matrix examples/merge/letters
+	cp -r runs/expert_matrix/student examples/merge/matrix
 	cp -r runs/expert_letters/student examples/merge/letters
 
 # Everything that a change must pass; .ci/run calls this.

@@ -340,7 +340,7 @@ def test_a_model_folder_with_cut_weights_is_refused(tree: dict[str, Any], tmp_pa
     assert f"model '{folder}' cannot be loaded" in refuse_tree(tree, tmp_path)
 
 
-def test_a_teacher_with_another_tokenizer_is_refused_with_the_difference(tree: dict[str, Any], tmp_path: Path):
+def test_an_objective_over_the_vocabulary_names_the_difference_of_two_tokenizers(tree: dict[str, Any], tmp_path: Path):
     folder = Path(save_toy(tmp_path / "other", 1))
     content = json.loads((folder / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
@@ -349,7 +349,9 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_difference(tree: d
     place_of(tree, "teacher", folder)
     line = refuse_tree(tree, tmp_path)
     assert "teacher 'even'" in line
-    assert "have different tokenizers: 258 tokens against 258, 2 of the student's differ; first: id" in line
+    assert "has another tokenizer than" in line
+    assert "258 tokens against 258, 2 of the student's differ; first: id" in line
+    assert "write objective.type = 'immediate' or 'to_go'" in line
     assert "'a' for the student and 'b' for the teacher" in line
 
 

@@ -7,7 +7,7 @@ import pytest
 import opd
 from opd.embedded.build import build
 from opd.evaluate import evaluate, pick
-from opd.launch import run_checks
+from opd.startup import run_checks
 from opd.tasks import make_tasks
 
 MODEL = Path("models/smollm2-135m-instruct")

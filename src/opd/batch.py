@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ScoreError
-from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
+from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Batch:
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. train_mask: those that any term
     trains on, which normalisers count; distill_mask: those that the distillation term acts on (all, unless
     `opd.signal` leaves some out). teacher_parts: of each rollout, or None when teachers gave sampled scores.
+    chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`; a token that was scored by
+    itself is a chunk of its own, and its rollout counts 0 bytes.
 
     Once computed, [tokens]: student_logprobs, reverse_kl, best_baseline (by the learner, before the update), and advantages.
     """
@@ -36,6 +38,8 @@ class Batch:
     rollout_logprobs: Tensor
     teacher_logprobs: Tensor
     teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
+    chunks: Tensor | None = None
+    num_bytes: Tensor | None = None
     student_logprobs: Tensor | None = None
     reverse_kl: Tensor | None = None
     best_baseline: Tensor | None = None
@@ -43,6 +47,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rollout_ids)
+
+    @property
+    def scored(self) -> Tensor:
+        """The actions that have a teacher's score, [tokens] bool."""
+        return self.loss_mask if self.chunks is None else self.loss_mask & (self.chunks >= 0)
 
     @property
     def offsets(self) -> list[int]:
@@ -79,11 +88,14 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
                 f"rollout '{rollout.id}': teacher '{score.teacher}' gave {int(faulty.sum())} of "
                 f"{len(on_mask)} log-probabilities that are no numbers; check the teacher's weights (opd check)"
             )
-        floored += int((on_mask < logprob_floor).sum())
+        # A chunk's log-probability is a sum; what the floor did to its tokens has been counted where they were scored.
+        chunked = isinstance(score, ChunkScore)
+        floor = -np.inf if chunked else logprob_floor
+        floored += score.facts.get("floored", 0) if chunked else int((on_mask < floor).sum())
         columns["ids"].append(rollout.token_ids)
         columns["mask"].append(rollout.loss_mask)
         columns["rollout"].append(rollout.rollout_logprobs)
-        columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, logprob_floor), 0.0))
+        columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, floor), 0.0))
         if isinstance(score, HiddenScore):
             parts.append(score.parts)
     if not usable:
@@ -106,5 +118,17 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
         teacher_parts=tuple(parts) if len(parts) == len(usable) else None,
+        **_chunk_columns(usable),
     )
     return batch, {"dropped": len(scored) - len(usable), "floored": floored}
+
+
+def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
+    """The columns that a teacher of another tokenizer adds; none without one."""
+    if not any(isinstance(s.score, ChunkScore) for s in scored):
+        return {}
+    chunks = [
+        s.score.chunks if isinstance(s.score, ChunkScore) else np.arange(len(s.rollout.token_ids)) for s in scored
+    ]
+    sizes = [s.score.num_bytes if isinstance(s.score, ChunkScore) else 0 for s in scored]
+    return {"chunks": torch.from_numpy(np.concatenate(chunks).astype(np.int64)), "num_bytes": torch.tensor(sizes)}

@@ -1,4 +1,4 @@
-"""The command line: `opd train | sft | eval | check | theory`.
+"""The command line: `opd train | sft | eval | check | align | theory`.
 
 What a user can mend ends with one line on stderr and exit code 2; an interrupted run with 130.
 """
@@ -89,6 +89,35 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
     if not all(f.passed for f in findings):
         raise typer.Exit(2)
+
+
+@app.command()
+def align(
+    student: Annotated[str, typer.Option(help="A hub id, a folder or a GGUF file; its tokenizer is read.")],
+    teacher: Annotated[str, typer.Option(help="Likewise.")],
+    text: Annotated[Path | None, typer.Option(help="A text file, read as one response.")] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="A run folder: what its student sampled.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the two sides.")] = False,
+) -> None:
+    """Show how a teacher with another tokenizer reads what the student writes, before any training."""
+    with _one_line():
+        if text is not None and rollouts is not None:
+            raise ConfigError("give --text FILE or --rollouts RUN, not both")
+        from opd.tokenizers_compared import SAMPLE, as_plain, compare, read_text, rollouts_of, show
+
+        found = compare(
+            student,
+            teacher,
+            rollouts_of(rollouts) if rollouts is not None else read_text(text) if text is not None else SAMPLE,
+        )
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(as_plain(found), indent=1, ensure_ascii=False))
+        else:
+            from rich.console import Console
+
+            show(found, Console())
 
 
 @app.command()

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,9 @@ from opd import checkpoint
 from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.embedded.build import Studio, build, export
-from opd.embedded.teacher import Part
-from opd.errors import CheckError, DataError, RunError
-from opd.evaluate import SPLITS, Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
+from opd.embedded.build import build, export
+from opd.errors import CheckError, RunError
+from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts, StepReport, train_steps
@@ -30,11 +29,9 @@ from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
-from opd.tasks import Reward, checked_reward, make_tasks
-from opd.text.chat import encode_prompt
+from opd.startup import PromptSets, read_tasks, run_checks
+from opd.tasks import Reward
 
-PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
-_PROBES_PER_TEACHER = 2
 _SAFE_DISCOUNT = 0.9
 _MASK_WARNING = (
     "warning: mask.truncated = 'trajectory' with an uncentred advantage rewards truncation unless the outcome outweighs it: "
@@ -292,84 +289,6 @@ class _Run:
         mine = [p for p in self.prompts[task][split] if p.teacher == teacher]
         # The same prompts whatever the run's seed, so that runs can be compared.
         return pick(mine, self.config.evaluation.num_prompts, seed=0)
-
-
-def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
-    """Every start-up check, on the real weights: see `opd.guards.preflight`."""
-    config = studio.config
-    every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
-    findings = [preflight.teachers_exist(every, studio.targets)]
-    tokenizer = studio.student.network.tokenizer
-    findings.append(
-        preflight.lengths_fit(
-            every,
-            lambda p: len(encode_prompt(tokenizer, p)),
-            max_new_tokens=config.sampling.max_new_tokens,
-            contexts={"the student": studio.student.network.max_context},
-            teacher_contexts=studio.contexts(),
-        )
-    )
-    by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in studio.targets}
-    probes = [p for chosen in by_teacher.values() for p in chosen]
-    half = config.compute.dtype != "float32"
-    tolerance = 0.5 if half else 2e-3
-    sequences = [encode_prompt(tokenizer, p) for p in probes]
-    for network in dict.fromkeys([studio.student.network, *(v.network for v in studio.voices.values())]):
-        network.activate(None if network is not studio.student.network else studio.student.adapter)
-        findings.append(
-            preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
-        )
-    rollouts = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
-    itself = (Part("student", studio.student),)
-    own = studio.teachers(keep_hidden=False, targets=dict.fromkeys(studio.targets, itself))
-    findings.append(preflight.same_policy(rollouts, own.score(rollouts), tolerance=tolerance))
-    teachers = studio.teachers(keep_hidden=False)
-    scored = teachers.score(rollouts)
-    findings.append(preflight.deterministic(scored, teachers, tolerance=tolerance))
-    # A model that no prompt names alone (a part of a mixture, a reference) is asked by itself too.
-    alone = {name: (Part(name, voice),) for name, voice in studio.voices.items() if not by_teacher.get(name)}
-    asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in alone for r in rollouts]
-    scored += studio.teachers(keep_hidden=False, targets=alone).score(asked)
-    return findings + preflight.informative(scored, vocab_size=studio.vocab_size)
-
-
-def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Reward]:
-    """The prompts of every task and split, and the reward of a response; raises DataError for a bad record."""
-    tasks = make_tasks(config.tasks)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
-        for split in SPLITS:
-            preflight.teachers_exist(splits[split], config.teachers)
-
-    every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
-    inner = {part for teacher in config.teachers.values() for part in teacher.weights or ()}
-    for name in config.teachers:
-        if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
-            raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
-    _require_foreign_reference(config, every)
-    if config.outcome.coef > 0 and reward is None and all(p.answer is None for p in every):
-        raise DataError(
-            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
-        )
-
-    def verify(prompt: Prompt, response: str) -> float | None:
-        return tasks[prompt.task].reward(prompt, response)
-
-    return prompts, checked_reward(reward or verify)
-
-
-def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Away from a teacher toward itself is nowhere: refuse a reference that is the teacher of a prompt."""
-    reference = config.objective.reference
-    for prompt in prompts:
-        parts = config.teachers[prompt.teacher].weights or {prompt.teacher: 1.0}
-        if reference in parts:
-            raise DataError(
-                f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is the reference of objective.extrapolation, so there is "
-                "nothing to extrapolate; choose another reference"
-            )
 
 
 def _cells(path: Path) -> dict[tuple[str, str, str], Cell]:

@@ -13,9 +13,11 @@ from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.metrics import Metrics, Sum, mean_of, merge, values
-from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
 from opd.signal import follow
+from opd.text.lineup import shares
+from opd.text.pairing import total
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,22 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= followed | rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
+    metrics |= alignment_metrics(scored)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
+
+
+def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
+    """How each teacher with another tokenizer read the responses (`opd.text.lineup.shares`)."""
+    found: dict[str, list[Mapping[str, int]]] = {}
+    for item in scored:
+        if isinstance(item.score, ChunkScore):
+            found.setdefault(item.score.teacher, []).append(item.score.facts)
+    return {
+        f"align/{teacher}/{name}/mean": mean_of([share])
+        for teacher, facts in found.items()
+        for name, share in shares(total(facts)).items()
+    }
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:

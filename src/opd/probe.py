@@ -19,11 +19,12 @@ from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.embedded.build import Studio, build
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.terms import Pass
 from opd.errors import DataError, ScoreError
 from opd.guards import preflight
-from opd.launch import read_tasks, run_checks
 from opd.records import FailedScore, Prompt, ScoredRollout
 from opd.signal import follow
+from opd.startup import read_tasks, run_checks
 
 _SKETCH = 2**17
 _REFERENCE = "exact"
@@ -82,6 +83,11 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     prompt_sets, _ = read_tasks(config, None)
     studio = build(config)
     preflight.require(run_checks(studio, prompt_sets))
+    if studio.foreign:
+        names = ", ".join(f"'{name}'" for name in studio.foreign)
+        raise DataError(
+            f"a probe compares distributions; teacher {names} has another tokenizer, so it has none to compare"
+        )
     chosen = _spread([splits["train"] for splits in prompt_sets.values()], num_prompts)
     if len(chosen) < 2:
         raise DataError(f"a probe compares prompts: it needs 2 or more, the recipe has {len(chosen)}")
@@ -89,17 +95,22 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
     groups = [scored[i : i + samples] for i in range(0, len(scored), samples)]
     learners = {name: _learner(studio, options) for name, options in ESTIMATORS.items()}
-    sketch = _Sketch(next(iter(learners.values())))
+    scorer = _learner(studio, {"type": "immediate", "baseline": "score_weighted"})  # it fills every column
+    sketch = _Sketch(scorer)
     found = np.zeros((len(ESTIMATORS), len(groups), samples, _SKETCH), dtype=np.float32)
     kls: list[float] = []
     for g, group in enumerate(groups):
+        batch = scorer.score_student(_packed(config, group))
+        assert batch.reverse_kl is not None
+        kls += batch.reverse_kl[batch.loss_mask].tolist()
+        passes = list(
+            scorer.passes(batch)
+        )  # of one prompt's responses, for all estimators: a forward pass is half the work
         for e, (name, learner) in enumerate(learners.items()):
-            batch = _followed(config, learner, ESTIMATORS[name], group)
+            followed = _followed(config, ESTIMATORS[name], batch)
             for i in range(samples):
-                found[e, g, i] = sketch.of(learner, _only(batch, i))
-            if name == "immediate + KL":
-                assert batch.reverse_kl is not None
-                kls += batch.reverse_kl[batch.loss_mask].tolist()
+                _backward(learner, passes, _only(followed, i))
+                found[e, g, i] = sketch.take(learner)
     rows = tuple(_rows(found, list(ESTIMATORS), repeats))
     return Probe(len(groups), samples, len(kls), float(np.mean(kls)), rows)
 
@@ -152,22 +163,21 @@ def _spread(sets: Sequence[Sequence[Prompt]], count: int) -> list[Prompt]:
 
 def _learner(studio: Studio, options: Mapping[str, Any]) -> EmbeddedLearner:
     floor = studio.config.objective.teacher_logprob_floor
-    objective = ObjectiveConfig(**options, normalizer="constant", constant=1.0, teacher_logprob_floor=floor)
+    objective = ObjectiveConfig(**options, teacher_logprob_floor=floor)
     return replace(studio, config=studio.config.model_copy(update={"objective": objective})).learner()
 
 
-def _followed(
-    config: Config, learner: EmbeddedLearner, options: Mapping[str, Any], group: Sequence[ScoredRollout]
-) -> Batch:
-    """The batch of one prompt's responses as training would prepare it."""
+def _packed(config: Config, group: Sequence[ScoredRollout]) -> Batch:
+    """One prompt's responses as a batch; none may be missing."""
     for item in group:
         if isinstance(item.score, FailedScore):
             raise ScoreError(f"rollout '{item.rollout.id}' has no score: {item.score.reason}")
-    objective = ObjectiveConfig(**options)
-    batch, _ = pack(group, logprob_floor=config.objective.teacher_logprob_floor)
-    if objective.needs_student_scores:
-        batch = learner.score_student(batch)
-    plain = {"objective": objective, "outcome": OutcomeConfig(), "mask": MaskConfig()}
+    return pack(group, logprob_floor=config.objective.teacher_logprob_floor)[0]
+
+
+def _followed(config: Config, options: Mapping[str, Any], batch: Batch) -> Batch:
+    """The batch as training with this estimator would follow it."""
+    plain = {"objective": ObjectiveConfig(**options), "outcome": OutcomeConfig(), "mask": MaskConfig()}
     return follow(config.model_copy(update=plain), batch)[0]
 
 
@@ -175,6 +185,12 @@ def _only(batch: Batch, row: int) -> Batch:
     """The batch with one response that trains; the others stay in it as they are."""
     mine = torch.repeat_interleave(torch.arange(len(batch)) == row, batch.lengths)
     return replace(batch, train_mask=batch.train_mask & mine, distill_mask=batch.distill_mask & mine)
+
+
+def _backward(learner: EmbeddedLearner, passes: Sequence[Pass], batch: Batch) -> None:
+    """The gradient of one batch's loss, undivided, on forward passes that stay as they are."""
+    losses = [learner.loss_of(replace(given, batch=batch), divisor=1.0)[0] for given in passes]
+    torch.stack(losses).sum().backward(retain_graph=True)
 
 
 class _Sketch:
@@ -188,9 +204,8 @@ class _Sketch:
             self._places[name] = torch.randint(0, _SKETCH, (weight.numel(),), generator=generator)
             self._signs[name] = 2.0 * torch.randint(0, 2, (weight.numel(),), generator=generator) - 1.0
 
-    def of(self, learner: EmbeddedLearner, batch: Batch) -> np.ndarray:
-        """The sketch [_SKETCH] of the gradient of one batch's loss; nothing of it stays behind."""
-        learner.forward_backward(batch)
+    def take(self, learner: EmbeddedLearner) -> np.ndarray:
+        """The sketch [_SKETCH] of the gradient that the learner's weights hold; they hold none afterwards."""
         total = torch.zeros(_SKETCH)
         for name, weight in learner.weights().items():
             if weight.grad is not None:

@@ -123,6 +123,22 @@ class HiddenScore:
 
 
 @dataclass(frozen=True)
+class ChunkScore:
+    """The score of a teacher with another tokenizer: both tokenisations cut where they end at the same byte.
+
+    chunks [tokens]: the chunk of each action, numbered from 0; -1 where there is none (off the loss mask, or masked).
+    logprobs [tokens]: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere. num_bytes: of the text
+    in chunks. facts: how the two lined up, counts by name (`opd.text.pairing.facts`), with "masked/REASON" for each masked token.
+    """
+
+    teacher: str
+    logprobs: np.ndarray
+    chunks: np.ndarray
+    num_bytes: int
+    facts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class FailedScore:
     """A teacher that could not score this rollout, and why; it is counted and never trained on."""
 
@@ -130,7 +146,7 @@ class FailedScore:
     reason: str
 
 
-Score: TypeAlias = SampledScore | HiddenScore | FailedScore
+Score: TypeAlias = SampledScore | HiddenScore | ChunkScore | FailedScore
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,21 @@ class ScoredRollout:
             return
         assert self.score.logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
         read_only(self.score.logprobs)
+        if isinstance(self.score, ChunkScore):
+            assert self.score.chunks.shape == self.rollout.token_ids.shape, self.rollout.id
+            read_only(self.score.chunks)
         if isinstance(self.score, HiddenScore):
             for part in self.score.parts:
                 assert len(part.hidden) == self.rollout.num_actions, self.rollout.id
                 read_only(part.hidden)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The actions that have a score, [tokens] bool."""
+        if isinstance(self.score, FailedScore):
+            return np.zeros(len(self.rollout.token_ids), dtype=bool)
+        return (
+            self.rollout.loss_mask & (self.score.chunks >= 0)
+            if isinstance(self.score, ChunkScore)
+            else self.rollout.loss_mask
+        )

@@ -22,7 +22,7 @@ def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     """
     batch, metrics = _masked(config, batch)
     mask = batch.padded(batch.loss_mask)
-    total = _distillation(config.objective, batch, mask)
+    total = _distillation(config, batch)
     if config.outcome.coef > 0:
         outcome = config.outcome.coef * _outcome(config, batch)[:, None] * mask
         total = outcome if total is None else total + outcome
@@ -36,35 +36,41 @@ def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
-    """Leave truncated responses out of the distillation term where the recipe says so; one without an outcome has nothing
-    left, so it leaves the normaliser too."""
-    if config.mask.truncated == "keep":
-        return batch, {}
-    kept = batch.loss_mask & ~torch.repeat_interleave(batch.truncated, batch.lengths)
+    """Leave out of the distillation term what has no score, and truncated responses where the recipe says so; what has no
+    outcome either has nothing left, so it leaves the normaliser too."""
+    kept = batch.scored
+    metrics: Metrics = {}
+    if config.mask.truncated != "keep":
+        kept = kept & ~torch.repeat_interleave(batch.truncated, batch.lengths)
+        metrics["mask/truncated/sum"] = Sum(int(batch.truncated.sum()))
     verdict = ~torch.isnan(batch.rewards) if config.outcome.coef > 0 else torch.zeros_like(batch.truncated)
     trained = kept | (batch.loss_mask & torch.repeat_interleave(verdict, batch.lengths))
-    metrics: Metrics = {"mask/truncated/sum": Sum(int(batch.truncated.sum()))}
     return replace(batch, distill_mask=kept, train_mask=trained), metrics
 
 
-def _distillation(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> Tensor | None:
+def _distillation(config: Config, batch: Batch) -> Tensor | None:
     """The sampled part of the distillation term, [batch, tokens]; None when all of it is integrated in the loss."""
+    objective = config.objective
+    mask = batch.padded(batch.scored)
     current = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
     log_ratio = batch.padded(batch.teacher_logprobs - current)
     discount = objective.discount or 0.0  # the types with a future part have one
+    chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
         case "exact" | "support":
             return None
         case "immediate":
-            total = adv.immediate(log_ratio, mask)
+            total = adv.immediate(log_ratio, mask, chunks)
         case "to_go":
-            total = adv.log_ratio_to_go(log_ratio, mask, discount)
+            total = adv.log_ratio_to_go(log_ratio, mask, discount, chunks)
         case "kl_to_go":
             total = adv.kl_to_go(log_ratio, _needed(batch, "reverse_kl"), mask, discount)
         case "exact_to_go":
             total = adv.future_kl(_needed(batch, "reverse_kl"), mask, discount)
         case _:
             assert_never(objective.type)
+    if chunks is not None and config.alignment.credit == "full":
+        total = adv.whole_chunks(total, mask, chunks)
     return (total - _baseline(objective, batch, total, mask)) * batch.padded(batch.distill_mask)
 
 

@@ -137,6 +137,16 @@ class SftEvaluationConfig(Node):
     num_prompts: NonNegative = 128
 
 
+class AlignmentConfig(Node):
+    """With a teacher of another tokenizer. credit: a token of a chunk gets what of the chunk is still open ("causal"), or the
+    whole ("full"). non_canonical: what becomes of tokens that the student's tokenizer would not have written; "mask" leaves
+    them out, because the log-probability of one spelling of a text is below that of the text.
+    """
+
+    credit: Literal["causal", "full"] = "causal"
+    non_canonical: Literal["keep", "mask"] = "keep"
+
+
 class LoggingConfig(Node):
     """Writers beside metrics.jsonl, and how often sampled responses are shown (0: never)."""
 
@@ -180,6 +190,7 @@ class Config(RunNode):
     objective: ObjectiveConfig = ObjectiveConfig()
     outcome: OutcomeConfig = OutcomeConfig()
     mask: MaskConfig = MaskConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

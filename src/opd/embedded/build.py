@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd.config import ComputeConfig, Config, SftConfig
+from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
 from opd.embedded.network import Network
 from opd.embedded.sampler import EmbeddedSampler
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.errors import ModelError
+from opd.text.reading import Reader
+from opd.text.spelling import Writer
 from opd.text.tokenizer import difference
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
@@ -30,8 +33,8 @@ class Studio:
     """The student, its teachers, and what they share.
 
     voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
-    `followed` takes its place, which has the reference of an extrapolation too. vocab_size: the number of ids that all
-    heads have.
+    `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
+    tokenizer, which are in neither. vocab_size: the number of ids that the student's head and those of its tokenizer have.
     """
 
     config: Config
@@ -39,6 +42,7 @@ class Studio:
     voices: Mapping[str, Voice]
     targets: Mapping[str, Target]
     followed: Mapping[str, Target]
+    foreign: Mapping[str, ForeignVoice]
     identities: Mapping[str, str]
     vocab_size: int
 
@@ -62,6 +66,7 @@ class Studio:
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
+            foreign=self.foreign if targets is None or targets is self.followed else None,
         )
 
     def contexts(self) -> dict[str, int | None]:
@@ -76,7 +81,7 @@ class Studio:
             objective=self.config.objective,
             optimizer=self.config.optimizer,
             steps=self.config.steps * self.config.objective.epochs,
-            heads={name: voice.network.head_weight() for name, voice in self.voices.items()},
+            heads={n: voice.network.head_weight() for n, voice in self.voices.items() if n not in self.foreign},
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
         )
@@ -112,26 +117,27 @@ def build(config: Config) -> Studio:
         adapter = f"teacher{index}" if teacher.adapter is not None else None
         if teacher.adapter is not None and adapter is not None:
             add_adapter(home, teacher.adapter, teacher=name, name=adapter)
-        _require_one_tokenizer(name, network, home)
         voices[name] = Voice(home, adapter)
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
             loaded[config.student] = load_network(config.student, config.compute)
         # The student's adapter changes nothing before the first step: its base is the student as it was.
         voices[_INITIAL_VOICE] = Voice(loaded[config.student], None)
-    vocab_size = min(n.vocab_size for n in (network, *loaded.values()))
+    foreign = _foreign(config, network, voices)
+    own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
+    vocab_size = min(n.vocab_size for n in own)
     needed = max(network.tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:
         raise ModelError(
             f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows"
         )
-    for net in (network, *loaded.values()):
+    for net in own:
         net.vocab_size = vocab_size
     identities = {name: _identity(config, name, voice) for name, voice in voices.items()}
-    targets = {name: _target(config, name, voices) for name in config.teachers}
+    targets = {name: _target(config, name, voices) for name in config.teachers if name not in foreign}
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
     return Studio(
-        config, Voice(network, "student" if lora else None), voices, targets, followed, identities, vocab_size
+        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, identities, vocab_size
     )
 
 
@@ -204,15 +210,57 @@ def _cast(folder: Path, dtype: torch.dtype) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _require_one_tokenizer(name: str, student: Network, teacher: Network) -> None:
-    if teacher is student:
-        return
-    found = difference(student.tokenizer, teacher.tokenizer)
-    if found is not None:
-        raise ModelError(
-            f"teacher '{name}' ('{teacher.source}') and student ('{student.source}') have different tokenizers: {found}; "
-            "choose a teacher with the student's tokenizer"
+def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, ForeignVoice]:
+    """The teachers that have another tokenizer. Raises ModelError where the recipe asks for what only one tokenizer gives."""
+    found: dict[str, ForeignVoice] = {}
+    writer = None
+    for name, voice in voices.items():
+        network = voice.network
+        gap = None if network is student else difference(student.tokenizer, network.tokenizer)
+        if gap is None:
+            continue
+        _require_text_alone(config, name, f"'{network.source}' has another tokenizer than '{student.source}' ({gap})")
+        writer = writer or Writer(
+            student.tokenizer, generation_config=student.base.generation_config, vocab_size=student.vocab_size
         )
+        reader = Reader(
+            network.tokenizer,
+            name=name,
+            generation_config=network.base.generation_config,
+            vocab_size=network.vocab_size,
+        )
+        mask = config.alignment.non_canonical == "mask"
+        _require_a_row_each(network)
+        floor = config.objective.teacher_logprob_floor
+        found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask)
+    return found
+
+
+def _require_a_row_each(network: Network) -> None:
+    needed = max(network.tokenizer.get_vocab().values()) + 1
+    if needed > network.vocab_size:
+        raise ModelError(
+            f"the tokenizer of '{network.source}' has {needed} ids, its output head {network.vocab_size} rows"
+        )
+
+
+def _require_text_alone(config: Config, name: str, what: str) -> None:
+    """A teacher of another tokenizer says how probable a text is, not which of the student's tokens comes next."""
+    objective = config.objective
+    if objective.needs_distributions:
+        raise ModelError(
+            f"teacher '{name}': {what}, and the objective needs its distribution over the student's tokens (type = "
+            f"'{objective.type}', baseline = '{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with "
+            "baseline = 'none' or 'leave_one_out', which follow the text in chunks"
+        )
+    if objective.reference == name or objective.extrapolation != 1.0:
+        raise ModelError(f"teacher '{name}': {what}, so objective.extrapolation has no common tokens; leave it at 1.0")
+    for mixture, teacher in config.teachers.items():
+        if name in (teacher.weights or ()):
+            raise ModelError(
+                f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
+                "token by token"
+            )
 
 
 def _identity(config: Config, name: str, voice: Voice) -> str:

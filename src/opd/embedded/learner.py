@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd.batch import Batch
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.data.micro import MicroBatch, micro_batches
+from opd.data.micro import micro_batches
 from opd.embedded.network import Network
 from opd.embedded.terms import Pass, integrated_term, policy_term, student_scores, vocabulary_settings
 from opd.errors import ScoreError
@@ -60,22 +60,49 @@ class EmbeddedLearner:
     @torch.no_grad()
     def score_student(self, batch: Batch) -> Batch:
         """The batch with `student_logprobs` and, where teachers gave distributions, `reverse_kl` and the baseline b*."""
-        self._network.activate(self._adapter, trainable=True)
         wanted = self._objective.baseline == "score_weighted"
         columns: dict[str, Tensor] = {}
-        for micro in self._micro_batches(batch):
-            given = self._pass(batch, micro)
+        for given in self.passes(batch):
             for name, values in student_scores(given, self._how, score_weighted=wanted).items():
                 columns.setdefault(name, values.new_zeros(len(batch.token_ids)))[given.flat] = values
         return replace(batch, **columns)
 
     def forward_backward(self, batch: Batch) -> Metrics:
         """Add the gradient of the whole batch's loss, pass by pass."""
-        self._network.activate(self._adapter, trainable=True)
         divisor = denominator(
             batch.padded(batch.train_mask), self._objective.normalizer, constant=self._objective.constant
         )
-        return merge([self._micro_step(self._pass(batch, micro), divisor) for micro in self._micro_batches(batch)])
+        found = []
+        for given in self.passes(batch):
+            loss, metrics = self.loss_of(given, divisor=divisor)
+            loss.backward()
+            found.append(metrics | {"loss/total/sum": Sum(float(loss.detach()))})
+        return merge(found)
+
+    def passes(self, batch: Batch) -> Iterator[Pass]:
+        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off."""
+        self._network.activate(self._adapter, trainable=True)
+        sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        masks = [batch.loss_mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        for micro in micro_batches(sequences, masks, max_tokens=self._max_tokens):
+            yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
+
+    def loss_of(self, given: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
+        """The part of the batch's loss that falls on one pass, divided by the whole batch's `divisor`, and its metrics."""
+        loss = given.hidden.sum() * 0.0
+        metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(given.micro.tree))}
+        if self._objective.integrated:
+            term, more = integrated_term(given, self._how, divisor=divisor)
+            loss, metrics = loss + term, metrics | more
+        if given.batch.advantages is not None:
+            term, more = policy_term(given, self._objective, temperature=self._temperature, divisor=divisor)
+            loss, metrics = loss + term, metrics | more
+        if not torch.isfinite(loss):
+            raise ScoreError(
+                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(given)}; the weights were left as they are. "
+                "Check the student's and the teachers' weights (opd check)"
+            )
+        return loss, metrics
 
     def optim_step(self) -> Metrics:
         """Clip the gradient, step, advance the schedule, clear the gradient."""
@@ -115,31 +142,6 @@ class EmbeddedLearner:
             # AdamW keeps its count on the CPU and the moments beside the parameter.
             self._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}
         self._num_updates = int(values["num_updates"])
-
-    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        masks = [batch.loss_mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        return micro_batches(sequences, masks, max_tokens=self._max_tokens)
-
-    def _pass(self, batch: Batch, micro: MicroBatch) -> Pass:
-        return Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
-
-    def _micro_step(self, given: Pass, divisor: float) -> Metrics:
-        loss = given.hidden.sum() * 0.0
-        metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(given.micro.tree))}
-        if self._objective.integrated:
-            term, more = integrated_term(given, self._how, divisor=divisor)
-            loss, metrics = loss + term, metrics | more
-        if given.batch.advantages is not None:
-            term, more = policy_term(given, self._objective, temperature=self._temperature, divisor=divisor)
-            loss, metrics = loss + term, metrics | more
-        if not torch.isfinite(loss):
-            raise ScoreError(
-                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(given)}; the weights were left as they are. "
-                "Check the student's and the teachers' weights (opd check)"
-            )
-        loss.backward()
-        return metrics | {"loss/total/sum": Sum(float(loss.detach()))}
 
     def _head(self) -> Tensor:
         """The student's head over the vocabulary that it shares with its teachers."""

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.config import ComputeConfig, LoraConfig
 from opd.embedded.network import Network
@@ -57,6 +58,36 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
         raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
     model.to(device).eval().requires_grad_(False)
     return Network(model, tokenizer, source)
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer without its model's weights, and the generation config beside it, if there is one."""
+
+    tokenizer: Any
+    generation_config: Any
+
+
+def load_tokenizer(source: str) -> LoadedTokenizer:
+    """The tokenizer of a hub id, a folder (weights are not needed) or a GGUF file. Raises ModelError with one line."""
+    path = Path(source)
+    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    where = str(path.parent) if file else source
+    with _one_line(source), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(where, **file)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    return LoadedTokenizer(tokenizer, None if file else _generation_config(source))
+
+
+def _generation_config(source: str) -> GenerationConfig | None:
+    """What says how the model generates, as loading the model would find it; None where nothing does."""
+    with _quiet():
+        with contextlib.suppress(OSError, ValueError):
+            return GenerationConfig.from_pretrained(source)
+        with contextlib.suppress(OSError, ValueError):
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+    return None
 
 
 def gguf_folder(path: Path) -> Path:

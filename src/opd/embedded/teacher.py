@@ -1,4 +1,4 @@
-"""Teachers in process: adapters on the student's base, or models of their own."""
+"""Teachers in process: adapters on the student's base, or models of their own, with the student's tokenizer or another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from opd.data.micro import micro_batches
+from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.embedded.network import Network
 from opd.objectives.logprobs import token_logprobs
 from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
@@ -38,13 +39,22 @@ class EmbeddedTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
-    full distribution; without, the sampled tokens' log-probabilities alone.
+    full distribution; without, the sampled tokens' log-probabilities alone. Teachers in `foreign` have another tokenizer and
+    score in chunks.
     """
 
     def __init__(
-        self, targets: Mapping[str, Target], *, vocab_size: int, temperature: float, max_tokens: int, keep_hidden: bool
+        self,
+        targets: Mapping[str, Target],
+        *,
+        vocab_size: int,
+        temperature: float,
+        max_tokens: int,
+        keep_hidden: bool,
+        foreign: Mapping[str, ForeignVoice] | None = None,
     ) -> None:
         self._targets = dict(targets)
+        self._foreign = dict(foreign or {})
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -54,6 +64,12 @@ class EmbeddedTeachers:
         """Each rollout with its own teacher's score, in the order given; what cannot be scored says why."""
         scores: dict[int, Score] = {}
         for teacher in dict.fromkeys(r.prompt.teacher for r in rollouts):
+            if teacher in self._foreign:
+                mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
+                voice, asked = self._foreign[teacher], [rollouts[i] for i in mine]
+                found = score_foreign(teacher, voice, asked, temperature=self._temperature, max_tokens=self._max_tokens)
+                scores.update(zip(mine, found, strict=True))
+                continue
             target = self._targets[teacher]
             limit = min((c for part in target if (c := part.voice.network.max_context) is not None), default=None)
             fits = []

@@ -161,14 +161,20 @@ def _by_teacher(
 
 
 def kl_metrics(kl: np.ndarray, given: Pass) -> Metrics:
-    """Reverse KL per token and per sequence, over all and by teacher; `kl` [actions] in nats."""
+    """Reverse KL per token and per sequence, over all and by teacher, and per byte where a teacher has another tokenizer;
+    `kl` [actions] in nats. Actions without a score do not count."""
     batch, micro = given.batch, given.micro
-    metrics: Metrics = {"kl/token/mean": mean_of(kl)}
+    scored = batch.scored[given.flat].numpy()
+    kl = np.where(scored, kl, 0.0)
+    metrics: Metrics = {"kl/token/mean": mean_of(kl[scored])}
     per_sequence = {m: float(kl[micro.owners == m].sum()) for m in micro.members}
     metrics["kl/sequence/mean"] = mean_of(per_sequence.values())
     for teacher in dict.fromkeys(batch.teachers[m] for m in micro.members):
         mine = np.array([batch.teachers[o] == teacher for o in micro.owners])
-        metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[mine])
+        metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[mine & scored])
+    if batch.num_bytes is not None:
+        sizes = {m: int(batch.num_bytes[m]) for m in micro.members if batch.num_bytes[m] > 0}
+        metrics["kl/byte/mean"] = Mean(sum(per_sequence[m] for m in sizes), sum(sizes.values()))
     return metrics
 
 

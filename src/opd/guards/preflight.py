@@ -8,8 +8,10 @@ import numpy as np
 
 from opd.config import nearest
 from opd.errors import CheckError, DataError
-from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Teacher
+from opd.text.lineup import describe
+from opd.text.pairing import total
 
 _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
 
@@ -91,27 +93,55 @@ def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, toleranc
     )
 
 
-def informative(scored: Sequence[ScoredRollout], *, vocab_size: int) -> list[Finding]:
-    """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls."""
+def informative(
+    scored: Sequence[ScoredRollout], *, vocab_size: int, foreign: Mapping[str, int] | None = None
+) -> list[Finding]:
+    """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls.
+
+    foreign: the vocabulary of each teacher with another tokenizer, which gives a chunk of n tokens -n ln V.
+    """
     findings = []
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
-        mine = [
-            s.score.logprobs[s.rollout.loss_mask]
-            for s in scored
-            if not isinstance(s.score, FailedScore) and s.score.teacher == teacher
-        ]
+        mine = [_units(s) for s in scored if not isinstance(s.score, FailedScore) and s.score.teacher == teacher]
         if not mine:
             findings.append(Finding(f"teacher '{teacher}' is not uniform", False, "it could score no rollout"))
             continue
         logprobs = np.concatenate(mine)
-        spread = float(np.abs(logprobs + math.log(vocab_size)).max()) if len(logprobs) else 0.0
+        if not len(logprobs):
+            findings.append(Finding(f"teacher '{teacher}' is not uniform", True, "no text to judge it by"))
+            continue
+        unit = math.log((foreign or {}).get(teacher, vocab_size))
+        tokens = np.maximum(np.round(-logprobs / unit), 1) if foreign and teacher in foreign else 1
+        spread = float(np.abs(logprobs + tokens * unit).max())
         findings.append(
             Finding(
                 f"teacher '{teacher}' is not uniform",
                 spread > _UNIFORM_WITHIN,
-                f"mean log-probability {logprobs.mean():.2f} (uniform: {-math.log(vocab_size):.2f}) on {len(logprobs)} tokens",
+                f"mean log-probability {logprobs.mean():.2f} (uniform: {-unit:.2f}) on {len(logprobs)} tokens",
             )
         )
+    return findings
+
+
+def _units(scored: ScoredRollout) -> np.ndarray:
+    """The log-probabilities of a rollout's actions, or of its chunks but the last (the end of a turn sums several tokens)."""
+    score = scored.score
+    assert not isinstance(score, FailedScore)
+    if not isinstance(score, ChunkScore):
+        return score.logprobs[scored.rollout.loss_mask]
+    # log q of a chunk stands at its last token
+    last = {int(chunk): place for place, chunk in enumerate(score.chunks) if chunk >= 0}
+    places = [last[chunk] for chunk in sorted(last)]
+    return score.logprobs[places[: len(places) - (scored.rollout.finish == "end")]]
+
+
+def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
+    """How each teacher with another tokenizer reads the student's text; it fails when nothing is left to follow."""
+    findings = []
+    for teacher in dict.fromkeys(s.score.teacher for s in scored if isinstance(s.score, ChunkScore)):
+        facts = total(s.score.facts for s in scored if isinstance(s.score, ChunkScore) and s.score.teacher == teacher)
+        name = f"teacher '{teacher}' reads the student's text"
+        findings.append(Finding(name, facts.get("chunks", 0) > 0, describe(facts)))
     return findings
 
 

@@ -3,6 +3,11 @@
 Shapes: log_ratio, mask [batch, tokens]; log_ratio r_t = teacher_logprobs - student_logprobs of the sampled token, in
 nats. Results are detached and exactly 0 off the mask. Discounts count actions: tokens off the mask (a prompt, an
 observation between turns) neither discount nor contribute.
+
+With a teacher of another tokenizer an action is a chunk: tokens of one number in `chunks` [batch, tokens], next to each other.
+The chunk's teacher log-probability stands at its last token, 0 at the others, so that the log ratios of its tokens sum to its
+own. A token is credited with what of its chunk is still open, log q(chunk) - sum_{i' >= i} log pi_i': the tokens before it are
+given. A discount counts chunks.
 """
 
 from typing import Literal
@@ -15,14 +20,16 @@ from opd.objectives.reduce import masked
 
 
 def immediate(
-    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    log_ratio: Float[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    chunks: Int[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
-    """The log ratio of the token itself: A_t = r_t.
+    """The log ratio of the token itself: A_t = r_t; in a chunk, that of the token and the chunk's later ones.
 
     Its policy gradient has mean g1 = -sum_s d(s) grad KL_s and misses g2, the gradient of the state occupancy; biased for
     grad V, of low variance. Source: section 1.3, equation (7).
     """
-    return masked(log_ratio, mask).detach()
+    return log_ratio_to_go(log_ratio, mask, 0.0, chunks)
 
 
 def full_trajectory(
@@ -38,7 +45,10 @@ def full_trajectory(
 
 
 def log_ratio_to_go(
-    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], discount: float = 1.0
+    log_ratio: Float[Tensor, "batch tokens"],
+    mask: Bool[Tensor, "batch tokens"],
+    discount: float = 1.0,
+    chunks: Int[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The discounted sum of this and later log ratios: A_t = sum_{t' >= t} discount^(t' - t) r_t'.
 
@@ -46,7 +56,21 @@ def log_ratio_to_go(
     Raises ValueError for a discount outside [0, 1].
     """
     rewards = masked(log_ratio, mask).detach()
-    return rewards + _later(rewards, mask, discount)
+    return rewards + _later(rewards, mask, discount, chunks)
+
+
+def whole_chunks(
+    advantages: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], chunks: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """Every token of a chunk with the advantage of the chunk's first: "full" credit, noisier than the causal one.
+
+    The tokens before a token are given when it is chosen, so what they cost is noise to it.
+    """
+    found = masked(advantages, mask).detach()
+    for t in range(1, found.shape[1]):
+        inside = mask[:, t] & mask[:, t - 1] & (chunks[:, t] == chunks[:, t - 1])
+        found[:, t] = torch.where(inside, found[:, t - 1], found[:, t])
+    return found
 
 
 def kl_to_go(
@@ -74,17 +98,25 @@ def future_kl(
     return _later(masked(-reverse_kl, mask).detach(), mask, discount)
 
 
-def _later(values: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """sum_{t' > t} discount^(t' - t) values_t' over the actions, [batch, tokens]; `values` is 0 off the mask."""
+def _later(values: Tensor, mask: Tensor, discount: float, chunks: Tensor | None = None) -> Tensor:
+    """sum_{t' > t} discount^(t' - t) values_t' over the actions, [batch, tokens]; `values` is 0 off the mask.
+
+    With `chunks` the exponent counts the chunks that begin in between.
+    """
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount must lie in [0, 1], got {discount}")
     later = torch.zeros_like(values)
-    if discount == 0.0:
+    if discount == 0.0 and chunks is None:
         return later
     running = values.new_zeros(len(values))
+    following = None if chunks is None else torch.full_like(chunks[:, 0], -1)  # the chunk of the next action
     for t in range(values.shape[1] - 1, -1, -1):
-        later[:, t] = discount * running
-        running = torch.where(mask[:, t], values[:, t] + discount * running, running)
+        carried = discount * running
+        if chunks is not None and following is not None:
+            carried = torch.where(chunks[:, t] == following, running, carried)
+            following = torch.where(mask[:, t], chunks[:, t], following)
+        later[:, t] = carried
+        running = torch.where(mask[:, t], values[:, t] + carried, running)
     return masked(later, mask)
 
 

@@ -88,8 +88,8 @@ class ProgressLine:
         for _, item in chosen:
             rollout = item.rollout
             ratio = "-"
-            if not isinstance(item.score, FailedScore):
-                mask = rollout.loss_mask
+            mask = item.mask
+            if not isinstance(item.score, FailedScore) and mask.any():
                 ratio = f"{(item.score.logprobs[mask] - rollout.rollout_logprobs[mask]).mean():+.3f}"
             reward = "-" if rollout.reward is None else f"{rollout.reward:.2f}"
             texts = (rollout.prompt.messages[-1]["content"], rollout.response, rollout.prompt.answer or "-")

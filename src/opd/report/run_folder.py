@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from opd.checkpoint import replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
-from opd.records import FailedScore, Prompt, Rollout, SampledScore, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
 
 class RunFolder:
@@ -178,7 +178,10 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
     }
     if isinstance(score, FailedScore):
         return plain | {"failure": score.reason}
-    return plain | {"teacher_logprobs": _numbers(score.logprobs[actions])}
+    plain |= {"teacher_logprobs": _numbers(score.logprobs[actions])}
+    if isinstance(score, ChunkScore):
+        plain |= {"chunks": score.chunks[actions].tolist(), "num_bytes": score.num_bytes, "facts": dict(score.facts)}
+    return plain
 
 
 def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
@@ -205,7 +208,13 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
     )
     if "failure" in plain:
         return ScoredRollout(rollout, FailedScore(prompt.teacher, plain["failure"]))
-    return ScoredRollout(rollout, SampledScore(prompt.teacher, _spread(plain["teacher_logprobs"], mask)))
+    logprobs = _spread(plain["teacher_logprobs"], mask)
+    if "chunks" in plain:
+        chunks = np.full(len(mask), -1, dtype=np.int32)
+        chunks[mask] = plain["chunks"]
+        facts = MappingProxyType(plain["facts"])
+        return ScoredRollout(rollout, ChunkScore(prompt.teacher, logprobs, chunks, plain["num_bytes"], facts))
+    return ScoredRollout(rollout, SampledScore(prompt.teacher, logprobs))
 
 
 def _json_or_nothing(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,17 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, .
     return tuple(sorted(i for i in ids if i is not None))
 
 
+def encode_text(tokenizer: Any, text: str, *, parse_special: bool) -> list[int]:
+    """A fast tokenizer's ids of a text, nothing added; without `parse_special` a special token in it is text that looks so."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = not parse_special
+    try:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    finally:
+        backend.encode_special_tokens = before
+
+
 def fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary and of how a probe text is cut; equal for copies of one tokenizer."""
     content = json.dumps([sorted(tokenizer.get_vocab().items()), _probe_ids(tokenizer)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from opd.theory import gradient_claims, horizon, law_claims, support_claims, training_claims
+from opd.theory import byte_claims, gradient_claims, horizon, law_claims, support_claims, training_claims
 from opd.theory.claim import Claim
 from opd.theory.pictures import draw
 
@@ -30,6 +30,8 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     law_claims.several_teachers,
     law_claims.extrapolation,
     training_claims.staleness,
+    byte_claims.reading,
+    byte_claims.credit,
 )
 
 

@@ -1,0 +1,100 @@
+"""A teacher in process that has another tokenizer: it reads the text in its own tokens, and its score comes back in chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from opd.data.micro import micro_batches
+from opd.embedded.network import Network
+from opd.errors import DataError
+from opd.objectives.logprobs import token_logprobs
+from opd.records import FailedScore, Rollout, Score
+from opd.text.pairing import TurnPair, chunk_score, pair_turns
+from opd.text.reading import Reader
+from opd.text.spelling import Writer
+
+
+@dataclass(frozen=True)
+class ForeignVoice:
+    """A network, how it reads, and how the student writes whose tokens it is asked about."""
+
+    network: Network
+    adapter: str | None
+    reader: Reader
+    writer: Writer
+    logprob_floor: float
+    mask_non_canonical: bool = False
+
+
+def score_foreign(
+    teacher: str, voice: ForeignVoice, rollouts: Sequence[Rollout], *, temperature: float, max_tokens: int
+) -> list[Score]:
+    """Each rollout's score in chunks; what the teacher cannot read says why."""
+    scores: dict[int, Score] = {}
+    turns: list[TurnPair] = []
+    owners: list[int] = []
+    for i, rollout in enumerate(rollouts):
+        try:
+            lined_up = pair_turns(rollout, voice.writer, voice.reader, mask_non_canonical=voice.mask_non_canonical)
+        except DataError as error:
+            scores[i] = FailedScore(teacher, str(error))
+            continue
+        longest = max(len(t.reading.token_ids) + 1 for t in lined_up)
+        limit = voice.network.max_context
+        if limit is not None and longest > limit:
+            scores[i] = FailedScore(teacher, f"{longest} tokens exceed the context of teacher '{teacher}' ({limit})")
+            continue
+        turns += lined_up
+        owners += [i] * len(lined_up)
+    logprobs, floored = [], []
+    for values in _token_logprobs(voice, turns, temperature=temperature, max_tokens=max_tokens):
+        logprobs.append(
+            np.maximum(values, voice.logprob_floor)
+        )  # of a token, as everywhere; a chunk's sum may be lower
+        floored.append(int((values < voice.logprob_floor).sum()))
+    for i, rollout in enumerate(rollouts):
+        if i not in scores:
+            mine = [k for k, owner in enumerate(owners) if owner == i]
+            found = chunk_score(teacher, rollout, [turns[k] for k in mine], [logprobs[k] for k in mine])
+            scores[i] = replace(found, facts={**found.facts, "floored": sum(floored[k] for k in mine)})
+    return [scores[i] for i in range(len(rollouts))]
+
+
+@torch.no_grad()
+def _token_logprobs(
+    voice: ForeignVoice, turns: Sequence[TurnPair], *, temperature: float, max_tokens: int
+) -> list[np.ndarray]:
+    """The teacher's log-probability of each of its tokens of a response, then of ending the turn where the student did."""
+    network = voice.network
+    network.activate(voice.adapter)
+    head = network.head_weight()
+    end_ids = torch.tensor(voice.reader.end_ids, device=network.device)
+    sequences = [np.append(t.reading.token_ids, voice.reader.end_ids[0]) for t in turns]
+    masks = [_asked(t) for t in turns]
+    found: list[np.ndarray] = [np.zeros(0)] * len(turns)
+    for micro in micro_batches(sequences, masks, max_tokens=max_tokens):
+        nodes, inverse = np.unique(micro.states, return_inverse=True)
+        hidden = network.hidden_states(micro.tree)[torch.from_numpy(nodes).to(network.device)]
+        every = hidden[torch.from_numpy(inverse).to(network.device)]
+        targets = torch.from_numpy(micro.targets).to(network.device)
+        logprobs = token_logprobs(every, head, targets, temperature=temperature)
+        lengths = np.array([len(s) for s in sequences])
+        last = micro.places == lengths[micro.owners] - 1  # asked for only where the student ended its turn
+        if last.any():
+            where = torch.from_numpy(np.flatnonzero(last)).to(network.device)
+            states = every[where].repeat_interleave(len(end_ids), 0)
+            each = token_logprobs(states, head, end_ids.repeat(len(where)), temperature=temperature)
+            logprobs[where] = each.view(len(where), -1).logsumexp(-1)  # ending is one event, whichever token says it
+        plain = logprobs.double().cpu().numpy()
+        for member in micro.members:
+            found[member] = plain[micro.owners == member]
+    return found
+
+
+def _asked(turn: TurnPair) -> np.ndarray:
+    """Which tokens of the teacher's sequence are scored: those of the response, and the end where the student chose it."""
+    mask = np.arange(len(turn.reading.token_ids) + 1) >= turn.reading.first
+    mask[-1] = turn.ends_turn
+    return mask

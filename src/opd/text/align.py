@@ -1,0 +1,67 @@
+"""Two tokenisations of one text, cut into the finest chunks whose bytes are equal on both sides.
+
+A cut is where a student token and a teacher token end at the same byte. Between two cuts lies a chunk: its log ratio is
+log q(chunk) - log pi(chunk), and the chunks' log ratios add up to that of the whole text. Nothing here reads strings: tokens
+are byte spans.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which chunk each token of both sides belongs to, chunks numbered from 0 in order.
+
+    student [student tokens], teacher [teacher tokens]: int64; ends [chunks]: the byte at which each chunk ends.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens of the student and of the teacher each chunk holds, [chunks]."""
+        ours, theirs = (np.bincount(side[side >= 0], minlength=len(self)) for side in (self.student, self.teacher))
+        return ours, theirs
+
+    def sizes(self) -> np.ndarray:
+        """Bytes a chunk, [chunks]."""
+        return np.diff(self.ends, prepend=0)
+
+
+def align(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
+    """The finest common partition of two tokenisations of the same bytes.
+
+    student_ends, teacher_ends: where each token ends, in bytes from the start, not falling; the last of both is the length.
+    A token without bytes belongs to the chunk in which it stands: to the one that its place starts, or, at the very end, to
+    the last. Any number of sequences is aligned at once when each one's ends go on where the one before stopped.
+    Raises ValueError when the two sides do not end at the same byte. O(student tokens + teacher tokens).
+    """
+    if len(student_ends) == 0 or len(teacher_ends) == 0 or student_ends[-1] != teacher_ends[-1]:
+        last = [int(ends[-1]) if len(ends) else 0 for ends in (student_ends, teacher_ends)]
+        raise ValueError(f"the student's tokens end at byte {last[0]}, the teacher's at {last[1]}: not the same text")
+    total = int(student_ends[-1])
+    # A mark for every byte is linear, and several times faster than merging two sorted lists in numpy.
+    marks = np.zeros(total + 1, dtype=np.uint8)
+    marks[student_ends] = 1
+    marks[teacher_ends] += marks[teacher_ends] == 1
+    cut = marks == 2
+    cut[0] = False
+    before = np.concatenate([[0], np.cumsum(cut[:-1])])  # cuts strictly before a byte
+    ends = np.flatnonzero(cut)
+    return Chunks(_places(student_ends, before, len(ends)), _places(teacher_ends, before, len(ends)), ends)
+
+
+def _places(ends: np.ndarray, cuts_before: np.ndarray, num_chunks: int) -> np.ndarray:
+    """The chunk of each token from where it ends; one without bytes opens the next chunk."""
+    found = cuts_before[ends]
+    empty = np.diff(ends, prepend=0) == 0
+    if empty.any():
+        starts_one = np.append(cuts_before, num_chunks)[ends + 1]  # cuts up to and with this byte
+        found = np.where(empty, np.minimum(starts_one, num_chunks - 1), found)
+    return found

@@ -1,0 +1,154 @@
+"""A text in a tokenizer's own tokens, with quoted special tokens kept text.
+
+Quotes are taken out before a template renders a conversation, and stand as placeholder characters until the text is encoded,
+so that every special token that is then found is the template's own.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from opd.errors import DataError
+from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import encode_text
+
+_FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
+_PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+
+
+class Quotes:
+    """Placeholders for what looks like a special token but is text. Characters of the placeholders' own plane count as quotes,
+    so that a placeholder is never anything else."""
+
+    def __init__(self, literals: Sequence[str]) -> None:
+        ordered = sorted(set(literals), key=len, reverse=True)
+        self._pattern = re.compile("|".join([*map(re.escape, ordered), _PLANE]))
+        self._quoted: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._quoted)
+
+    def mark(self, text: str, *, outside: Sequence[tuple[int, int]] = ()) -> str:
+        """The text with placeholders for its quotes; spans of characters `outside` are left as they are."""
+        found, position = [], 0
+        for start, stop in outside:
+            found += [self._pattern.sub(self._placeholder, text[position:start]), text[start:stop]]
+            position = stop
+        return "".join([*found, self._pattern.sub(self._placeholder, text[position:])])
+
+    def restore(self, marked: str) -> str:
+        return re.sub(_PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
+
+    def neutral(self, marked: str) -> str:
+        """The marked text with an ordinary letter for every quote."""
+        return re.sub(_PLANE, "x", marked)
+
+    def _placeholder(self, match: re.Match[str]) -> str:
+        if match[0] not in self._quoted:
+            self._quoted.append(match[0])
+        return chr(_FIRST + self._quoted.index(match[0]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: of the text `whole` (UTF-8). runs: (first character, the tokenizer's encoding) of each stretch encoded by itself."""
+
+    ids: list[int]
+    text: str
+    runs: tuple[tuple[int, Any], ...]
+
+    @cached_property
+    def whole(self) -> bytes:
+        return self.text.encode()
+
+    def byte_offsets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token starts and stops in the text's bytes by the tokenizer's own account, [tokens] each."""
+        byte_of = np.concatenate([[0], np.cumsum([len(c.encode()) for c in self.text])]).astype(np.int64)
+        pairs = [(start + base, stop + base) for base, run in self.runs for start, stop in run.offsets]
+        spans = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return byte_of[spans[:, 0]], byte_of[spans[:, 1]]
+
+
+@dataclass(frozen=True)
+class _Literal:
+    """A special token as a run of its own."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Encoder:
+    """One tokenizer, and which of its tokens are special where a template writes them and text where somebody quotes them."""
+
+    def __init__(self, tokenizer: Any, table: TokenBytes, literals: Sequence[str], *, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._id_of = {literal: index for index, literal in table.added.items()}
+        self._literals = sorted(set(literals), key=len, reverse=True)
+        self._pattern = re.compile("(" + "|".join(map(re.escape, self._literals)) + ")") if self._literals else None
+        self._name = name
+
+    def quotes(self) -> Quotes:
+        return Quotes(self._literals)
+
+    def opening_literal(self, text: str) -> str | None:
+        """The special token that a text begins with, if it does."""
+        found = self._pattern.match(text) if self._pattern else None
+        return found[0] if found else None
+
+    def encode(self, marked: str, quotes: Quotes) -> Encoded:
+        """The tokenizer's encoding of the whole; with quotes in it, run by run between special tokens, quotes as text.
+
+        Raises DataError when this tokenizer does not encode what stands between special tokens by itself.
+        """
+        text = quotes.restore(marked)
+        if text == marked:
+            run = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            return Encoded(list(run.ids), text, ((0, run),))
+        neutral = quotes.neutral(marked)
+        apart = [i for _, run in self._runs(neutral, None) for i in run.ids]
+        if apart != encode_text(self._tokenizer, neutral, parse_special=True):
+            raise DataError(
+                f"teacher '{self._name}': the conversation quotes a special token, and this tokenizer does not encode what "
+                "stands between special tokens by itself"
+            )
+        runs = self._runs(marked, quotes)
+        return Encoded([i for _, run in runs for i in run.ids], text, tuple(runs))
+
+    def _runs(self, marked: str, quotes: Quotes | None) -> list[tuple[int, Any]]:
+        """(first character in the restored text, encoding) of each special token and each stretch between them."""
+        found: list[tuple[int, Any]] = []
+        position = 0
+        for part in self._pattern.split(marked) if self._pattern else [marked]:
+            if not part:
+                continue
+            text = part if quotes is None else quotes.restore(part)
+            if part in self._id_of and part in self._literals:
+                found.append((position, _Literal([self._id_of[part]], [(0, len(part))])))
+            else:
+                found.append((position, self._plain.encode(text, add_special_tokens=False)))
+            position += len(text)
+        return found
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer without the tokens that may be quoted: all of them are text to it."""
+        described = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # Renamed, not removed: the ids of added tokens follow from their order. No text holds this noncharacter twice.
+        renamed = {literal: f"\uffff\uffff{k}" for k, literal in enumerate(self._literals)}
+        for token in described["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+        vocab = described["model"]["vocab"]
+        if isinstance(vocab, dict):
+            described["model"]["vocab"] = {renamed.get(token, token): index for token, index in vocab.items()}
+        else:
+            described["model"]["vocab"] = [[renamed.get(token, token), score] for token, score in vocab]
+        if described["model"].get("unk_token") in renamed:
+            described["model"]["unk_token"] = renamed[described["model"]["unk_token"]]
+        described["post_processor"] = None  # it names special tokens, and is not asked
+        return Tokenizer.from_str(json.dumps(described))

@@ -1,0 +1,200 @@
+"""A rollout in two tokenisations, turn by turn: chunks, what is masked and why, and the score that comes of it."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from opd.errors import DataError
+from opd.records import ChunkScore, Rollout
+from opd.text.align import Chunks, align
+from opd.text.reading import Reader, Reading
+from opd.text.spelling import UNWRITTEN, Masked, Spelling, Writer, spell
+
+ALARM = (
+    -15.0
+)  # nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
+LARGEST = "largest_chunk"  # the one fact that is a maximum, in bytes; the others are counts
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """chunks: over the student's tokens and the teacher's, the end of the turn on both sides included when the student chose
+    it; masked [student tokens], faulty [chunks]: `Masked`, the latter for every token of a chunk that has a masked one."""
+
+    chunks: Chunks
+    masked: np.ndarray
+    faulty: np.ndarray
+    ends_turn: bool
+
+    @property
+    def chunk_ids(self) -> np.ndarray:
+        """The chunk of each student token [tokens] int64, numbered over the chunks that are kept; -1 where it is masked."""
+        kept = self.faulty == Masked.NOT
+        numbers = np.where(kept, np.cumsum(kept) - 1, -1)
+        found = (
+            np.where(self.chunks.student >= 0, numbers[self.chunks.student], -1)
+            if len(numbers)
+            else self.chunks.student
+        )
+        return np.where(self.masked == Masked.NOT, found, -1)
+
+    @property
+    def kept_sizes(self) -> np.ndarray:
+        """Bytes of each chunk of text that is kept (the end of a turn is none), [chunks of text]."""
+        whole = self.chunks.sizes()[: len(self.chunks) - self.ends_turn]
+        return whole[self.faulty[: len(whole)] == Masked.NOT]
+
+    def totals(self, teacher_logprobs: np.ndarray) -> np.ndarray:
+        """log q of each chunk, from the log-probabilities of the teacher's tokens, [chunks]."""
+        inside = self.chunks.teacher >= 0
+        return np.bincount(self.chunks.teacher[inside], weights=teacher_logprobs[inside], minlength=len(self.chunks))
+
+    def sums(self, teacher_logprobs: np.ndarray) -> np.ndarray:
+        """`totals` of the chunks that are kept."""
+        return self.totals(teacher_logprobs)[self.faulty == Masked.NOT]
+
+
+def pair(spelling: Spelling, reading: Reading, *, ends_turn: bool) -> Pairing:
+    """Line up a response with itself. With `ends_turn` both sides get one more token of one unit, the end of the turn."""
+    end = np.array([spelling.num_bytes + 1] if ends_turn else [], dtype=np.int64)
+    ours = np.concatenate([spelling.ends, end]).astype(np.int64)
+    theirs = np.concatenate([reading.ends, end]).astype(np.int64)
+    masked = np.concatenate([spelling.masked, np.zeros(len(end), dtype=np.uint8)])
+    if len(ours) == 0 or ours[-1] == 0:
+        nothing = np.zeros(0, dtype=np.int64)
+        chunks = Chunks(np.full(len(ours), -1, dtype=np.int64), np.full(len(theirs), -1, dtype=np.int64), nothing)
+        return Pairing(chunks, masked, np.zeros(0, dtype=np.uint8), ends_turn=False)
+    chunks = align(ours, theirs)
+    faulty = np.zeros(len(chunks), dtype=np.uint8)
+    bad = np.concatenate([reading.masked, np.zeros(len(end), dtype=np.uint8)])
+    np.maximum.at(faulty, chunks.teacher, bad)
+    # A control token that is not written has no bytes: it is masked alone, the chunk in which it stands is whole without it.
+    written = np.isin(masked, UNWRITTEN, invert=True)
+    np.maximum.at(faulty, chunks.student[written], masked[written])
+    return Pairing(chunks, np.maximum(masked, faulty[chunks.student]), faulty, ends_turn)
+
+
+@dataclass(frozen=True)
+class TurnPair:
+    """One turn of the student: its tokens [start, stop) in the rollout, what they spell, how the teacher reads it, the chunks.
+
+    ends_turn: the student chose to end it, which is its last token. rewritten: the teacher's template shows the turns before
+    otherwise than it showed them when they were written. canonical: the student's own tokenizer would write the text so.
+    """
+
+    start: int
+    stop: int
+    spelling: Spelling
+    reading: Reading
+    pairing: Pairing
+    ends_turn: bool
+    rewritten: bool
+    canonical: bool
+
+
+def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_canonical: bool = False) -> list[TurnPair]:
+    """Line up every turn of the student with the teacher's reading of it.
+
+    Each turn is read behind the conversation as the teacher's own template renders it at that point. Raises DataError when
+    the teacher cannot read the conversation.
+    """
+    turns = [t for t in rollout.turns if t.author == "student"]
+    answers = [
+        i for i, m in enumerate(rollout.messages) if i >= len(rollout.prompt.messages) and m["role"] == "assistant"
+    ]
+    assert len(turns) == len(answers), rollout.id
+    shared = reader.counterparts(writer.table)
+    found: list[TurnPair] = []
+    written = ""
+    for turn, answer in zip(turns, answers, strict=True):
+        ids = rollout.token_ids[turn.start : turn.end].astype(np.int64)
+        ends_turn = len(ids) > 0 and int(ids[-1]) in writer.end_ids
+        body = ids[: len(ids) - ends_turn]
+        spelling = spell(writer.table, body, shared)
+        strange = writer.strange(body, shared)
+        if mask_non_canonical:
+            reason = np.where(
+                strange & (spelling.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), spelling.masked
+            )
+            spelling = replace(spelling, masked=reason)
+        before = reader.render(rollout.messages[:answer])
+        reading = reader.read(before, spelling)
+        if reading.first == 0:
+            raise DataError(f"teacher '{reader.name}': the response begins within the first token of its rendering")
+        pairing = pair(spelling, reading, ends_turn=ends_turn)
+        rewritten = not before.text.startswith(written)
+        found.append(
+            TurnPair(turn.start, turn.end, spelling, reading, pairing, ends_turn, rewritten, not strange.any())
+        )
+        written = before.text + spelling.text
+    return found
+
+
+def chunk_score(
+    teacher: str, rollout: Rollout, turns: Sequence[TurnPair], logprobs: Sequence[np.ndarray]
+) -> ChunkScore:
+    """The score of a rollout from the teacher's log-probabilities of its tokens, turn by turn."""
+    chunks = np.full(len(rollout.token_ids), -1, dtype=np.int32)
+    spread = np.zeros(len(rollout.token_ids), dtype=np.float32)
+    facts: list[Mapping[str, int]] = []
+    first = num_bytes = 0
+    for turn, values in zip(turns, logprobs, strict=True):
+        mine = turn.pairing.chunk_ids
+        sums = turn.pairing.sums(values)
+        places = np.flatnonzero(mine >= 0)
+        chunks[turn.start + places] = mine[places] + first
+        last = places[np.append(mine[places][1:] != mine[places][:-1], True)] if len(places) else places
+        spread[turn.start + last] = sums[mine[last]]
+        first += len(sums)
+        num_bytes += int(turn.pairing.kept_sizes.sum())
+        facts.append(turn_facts(turn, values))
+    return ChunkScore(teacher, spread, chunks, num_bytes, total(facts))
+
+
+def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
+    """How the two sides lined up, in figures that add up over turns and rollouts (`total`).
+
+    tokens: the student's; teacher_tokens; bytes, of which bytes/kept lie in chunks that are kept and bytes/one_to_one in chunks
+    of one token on each side; chunks of text, kept; largest_chunk: bytes; alarms: one-to-one chunks below -15 nats; straddles;
+    rewritten and non_canonical turns; masked/REASON tokens.
+    """
+    pairing = turn.pairing
+    text = len(pairing.chunks) - pairing.ends_turn
+    ours = np.bincount(pairing.chunks.student[pairing.chunk_ids >= 0], minlength=len(pairing.chunks))
+    _, theirs = pairing.chunks.counts()
+    single = (ours == 1) & (theirs == 1) & (pairing.faulty == Masked.NOT)
+    sizes = pairing.kept_sizes
+    masked = {
+        f"masked/{reason.name.lower()}": int((pairing.masked == reason).sum())
+        for reason in Masked
+        if reason != Masked.NOT
+    }
+    return {
+        "turns": 1,
+        "ended": int(turn.ends_turn),
+        "tokens": turn.stop - turn.start,
+        "teacher_tokens": len(turn.reading.ends) + turn.ends_turn,
+        "bytes": turn.spelling.num_bytes,
+        "bytes/kept": int(sizes.sum()),
+        "bytes/one_to_one": int(pairing.chunks.sizes()[:text][single[:text]].sum()),
+        "chunks": len(sizes),
+        LARGEST: int(sizes.max(initial=0)),
+        "alarms": int((pairing.totals(logprobs)[single] < ALARM).sum()),
+        "straddles": int((turn.reading.masked == Masked.STRADDLE).sum()),
+        "rewritten": int(turn.rewritten),
+        "non_canonical": int(not turn.canonical),
+        **masked,
+    }
+
+
+def total(facts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The figures of several turns or rollouts together: sums, and the largest chunk."""
+    every = list(facts)
+    whole: Counter[str] = Counter()
+    for each in every:
+        whole.update(each)
+    if every:
+        whole[LARGEST] = max(each.get(LARGEST, 0) for each in every)
+    return dict(whole)

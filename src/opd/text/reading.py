@@ -1,0 +1,198 @@
+"""The teacher's side of an alignment: its own chat template, its own tokens, and where they end in the response.
+
+A response is read in the place where the teacher itself would write it: behind its own rendering of the conversation with the
+generation prompt. What somebody typed is text there, in the response and in the turns before it, even where it looks like a
+special token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from opd.errors import DataError, ModelError
+from opd.records import Message
+from opd.text.encoding import Encoded, Encoder, Quotes
+from opd.text.spelling import Masked, Spelling
+from opd.text.symbols import TAGS, counterparts, opened_thinking
+from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tokenizer import end_token_ids
+
+_PROBE = "aXbYcZ"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One response in a teacher's tokens.
+
+    token_ids [tokens]: of the prompt and the response, no end token; first: the response's first token; ends [response
+    tokens]: the byte of the response at which each ends, not falling; masked [response tokens]: `Masked`, why it cannot be
+    used.
+    """
+
+    token_ids: np.ndarray
+    first: int
+    ends: np.ndarray
+    masked: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as the teacher sees it when its turn begins: `marked` has placeholders where special tokens are quoted."""
+
+    marked: str
+    quotes: Quotes
+
+    @property
+    def text(self) -> str:
+        return self.quotes.restore(self.marked)
+
+
+class Reader:
+    """How one teacher reads: its template, its tokens' bytes, its end-of-turn tokens."""
+
+    def __init__(
+        self, tokenizer: Any, *, name: str, generation_config: Any = None, vocab_size: int | None = None
+    ) -> None:
+        """Raises ModelError when the tokenizer does not tell its tokens' bytes, or its template has no generation prompt."""
+        self.name = name
+        self.tokenizer = tokenizer
+        self.table: TokenBytes = token_bytes(tokenizer, vocab_size=vocab_size)
+        self._templated = bool(getattr(tokenizer, "chat_template", None))
+        self._leading = [] if self._templated else _leading_ids(tokenizer)
+        shown = self._require_generation_prompt() if self._templated else _Shown("", "", "")
+        self._gap = shown.gap
+        # Added tokens that the template writes are structure, whether they are called special or not. Not so tags, which are
+        # anybody's, and white space, which some vocabularies hold as added tokens.
+        structural = [t for t in self.table.added.values() if t in shown.whole and t.strip() and t not in TAGS]
+        self._encoder = Encoder(tokenizer, self.table, [*self.table.names.values(), *structural], name=name)
+        closing = self._encoder.opening_literal(shown.after.lstrip())
+        of_template = {i for i, literal in self.table.added.items() if literal == closing}
+        self._asked: tuple[TokenBytes, dict[int, str]] | None = None
+        self.end_ids = tuple(sorted({*end_token_ids(tokenizer, generation_config), *of_template}))
+
+    def counterparts(self, student: TokenBytes) -> dict[int, str]:
+        """The student's tags that this teacher has tokens of its own for; the last student's are kept."""
+        if self._asked is None or self._asked[0] is not student:
+            self._asked = (student, counterparts(student, self.table))
+        return self._asked[1]
+
+    def render(self, messages: Sequence[Message]) -> Rendering:
+        """The conversation with the generation prompt; quoted special tokens are kept apart from the template's own."""
+        quotes = self._encoder.quotes()
+        quoted = [{**m, "content": quotes.mark(m["content"])} for m in messages]
+        if not self._templated:
+            return Rendering("\n\n".join(m["content"] for m in quoted), quotes)
+        return Rendering(self._apply(quoted, generate=True), quotes)
+
+    def read(self, before: Rendering, spelling: Spelling) -> Reading:
+        """The spelled text behind the rendering, in the teacher's tokens.
+
+        Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
+        """
+        opening = opened_thinking(before.marked, spelling.text)
+        shown = before.marked[: len(before.marked) - len(opening)]
+        gap = self._gap if spelling.text and not opening else ""
+        quotes = before.quotes
+        prompt = len(quotes.restore(shown).encode())
+        encoded = self._encoder.encode(shown + gap + quotes.mark(spelling.text, outside=spelling.tags), quotes)
+        ends, lossy = _spans(encoded, self.table)
+        boundary = prompt + len(gap.encode())
+        first = int(np.searchsorted(ends, prompt, side="right"))
+        while first > 0 and ends[first - 1] == prompt and self._invisible(encoded.ids, ends, first - 1):
+            first -= 1  # a space that the tokenizer puts before a text is part of writing it
+        masked = np.where(lossy[first:], np.uint8(Masked.LOSSY), np.uint8(Masked.NOT))
+        if 0 < first < len(ends) and ends[first - 1] < prompt:
+            masked[0] = Masked.STRADDLE
+        # White space that the template writes before an answer is the teacher's to write: it goes with the first chunk.
+        inside = np.maximum(ends[first:] - boundary, 0)
+        ids = np.array([*self._leading, *encoded.ids], dtype=np.int64)
+        return Reading(ids, first + len(self._leading), inside, masked)
+
+    def _invisible(self, ids: Sequence[int], ends: np.ndarray, index: int) -> bool:
+        start = ends[index - 1] if index else 0
+        return ends[index] == start and not self.table.control[ids[index]]
+
+    def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=generate, tokenize=False
+            )
+        except TemplateError as error:
+            raise DataError(f"teacher '{self.name}': its chat template refuses the conversation: {error}") from None
+
+    def _require_generation_prompt(self) -> "_Shown":
+        """How the template shows an answer. Raises ModelError when it does not open the teacher's turn itself."""
+        question: Sequence[Mapping[str, str]] = [{"role": "user", "content": "?"}]
+        before = self._apply(question, generate=True)
+        whole = self._apply([*question, {"role": "assistant", "content": _PROBE}], generate=False)
+        head, found, after = whole.partition(_PROBE)
+        if not found:
+            raise ModelError(f"teacher '{self.name}': its chat template does not show an assistant's answer")
+        rest = head.removeprefix(before) if head.startswith(before) else None
+        plain = self._apply(question, generate=False)
+        opens = before.startswith(head.rstrip()) or (rest is not None and (before != plain or not rest.strip()))
+        if not opens:
+            raise ModelError(
+                f"teacher '{self.name}': its chat template has no generation prompt: an answer stands behind {head[-40:]!r}, but "
+                f"add_generation_prompt = true ends with {before[-40:]!r}; give it a template that opens the assistant's turn"
+            )
+        return _Shown(whole + before, after, rest if rest and not rest.strip() else "")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """whole: a conversation as the template writes it; after: what follows an answer; gap: white space before one that is not
+    part of the generation prompt."""
+
+    whole: str
+    after: str
+    gap: str
+
+
+def _spans(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token ends in the text's bytes, and which tokens do not spell what stands there."""
+    array = np.array(encoded.ids, dtype=np.int64)
+    if table.join(array).tobytes() == encoded.whole:
+        return np.cumsum(table.lengths(array)), np.zeros(len(array), dtype=bool)
+    return _walk(encoded, table)
+
+
+def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
+    """Token by token. A space that the tokenizer put in is passed over; where a token does not spell what stands there, the
+    tokenizer's own offsets say how far the change reaches, and all tokens of that stretch are marked."""
+    pieces = [table.of(i) for i in encoded.ids]
+    starts, stops = encoded.byte_offsets()
+    ends, lossy = np.zeros(len(pieces), dtype=np.int64), np.zeros(len(pieces), dtype=bool)
+    position, k = 0, 0
+    while k < len(pieces):
+        piece, token = pieces[k], encoded.ids[k]
+        if encoded.whole.startswith(piece, position):
+            position += len(piece)
+            if token in table.stripping:  # it takes the white space beside it
+                position = max(position, int(stops[k]))
+        elif piece.startswith(b" ") and encoded.whole.startswith(piece[1:], position):
+            position += len(piece) - 1
+        elif token in table.stripping:
+            position = max(position, int(stops[k]))
+        else:
+            reach, last = int(stops[k]), k
+            while last + 1 < len(pieces) and starts[last + 1] < max(reach, position + 1):
+                last += 1
+                reach = max(reach, int(stops[last]))
+            following = int(starts[last + 1]) if last + 1 < len(pieces) else len(encoded.whole)
+            ends[k:last], lossy[k : last + 1] = position, True
+            position, k = max(position, reach, following), last
+        ends[k] = position
+        k += 1
+    if len(pieces) and ends[-1] != len(encoded.whole):
+        ends[-1], lossy[-1] = len(encoded.whole), True
+    return ends, lossy
+
+
+def _leading_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer without a template puts before every text (a BOS token)."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("a").input_ids)[:1] == [bos] else []

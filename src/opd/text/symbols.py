@@ -1,0 +1,41 @@
+"""Structural tokens by what they mean: thinking and tool-call tags under the spellings that are in use."""
+
+from collections.abc import Sequence
+
+from opd.text.token_bytes import TokenBytes
+
+_THINK = frozenset({"<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|begin_of_thought|>"})
+_ROLES: Sequence[frozenset[str]] = (
+    _THINK,
+    frozenset({"</think>", "</thinking>", "[/THINK]", "<|END_THINKING|>", "<|end_of_thought|>"}),
+    frozenset({
+        "<tool_call>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<|START_ACTION|>",
+    }),
+    frozenset({"</tool_call>", "<|/tool_call|>", "<｜tool▁calls▁end｜>", "<|END_ACTION|>"}),
+)  # fmt: skip
+
+TAGS = frozenset().union(*_ROLES)
+
+
+def counterparts(student: TokenBytes, teacher: TokenBytes) -> dict[int, str]:
+    """The student's added tokens that the teacher has too, by name or by role, and how the teacher writes them.
+
+    Added tokens that are ordinary text for the student and that the teacher has no tag for stay the text that they are.
+    """
+    theirs = set(teacher.added.values())
+    found: dict[int, str] = {}
+    for index, literal in student.added.items():
+        role = next((r for r in _ROLES if literal in r), frozenset({literal}))
+        same = literal if literal in theirs else next(iter(sorted(role & theirs)), None)
+        if same is not None and (student.control[index] or same != literal):
+            found[index] = same
+    return found
+
+
+def opened_thinking(rendering: str, text: str) -> str:
+    """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
+    if not any(text.lstrip().startswith(tag) for tag in _THINK):
+        return ""
+    shown = rendering.rstrip()
+    tag = next((tag for tag in _THINK if shown.endswith(tag)), None)
+    return "" if tag is None else rendering[len(shown) - len(tag) :]

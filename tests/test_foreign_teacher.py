@@ -1,0 +1,393 @@
+"""A teacher with another tokenizer, scored in chunks: against plain forward passes, and case by case what goes wrong elsewhere."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import CHATML, save_toy, toy_model, toy_recipe
+from test_tokenizer_pairs import rollout_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from zoo import real, toy, toy_bpe, toy_wordpiece
+
+import opd
+from opd.config import ComputeConfig
+from opd.embedded.foreign import ForeignVoice, score_foreign
+from opd.embedded.loading import load_network
+from opd.errors import DataError, ModelError
+from opd.records import ChunkScore, FailedScore, Rollout, Turn
+from opd.text.pairing import chunk_score, pair_turns
+from opd.text.reading import Reader
+from opd.text.spelling import Masked, Writer
+from opd.text.symbols import counterparts
+
+COMPUTE = ComputeConfig(device="cpu", threads=1)
+
+
+def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
+    """A toy model with another tokenizer; returns its folder."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = toy_model(seed, vocab_size=len(tokenizer) + 3, **kwargs)  # three rows of padding
+    model.generation_config.eos_token_id = end
+    model.config.eos_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def voice_of(source: str, student_tokenizer) -> ForeignVoice:
+    network = load_network(source, COMPUTE)
+    reader = Reader(
+        network.tokenizer, name="t", generation_config=network.base.generation_config, vocab_size=network.vocab_size
+    )
+    return ForeignVoice(network, None, reader, Writer(student_tokenizer), -50.0)
+
+
+def score(voice: ForeignVoice, rollouts: list[Rollout], *, temperature: float = 1.0) -> list[ChunkScore]:
+    found = score_foreign("t", voice, rollouts, temperature=temperature, max_tokens=64)
+    assert all(isinstance(s, ChunkScore) for s in found), found
+    return found  # type: ignore[return-value]  # asserted above
+
+
+def written(voice: ForeignVoice, text: str, *, ended: bool = True) -> Rollout:
+    return rollout_of(voice.writer.encode(text), voice.writer, text=text, ended=ended)
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory: pytest.TempPathFactory) -> ForeignVoice:
+    """A BPE teacher for a student that writes bytes."""
+    return voice_of(save_foreign(tmp_path_factory.mktemp("teacher"), toy("bpe400")), toy("bytes"))
+
+
+def plain_logprobs(voice: ForeignVoice, text: str, *, temperature: float = 1.0) -> tuple[list[int], list[float], float]:
+    """The teacher's ids of the response, their log-probabilities, and that of ending, by one unpacked forward pass."""
+    tokenizer, model = voice.reader.tokenizer, voice.network.base
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say it."}], add_generation_prompt=True, tokenize=False
+    )
+    prompt = tokenizer(rendered, add_special_tokens=False).input_ids
+    ids = tokenizer(rendered + text, add_special_tokens=False).input_ids
+    assert ids[: len(prompt)] == prompt
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double() / temperature
+    logprobs = logits.log_softmax(-1)
+    each = [float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
+    ending = float(logprobs[-1, list(voice.reader.end_ids)].logsumexp(-1))
+    return ids[len(prompt) :], each, ending
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunks_sum_what_a_plain_forward_pass_gives(voice: ForeignVoice, temperature: float):
+    text = "the cat saw 123 naïve 漢字 🙂 ok"
+    [found] = score(voice, [written(voice, text)], temperature=temperature)
+    _, each, ending = plain_logprobs(voice, text, temperature=temperature)
+    assert found.logprobs.sum() == pytest.approx(sum(each) + ending, abs=1e-3)
+    last = np.flatnonzero(found.chunks == found.chunks.max())
+    assert found.logprobs[last[-1]] == pytest.approx(ending, abs=1e-4)
+
+
+def test_one_tokenizer_gives_the_plain_log_ratio(tmp_path: Path):
+    """T1."""
+    voice = voice_of(save_toy(tmp_path, 5), toy("bytes"))
+    text = "plain"
+    [found] = score(voice, [written(voice, text)])
+    _, each, ending = plain_logprobs(voice, text)
+    assert found.chunks.tolist() == [-1, *range(len(text) + 1)]
+    assert found.logprobs[1:] == pytest.approx([*each, ending], abs=1e-5)
+
+
+def test_two_spellings_of_one_text_have_one_teacher_total(voice: ForeignVoice, tmp_path: Path):
+    """T20: the student's side differs, the teacher's total does not."""
+    student = toy("bpe300")
+    both = ForeignVoice(voice.network, None, voice.reader, Writer(student), -50.0)
+    text = "the cat sat"
+    ids = both.writer.encode(text)
+    split = [t for c in text for t in both.writer.encode(c)]
+    assert split != ids
+    usual, odd = score(both, [rollout_of(i, both.writer, text=text) for i in (ids, split)])
+    assert usual.logprobs.sum() == pytest.approx(odd.logprobs.sum(), abs=1e-4)
+    assert usual.facts["non_canonical"] == 0
+    assert odd.facts["non_canonical"] == 1
+
+
+def test_scores_do_not_depend_on_what_is_packed_beside(voice: ForeignVoice):
+    items = [written(voice, t) for t in ("the cat", "the cat sat on the mat", "12345", "")]
+    together = score(voice, items)
+    for item, found in zip(items, together, strict=True):
+        [alone] = score(voice, [item])
+        assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert found.chunks.tolist() == alone.chunks.tolist()
+
+
+def test_ending_is_one_event_whichever_token_says_it(tmp_path: Path):
+    """T5: the log-probability of the end is that of the set of end tokens."""
+    tokenizer = toy_bpe(350)
+    source = save_foreign(tmp_path, tokenizer)
+    voice = voice_of(source, toy("bytes"))
+    both = (*voice.reader.end_ids, 42)
+    wide = ForeignVoice(voice.network, None, voice.reader, voice.writer, -50.0)
+    wide.reader.end_ids = both
+    [found] = score(wide, [written(wide, "hi")])
+    _, _, ending = plain_logprobs(wide, "hi")
+    assert found.logprobs[-1] == pytest.approx(ending, abs=1e-4)
+
+
+def test_a_truncated_response_has_no_end(voice: ForeignVoice):
+    cut = voice.writer.encode("the cat 漢")[:-1]  # T18: in mid-character
+    [found] = score(voice, [rollout_of(cut, voice.writer, text="", ended=False)])
+    assert found.facts["masked/invalid_utf8"] == 2
+    assert found.chunks[-2:].tolist() == [-1, -1]
+    assert found.chunks[1] == 0
+    assert found.num_bytes == len("the cat ")
+
+
+def test_bytes_that_are_no_text_mask_their_neighbours_at_most(voice: ForeignVoice):
+    """In the middle, not only at the end: what stands behind keeps its own score."""
+    table = voice.writer.table
+    ids = [*voice.writer.encode("the cat"), table_id(table, b"\xff"), *voice.writer.encode(" sat")]
+    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, voice.reader)
+    assert turn.spelling.text == "the cat\ufffd sat"
+    assert [i for i, m in enumerate(turn.pairing.masked) if m] == [7]
+    assert turn.pairing.chunk_ids[-1] == len(turn.pairing.sums(np.zeros(len(turn.reading.ends) + 1))) - 1
+
+
+def table_id(table, piece: bytes) -> int:
+    return next(i for i in range(len(table)) if table.of(i) == piece)
+
+
+def test_control_tokens_without_a_counterpart_are_masked_and_not_read(voice: ForeignVoice):
+    start = toy("bytes").convert_tokens_to_ids("<|im_start|>")
+    ids = [*voice.writer.encode("ab"), start, *voice.writer.encode("cd")]
+    assert counterparts(voice.writer.table, voice.reader.table)[start] == "<|im_start|>"  # both have it: it is written
+    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, voice.reader)
+    theirs = voice.reader.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert turn.reading.token_ids[turn.reading.first :].tolist().count(theirs) == 1
+    assert not turn.pairing.masked.any()
+    assert turn.canonical
+    lonely = Reader(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
+    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, lonely)
+    assert turn.spelling.text == "abcd"
+    assert turn.pairing.masked.tolist() == [0, 0, int(Masked.NO_COUNTERPART), 0, 0, 0]
+    assert turn.pairing.kept_sizes.sum() == 4
+
+
+def toy_without(tokenizer, name: str):
+    """The same tokenizer with one special token called otherwise."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = json.loads(tokenizer.backend_tokenizer.to_str().replace(name, "<other>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
+        eos_token="<|im_end|>",
+        chat_template=CHATML.replace(name, "<other>"),
+    )
+
+
+def test_ids_beyond_the_tokenizer_are_masked(voice: ForeignVoice):
+    ids = [*voice.writer.encode("ab"), 5000, *voice.writer.encode("cd")]
+    [found] = score(voice, [rollout_of(ids, voice.writer, text="")])
+    assert found.facts["masked/unknown_id"] == 1
+    assert found.num_bytes == 4
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("ids", [[], [256], [256, 5000], [5000]])
+def test_responses_of_nothing_but_control_tokens(voice: ForeignVoice, ids: list[int], ended: bool):
+    lonely = Reader(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
+    item = rollout_of(ids, voice.writer, text="", ended=ended)
+    turns = pair_turns(item, voice.writer, lonely)
+    found = chunk_score("t", item, turns, [np.full(len(t.reading.ends) + ended, -2.0) for t in turns])
+    assert found.chunks.tolist() == [-1] * (1 + len(ids)) + [0] * ended
+    assert found.logprobs.tolist() == [0.0] * (1 + len(ids)) + [-2.0] * ended
+    assert found.num_bytes == 0
+    assert found.facts["masked/no_counterpart"] + found.facts["masked/unknown_id"] == len(ids)
+
+
+def test_a_lossy_normaliser_masks_what_it_changes_and_counts_it():
+    """T10: a teacher that composes characters, one that lower-cases."""
+    writer, reader = Writer(real("smollm2")), Reader(real("qwen2_5"), name="t")  # Qwen composes (NFC)
+    text = "plain cafe\u0301 and then more plain text"
+    [turn] = pair_turns(rollout_of(writer.encode(text), writer, text=text), writer, reader)
+    reasons = set(turn.pairing.masked.tolist()) - {0}
+    assert reasons == {int(Masked.LOSSY)}
+    assert turn.pairing.kept_sizes.sum() == len(text.encode()) - len(" cafe\u0301".encode())
+    lower = Reader(toy_wordpiece(), name="t")
+    bytes_ = Writer(toy("bytes"))
+    [turn] = pair_turns(rollout_of(bytes_.encode("the Cat sat"), bytes_, text=""), bytes_, lower)
+    assert (turn.pairing.masked == Masked.LOSSY).any()
+    assert turn.pairing.kept_sizes.sum() > 0
+
+
+def test_a_token_across_the_boundary_is_masked_and_counted():
+    """T6: the newline of the generation prompt and those of the response become one token of the teacher's."""
+    writer, reader = Writer(real("smollm2")), Reader(real("qwen2_5"), name="t")
+    text = "\n\nHello there"
+    [turn] = pair_turns(rollout_of(writer.encode(text), writer, text=text), writer, reader)
+    assert (turn.reading.masked == Masked.STRADDLE).sum() == 1
+    assert turn.pairing.masked[0] == Masked.STRADDLE
+    assert turn.pairing.masked[-3:].tolist() == [0, 0, 0]
+
+
+def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(voice: ForeignVoice):
+    """T14: the second turn stands behind the conversation as the template shows it then."""
+    template = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
+    tokenizer = toy_bpe(380, template=template)
+    reader = Reader(tokenizer, name="t")
+    first, second = voice.writer.encode("<think>hm</think>yes"), voice.writer.encode("no")
+    end = voice.writer.end_ids[-1]
+    ids = [0, *first, end, 5, *second, end]
+    stops = [1, 1 + len(first) + 1]
+    base = rollout_of([], voice.writer, text="")
+    item = Rollout(
+        prompt=base.prompt,
+        sample=0,
+        token_ids=np.array(ids, dtype=np.int32),
+        loss_mask=np.array([False, *[True] * (len(first) + 1), False, *[True] * (len(second) + 1)]),
+        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+        turns=(
+            Turn("prompt", 0, 1), Turn("student", *stops), Turn("observation", stops[1], stops[1] + 1),
+            Turn("student", stops[1] + 1, len(ids)),
+        ),
+        messages=(
+            *base.prompt.messages, {"role": "assistant", "content": "<think>hm</think>yes"},
+            {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"},
+        ),
+        finish="end",
+        policy_version=0,
+    )  # fmt: skip
+    one, two = pair_turns(item, voice.writer, reader)
+    assert (one.rewritten, two.rewritten) == (False, True)
+    assert "hm" not in tokenizer.decode(two.reading.token_ids)
+    [found] = score(voice, [item])
+    assert (found.chunks[item.loss_mask] >= 0).all()
+    assert found.facts["turns"] == 2
+
+
+def test_thinking_tags_are_mapped_by_role():
+    """T4: a control token here, another spelling there."""
+    ours, theirs = toy_bpe(300), toy_bpe(330)
+    ours.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    theirs.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    writer, reader = Writer(ours), Reader(theirs, name="t")
+    tag, close = ours.convert_tokens_to_ids(["<think>", "</think>"])
+    ids = [tag, *writer.encode("hm"), close, *writer.encode("yes")]
+    [turn] = pair_turns(rollout_of(ids, writer, text=""), writer, reader)
+    assert turn.spelling.text == "[THINK]hm[/THINK]yes"
+    assert not turn.pairing.masked.any()
+    assert turn.canonical
+    read = turn.reading.token_ids[turn.reading.first :].tolist()
+    assert [i for i in read if theirs.convert_ids_to_tokens(i).endswith("THINK]")] == theirs.convert_tokens_to_ids(
+        ["[THINK]", "[/THINK]"]
+    )
+
+
+def test_a_template_that_puts_a_space_before_an_answer():
+    """The teacher always writes it, so it is a part of the first chunk rather than missing from the prompt."""
+    spaced = CHATML.replace("'\n' + m['content']", "'\n' + (' ' if m['role'] == 'assistant' else '') + m['content']")
+    assert spaced != CHATML
+    writer, reader = Writer(toy("bytes")), Reader(toy_bpe(340, template=spaced), name="t")
+    [turn] = pair_turns(rollout_of(writer.encode("the cat"), writer, text=""), writer, reader)
+    pieces = [reader.table.of(int(i)) for i in turn.reading.token_ids[turn.reading.first :]]
+    assert b"".join(pieces) == b" the cat"
+    assert not turn.pairing.masked.any()
+    assert turn.pairing.kept_sizes.sum() == len("the cat")
+
+
+def test_a_generation_prompt_that_opens_thinking_is_not_doubled():
+    opening = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    assert opening != CHATML
+    theirs = toy_bpe(345, template=opening)
+    writer, reader = Writer(toy("bytes")), Reader(theirs, name="t")
+    [turn] = pair_turns(rollout_of(writer.encode("<think>hm</think>yes"), writer, text=""), writer, reader)
+    assert theirs.decode(turn.reading.token_ids).count("<think>") == 1
+    assert not turn.pairing.masked.any()
+
+
+def test_the_floor_is_of_a_token_and_counted(voice: ForeignVoice):
+    text = "xq zj vw kp yy"
+    [free] = score(voice, [written(voice, text)])
+    low = ForeignVoice(voice.network, None, voice.reader, voice.writer, -3.0)
+    [found] = score(low, [written(low, text)])
+    _, each, ending = plain_logprobs(voice, text)
+    assert found.logprobs.sum() == pytest.approx(sum(max(x, -3.0) for x in [*each, ending]), abs=1e-3)
+    assert found.facts["floored"] == sum(x < -3.0 for x in [*each, ending]) > 0
+    assert free.facts["floored"] == 0
+
+
+def test_a_context_that_is_too_short_fails_that_rollout_alone(tmp_path: Path):
+    voice = voice_of(save_foreign(tmp_path, toy_bpe(360), max_context=40), toy("bytes"))
+    short, long = written(voice, "the cat"), written(voice, "xyz " * 40)
+    found = score_foreign("t", voice, [long, short], temperature=1.0, max_tokens=64)
+    assert isinstance(found[0], FailedScore)
+    assert "exceed the context of teacher 't' (40)" in found[0].reason
+    assert isinstance(found[1], ChunkScore)
+
+
+def test_templates_that_do_not_open_the_turn_are_refused():
+    closed = toy_bpe(
+        310, template=CHATML.replace("{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "")
+    )
+    with pytest.raises(ModelError, match="teacher 't': its chat template has no generation prompt"):
+        Reader(closed, name="t")
+    mute = toy_bpe(310, template="{{ messages[0]['content'] }}")
+    with pytest.raises(ModelError, match="does not show an assistant's answer"):
+        Reader(mute, name="t")
+    strict = toy_bpe(
+        310, template=CHATML + "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    with pytest.raises(DataError, match="its chat template refuses the conversation: no system"):
+        Reader(strict, name="t").render([{"role": "system", "content": "x"}])
+
+
+def test_training_follows_a_foreign_teacher(tmp_path: Path):
+    """The whole loop: chunks on disk and back, metrics by byte, the same run with another teacher beside."""
+    tree = toy_recipe(tmp_path, objective={"type": "immediate"}, steps=2)
+    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390))}
+    reports = []
+    result = opd.train(opd.parse_config(tree), on_step=reports.append)
+    assert result.finished
+    values = reports[-1].values
+    assert values["kl/byte/mean"] > 0
+    assert 0 <= values["align/odd/masked/mean"] < 1
+    assert np.isfinite(values["kl/token/odd/mean"])
+    back = list(opd.read_rollouts(tmp_path / "run", step=1))
+    for now, then in zip(reports[0].scored, back, strict=True):
+        assert type(now.score) is type(then.score) or now.score.teacher == "even"
+        if isinstance(now.score, ChunkScore):
+            assert isinstance(then.score, ChunkScore)
+            assert then.score.chunks.tolist() == now.score.chunks.tolist()
+            assert then.score.num_bytes == now.score.num_bytes
+            assert dict(then.score.facts) == dict(now.score.facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": {"type": "exact"}}, "needs its distribution over the student's tokens"),
+        ({"objective": {"type": "immediate", "baseline": "kl"}}, "needs its distribution over the student's tokens"),
+        ({"objective": {"type": "immediate", "extrapolation": 1.5, "reference": "student"}}, "leave it at 1.0"),
+        (
+            {"objective": {"type": "immediate"}, "teachers": {"both": {"weights": {"even": 1.0, "odd": 1.0}}}},
+            "cannot be a part of teachers.both.weights",
+        ),
+    ],
+)
+def test_what_needs_common_tokens_is_refused(tmp_path: Path, change: dict, message: str):
+    tree = toy_recipe(tmp_path, **change)
+    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390))}
+    if "both" in tree["teachers"]:
+        tree["tasks"]["first"]["teacher"] = "both"
+    with pytest.raises(ModelError, match=r"teacher 'odd': .* has another tokenizer") as caught:
+        opd.train(opd.parse_config(tree))
+    assert message in str(caught.value)
+
+
+def test_models_load_as_saved(tmp_path: Path):
+    source = save_foreign(tmp_path, toy_bpe(320))
+    assert (
+        AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<|im_end|>")
+        == AutoModelForCausalLM.from_pretrained(source).generation_config.eos_token_id
+    )

@@ -1,0 +1,176 @@
+"""Every ordered pair of published tokenizers over a corpus that is meant to break them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import REAL, TOYS, real, toy
+
+from opd.records import Prompt, Rollout, Turn
+from opd.text.pairing import TurnPair, chunk_score, pair_turns
+from opd.text.reading import Reader
+from opd.text.spelling import Masked, Spelling, Writer
+from opd.text.tokenizer import encode_text
+
+CORPUS = {
+    "english": "Well, the quick brown fox doesn't jump over 13 lazy dogs; it's asleep.",
+    "code with tabs": "def f(x):\n\tif x > 0:\n\t\treturn x ** 2  # ok\n\n\n    else_ = None",
+    "numbers": "12345 + 678 = 13023, 3.14159265358979 and 1,000,000 or 1e-10",
+    "tool call": '{"name": "search", "arguments": {"query": "opd", "k": [1, 2, 3], "deep": {"x": null}}}',
+    "chinese": "中文分词:我们在蒸馏一个语言模型。漢字かな交じり文",
+    "arabic": "مرحبا بالعالم، كيف حالك؟",
+    "emoji with joiners": "👩‍👩‍👧‍👦 and 🏳️‍🌈 with 👍🏽!",
+    "mathematics": "∑_{i=0}^{n} x_i² ≤ ∫₀^∞ e^{-x²} dx ⇒ α ∈ ℝ",
+    "whitespace": "   \n\t \n\n\n   \r\n  x  \n",
+    "look-alikes": "<|im_end|> and <s>[INST] </s> <end_of_turn> <|eot_id|> <|endoftext|> <｜User｜>",
+    "starts with newlines": "\n\n\nHello",
+    "starts with a space": "  indented answer",
+    "ends with spaces": "answer   ",
+    "one letter": "a",
+    "nothing": "",
+    "thinking": "<think>\nhm, 2+2\n</think>\n\nfour",
+}
+PROMPT = Prompt("p", ({"role": "user", "content": "Say it."},), teacher="t", task="task")
+
+
+def rollout_of(ids: list[int], writer: Writer, *, text: str, ended: bool = True) -> Rollout:
+    """A response behind one token that stands for the prompt."""
+    every = [0, *ids, *([writer.end_ids[-1]] if ended else [])]
+    return Rollout(
+        prompt=PROMPT,
+        sample=0,
+        token_ids=np.array(every, dtype=np.int32),
+        loss_mask=np.arange(len(every)) > 0,
+        rollout_logprobs=np.zeros(len(every), dtype=np.float32),
+        turns=(Turn("prompt", 0, 1), Turn("student", 1, len(every))),
+        messages=(*PROMPT.messages, {"role": "assistant", "content": text}),
+        finish="end" if ended else "length",
+        policy_version=0,
+    )
+
+
+def check_chunks(turn: TurnPair, ids: list[int], writer: Writer, reader: Reader) -> None:
+    """Each chunk that is kept spells the same bytes on both sides; nothing else is asked of the aligner than of bytes."""
+    chunks = turn.pairing.chunks
+    mine = [writer.table.of(i) for i in ids]
+    theirs = [reader.table.of(int(i)) for i in turn.reading.token_ids[turn.reading.first :]]
+    last = len(chunks) - 1
+    for chunk in range(len(chunks)):
+        if turn.pairing.faulty[chunk] != Masked.NOT or (chunk == last and turn.ends_turn):
+            continue
+        written = [i for i in np.flatnonzero(chunks.student == chunk) if turn.pairing.masked[i] == Masked.NOT]
+        ours = b"".join(mine[i] for i in written)
+        read = b"".join(theirs[j] for j in np.flatnonzero(chunks.teacher == chunk))
+        # at the front, and behind a control token, the space that a tokenizer puts before a text
+        before = np.flatnonzero(chunks.student < chunk)
+        fresh = not len(before) or writer.table.control[min(ids[before[-1]], len(writer.table) - 1)]
+        spaced = {b" " + ours: read, ours: b" " + read} if fresh else {}
+        assert ours == read or any(a == b for a, b in spaced.items()), (chunk, ours, read)
+
+
+def plain(text: str) -> Spelling:
+    """A text to read, of no particular tokens."""
+    return Spelling(text, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def writers() -> dict[str, Writer]:
+    return {name: Writer(real(name)) for name in REAL}
+
+
+@pytest.fixture(scope="module")
+def readers() -> dict[str, Reader]:
+    return {name: Reader(real(name), name=name) for name in REAL}
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(REAL, 2)))
+def test_every_byte_of_the_corpus_is_in_a_chunk(
+    student: str, teacher: str, writers: dict[str, Writer], readers: dict[str, Reader]
+):
+    writer, reader = writers[student], readers[teacher]
+    for kind, text in CORPUS.items():
+        ids = writer.encode(text)
+        [turn] = pair_turns(rollout_of(ids, writer, text=text), writer, reader)
+        assert turn.spelling.text == text, kind
+        straddles = int((turn.reading.masked == Masked.STRADDLE).sum())
+        masked = turn.pairing.masked[turn.pairing.masked != Masked.NOT]
+        assert set(masked.tolist()) <= ({int(Masked.STRADDLE)} if straddles else set()), (kind, turn.pairing.masked)
+        if not straddles:
+            assert turn.pairing.kept_sizes.sum() == len(text.encode()), kind
+        check_chunks(turn, ids, writer, reader)
+
+
+@pytest.mark.parametrize("teacher", REAL)
+def test_the_teachers_ids_are_its_own_encoding_of_its_own_rendering(teacher: str, readers: dict[str, Reader]):
+    reader = readers[teacher]
+    before = reader.render(PROMPT.messages)
+    for kind, text in CORPUS.items():
+        if kind == "look-alikes":
+            continue  # quoted control tokens: the rendering alone cannot say that they are quoted
+        found = reader.read(before, plain(text)).token_ids.tolist()
+        own = encode_text(reader.tokenizer, before.text + text, parse_special=True)
+        assert found[len(found) - len(own) :] == own, kind
+        assert len(found) - len(own) <= 1, kind  # a BOS where there is no template to write it
+
+
+@pytest.mark.parametrize("teacher", REAL)
+def test_quoted_control_tokens_stay_text(teacher: str, readers: dict[str, Reader]):
+    reader = readers[teacher]
+    before = reader.render(PROMPT.messages)
+    structural = {i for i, literal in reader.table.added.items() if literal in before.text or reader.table.control[i]}
+    text = " ".join([*sorted(reader.table.names.values())[:20], "<｜User｜>", "<|im_end|>"])
+    reading = reader.read(before, plain(text))
+    assert not structural & set(reading.token_ids[reading.first :].tolist())
+    whole = b"".join(reader.table.of(int(i)) for i in reading.token_ids[reading.first :])
+    lossy = (reading.masked == Masked.LOSSY).any()
+    assert lossy or whole.endswith(
+        text.encode().removeprefix(b"</")
+    )  # the first may stand in one token with what is before
+
+
+@pytest.mark.parametrize("teacher", REAL)
+def test_quotes_in_the_turns_before_stay_text(teacher: str, readers: dict[str, Reader]):
+    reader = readers[teacher]
+    messages = [
+        {"role": "user", "content": "say hello please"},
+        {"role": "assistant", "content": "hello"},
+        PROMPT.messages[0],
+    ]
+    quoting = [dict(m) for m in messages]
+    name = reader.table.names[reader.end_ids[0]]
+    quoting[1]["content"] = f"it ends with {name} or so"
+    found, usual = (reader.read(reader.render(m), plain("ok")).token_ids.tolist() for m in (quoting, messages))
+    assert found.count(reader.end_ids[0]) == usual.count(reader.end_ids[0])
+    assert reader.table.join(np.array(found)).tobytes().count(name.encode()) == 1 + usual.count(reader.end_ids[0])
+
+
+def test_a_space_that_sentencepiece_writes_otherwise_is_lossy(readers: dict[str, Reader]):
+    """U+2581 is how SentencePiece writes a space: the character itself comes out as one."""
+    reading = readers["llama2"].read(readers["llama2"].render(PROMPT.messages), plain("a\u2581b and more"))
+    assert (reading.masked == Masked.LOSSY).any()
+    assert (reading.masked == Masked.NOT).sum() >= 3
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(TOYS, 2)))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_ids_at_all_line_up(student: str, teacher: str, data: st.DataObject):
+    """Random tokens: text cut in mid-character, bytes that are no UTF-8, control tokens, ids beyond the vocabulary."""
+    writer, reader = Writer(toy(student)), Reader(toy(teacher), name=teacher)
+    ids = data.draw(st.lists(st.integers(0, len(writer.table) + 5), max_size=24))
+    ids = [i for i in ids if i not in writer.end_ids]
+    ended = data.draw(st.booleans())
+    [turn] = pair_turns(rollout_of(ids, writer, text="", ended=ended), writer, reader)
+    assert len(turn.pairing.masked) == len(ids) + ended
+    chunk_ids = turn.pairing.chunk_ids
+    assert len(chunk_ids) == len(ids) + ended
+    each = np.full(len(turn.reading.ends) + ended, -1.0)
+    found = chunk_score("t", rollout_of(ids, writer, text="", ended=ended), [turn], [each])
+    kept = set(chunk_ids[chunk_ids >= 0].tolist())
+    assert kept == set(range(len(turn.pairing.sums(each))))
+    assert found.logprobs.sum() == turn.pairing.sums(each).sum()
+    assert sum(n for name, n in found.facts.items() if name.startswith("masked/")) == (chunk_ids < 0).sum()
+    assert found.facts["bytes/one_to_one"] <= found.facts["bytes/kept"] == found.num_bytes <= found.facts["bytes"]
+    check_chunks(turn, ids, writer, reader)

