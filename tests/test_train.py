@@ -289,6 +289,7 @@ def test_a_run_folder_holds_what_its_contract_lists(mixed: Run):
         "parity.md",
         "curves.png",
         "student",
+        "own_reward.txt",  # this run has a reward function
     }
     assert not [p for p in mixed.path.rglob("*") if "partial" in p.name]
     config = json.loads((mixed.path / "config.json").read_text())
@@ -498,7 +499,7 @@ def test_evaluating_a_folder_without_a_checkpoint_is_refused(mixed: Run, tmp_pat
     copy = shutil.copytree(mixed.path, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
     before = {p: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     with pytest.raises(opd.OpdError, match="no checkpoint"):
-        opd.evaluate_run(copy)
+        opd.evaluate_run(copy, reward=reward_of)
     assert {p: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
 
 

@@ -68,14 +68,19 @@ def train(
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
     prompts, rewards = read_tasks(config, reward)
-    return _Run(config, RunFolder(Path(config.output)), prompts, rewards, on_step).go(resume=False)
+    folder = RunFolder(Path(config.output))
+    return _Run(config, folder, prompts, rewards, on_step, own_reward=reward is not None).go(resume=False)
 
 
 def resume(
     run: str | Path, *, reward: Reward | None = None, on_step: Callable[[StepReport], None] | None = None
 ) -> Result:
-    """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped."""
+    """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped.
+
+    A run that was started with a reward function needs it again.
+    """
     folder = RunFolder.open(run)
+    folder.require_reward(reward is not None)
     config = folder.config()
     require_installed(config.logging.writers)
     prompts, rewards = read_tasks(config, reward)
@@ -89,9 +94,15 @@ def check(config: Config) -> list[Finding]:
 
 
 def evaluate_run(run: str | Path, *, reward: Reward | None = None) -> list[ParityRow]:
-    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew."""
+    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew.
+
+    Raises RunError for a run without evaluation prompts, and for one that was started with a reward function and gets none.
+    """
     folder = RunFolder.open(run)
+    folder.require_reward(reward is not None)
     config = folder.config()
+    if not config.evaluation.num_prompts:
+        raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
     prompts, rewards = read_tasks(config, reward)
     return _Run(config, folder, prompts, rewards, None).evaluate_only()
 
@@ -106,7 +117,10 @@ class _Run:
         prompts: PromptSets,
         reward: Reward,
         on_step: Callable[[StepReport], None] | None,
+        *,
+        own_reward: bool = False,
     ) -> None:
+        self.own_reward = own_reward
         self.config = config
         self.folder = folder
         self.prompts = prompts
@@ -123,7 +137,7 @@ class _Run:
             preflight.require(run_checks(self.studio, self.prompts))
             if not resume:
                 # Only now, so that a recipe that is refused leaves nothing behind.
-                RunFolder.create(self.folder.path, config)
+                RunFolder.create(self.folder.path, config, own_reward=self.own_reward)
             with self.folder.locked():
                 return self._train(line, resume=resume)
 

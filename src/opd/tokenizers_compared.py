@@ -114,7 +114,8 @@ def _report(found: Comparison) -> Iterator[str]:
         yield "one tokenizer: every token is scored by itself"
     else:
         yield f"two tokenizers: {found.difference}"
-    yield f"{len(found.responses)} responses: {describe(found.facts)}" if found.responses else "nothing lined up"
+    count = len(found.responses)
+    yield f"{count} response{'s' * (count != 1)}: {describe(found.facts)}" if count else "nothing lined up"
     for failure in found.failures:
         yield f"not read: {failure}"
 

@@ -8,6 +8,7 @@ from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
 from opd.config.tree import (
+    AlignmentConfig,
     ComputeConfig,
     Config,
     EvaluationConfig,
@@ -23,6 +24,7 @@ from opd.config.tree import (
 )
 
 __all__ = [
+    "AlignmentConfig",
     "AnyConfig",
     "ComputeConfig",
     "Config",

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd.config import ComputeConfig, Config, SftConfig
+from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
@@ -233,6 +233,8 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
         _require_a_row_each(network)
         floor = config.objective.teacher_logprob_floor
         found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask)
+    if not found and config.alignment != AlignmentConfig():
+        raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
     return found
 
 

@@ -43,8 +43,8 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     path = Path(source)
     if path.suffix == ".gguf":
         path = gguf_folder(path)
-    elif not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.exists()):
-        raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
+    else:
+        _require_a_place(source)
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
     where = str(path)
@@ -60,6 +60,14 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     return Network(model, tokenizer, source)
 
 
+def _require_a_place(source: str) -> None:
+    """Raise ModelError for what is written as a path and is no folder."""
+    path = Path(source)
+    written = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.exists()
+    if path.suffix != ".gguf" and not path.is_dir() and written:
+        raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
+
+
 @dataclass(frozen=True)
 class LoadedTokenizer:
     """A tokenizer without its model's weights, and the generation config beside it, if there is one."""
@@ -71,6 +79,7 @@ class LoadedTokenizer:
 def load_tokenizer(source: str) -> LoadedTokenizer:
     """The tokenizer of a hub id, a folder (weights are not needed) or a GGUF file. Raises ModelError with one line."""
     path = Path(source)
+    _require_a_place(source)
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     where = str(path.parent) if file else source
     with _one_line(source), _quiet():

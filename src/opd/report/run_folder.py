@@ -27,6 +27,8 @@ from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
+_OWN_REWARD = "own_reward.txt"
+
 
 class RunFolder:
     """One run on disk. Files are written whole or not at all, metrics a line at a time."""
@@ -43,14 +45,27 @@ class RunFolder:
         return self.path / "student"
 
     @classmethod
-    def create(cls, path: str | Path, config: Config | SftConfig) -> "RunFolder":
-        """A new run folder; raises RunError when there is one already."""
+    def create(cls, path: str | Path, config: Config | SftConfig, *, own_reward: bool = False) -> "RunFolder":
+        """A new run folder; raises RunError when there is one already. own_reward: a Python callable verifies its responses,
+        which is noted, because the folder cannot hold it."""
         cls.require_absent(path)
         folder = cls(Path(path))
         with explain_io(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_text("config.json", dump_config(config))
+            if own_reward:
+                folder.write_text(
+                    _OWN_REWARD, "responses are verified by a reward function that was passed to opd.train\n"
+                )
         return folder
+
+    def require_reward(self, given: bool) -> None:
+        """Raise RunError when the run was started with a reward function and none is given now."""
+        if not given and (self.path / _OWN_REWARD).exists():
+            raise RunError(
+                f"run '{self.path}' was started with a reward function, which it cannot store; continue it from Python: "
+                f"opd.resume('{self.path}', reward=...) or opd.evaluate_run('{self.path}', reward=...)"
+            )
 
     @staticmethod
     def require_absent(path: str | Path) -> None:

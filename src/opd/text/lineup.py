@@ -38,6 +38,8 @@ def shares(facts: Facts) -> dict[str, float]:
 
 def describe(facts: Facts) -> str:
     """The figures in one line."""
+    if not facts.get("bytes"):
+        return "no text in it"
     found = shares(facts)
     reasons = [
         f"{name.removeprefix('masked/')} {100 * share:.1f} %"

@@ -1,0 +1,54 @@
+"""A run with a reward function of the user's own: it cannot be continued or evaluated with another."""
+
+from pathlib import Path
+
+import pytest
+from factories import toy_recipe, write_toml
+from typer.testing import CliRunner
+
+import opd
+from opd.cli import app
+from opd.errors import ModelError, RunError
+
+
+def always(prompt: object, response: str) -> float:
+    return 1.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    return opd.train(opd.parse_config(toy_recipe(folder, steps=2)), reward=always).run
+
+
+def test_it_is_asked_for_again(run: Path):
+    table = (run / "parity.md").read_text()
+    for continued in (opd.resume, opd.evaluate_run):
+        with pytest.raises(RunError, match="was started with a reward function"):
+            continued(run)
+    result = CliRunner().invoke(app, ["eval", str(run)])
+    assert result.exit_code == 2
+    assert "opd.evaluate_run(" in result.output
+    assert (run / "parity.md").read_text() == table
+
+
+def test_with_it_the_table_is_the_same(run: Path):
+    table = (run / "parity.md").read_text()
+    rows = opd.evaluate_run(run, reward=always)
+    assert all(row.after.accuracy == 1.0 for row in rows)
+    assert (run / "parity.md").read_text() == table
+
+
+def test_without_evaluation_prompts_there_is_nothing_to_evaluate(tmp_path: Path):
+    result = opd.train(opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})))
+    with pytest.raises(RunError, match="nothing to evaluate on"):
+        opd.evaluate_run(result.run)
+
+
+def test_alignment_without_another_tokenizer_is_refused(tmp_path: Path):
+    tree = toy_recipe(tmp_path, alignment={"credit": "full"})
+    result = CliRunner().invoke(app, ["check", write_toml(tmp_path / "recipe.toml", tree)])
+    assert result.exit_code == 2
+    assert "[alignment] is for teachers with another tokenizer" in result.output
+    with pytest.raises(ModelError):
+        opd.train(opd.parse_config(tree))
