@@ -276,7 +276,7 @@ def test_hidden_scores_are_kept_a_rollout_at_a_time():
     items = scored_of([3, 4])
     hidden = [np.full((s.rollout.num_actions, 2), i, dtype=np.float32) for i, s in enumerate(items)]
     full = [
-        ScoredRollout(s.rollout, HiddenScore("t", s.score.logprobs.copy(), (HiddenPart("t", 1.0, h),)))  # type: ignore[union-attr]
+        ScoredRollout(s.rollout, HiddenScore("t", s.score.logprobs.copy(), (HiddenPart("t", 1.0, h),)))  # type: ignore[union-attr]  # none failed
         for s, h in zip(items, hidden, strict=True)
     ]
     batch, _ = pack(full, logprob_floor=-50.0)
@@ -296,7 +296,7 @@ def test_records_cannot_be_written_to():
     with pytest.raises(ValueError, match="read-only"):
         item.rollout.token_ids[0] = 5
     with pytest.raises(ValueError, match="read-only"):
-        item.score.logprobs[0] = 5  # type: ignore[union-attr]
+        item.score.logprobs[0] = 5  # type: ignore[union-attr]  # it did not fail
 
 
 def test_a_batch_counts_its_rollouts():

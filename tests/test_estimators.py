@@ -109,7 +109,7 @@ def sampled(advantage: Callable[[Tensor, Tensor], Tensor], normalizer: str = "tr
         new, mask = logprobs(student)[rows], TREE.mask[rows]
         # The log ratio is not detached here: the advantage must see to that itself.
         advantages = advantage(logprobs(teacher)[rows] - new, mask)
-        return reinforce(new, advantages, mask, divisor=denominator(mask, normalizer, constant=1.0))  # type: ignore[arg-type]
+        return reinforce(new, advantages, mask, divisor=denominator(mask, normalizer, constant=1.0))  # type: ignore[arg-type]  # one of its names
 
     return loss
 

@@ -174,8 +174,7 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         if voice.adapter is None:
-            # transformers wraps `to` in a decorator that hides its signature
-            network.base.to(getattr(torch, dtype)).save_pretrained(staging)  # type: ignore[call-arg]
+            network.base.to(getattr(torch, dtype)).save_pretrained(staging)  # type: ignore[call-arg]  # a decorator hides its signature
             network.tokenizer.save_pretrained(staging)
         else:
             assert isinstance(network.model, PeftModel)

@@ -26,13 +26,9 @@ class Quotes:
     """Placeholders for what looks like a special token but is text. Characters of the placeholders' own plane count as quotes,
     so that a placeholder is never anything else."""
 
-    def __init__(self, literals: Sequence[str]) -> None:
-        ordered = sorted(set(literals), key=len, reverse=True)
-        self._pattern = re.compile("|".join([*map(re.escape, ordered), _PLANE]))
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self._pattern = pattern
         self._quoted: list[str] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._quoted)
 
     def mark(self, text: str, *, outside: Sequence[tuple[int, int]] = ()) -> str:
         """The text with placeholders for its quotes; spans of characters `outside` are left as they are."""
@@ -91,10 +87,11 @@ class Encoder:
         self._id_of = {literal: index for index, literal in table.added.items()}
         self._literals = sorted(set(literals), key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, self._literals)) + ")") if self._literals else None
+        self._quotable = re.compile("|".join([*map(re.escape, self._literals), _PLANE]))
         self._name = name
 
     def quotes(self) -> Quotes:
-        return Quotes(self._literals)
+        return Quotes(self._quotable)
 
     def opening_literal(self, text: str) -> str | None:
         """The special token that a text begins with, if it does."""

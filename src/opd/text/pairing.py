@@ -12,9 +12,8 @@ from opd.text.align import Chunks, align
 from opd.text.reading import Reader, Reading
 from opd.text.spelling import UNWRITTEN, Masked, Spelling, Writer, spell
 
-ALARM = (
-    -15.0
-)  # nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
+# nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
+ALARM = -15.0
 LARGEST = "largest_chunk"  # the one fact that is a maximum, in bytes; the others are counts
 
 
