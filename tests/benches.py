@@ -18,6 +18,7 @@ from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.embedded.build import Studio, build
 from opd.embedded.learner import EmbeddedLearner
 from opd.metrics import values
+from opd.objectives.vocabulary import TeacherHead
 from opd.records import Prompt, ScoredRollout
 
 TEMPERATURE = 0.8
@@ -59,7 +60,7 @@ class Bench:
             objective=ObjectiveConfig(**options),
             optimizer=optimizer,
             steps=steps,
-            heads=heads_of(self.studio, student.network.base.dtype),
+            heads={n: TeacherHead(head) for n, head in heads_of(self.studio, student.network.base.dtype).items()},
             temperature=TEMPERATURE,
             max_tokens=max_tokens,
         )

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 from factories import toy_recipe
 from test_foreign_teacher import save_foreign
 from zoo import toy_ascii
 
 import opd
+from opd.embedded.build import build
+from opd.evaluate import evaluate
+from opd.records import ChunkScore
+from opd.tasks import make_tasks
 
 
 def test_the_reverse_kl_per_byte_falls(tmp_path: Path):
@@ -27,3 +32,32 @@ def test_the_reverse_kl_per_byte_falls(tmp_path: Path):
     opd.train(opd.parse_config(tree), on_step=lambda report: found.append(report.values["kl/byte/mean"]))
     first, last = sum(found[:10]) / 10, sum(found[-20:]) / 20
     assert last < 0.88 * first, (first, last)  # 3.96 and 3.31 nats a byte when this was written
+
+
+def test_the_parity_table_has_the_kl_of_a_foreign_teacher(tmp_path: Path):
+    """What `evaluate` says of sampled chunks, added up by hand."""
+    tree = toy_recipe(tmp_path, steps=1, objective={"type": "immediate"}, evaluation={"num_prompts": 3})
+    tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 0}
+    tree["student"] = save_foreign(tmp_path / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {"even": {"model": save_foreign(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
+    tree["tasks"]["second"]["teacher"] = "even"
+    config = opd.parse_config(tree)
+    studio = build(config)
+    prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:3]
+    teachers = studio.teachers(keep_hidden=True)
+    cell = evaluate(
+        studio.sampler(), prompts, lambda prompt, response: None, teachers=teachers, reverse_kl=lambda scored: []
+    )
+    total = size = 0.0
+    responses = studio.sampler().sample(prompts, num_samples=1, seed=(0, "evaluate"))
+    for item in teachers.score(responses):
+        assert isinstance(item.score, ChunkScore)
+        for token, (chunk, logprob) in enumerate(zip(item.score.chunks, item.score.logprobs, strict=True)):
+            if chunk >= 0:
+                total += float(item.rollout.rollout_logprobs[token]) - float(logprob)
+        size += item.score.num_bytes
+    assert cell.kl_byte == pytest.approx(total / size, rel=1e-5)
+    assert cell.kl_sequence == pytest.approx(total / 3, rel=1e-5)
+    result = opd.train(config)
+    assert all(row.after.kl_byte is not None for row in result.parity)
+    assert "a byte" in (Path(config.output) / "parity.md").read_text()

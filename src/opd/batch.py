@@ -18,7 +18,8 @@ class Batch:
     rollout_ids, teachers: one entry a rollout; lengths, group_ids, truncated [batch]; rewards [batch] (nan: none);
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. train_mask: those that any term
     trains on, which normalisers count; distill_mask: those that the distillation term acts on (all, unless
-    `opd.signal` leaves some out). teacher_parts: of each rollout, or None when teachers gave sampled scores.
+    `opd.signal` leaves some out). teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]:
+    the actions before which those parts have a state; None: all.
     chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`; a token that was scored by
     itself is a chunk of its own, and its rollout counts 0 bytes.
 
@@ -38,6 +39,7 @@ class Batch:
     rollout_logprobs: Tensor
     teacher_logprobs: Tensor
     teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
+    compared: Tensor | None = None
     chunks: Tensor | None = None
     num_bytes: Tensor | None = None
     student_logprobs: Tensor | None = None
@@ -77,7 +79,6 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
     usable = [s for s in scored if not isinstance(s.score, FailedScore) and s.rollout.num_actions > 0]
     floored = 0
     columns: dict[str, list[np.ndarray]] = {"ids": [], "mask": [], "rollout": [], "teacher": []}
-    parts: list[tuple[HiddenPart, ...]] = []
     for item in usable:
         rollout, score = item.rollout, item.score
         assert not isinstance(score, FailedScore)
@@ -96,8 +97,6 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         columns["mask"].append(rollout.loss_mask)
         columns["rollout"].append(rollout.rollout_logprobs)
         columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, floor), 0.0))
-        if isinstance(score, HiddenScore):
-            parts.append(score.parts)
     if not usable:
         reasons = sorted({s.score.reason for s in scored if isinstance(s.score, FailedScore)}) or ["no actions"]
         raise ScoreError(f"none of {len(scored)} rollouts can be trained on: {'; '.join(reasons)}")
@@ -117,10 +116,23 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         distill_mask=loss_mask,
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
-        teacher_parts=tuple(parts) if len(parts) == len(usable) else None,
+        teacher_parts=_parts(usable),
         **_chunk_columns(usable),
     )
     return batch, {"dropped": len(scored) - len(usable), "floored": floored}
+
+
+def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...] | None:
+    """The models of every rollout's score; None unless each has its own."""
+    found: list[tuple[HiddenPart, ...]] = []
+    for item in scored:
+        if isinstance(item.score, HiddenScore):
+            found.append(item.score.parts)
+        elif isinstance(item.score, ChunkScore) and item.score.part is not None:
+            found.append((item.score.part,))
+        else:
+            return None
+    return tuple(found)
 
 
 def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
@@ -131,4 +143,8 @@ def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
         s.score.chunks if isinstance(s.score, ChunkScore) else np.arange(len(s.rollout.token_ids)) for s in scored
     ]
     sizes = [s.score.num_bytes if isinstance(s.score, ChunkScore) else 0 for s in scored]
-    return {"chunks": torch.from_numpy(np.concatenate(chunks).astype(np.int64)), "num_bytes": torch.tensor(sizes)}
+    found = {"chunks": torch.from_numpy(np.concatenate(chunks).astype(np.int64)), "num_bytes": torch.tensor(sizes)}
+    if any(isinstance(s.score, ChunkScore) and s.score.part is not None for s in scored):
+        compared = [s.score.compared if isinstance(s.score, ChunkScore) else s.rollout.loss_mask for s in scored]
+        found["compared"] = torch.from_numpy(np.concatenate([c for c in compared if c is not None]))
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opd.metrics import wilson_interval
-from opd.records import HiddenScore, Prompt, ScoredRollout
+from opd.records import ChunkScore, HiddenScore, Prompt, ScoredRollout
 from opd.roles import Sampler, Seed, Teacher
 
 Reward = Callable[[Prompt, str], float | None]
@@ -23,7 +23,7 @@ class Cell:
 
     total: responses; correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson;
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
-    nats.
+    nats. With a teacher of another tokenizer it is estimated from the sampled chunks, and kl_byte is there too.
     """
 
     total: int
@@ -33,6 +33,7 @@ class Cell:
     mean_length: float
     kl_token: float | None = None
     kl_sequence: float | None = None
+    kl_byte: float | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -75,22 +76,38 @@ def evaluate(
     rollouts = sampler.sample(prompts, num_samples=1, seed=seed)
     rewards = [reward(r.prompt, r.response) for r in rollouts]
     known = [r for r in rewards if r is not None]
-    kl_token = kl_sequence = None
+    kl: Mapping[str, float] = {}
     if teachers is not None and reverse_kl is not None:
-        scored = [s for s in teachers.score(rollouts) if isinstance(s.score, HiddenScore)]
-        per_token = reverse_kl(scored) if scored else []
-        if per_token:
-            kl_token = float(np.concatenate(per_token).mean())
-            kl_sequence = float(np.mean([k.sum() for k in per_token]))
+        scored = teachers.score(rollouts)
+        # One teacher scores all prompts of a set, so its scores are of one kind.
+        hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
+        kl = _averages(reverse_kl(hidden)) if hidden else _in_chunks(scored)
     return Cell(
         total=len(rollouts),
         verified=len(known),
         correct=sum(r >= 1.0 for r in known) if known else None,
         truncated=sum(r.finish == "length" for r in rollouts),
         mean_length=float(np.mean([r.num_actions for r in rollouts])),
-        kl_token=kl_token,
-        kl_sequence=kl_sequence,
+        **kl,
     )
+
+
+def _averages(per_token: Sequence[np.ndarray]) -> dict[str, float]:
+    """The reverse KL a token and a response from that of every token, one array a response."""
+    return {
+        "kl_token": float(np.concatenate(per_token).mean()),
+        "kl_sequence": float(np.mean([k.sum() for k in per_token])),
+    }
+
+
+def _in_chunks(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """The same from what was sampled, and a byte, for a teacher that scores chunks; nothing when it scored none."""
+    chunked = [(s, s.score) for s in scored if isinstance(s.score, ChunkScore) and s.mask.any()]
+    if not chunked:
+        return {}
+    ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in chunked]
+    num_bytes = sum(score.num_bytes for _, score in chunked)
+    return _averages(ratios) | ({"kl_byte": float(np.concatenate(ratios).sum()) / num_bytes} if num_bytes else {})
 
 
 def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
@@ -133,7 +150,8 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
     def kl(cell: Cell | None) -> str:
         if cell is None or cell.kl_token is None or cell.kl_sequence is None:
             return "-"
-        return f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
+        text = f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
+        return text if cell.kl_byte is None else f"{text} ({cell.kl_byte:.3f} a byte)"
 
     head = (
         "task",

@@ -129,6 +129,8 @@ class ChunkScore:
     chunks [tokens]: the chunk of each action, numbered from 0; -1 where there is none (off the loss mask, or masked).
     logprobs [tokens]: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere. num_bytes: of the text
     in chunks. facts: how the two lined up, counts by name (`opd.text.pairing.facts`), with "masked/REASON" for each masked token.
+    compared [tokens] bool: with `part`, the actions at which both sides chose the same token, so that their distributions can
+    be compared too; the part's states are those before them.
     """
 
     teacher: str
@@ -136,6 +138,8 @@ class ChunkScore:
     chunks: np.ndarray
     num_bytes: int
     facts: Mapping[str, int]
+    compared: np.ndarray | None = None
+    part: HiddenPart | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,11 @@ class ScoredRollout:
         if isinstance(self.score, ChunkScore):
             assert self.score.chunks.shape == self.rollout.token_ids.shape, self.rollout.id
             read_only(self.score.chunks)
+            assert (self.score.compared is None) == (self.score.part is None), self.rollout.id
+            if self.score.compared is not None and self.score.part is not None:
+                assert len(self.score.part.hidden) == self.score.compared.sum(), self.rollout.id
+                read_only(self.score.compared)
+                read_only(self.score.part.hidden)
         if isinstance(self.score, HiddenScore):
             for part in self.score.parts:
                 assert len(part.hidden) == self.rollout.num_actions, self.rollout.id

@@ -58,7 +58,10 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
         case "exact" | "support":
-            return None
+            # A teacher of another tokenizer has a distribution only where both sides chose the same token.
+            if chunks is None or batch.compared is None:
+                return None
+            total = adv.immediate(log_ratio, mask, chunks) * ~batch.padded(batch.compared)
         case "immediate":
             total = adv.immediate(log_ratio, mask, chunks)
         case "to_go":

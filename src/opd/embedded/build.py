@@ -20,6 +20,8 @@ from opd.embedded.network import Network
 from opd.embedded.sampler import EmbeddedSampler
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.errors import ModelError
+from opd.objectives.vocabulary import CommonCells, TeacherHead
+from opd.text.cells import common_cells
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
 from opd.text.tokenizer import difference
@@ -81,10 +83,21 @@ class Studio:
             objective=self.config.objective,
             optimizer=self.config.optimizer,
             steps=self.config.steps * self.config.objective.epochs,
-            heads={n: voice.network.head_weight() for n, voice in self.voices.items() if n not in self.foreign},
+            heads=self._heads(),
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
         )
+
+    def _heads(self) -> dict[str, TeacherHead]:
+        """Of every voice that can give distributions."""
+        found = {
+            n: TeacherHead(voice.network.head_weight()) for n, voice in self.voices.items() if n not in self.foreign
+        }
+        for name, voice in self.foreign.items():
+            if (cells := voice.cells) is not None:
+                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
+                found[name] = TeacherHead(voice.network.head_weight(), common)
+        return found
 
 
 def prepare(compute: ComputeConfig) -> None:
@@ -231,7 +244,10 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
         mask = config.alignment.non_canonical == "mask"
         _require_a_row_each(network)
         floor = config.objective.teacher_logprob_floor
-        found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask)
+        cells = None
+        if config.objective.type == "support":
+            cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids)
+        found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask, cells=cells)
     if not found and config.alignment != AlignmentConfig():
         raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
     return found
@@ -248,11 +264,16 @@ def _require_a_row_each(network: Network) -> None:
 def _require_text_alone(config: Config, name: str, what: str) -> None:
     """A teacher of another tokenizer says how probable a text is, not which of the student's tokens comes next."""
     objective = config.objective
-    if objective.needs_distributions:
+    if objective.tail_residual:
+        raise ModelError(
+            f"teacher '{name}': {what}, so there is no tail of which a sampled token could tell; drop objective.tail_residual"
+        )
+    if objective.needs_distributions and objective.type != "support":
         raise ModelError(
             f"teacher '{name}': {what}, and the objective needs its distribution over the student's tokens (type = "
             f"'{objective.type}', baseline = '{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with "
-            "baseline = 'none' or 'leave_one_out', which follow the text in chunks"
+            "baseline = 'none' or 'leave_one_out', which follow the text in chunks, or 'support', which also compares what the two "
+            "vocabularies have in common"
         )
     if objective.reference == name or objective.extrapolation != 1.0:
         raise ModelError(f"teacher '{name}': {what}, so objective.extrapolation has no common tokens; leave it at 1.0")

@@ -10,15 +10,17 @@ from opd.data.micro import micro_batches
 from opd.embedded.network import Network
 from opd.errors import DataError
 from opd.objectives.logprobs import token_logprobs
-from opd.records import FailedScore, Rollout, Score
-from opd.text.pairing import TurnPair, chunk_score, pair_turns
+from opd.records import ChunkScore, FailedScore, HiddenPart, Rollout, Score
+from opd.text.cells import Cells
+from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
 
 
 @dataclass(frozen=True)
 class ForeignVoice:
-    """A network, how it reads, and how the student writes whose tokens it is asked about."""
+    """A network, how it reads, and how the student writes whose tokens it is asked about; with `cells` its scores carry its
+    states where both sides chose the same token."""
 
     network: Network
     adapter: str | None
@@ -26,6 +28,7 @@ class ForeignVoice:
     writer: Writer
     logprob_floor: float
     mask_non_canonical: bool = False
+    cells: Cells | None = None
 
 
 def score_foreign(
@@ -48,32 +51,57 @@ def score_foreign(
             continue
         turns += lined_up
         owners += [i] * len(lined_up)
-    logprobs, floored = [], []
-    for values in _token_logprobs(voice, turns, temperature=temperature, max_tokens=max_tokens):
-        logprobs.append(
-            np.maximum(values, voice.logprob_floor)
-        )  # of a token, as everywhere; a chunk's sum may be lower
-        floored.append(int((values < voice.logprob_floor).sum()))
+    spoken = _token_logprobs(voice, turns, temperature=temperature, max_tokens=max_tokens)
     for i, rollout in enumerate(rollouts):
         if i not in scores:
             mine = [k for k, owner in enumerate(owners) if owner == i]
-            found = chunk_score(teacher, rollout, [turns[k] for k in mine], [logprobs[k] for k in mine])
-            scores[i] = replace(found, facts={**found.facts, "floored": sum(floored[k] for k in mine)})
+            scores[i] = _score(teacher, voice, rollout, [turns[k] for k in mine], [spoken[k] for k in mine])
     return [scores[i] for i in range(len(rollouts))]
+
+
+def _score(
+    teacher: str, voice: ForeignVoice, rollout: Rollout, turns: Sequence[TurnPair], spoken: Sequence["_Spoken"]
+) -> ChunkScore:
+    # The floor is of a token, as everywhere; a chunk's sum may be lower.
+    floored = sum(int((said.logprobs < voice.logprob_floor).sum()) for said in spoken)
+    logprobs = [np.maximum(said.logprobs, voice.logprob_floor) for said in spoken]
+    found = chunk_score(teacher, rollout, turns, logprobs)
+    found = replace(found, facts={**found.facts, "floored": floored})
+    if voice.cells is None:
+        return found
+    compared = np.zeros(len(rollout.token_ids), dtype=bool)
+    states = []
+    for turn, said in zip(turns, spoken, strict=True):
+        theirs = np.append(turn.reading.token_ids[turn.reading.first :], [voice.reader.end_ids[0]])
+        ours = rollout.token_ids[turn.start : turn.stop].astype(np.int64)
+        pairs = same_tokens(turn, ours, theirs, voice.cells)
+        compared[turn.start + pairs[:, 0]] = True
+        states.append(said.hidden[pairs[:, 1]])
+    return replace(found, compared=compared, part=HiddenPart(teacher, 1.0, np.concatenate(states)))
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """A teacher on one turn: log-probabilities of its tokens of the response and of the end where it is asked for [tokens],
+    and, where they are wanted, its states before them [tokens, width]."""
+
+    logprobs: np.ndarray
+    hidden: np.ndarray
 
 
 @torch.no_grad()
 def _token_logprobs(
     voice: ForeignVoice, turns: Sequence[TurnPair], *, temperature: float, max_tokens: int
-) -> list[np.ndarray]:
-    """The teacher's log-probability of each of its tokens of a response, then of ending the turn where the student did."""
+) -> list[_Spoken]:
+    """Each turn as the teacher's tokens have it, and ending the turn where the student did."""
     network = voice.network
     network.activate(voice.adapter)
     head = network.head_weight()
     end_ids = torch.tensor(voice.reader.end_ids, device=network.device)
     sequences = [np.append(t.reading.token_ids, voice.reader.end_ids[0]) for t in turns]
     masks = [_asked(t) for t in turns]
-    found: list[np.ndarray] = [np.zeros(0)] * len(turns)
+    nothing = _Spoken(np.zeros(0), np.zeros((0, head.shape[1]), dtype=np.float32))
+    found = [nothing] * len(turns)
     for micro in micro_batches(sequences, masks, max_tokens=max_tokens):
         nodes, inverse = np.unique(micro.states, return_inverse=True)
         hidden = network.hidden_states(micro.tree)[torch.from_numpy(nodes).to(network.device)]
@@ -88,8 +116,10 @@ def _token_logprobs(
             each = token_logprobs(states, head, end_ids.repeat(len(where)), temperature=temperature)
             logprobs[where] = each.view(len(where), -1).logsumexp(-1)  # ending is one event, whichever token says it
         plain = logprobs.double().cpu().numpy()
+        states = every.float().cpu().numpy() if voice.cells is not None else nothing.hidden
         for member in micro.members:
-            found[member] = plain[micro.owners == member]
+            mine = micro.owners == member
+            found[member] = _Spoken(plain[mine], states[mine] if voice.cells is not None else nothing.hidden)
     return found
 
 

@@ -17,6 +17,7 @@ from opd.embedded.terms import Pass, integrated_term, policy_term, student_score
 from opd.errors import ScoreError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge
 from opd.objectives.reduce import denominator
+from opd.objectives.vocabulary import TeacherHead
 
 
 class EmbeddedLearner:
@@ -33,7 +34,7 @@ class EmbeddedLearner:
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
         steps: int,
-        heads: Mapping[str, Tensor],
+        heads: Mapping[str, TeacherHead],
         temperature: float,
         max_tokens: int,
     ) -> None:
@@ -146,7 +147,7 @@ class EmbeddedLearner:
     def _head(self) -> Tensor:
         """The student's head over the vocabulary that it shares with its teachers."""
         head = self._network.head_weight()
-        sizes = [len(h) for h in self._heads.values()]
+        sizes = [len(h.rows) for h in self._heads.values() if h.cells is None]
         return head[: min([len(head), *sizes])]
 
 

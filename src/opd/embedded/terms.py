@@ -14,18 +14,25 @@ from opd.errors import ScoreError
 from opd.metrics import Mean, Metrics, mean_of
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.losses import ppo, reinforce
-from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, state_statistics, vocabulary_loss
+from opd.objectives.vocabulary import (
+    CommonCells,
+    TeacherHead,
+    TeacherStates,
+    VocabularyLoss,
+    state_statistics,
+    vocabulary_loss,
+)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One packed forward pass of the student: hidden [nodes, width], its head and its teachers' [vocab, width]."""
+    """One packed forward pass of the student: hidden [nodes, width], its head [vocab, width] and its teachers'."""
 
     batch: Batch
     micro: MicroBatch
     hidden: Tensor
     head: Tensor
-    heads: Mapping[str, Tensor]
+    heads: Mapping[str, TeacherHead]
 
     @property
     def flat(self) -> Tensor:
@@ -55,7 +62,9 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tupl
     weights = given.batch.distill_mask[given.flat].double().numpy() / divisor
     loss = given.hidden.sum() * 0.0
     columns = {name: np.zeros(len(micro.states)) for name in ("divergence", "reverse_kl", "entropy", "floored", "tail")}
+    compared = np.zeros(len(micro.states), dtype=bool)
     for mine, first, inverse, states, teachers in _by_teacher(given, tokens_differ=how.support is not None):
+        compared[mine] = True
         summed = np.bincount(inverse, weights=weights[mine], minlength=len(first))
         term, stats = vocabulary_loss(
             given.hidden[states],
@@ -70,14 +79,26 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tupl
             whole[mine] = getattr(stats, name).double().cpu().numpy()[inverse]
     refuse_nan(columns["divergence"], given)
     metrics: Metrics = {
-        "student/entropy/mean": mean_of(columns["entropy"]),
-        "teacher/floored_mass/mean": mean_of(columns["floored"]),
+        "student/entropy/mean": mean_of(columns["entropy"][compared]),
+        "teacher/floored_mass/mean": mean_of(columns["floored"][compared]),
     }
     if how.support is not None:
-        metrics["support/tail_mass/mean"] = mean_of(columns["tail"])
+        metrics["support/tail_mass/mean"] = mean_of(columns["tail"][compared])
     if how.support is not None or how.divergence != "reverse_kl":
-        metrics["divergence/token/mean"] = mean_of(columns["divergence"])
-    return loss, metrics | kl_metrics(columns["reverse_kl"], given)
+        metrics["divergence/token/mean"] = mean_of(columns["divergence"][compared])
+    foreign = np.array([_foreign(given, member) for member in micro.members])
+    if not foreign.any():
+        return loss, metrics | kl_metrics(columns["reverse_kl"], given)
+    metrics["support/compared/mean"] = mean_of(compared[given.batch.scored[given.flat].numpy()])
+    # Cells tell less than texts, so with another tokenizer the reverse KL is that of the sampled chunks.
+    sampled = np.isin(micro.owners, np.array(micro.members)[foreign])
+    return loss, metrics | kl_metrics(np.where(sampled, sampled_kl(given), columns["reverse_kl"]), given)
+
+
+def _foreign(given: Pass, member: int) -> bool:
+    """Whether a rollout's teacher has another tokenizer."""
+    head = given.heads.get(given.batch.teachers[member])
+    return head is not None and head.cells is not None
 
 
 def policy_term(
@@ -107,13 +128,15 @@ def policy_term(
         loss = reinforce(logprobs, advantages, mask, divisor=divisor)
     metrics["student/nll/mean"] = Mean(-float(logprobs.detach().sum()), logprobs.numel())
     if not objective.integrated:
-        if batch.reverse_kl is not None:
-            kl = batch.reverse_kl[given.flat].double().numpy()
-        else:
-            kl = (batch.rollout_logprobs - batch.teacher_logprobs)[given.flat].double().numpy()
+        kl = sampled_kl(given) if batch.reverse_kl is None else batch.reverse_kl[given.flat].double().numpy()
         refuse_nan(kl, given)
         metrics |= kl_metrics(kl, given)
     return loss, metrics
+
+
+def sampled_kl(given: Pass) -> np.ndarray:
+    """log pi - log q of each action [actions]: in the mean over samples the reverse KL."""
+    return (given.batch.rollout_logprobs - given.batch.teacher_logprobs)[given.flat].double().numpy()
 
 
 @torch.no_grad()
@@ -143,8 +166,11 @@ def _by_teacher(
     batch, micro, device = given.batch, given.micro, given.hidden.device
     assert batch.teacher_parts is not None, "this objective needs teachers that give hidden states"
     teacher_of = np.array([batch.teachers[o] for o in micro.owners])
+    has_state = np.ones(len(teacher_of), dtype=bool) if batch.compared is None else batch.compared[given.flat].numpy()
     for teacher in dict.fromkeys(teacher_of.tolist()):
-        mine = np.flatnonzero(teacher_of == teacher)
+        mine = np.flatnonzero((teacher_of == teacher) & has_state)
+        if not len(mine):
+            continue
         key = micro.states[mine]
         if tokens_differ:
             key = key * (int(micro.targets.max()) + 1) + micro.targets[mine]
@@ -155,8 +181,13 @@ def _by_teacher(
         for k, part in enumerate(members[0]):
             # Actions come rollout by rollout, so these rows are those of `mine`.
             hidden = torch.from_numpy(np.concatenate([parts[k].hidden for parts in members])[first])
-            head = given.heads[part.model].to(device)[: len(given.head)]
-            teachers.append(TeacherStates(hidden.to(device, given.hidden.dtype), head, part.weight))
+            rows, cells = given.heads[part.model]
+            rows = rows.to(device)
+            if cells is None:
+                rows = rows[: len(given.head)]
+            else:
+                cells = CommonCells(cells.student[: len(given.head)].to(device), cells.teacher.to(device), cells.num)
+            teachers.append(TeacherStates(hidden.to(device, given.hidden.dtype), rows, part.weight, cells))
         yield mine, first, inverse, torch.from_numpy(micro.states[chosen]).to(device), teachers
 
 

@@ -18,15 +18,37 @@ from torch import Tensor
 from opd.objectives.baselines import score_weighted_mean
 from opd.objectives.divergences import mixture
 
+_TINY = 1e-35  # a probability below it is none
+
 Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "jsd"]
 
 
+class CommonCells(NamedTuple):
+    """Two vocabularies sorted into cells that mean the same on both sides: student [vocab], teacher [teacher vocab] int64, the
+    cell of each id; the last of `num` cells is for ids that have no counterpart and is never part of a support."""
+
+    student: Tensor
+    teacher: Tensor
+    num: int
+
+
+class TeacherHead(NamedTuple):
+    """What turns a teacher's states into distributions: rows [vocab, width], and the cells of another vocabulary."""
+
+    rows: Tensor
+    cells: CommonCells | None = None
+
+
 class TeacherStates(NamedTuple):
-    """One teacher at every state: hidden [states, width], head [vocab, width], and its weight in log q."""
+    """One teacher at every state: hidden [states, width], head [vocab, width], and its weight in log q.
+
+    cells: of a teacher that has another vocabulary, which then stands alone: the loss compares cells, not ids.
+    """
 
     hidden: Tensor
     head: Tensor
     weight: float = 1.0
+    cells: CommonCells | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +137,15 @@ def vocabulary_loss(
     The target is log q = sum_k weight_k log q_k over `teachers`, weights summing to one. The reverse KL takes it as it is,
     so its value is the weighted mean of the KLs to each and its optimum their normalised geometric mean; the others
     normalise it first. Negative weights extrapolate away from a reference. `sampled_ids` [states] is needed with a support.
+
+    With a teacher of another vocabulary every distribution is that over cells, P(c) = sum of p_a over the ids of c, and the
+    gradient is p_a (h_c(a) - sum_c P(c) h_c).
     """
     assert how.support is None or sampled_ids is not None
+    assert len(teachers) == 1 or all(teacher.cells is None for teacher in teachers)
     # autograd.Function wants tensors one by one
     flat = [t for teacher in teachers for t in (teacher.hidden, teacher.head)]
-    shares = tuple(teacher.weight for teacher in teachers)
+    shares = tuple((teacher.weight, teacher.cells) for teacher in teachers)
     found = _VocabularyLoss.apply(student_hidden, student_head, weights, sampled_ids, shares, how, *flat)
     loss, divergence, reverse_kl, entropy, floored, tail = cast(tuple[Tensor, ...], found)
     unasked = torch.full_like(entropy, torch.nan)
@@ -149,7 +175,8 @@ def state_statistics(
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, weights, sampled_ids, shares, how, *flat):  # type: ignore[override]  # torch declares (*args)
-        teachers = [TeacherStates(h, w, share) for h, w, share in zip(flat[::2], flat[1::2], shares, strict=True)]
+        teachers = [TeacherStates(h, w, *share) for h, w, share in zip(flat[::2], flat[1::2], shares, strict=True)]
+        cells = teachers[0].cells
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head) if need_head else None
@@ -157,11 +184,17 @@ class _VocabularyLoss(torch.autograd.Function):
         for chunk in _chunks(hidden, head, teachers, how):
             rows = chunk.rows
             sampled = None if sampled_ids is None else sampled_ids[rows]
+            if cells is not None and sampled is not None:
+                sampled = cells.student[sampled]
             pull, *found = _pull(chunk, sampled, how)
             for whole, part in zip(stats, found, strict=True):
                 whole[rows] = part
             if need_hidden or need_head:
-                pull = pull.addcmul_(chunk.p, pull.sum(-1, keepdim=True), value=-1.0)
+                # of p_a h_a, or, from cells, of the id's share of P(c) h_c
+                total = pull.sum(-1, keepdim=True)
+                if cells is not None:
+                    pull = pull[:, cells.student].mul_(chunk.ids / chunk.p[:, cells.student].clamp(min=_TINY))
+                pull = pull.addcmul_(chunk.ids, total, value=-1.0)
                 grad = pull.mul_((weights[rows] / how.temperature)[:, None]).to(head.dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ head
@@ -178,23 +211,34 @@ class _VocabularyLoss(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Some states: rows [states]; log p, p and log q [states, vocab]; the floored mass [states]."""
+    """Some states: rows [states]; ids, p of each of the student's ids [states, vocab]; log p, p and log q of what is compared,
+    [states, ids or cells]; entropy of the student, floored mass, both [states]; apart: whether the last cell is no event of
+    its own."""
 
     rows: Tensor
+    ids: Tensor
     logp: Tensor
     p: Tensor
     logq: Tensor
+    entropy: Tensor
     floored: Tensor
+    apart: bool
 
 
 def _chunks(hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss) -> Iterator[_Chunk]:
     """The distributions of a few states at a time."""
-    for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, how.max_logits // len(head))):
+    widest = max(len(head), *(len(teacher.head) for teacher in teachers))
+    for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, how.max_logits // widest)):
         logp = _log_softmax(hidden[rows] @ head.T, how.temperature)
-        p = logp.exp()
+        p = ids = logp.exp()
+        entropy = -(p * logp).sum(-1)
         logq, below = None, None
         for teacher in teachers:
             part = _log_softmax(teacher.hidden[rows] @ teacher.head.T, how.temperature)
+            if teacher.cells is not None:
+                p = _in_cells(ids, teacher.cells.student, teacher.cells.num)
+                logp = p.clamp(min=_TINY).log()
+                part = _in_cells(part.exp(), teacher.cells.teacher, teacher.cells.num).log()
             low = part < how.logprob_floor
             if bool(low.any()):
                 part.clamp_(min=how.logprob_floor)
@@ -204,13 +248,17 @@ def _chunks(hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how
             logq = part if logq is None else logq.add_(part)
         assert logq is not None
         floored = p.new_zeros(len(rows)) if below is None else (p * below).sum(-1)
-        yield _Chunk(rows, logp, p, logq, floored)
+        yield _Chunk(rows, ids, logp, p, logq, entropy, floored, teachers[0].cells is not None)
+
+
+def _in_cells(p: Tensor, cells: Tensor, num: int) -> Tensor:
+    """Probabilities of ids [states, vocab] summed into cells [states, cells]."""
+    return p.new_zeros(len(p), num).index_add_(1, cells, p)
 
 
 def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[Tensor, ...]:
     """p h [states, vocab], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
-    logp, p, logq = chunk.logp, chunk.p, chunk.logq
-    entropy = -(p * logp).sum(-1)
+    logp, p, logq, entropy = chunk.logp, chunk.p, chunk.logq, chunk.entropy
     gap = logp - logq
     reverse_kl = (p * gap).sum(-1)
     none = torch.zeros_like(entropy)
@@ -238,6 +286,8 @@ def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss
     here = sampled[:, None]
     if not how.tail_residual:
         inside.scatter_(-1, here, True)
+    if chunk.apart:
+        inside[:, -1] = False
     # Summed off the support: one minus the sum on it would round a small tail away.
     log_p, log_q = (x.masked_fill(inside, -torch.inf).logsumexp(-1) for x in (chunk.logp, chunk.logq))
     log_p, log_q = log_p.clamp(min=-1e4), log_q.clamp(min=how.logprob_floor)  # an empty tail is no infinity

@@ -9,6 +9,7 @@ import numpy as np
 from opd.errors import DataError
 from opd.records import ChunkScore, Rollout
 from opd.text.align import Chunks, align
+from opd.text.cells import Cells
 from opd.text.reading import Reader, Reading
 from opd.text.spelling import UNWRITTEN, Masked, Spelling, Writer, spell
 
@@ -38,6 +39,13 @@ class Pairing:
             else self.chunks.student
         )
         return np.where(self.masked == Masked.NOT, found, -1)
+
+    @property
+    def single(self) -> np.ndarray:
+        """The chunks that are kept and have one token on each side, [chunks] bool."""
+        ours = np.bincount(self.chunks.student[self.chunk_ids >= 0], minlength=len(self.chunks))
+        _, theirs = self.chunks.counts()
+        return (ours == 1) & (theirs == 1) & (self.faulty == Masked.NOT)
 
     @property
     def kept_sizes(self) -> np.ndarray:
@@ -131,6 +139,24 @@ def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_can
     return found
 
 
+def same_tokens(turn: TurnPair, token_ids: np.ndarray, teacher_ids: np.ndarray, cells: Cells) -> np.ndarray:
+    """Where both sides chose the same token, or both ended the turn: [pairs, 2], places in the turn's tokens and in the
+    teacher's tokens of the response.
+
+    token_ids: of the turn; teacher_ids: of the response, its end included when the turn ends.
+    """
+    single = turn.pairing.single
+    ours = np.flatnonzero((turn.pairing.chunk_ids >= 0) & _at(single, turn.pairing.chunks.student))
+    theirs = np.flatnonzero(_at(single, turn.pairing.chunks.teacher))  # chunk by chunk, as the student's are
+    same = cells.same(token_ids[ours], teacher_ids[theirs])
+    return np.stack([ours[same], theirs[same]], axis=1)
+
+
+def _at(flags: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+    """The flag of each token's chunk; False for a token without one."""
+    return np.append(flags, False)[chunks]
+
+
 def chunk_score(
     teacher: str, rollout: Rollout, turns: Sequence[TurnPair], logprobs: Sequence[np.ndarray]
 ) -> ChunkScore:
@@ -161,9 +187,7 @@ def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
     """
     pairing = turn.pairing
     text = len(pairing.chunks) - pairing.ends_turn
-    ours = np.bincount(pairing.chunks.student[pairing.chunk_ids >= 0], minlength=len(pairing.chunks))
-    _, theirs = pairing.chunks.counts()
-    single = (ours == 1) & (theirs == 1) & (pairing.faulty == Masked.NOT)
+    single = pairing.single
     sizes = pairing.kept_sizes
     masked = {
         f"masked/{reason.name.lower()}": int((pairing.masked == reason).sum())

@@ -1,0 +1,186 @@
+"""What two vocabularies have in common, and the loss over it: laws, a dense version, and a batch with both kinds of teacher."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import toy_recipe
+from test_foreign_teacher import save_foreign
+from torch import Tensor
+from zoo import toy, toy_ascii
+
+import opd
+from opd.batch import pack
+from opd.embedded.build import build
+from opd.errors import ModelError
+from opd.metrics import values
+from opd.objectives.vocabulary import CommonCells, TeacherStates, VocabularyLoss, vocabulary_loss
+from opd.records import ChunkScore
+from opd.signal import follow
+from opd.tasks import make_tasks
+from opd.text.cells import Cells, common_cells
+from opd.text.spelling import Writer
+
+
+def cells_of(student, teacher) -> tuple[Cells, Writer, Writer]:
+    ours, theirs = Writer(student), Writer(teacher)
+    return common_cells(ours.table, ours.end_ids, theirs.table, theirs.end_ids), ours, theirs
+
+
+def test_a_token_lies_in_the_cell_of_its_longest_common_beginning():
+    cells, ours, theirs = cells_of(toy_ascii(("x", "y"), ("w", "v")), toy_ascii(("x", "y"), ("xy", "z")))
+
+    def student(token: str) -> int:
+        return int(cells.student[ours.tokenizer.convert_tokens_to_ids(token)])
+
+    def teacher(token: str) -> int:
+        return int(cells.teacher[theirs.tokenizer.convert_tokens_to_ids(token)])
+
+    assert student("xy") == teacher("xy") == teacher("xyz")
+    assert student("wv") == teacher("w") == student("w")
+    assert student("<|im_end|>") == teacher("<|im_end|>") == cells.num - 2
+    assert student("x") != student("xy")
+
+
+@pytest.mark.parametrize(("first", "second"), [("bytes", "bpe400"), ("bpe300", "bpe400"), ("bpe400", "bpe400")])
+def test_tokens_that_both_have_are_cells_of_their_own(first: str, second: str):
+    cells, ours, theirs = cells_of(toy(first), toy(second))
+    for table, found, whole in (
+        (ours.table, cells.student, cells.student_whole),
+        (theirs.table, cells.teacher, cells.teacher_whole),
+    ):
+        spelled: dict[int, set[bytes]] = {}
+        for index in np.flatnonzero(whole):
+            spelled.setdefault(int(found[index]), set()).add(table.of(int(index)))
+        assert set(spelled) >= set(range(cells.num - 2))
+        for cell, every in spelled.items():
+            if cell < cells.num - 2:
+                [only] = every
+                inside = [table.of(int(i)) for i in np.flatnonzero(found == cell)]
+                assert all(raw.startswith(only) for raw in inside)
+    if first == second:
+        assert cells.same(np.arange(len(ours.table)), np.arange(len(ours.table))).sum() == cells.num - 2 + 1
+
+
+def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, CommonCells]:
+    g = torch.Generator().manual_seed(0)
+    wide = {"dtype": torch.float64, "generator": g}
+    hidden, head = torch.randn(states, 4, **wide), torch.randn(11, 4, **wide)
+    teacher, theirs = torch.randn(states, 3, **wide), torch.randn(14, 3, **wide)
+    # 6 cells and the last, which holds what has none; one cell has no id of the teacher's
+    ours = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 1, 6, 6])
+    others = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2, 3, 3, 6, 6, 6, 1])
+    return hidden.requires_grad_(), head.requires_grad_(), teacher, theirs, CommonCells(ours, others, 7)
+
+
+def dense(hidden: Tensor, head: Tensor, teacher: Tensor, theirs: Tensor, cells: CommonCells, k: int, sampled: Tensor):
+    """The bucketed reverse KL over cells, state by state, with autograd."""
+    total = hidden.new_zeros(())
+    for i in range(len(hidden)):
+        p, q = (hidden[i] @ head.T).softmax(-1), (teacher[i] @ theirs.T).softmax(-1)
+        ours = [p[cells.student == c].sum() for c in range(cells.num)]
+        other = [q[cells.teacher == c].sum() for c in range(cells.num)]
+        inside = {*torch.stack(ours).topk(k).indices.tolist(), *torch.stack(other).topk(k).indices.tolist()}
+        inside = (inside | {int(cells.student[sampled[i]])}) - {cells.num - 1}
+        for c in inside:
+            total = total + ours[c] * (ours[c].log() - other[c].log().clamp(min=-50.0))
+        off = [c for c in range(cells.num) if c not in inside]
+        tail, theirs_off = torch.stack([ours[c] for c in off]).sum(), torch.stack([other[c] for c in off]).sum()
+        total = total + tail * (tail.log() - theirs_off.log())
+    return total
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_loss_over_cells_equals_a_dense_one(k: int):
+    hidden, head, teacher, theirs, cells = random_case()
+    sampled = torch.tensor([0, 5, 7, 9, 2])
+    how = VocabularyLoss(support=k, max_logits=30)
+    weights = torch.ones(5, dtype=torch.float64)
+    loss, stats = vocabulary_loss(
+        hidden, head, [TeacherStates(teacher, theirs, 1.0, cells)], weights, how, sampled_ids=sampled
+    )
+    wanted = dense(hidden, head, teacher, theirs, cells, k, sampled)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-12)
+    ours = torch.autograd.grad(loss, (hidden, head))
+    for mine, plain in zip(ours, torch.autograd.grad(wanted, (hidden, head)), strict=True):
+        assert torch.allclose(mine, plain, atol=1e-12)
+    p = (hidden @ head.T).softmax(-1)
+    assert torch.allclose(stats.entropy, -(p * p.log()).sum(-1))
+
+
+def test_one_vocabulary_gives_what_ids_give():
+    """Cells of one id each are the plain support."""
+    hidden, head, teacher, theirs, _ = random_case()
+    theirs = theirs[:11]
+    how = VocabularyLoss(support=3)
+    sampled = torch.tensor([0, 5, 7, 9, 2])
+    weights = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    each = CommonCells(torch.arange(11), torch.arange(11), 12)
+    found = []
+    for cells in (None, each):
+        states = [TeacherStates(teacher, theirs, 1.0, cells)]
+        loss, _ = vocabulary_loss(hidden, head, states, weights, how, sampled_ids=sampled)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, head))))
+    for plain, in_cells in zip(*found, strict=True):
+        assert torch.allclose(plain, in_cells, atol=1e-12)
+
+
+def test_a_cell_without_mass_is_no_infinity():
+    hidden, head, teacher, theirs, cells = random_case()
+    head = (head.detach() * 2000).requires_grad_()
+    loss, _ = vocabulary_loss(
+        hidden, head, [TeacherStates(teacher, theirs * 2000, 1.0, cells)], torch.ones(5, dtype=torch.float64),
+        VocabularyLoss(support=2), sampled_ids=torch.zeros(5, dtype=torch.int64),
+    )  # fmt: skip
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, head)))
+
+
+def foreign_recipe(folder: Path, **changes) -> dict:
+    """A student of letters; one teacher of the same letters, one that merges them."""
+    merges = [(a, b) for a in "aeiou" for b in "nrst"]
+    tree = toy_recipe(folder, **changes)
+    tree["student"] = save_foreign(folder / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {
+        "even": {"model": save_foreign(folder / "merged", toy_ascii(*merges), seed=5)},
+        "odd": {"model": save_foreign(folder / "same", toy_ascii(), seed=6)},
+    }
+    return tree
+
+
+def test_a_batch_of_both_kinds_of_teacher(tmp_path: Path):
+    """What is compared, what follows the sampled chunk, and that together they are every scored action, once."""
+    objective = {"type": "support", "support": 8}
+    config = opd.parse_config(foreign_recipe(tmp_path, objective=objective))
+    studio = build(config)
+    prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
+    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
+    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    batch, _ = pack(scored, logprob_floor=-50.0)
+    batch, _ = follow(config, batch)
+    assert batch.compared is not None
+    assert batch.advantages is not None
+    foreign = [s for s in scored if isinstance(s.score, ChunkScore)]
+    assert foreign
+    for item in foreign:
+        assert isinstance(item.score, ChunkScore)
+        assert item.score.compared is not None
+        assert (item.score.chunks[item.score.compared] >= 0).all()
+    assert 0 < batch.compared.sum() < batch.scored.sum()
+    assert not batch.compared[~batch.scored].any()
+    assert (batch.advantages[batch.compared] == 0).all()
+    rest = batch.scored & ~batch.compared
+    assert (batch.advantages[rest] != 0).any()
+    learner = studio.learner()
+    metrics = values(learner.forward_backward(batch))
+    assert 0 < metrics["support/compared/mean"] < 1
+    assert metrics["kl/byte/mean"] > 0
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learner.weights().values())
+
+
+def test_a_tail_residual_needs_one_vocabulary(tmp_path: Path):
+    objective = {"type": "support", "support": 8, "tail_residual": True}
+    config = opd.parse_config(foreign_recipe(tmp_path, objective=objective))
+    with pytest.raises(ModelError, match="tail_residual"):
+        build(config)
