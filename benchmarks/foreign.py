@@ -1,0 +1,156 @@
+"""A student learns from a teacher with another tokenizer: opd beside TRL's GOLD, the same prompts, samples and steps.
+
+    .venv/bin/python benchmarks/foreign.py recipes/sums.toml --output runs/foreign
+
+Needs trl (`pip install trl==1.16.0`, into an environment of its own that has opd too); without it only opd's runs are done. Both
+train a LoRA adapter of the recipe's size at the recipe's rate and schedule, sampling at temperature 1; both are then judged by the
+same code: accuracy on prompts that neither saw, and the reverse KL a byte, estimated from the samples. What is there already is
+not done again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import opd
+from opd.config import Config
+from opd.embedded.build import build
+from opd.evaluate import evaluate
+from opd.tasks import make_tasks
+
+VARIANTS = {
+    "immediate": ["objective.type=immediate", "objective.baseline=leave_one_out"],
+    "support": ["objective.type=support", "objective.baseline=none"],
+}
+
+
+def by_opd(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(options.output) / name
+    config = opd.load_config(options.recipe, [*options.overrides, *VARIANTS[name], f"output={folder}"])
+    start = time.perf_counter()
+    if not (folder / "parity.json").exists():
+        opd.resume(folder) if folder.exists() else opd.train(config)
+        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    [row] = [r for r in json.loads((folder / "parity.json").read_text()) if r["split"] == "held_out"]
+    steps = [line["time/step_s/sum"] for line in opd.read_metrics(folder)]
+    return {
+        "before": row["student_before"],
+        "after": row["student_after"],
+        "teacher": row["teacher_alone"],
+        "step_s": steps,
+    }
+
+
+def by_gold(options: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(options.output) / "gold"
+    config = opd.load_config(options.recipe, [*options.overrides, f"output={folder}"])
+    if not (folder / "student").exists():
+        _train_gold(config, folder)
+    after = _judge(config, folder)
+    return {
+        "after": asdict(after) | {"accuracy": after.accuracy},
+        "step_s": json.loads((folder / "steps.json").read_text()),
+    }
+
+
+def _train_gold(config: Config, folder: Path) -> None:
+    """TRL's trainer with the recipe's numbers. Where its settings leave a choice, what is nearest: only samples of the student
+    (lmbda 1), temperature 1 and the whole distribution, the reverse KL on matched tokens (beta 1), tokens predicted by the
+    state before them ("bayesian"), ends of turns included."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    torch.set_num_threads(config.compute.threads or torch.get_num_threads())
+    [task] = make_tasks(config.tasks).values()
+    [teacher] = config.teachers.values()
+    assert teacher.model is not None
+    turns = [
+        {"messages": [*map(dict, p.messages), {"role": "assistant", "content": p.answer}]}
+        for p in task.prompts("train")
+    ]
+    batch = config.sampling.prompts_per_step * config.sampling.group_size
+    args = GOLDConfig(
+        output_dir=str(folder), max_steps=config.steps, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_generations=config.sampling.group_size, learning_rate=config.optimizer.lr, lr_scheduler_type="linear",
+        warmup_steps=config.optimizer.warmup_steps, adam_beta1=config.optimizer.betas[0], adam_beta2=config.optimizer.betas[1],
+        weight_decay=config.optimizer.weight_decay, max_grad_norm=config.optimizer.max_grad_norm, seed=config.seed, lmbda=1.0,
+        temperature=config.temperature, top_p=1.0, top_k=0, max_completion_length=config.sampling.max_new_tokens, beta=1.0,
+        use_uld_loss=True, uld_use_hybrid_loss=True, uld_token_merge_strategy="bayesian", uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False, logging_steps=1, save_strategy="no", report_to="none", bf16=False, use_cpu=True,
+        gradient_checkpointing=False, max_length=512,
+    )  # fmt: skip
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
+
+    student = AutoModelForCausalLM.from_pretrained(config.student, dtype=torch.float32)
+    lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear", lora_dropout=0.0)
+    trainer = GOLDTrainer(
+        model=student,
+        teacher_model=AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(turns),
+        processing_class=AutoTokenizer.from_pretrained(config.student),
+        peft_config=lora,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "steps.json").write_text(json.dumps(times))
+    (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.model.merge_and_unload().save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(config.student).save_pretrained(folder / "student")
+
+
+def _judge(config: Config, folder: Path) -> Any:
+    """What opd's own table says of a student, of this one."""
+    judged = config.model_copy(update={"student": str(folder / "student")})
+    studio = build(judged)
+    [task] = make_tasks(judged.tasks).values()
+    prompts = task.prompts("held_out")[: config.evaluation.num_prompts]
+    teachers = studio.teachers(keep_hidden=True)
+    return evaluate(studio.sampler(), prompts, task.reward, teachers=teachers, reverse_kl=lambda _: [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--output", default="runs/foreign")
+    parser.add_argument("--only", choices=[*VARIANTS, "gold"])
+    options = parser.parse_args()
+    found: dict[str, Any] = {n: by_opd(n, options) for n in VARIANTS if options.only in (None, n)}
+    if options.only in (None, "gold"):
+        try:
+            found["gold"] = by_gold(options)
+        except ImportError as error:
+            print(f"GOLD: not measured ({error})")
+    print("| | accuracy, held out | KL a byte | KL a response | seconds a step |\n|---|---|---|---|---|")
+    for name, figures in found.items():
+        cells = (
+            {"before": figures.get("before"), "after": figures["after"]}
+            if name == "immediate"
+            else {"after": figures["after"]}
+        )
+        seconds = sorted(figures["step_s"])[len(figures["step_s"]) // 2]
+        for when, cell in cells.items():
+            took = "-" if when == "before" else f"{seconds:.1f}"
+            print(f"| {name if when == 'after' else 'before'} | {100 * cell['accuracy']:.1f} % of {cell['verified']} | "
+                  f"{cell['kl_byte']:.3f} | {cell['kl_sequence']:.2f} | {took} |")  # fmt: skip
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    (Path(options.output) / "foreign.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
