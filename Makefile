@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts test check format clean
+.PHONY: install model demo experts test fuzz check format clean
 
 install: .venv/installed
 
@@ -38,6 +38,13 @@ experts: install model
 # Everything that a change must pass; .ci/run calls this.
 test: install model check
 	$(BIN)/pytest
+
+# Arbitrary bytes through the alignment of two tokenizers, guided by coverage, for this many seconds.
+SECONDS ?= 120
+fuzz: install model
+	$(BIN)/python -m pip install --quiet atheris==3.0.0
+	mkdir -p runs/fuzz
+	$(BIN)/python tests/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz
 
 check: install
 	$(BIN)/ruff check --output-format concise .

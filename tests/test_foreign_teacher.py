@@ -231,12 +231,25 @@ def test_a_token_across_the_boundary_is_masked_and_counted():
     assert turn.pairing.masked[-3:].tolist() == [0, 0, 0]
 
 
-def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(voice: ForeignVoice):
-    """T14: the second turn stands behind the conversation as the template shows it then."""
-    template = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
-    tokenizer = toy_bpe(380, template=template)
+@pytest.mark.parametrize(
+    ("shown", "answer", "gone"),
+    [
+        pytest.param("m['content'].split('</think>')[-1]", "<think>hm</think>yes", "hm", id="T14: drops thinking"),
+        pytest.param(
+            "m['content'].replace(': ', ':')",
+            '{"name": "f", "arguments": {"a": 1}}',
+            '": ',
+            id="T13: writes calls anew",
+        ),
+    ],
+)
+def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
+    voice: ForeignVoice, shown: str, answer: str, gone: str
+):
+    """The first turn is read as it was written, the second behind the conversation as the template shows it then."""
+    tokenizer = toy_bpe(380, template=CHATML.replace("m['content'] +", f"{shown} +"))
     reader = Reader(tokenizer, name="t")
-    first, second = voice.writer.encode("<think>hm</think>yes"), voice.writer.encode("no")
+    first, second = voice.writer.encode(answer), voice.writer.encode("no")
     end = voice.writer.end_ids[-1]
     ids = [0, *first, end, 5, *second, end]
     stops = [1, 1 + len(first) + 1]
@@ -252,7 +265,7 @@ def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
             Turn("student", stops[1] + 1, len(ids)),
         ),
         messages=(
-            *base.prompt.messages, {"role": "assistant", "content": "<think>hm</think>yes"},
+            *base.prompt.messages, {"role": "assistant", "content": answer},
             {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"},
         ),
         finish="end",
@@ -260,7 +273,9 @@ def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
     )  # fmt: skip
     one, two = pair_turns(item, voice.writer, reader)
     assert (one.rewritten, two.rewritten) == (False, True)
-    assert "hm" not in tokenizer.decode(two.reading.token_ids)
+    written = reader.table.join(one.reading.token_ids[one.reading.first :]).tobytes().decode()
+    assert written == one.spelling.text == answer
+    assert gone not in tokenizer.decode(two.reading.token_ids)
     [found] = score(voice, [item])
     assert (found.chunks[item.loss_mask] >= 0).all()
     assert found.facts["turns"] == 2

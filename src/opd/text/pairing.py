@@ -72,7 +72,9 @@ def pair(spelling: Spelling, reading: Reading, *, ends_turn: bool) -> Pairing:
     if len(ours) == 0 or ours[-1] == 0:
         nothing = np.zeros(0, dtype=np.int64)
         chunks = Chunks(np.full(len(ours), -1, dtype=np.int64), np.full(len(theirs), -1, dtype=np.int64), nothing)
-        return Pairing(chunks, masked, np.zeros(0, dtype=np.uint8), ends_turn=False)
+        # nothing but, say, the first space of a text, which the student's own decoder takes away
+        alone = np.where(masked == Masked.NOT, np.uint8(Masked.NO_COUNTERPART), masked)
+        return Pairing(chunks, alone, np.zeros(0, dtype=np.uint8), ends_turn=False)
     chunks = align(ours, theirs)
     faulty = np.zeros(len(chunks), dtype=np.uint8)
     bad = np.concatenate([reading.masked, np.zeros(len(end), dtype=np.uint8)])

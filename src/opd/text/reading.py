@@ -155,9 +155,24 @@ class _Shown:
 def _spans(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
     """Where each token ends in the text's bytes, and which tokens do not spell what stands there."""
     array = np.array(encoded.ids, dtype=np.int64)
-    if table.join(array).tobytes() == encoded.whole:
+    joined = table.join(array).tobytes()
+    if joined == encoded.whole:
         return np.cumsum(table.lengths(array)), np.zeros(len(array), dtype=bool)
+    whole = np.frombuffer(encoded.whole, dtype=np.uint8)
+    written = table.writable[whole]
+    if joined and joined == whole[written].tobytes():
+        return _around_gaps(np.flatnonzero(written) + 1, table.lengths(array), len(whole))
     return _walk(encoded, table)
+
+
+def _around_gaps(places: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`_spans` where bytes that the vocabulary lacks were left out; `places` [bytes written]: where each of the others ends.
+
+    The tokenizer's own offsets are wrong behind such a byte. What was left out goes with the token behind it, which is marked.
+    """
+    ends = np.append(0, places)[np.cumsum(lengths)]
+    ends[-1] = size
+    return ends, np.diff(ends, prepend=0) != lengths
 
 
 def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
@@ -173,8 +188,13 @@ def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
             position += len(piece)
             if token in table.stripping:  # it takes the white space beside it
                 position = max(position, int(stops[k]))
-        elif piece.startswith(b" ") and encoded.whole.startswith(piece[1:], position):
+        elif _spaced(piece, table) and encoded.whole.startswith(piece[1:], position):
             position += len(piece) - 1
+            # It stands in front of the spaces that the text itself begins with: each token of these ends one earlier.
+            before = k - 1
+            while before >= 0 and pieces[before] and not pieces[before].strip(b" "):
+                ends[before] -= 1
+                before -= 1
         elif token in table.stripping:
             position = max(position, int(stops[k]))
         else:
@@ -190,6 +210,11 @@ def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
     if len(pieces) and ends[-1] != len(encoded.whole):
         ends[-1], lossy[-1] = len(encoded.whole), True
     return ends, lossy
+
+
+def _spaced(piece: bytes, table: TokenBytes) -> bool:
+    """Whether a token may begin with a space that its tokenizer put there: alone only where it puts one before a text."""
+    return piece.startswith(b" ") and (len(piece) > 1 or table.dummy_prefix)
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

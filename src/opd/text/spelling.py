@@ -20,7 +20,7 @@ class Masked(IntEnum):
     """Why a student token has no log ratio; NOT is for those that have one."""
 
     NOT = 0
-    NO_COUNTERPART = 1  # a control token that the teacher's vocabulary has nothing for
+    NO_COUNTERPART = 1  # a control token that the teacher's vocabulary has nothing for, or no bytes to compare
     UNKNOWN_ID = 2  # an id beyond the student's own tokenizer
     INVALID_UTF8 = 3  # bytes that are no text, or a character cut by the end
     STRADDLE = 4  # the teacher's token begins before the response

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -44,6 +45,14 @@ class TokenBytes:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @cached_property
+    def writable(self) -> np.ndarray:
+        """Which bytes have a token of their own, [256] bool; a byte-level tokenizer leaves the others out of a text."""
+        found = np.zeros(256, dtype=bool)
+        single = np.flatnonzero((np.diff(self.starts) == 1) & ~self.control)
+        found[self.flat[self.starts[single]]] = True
+        return found
 
     def of(self, token_id: int) -> bytes:
         """One token's bytes; none for an id beyond the vocabulary."""

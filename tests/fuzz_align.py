@@ -1,0 +1,78 @@
+"""Coverage-guided fuzzing of the alignment: any bytes, read as tokens of one tokenizer by another one.
+
+    make fuzz SECONDS=600
+
+The first bytes of an input choose the two tokenizers and how the rest becomes tokens: a text that the student's tokenizer
+encodes, bytes one by one (mostly no UTF-8), or ids, some beyond the vocabulary. Every response must keep the laws of
+`check_response`; what breaks one is written to a file named crash-..., with which the program can be called again.
+"""
+
+import itertools
+import sys
+from functools import cache
+from pathlib import Path
+
+import atheris
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+with atheris.instrument_imports(include=["opd.text"]):
+    from opd.text.reading import Reader
+    from opd.text.spelling import Writer
+
+from test_tokenizer_pairs import check_response  # behind the instrumented imports
+from zoo import TOYS, real, toy
+
+PAIRS = (
+    *itertools.permutations(TOYS, 2),
+    *[("smollm2", "qwen2_5"), ("qwen2_5", "smollm2"), ("mistral_v3", "qwen2_5"), ("smollm2", "llama2")],
+)
+
+
+def tokenizer(name: str):
+    return toy(name) if name in TOYS else real(name)
+
+
+@cache
+def writer(name: str) -> Writer:
+    return Writer(tokenizer(name))
+
+
+@cache
+def reader(student: str, teacher: str) -> Reader:
+    """One a pair: a reader remembers what it has in common with the last student alone."""
+    return Reader(tokenizer(teacher), name=teacher)
+
+
+@cache
+def id_of_byte(name: str) -> dict[int, int]:
+    table = writer(name).table
+    return {table.of(i)[0]: i for i in np.flatnonzero(table.lengths(np.arange(len(table))) == 1).tolist()}
+
+
+def tokens(kind: int, content: bytes, student: str) -> list[int]:
+    mine = writer(student)
+    if kind == 0:
+        return mine.encode(content.decode(errors="ignore"))
+    if kind == 1:
+        return [id_of_byte(student)[b] for b in content if b in id_of_byte(student)]
+    return [int.from_bytes(content[k : k + 3]) % (len(mine.table) + 5) for k in range(0, len(content), 3)]
+
+
+def one_input(raw: bytes) -> None:
+    if len(raw) < 3:
+        return
+    student, teacher = PAIRS[raw[0] % len(PAIRS)]
+    ids = [i for i in tokens(raw[1] % 3, raw[3:], student) if i not in writer(student).end_ids]
+    check_response(ids, writer(student), reader(student, teacher), ended=bool(raw[2] % 2))
+
+
+def main() -> None:
+    for student, teacher in PAIRS:
+        reader(student, teacher).counterparts(writer(student).table)
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
