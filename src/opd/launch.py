@@ -29,6 +29,7 @@ from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
+from opd.score_cache import CachedTeacher
 from opd.startup import PromptSets, read_tasks, run_checks
 from opd.tasks import Reward
 
@@ -174,6 +175,8 @@ class _Run:
         """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
         config, every = self.config, self.config.checkpoint.every
         teachers = self.studio.teachers(keep_hidden=config.objective.needs_distributions, targets=self.studio.followed)
+        if config.compute.score_cache:
+            teachers = CachedTeacher(teachers, size=config.compute.score_cache)
         sampler = self.studio.sampler()
         sampler.load_weights(self.learner.weights(), policy_version=start)
         parts = Parts(self.stream, sampler, teachers, self.learner, self.reward)

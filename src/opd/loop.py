@@ -93,6 +93,8 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= followed | rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
+    if config.compute.score_cache:
+        metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))

@@ -155,10 +155,11 @@ Score: TypeAlias = SampledScore | HiddenScore | ChunkScore | FailedScore
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout and its own teacher's score of it."""
+    """A rollout and its own teacher's score of it; cached: the score was made for an equal rollout before."""
 
     rollout: Rollout
     score: Score
+    cached: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.score, FailedScore):

@@ -106,11 +106,13 @@ class OptimizerConfig(Node):
 
 
 class ComputeConfig(Node):
-    """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass."""
+    """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass, `score_cache` is how many
+    scored responses are kept in training (0: none)."""
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive = 2048
+    score_cache: NonNegative = 0
     threads: NonNegative = 0
 
 

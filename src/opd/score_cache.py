@@ -1,0 +1,45 @@
+"""Scores that are kept: a frozen teacher says the same of the same response, so it need not be asked twice."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from opd.records import FailedScore, Rollout, Score, ScoredRollout
+from opd.roles import Teacher
+
+
+class CachedTeacher:
+    """A teacher that remembers its scores of the last `size` distinct responses; failures are asked for again.
+
+    A student that is nearly sure writes the same responses to the same prompts over and over, and a large teacher is most of a
+    step. A score that is kept was computed in another packed pass, so it may differ in the last digits from one made anew.
+    """
+
+    def __init__(self, teacher: Teacher, *, size: int) -> None:
+        self._teacher = teacher
+        self._size = size
+        self._kept: OrderedDict[Hashable, Score] = OrderedDict()
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Each rollout's score, marked as cached where the teacher was not asked for it."""
+        keys = [_key(r) for r in rollouts]
+        known = {key: self._kept[key] for key in keys if key in self._kept}
+        new = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
+        asked = self._teacher.score(list(new.values())) if new else []
+        fresh = {key: s.score for key, s in zip(new, asked, strict=True)}
+        for key in dict.fromkeys(keys):
+            score = known.get(key) or fresh[key]
+            if not isinstance(score, FailedScore):
+                self._kept[key] = score
+                self._kept.move_to_end(key)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return [
+            ScoredRollout(rollout, known[key], cached=True) if key in known else ScoredRollout(rollout, fresh[key])
+            for key, rollout in zip(keys, rollouts, strict=True)
+        ]
+
+
+def _key(rollout: Rollout) -> Hashable:
+    """All that a score depends on: who is asked, the conversation, the sampled tokens, and which of them are actions."""
+    said = tuple((m["role"], m["content"]) for m in rollout.messages)
+    return rollout.prompt.teacher, said, rollout.token_ids.tobytes(), rollout.loss_mask.tobytes(), rollout.turns
