@@ -12,7 +12,7 @@ from opd.errors import DataError
 from opd.tasks import make_tasks
 from opd.tasks.files import PromptFile, read_prompts
 from opd.tasks.gym import ReasoningGym
-from opd.tasks.verify import VERIFIERS, exact, mathematical, nothing
+from opd.tasks.verify import VERIFIERS, exact, last_number, mathematical, nothing
 
 GOOD = '{"id": "1", "prompt": "say a", "teacher": "t", "answer": "a"}'
 
@@ -185,6 +185,31 @@ def test_the_exact_verifier_forgives_only_white_space_around(response, answer, w
 )
 def test_the_mathematical_verifier_compares_values(response, answer, worth):
     assert mathematical(response, answer) == worth
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "worth"),
+    [
+        ("14", "14", 1.0),
+        ("7 + 7 equals 14.", "14", 1.0),
+        ("It is 1,024.0", "1024", 1.0),
+        ("5 - 9 = -4", "-4", 1.0),
+        ("9-4", "4", 1.0),
+        ("15 + 9 = A book", "24", 0.0),
+        ("14 or 15", "14", 0.0),
+        ("fourteen", "14", 0.0),
+        ("", "14", 0.0),
+    ],
+)
+def test_the_number_verifier_takes_the_last_number(response, answer, worth):
+    assert last_number(response, answer) == worth
+
+
+def test_an_answer_that_is_no_number_names_its_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": "2 + 2?", "answer": "four"}) + "\n")
+    with pytest.raises(DataError, match="prompt 'sums:a': answer 'four' is no number"):
+        PromptFile("sums", FileTask(type="file", path=str(path), teacher="t", verifier="number")).prompts("train")
 
 
 def test_the_verifier_called_none_gives_no_verdict():

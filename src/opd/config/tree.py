@@ -46,7 +46,7 @@ class FileTask(Node):
     path: str
     held_out_path: str | None = None
     teacher: str | None = None
-    verifier: Literal["exact", "math", "none"] = "exact"
+    verifier: Literal["exact", "math", "number", "none"] = "exact"
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from opd.config import FileTask, nearest
 from opd.errors import DataError
 from opd.records import Prompt
-from opd.tasks.verify import VERIFIERS
+from opd.tasks.verify import VERIFIERS, is_number
 from opd.text.chat import user_message
 
 _KEYS = ("id", "messages", "prompt", "teacher", "answer", "meta")
@@ -26,7 +26,14 @@ class PromptFile:
 
     def prompts(self, split: str) -> list[Prompt]:
         path = self._config.path if split == "train" else self._config.held_out_path
-        return [] if path is None else read_prompts(path, task=self.name, teacher=self._config.teacher)
+        found = [] if path is None else read_prompts(path, task=self.name, teacher=self._config.teacher)
+        for prompt in found:
+            if self._config.verifier == "number" and prompt.answer is not None and not is_number(prompt.answer):
+                raise DataError(
+                    f"{path}: prompt '{prompt.id}': answer {prompt.answer!r} is no number; correct it, or choose another "
+                    f"verifier (tasks.{self.name}.verifier = 'number')"
+                )
+        return found
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         return None if prompt.answer is None else self._verify(response, prompt.answer)
