@@ -13,7 +13,16 @@ from opd.cli import app
 from opd.objectives import baselines
 from opd.objectives.advantages import future_kl
 from opd.objectives.losses import exact_reverse_kl, reinforce
-from opd.theory import byte_claims, gradient_claims, horizon, law_claims, report, support_claims, training_claims
+from opd.theory import (
+    byte_claims,
+    cell_claims,
+    gradient_claims,
+    horizon,
+    law_claims,
+    report,
+    support_claims,
+    training_claims,
+)
 from opd.theory.claim import Claim
 from opd.theory.estimators import (
     UNBIASED,
@@ -178,6 +187,7 @@ def test_a_chains_true_future_is_the_mean_of_the_sampled_one():
 FAST_CLAIMS = (
     byte_claims.reading,
     byte_claims.credit,
+    cell_claims.comparison,
     gradient_claims.theorem_1,
     gradient_claims.theorem_2,
     gradient_claims.kl_baseline,
@@ -213,7 +223,7 @@ def test_the_exact_objective_converges_before_the_sampled_ones():
 
 def test_every_claim_is_in_the_report_once():
     names = [claim.__name__ for claim in report.CLAIMS]
-    assert len(set(names)) == len(names) == 19
+    assert len(set(names)) == len(names) == 20
 
 
 def fake(holds: bool) -> Claim:

@@ -15,13 +15,13 @@ from opd.objectives.advantages import log_ratio_to_go
 from opd.text.align import align
 from opd.theory.claim import Claim
 
-_END = "."
+END = "."
 _FLOOR = 1e-6  # the share of a trained teacher's probability that is spread evenly: what it gives to what it never saw
 
 
 @dataclass(frozen=True)
 class ToyTokenizer:
-    """Letters and merges in order, as byte-pair encoding has them; `_END` ends a text. With `by_twos` merges are taken at every
+    """Letters and merges in order, as byte-pair encoding has them; `END` ends a text. With `by_twos` merges are taken at every
     second letter only, so that a cut is known as soon as its letter is written."""
 
     letters: str
@@ -30,7 +30,7 @@ class ToyTokenizer:
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
-        return (*self.letters, *("".join(m) for m in self.merges), _END)
+        return (*self.letters, *("".join(m) for m in self.merges), END)
 
     def encode(self, text: str) -> list[str]:
         """The canonical tokens of a text."""
@@ -66,7 +66,7 @@ class TokenModel:
 
     def marginal(self, text: str) -> float:
         """log of the probability of a text and its end, over all of its tokenisations."""
-        return log(sum(exp(self.logprob([*tokens, _END])) for tokens in self._covers(text)))
+        return log(sum(exp(self.logprob([*tokens, END])) for tokens in self._covers(text)))
 
     def prefix_marginal(self, text: str) -> float:
         """log of the probability that a text begins so: all tokenisations that reach its end, the last token across it."""
@@ -76,7 +76,7 @@ class TokenModel:
                 return 1.0
             found = 0.0
             for token in self.tokenizer.tokens:
-                if token != _END and (left.startswith(token) or token.startswith(left)):
+                if token != END and (left.startswith(token) or token.startswith(left)):
                     found += self.chance(prefix, token) * reach((*prefix, token), left[len(token) :])
             return found
 
@@ -94,7 +94,7 @@ def trained_on(texts: Mapping[str, float], tokenizer: ToyTokenizer) -> TokenMode
     """The model that texts of these probabilities teach, each in its canonical tokens."""
     mass: dict[tuple[str, ...], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for text, chance in texts.items():
-        tokens = (*tokenizer.encode(text), _END)
+        tokens = (*tokenizer.encode(text), END)
         for i, token in enumerate(tokens):
             mass[tokens[:i]][token] += chance
     return TokenModel(tokenizer, {p: {t: c / sum(row.values()) for t, c in row.items()} for p, row in mass.items()})
@@ -129,9 +129,9 @@ def reading() -> Claim:
     texts = some_language(0, longest=8)
     teacher = trained_on(texts, teacher_tokens)
     ways: dict[str, Callable[[str], float]] = {
-        "canonical": lambda t: teacher.logprob([*teacher_tokens.encode(t), _END]),
+        "canonical": lambda t: teacher.logprob([*teacher_tokens.encode(t), END]),
         "marginal": teacher.marginal,
-        "converted": lambda t: teacher.logprob([*converted(t, student_tokens, teacher_tokens), _END]),
+        "converted": lambda t: teacher.logprob([*converted(t, student_tokens, teacher_tokens), END]),
     }
     size = sum(chance * len(text) for text, chance in texts.items())
     nats = {name: -sum(c * f(t) for t, c in texts.items()) / size for name, f in ways.items()}
@@ -202,7 +202,7 @@ def every_path(
 
 
 def _path(logprobs: Tensor, tokens: Sequence[str], teacher: TokenModel) -> Path:
-    read = [*teacher.tokenizer.encode("".join(tokens)), _END]
+    read = [*teacher.tokenizer.encode("".join(tokens)), END]
     chunks = align(np.cumsum([*map(len, tokens), 1]), np.cumsum([len(t) for t in read]))
     each = [log(teacher.chance(tuple(read[:i]), t)) for i, t in enumerate(read)]
     sums = np.bincount(chunks.teacher, weights=each)

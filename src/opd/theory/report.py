@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from opd.theory import byte_claims, gradient_claims, horizon, law_claims, support_claims, training_claims
+from opd.theory import byte_claims, cell_claims, gradient_claims, horizon, law_claims, support_claims, training_claims
 from opd.theory.claim import Claim
 from opd.theory.pictures import draw
 
@@ -32,6 +32,7 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     training_claims.staleness,
     byte_claims.reading,
     byte_claims.credit,
+    cell_claims.comparison,
 )
 
 
