@@ -1,5 +1,6 @@
 """A student learns from a teacher with another tokenizer: the same loop as ever, on toys."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from zoo import toy_ascii
 
 import opd
 from opd.embedded.build import build
+from opd.errors import CheckError
 from opd.evaluate import evaluate
 from opd.records import ChunkScore
 from opd.tasks import make_tasks
@@ -61,3 +63,17 @@ def test_the_parity_table_has_the_kl_of_a_foreign_teacher(tmp_path: Path):
     result = opd.train(config)
     assert all(row.after.kl_byte is not None for row in result.parity)
     assert "a byte" in (Path(config.output) / "parity.md").read_text()
+
+
+def test_a_changed_template_of_a_teacher_is_refused_on_resume(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=4, objective={"type": "immediate"}, evaluation={"num_prompts": 0})
+    tree["student"] = save_foreign(tmp_path / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {"even": {"model": save_foreign(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
+    tree["tasks"]["second"]["teacher"] = "even"
+    stop = signal.SIGINT
+    result = opd.train(opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 2 else None)
+    assert not result.finished
+    template = tmp_path / "merged" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(CheckError, match="the tokenizer of teacher 'even' is not what this run began with"):
+        opd.resume(result.run)

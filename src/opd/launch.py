@@ -32,6 +32,7 @@ from opd.report.writers import make_writers, require_installed
 from opd.score_cache import CachedTeacher
 from opd.startup import PromptSets, read_tasks, run_checks
 from opd.tasks import Reward
+from opd.text.tokenizer import fingerprint
 
 _SAFE_DISCOUNT = 0.9
 _MASK_WARNING = (
@@ -240,8 +241,11 @@ class _Run:
         return found.step
 
     def _identities(self) -> dict[str, str]:
-        """What must not change under a run: its teachers, the student's base, the prompts."""
+        """What must not change under a run: its teachers, the student's base, their tokenizers and templates, the prompts."""
         named = {f"teacher '{name}'": identity for name, identity in self.studio.identities.items()}
+        named["the student's tokenizer"] = fingerprint(self.studio.student.network.tokenizer)
+        for name, voice in self.studio.foreign.items():
+            named[f"the tokenizer of teacher '{name}'"] = fingerprint(voice.reader.tokenizer)
         if self.studio.student.adapter is not None:
             named["the student's base"] = self.studio.student.network.fingerprint()
         for task, splits in self.prompts.items():

@@ -27,8 +27,9 @@ def encode_text(tokenizer: Any, text: str, *, parse_special: bool) -> list[int]:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of the vocabulary and of how a probe text is cut; equal for copies of one tokenizer."""
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), _probe_ids(tokenizer)])
+    """A hash of the vocabulary, of how a probe text is cut, and of the chat template; equal for copies of one tokenizer."""
+    template = getattr(tokenizer, "chat_template", None)
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), _probe_ids(tokenizer), template])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
