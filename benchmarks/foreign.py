@@ -4,12 +4,14 @@
 
 Needs trl (`pip install trl==1.16.0`, into an environment of its own that has opd too); without it only opd's runs are done. Both
 train a LoRA adapter of the recipe's size at the recipe's rate and schedule, sampling at temperature 1; both are then judged by the
-same code: accuracy on prompts that neither saw, and the reverse KL a byte, estimated from the samples. What is there already is
-not done again.
+same code: accuracy on prompts that neither saw, and the reverse KL a byte, estimated from the samples. opd keeps no scores here
+(compute.score_cache), so that seconds a step are of the same work. "immediate" has a leave-one-out baseline, "support" and GOLD
+have no sampled advantages that want one. What is there already is not done again.
 """
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import opd
 from opd.config import Config
 from opd.embedded.build import build
-from opd.evaluate import evaluate
+from opd.evaluate import evaluate, pick
 from opd.tasks import make_tasks
 
 VARIANTS = {
@@ -29,11 +31,11 @@ VARIANTS = {
 
 def by_opd(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(options.output) / name
-    config = opd.load_config(options.recipe, [*options.overrides, *VARIANTS[name], f"output={folder}"])
-    start = time.perf_counter()
+    config = opd.load_config(
+        options.recipe, [*options.overrides, *VARIANTS[name], "compute.score_cache=0", f"output={folder}"]
+    )
     if not (folder / "parity.json").exists():
         opd.resume(folder) if folder.exists() else opd.train(config)
-        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
     [row] = [r for r in json.loads((folder / "parity.json").read_text()) if r["split"] == "held_out"]
     steps = [line["time/step_s/sum"] for line in opd.read_metrics(folder)]
     return {
@@ -117,8 +119,10 @@ def _judge(config: Config, folder: Path) -> Any:
     """What opd's own table says of a student, of this one."""
     judged = config.model_copy(update={"student": str(folder / "student")})
     studio = build(judged)
+    if not studio.foreign:
+        raise SystemExit("the teacher has the student's tokenizer; GOLD is for another one")
     [task] = make_tasks(judged.tasks).values()
-    prompts = task.prompts("held_out")[: config.evaluation.num_prompts]
+    prompts = pick(task.prompts("held_out"), config.evaluation.num_prompts, seed=0)  # as opd's own table has them
     teachers = studio.teachers(keep_hidden=True)
     return evaluate(studio.sampler(), prompts, task.reward, teachers=teachers, reverse_kl=lambda _: [])
 
@@ -137,17 +141,12 @@ def main() -> None:
         except ImportError as error:
             print(f"GOLD: not measured ({error})")
     print("| | accuracy, held out | KL a byte | KL a response | seconds a step |\n|---|---|---|---|---|")
-    for name, figures in found.items():
-        cells = (
-            {"before": figures.get("before"), "after": figures["after"]}
-            if name == "immediate"
-            else {"after": figures["after"]}
-        )
-        seconds = sorted(figures["step_s"])[len(figures["step_s"]) // 2]
-        for when, cell in cells.items():
-            took = "-" if when == "before" else f"{seconds:.1f}"
-            print(f"| {name if when == 'after' else 'before'} | {100 * cell['accuracy']:.1f} % of {cell['verified']} | "
-                  f"{cell['kl_byte']:.3f} | {cell['kl_sequence']:.2f} | {took} |")  # fmt: skip
+    rows = [(name, figures["after"], statistics.median(figures["step_s"])) for name, figures in found.items()]
+    before = next((f["before"] for f in found.values() if f.get("before")), None)
+    for name, cell, seconds in [*([("before", before, None)] if before else []), *rows]:
+        values = [f"{100 * cell['accuracy']:.1f} % of {cell['verified']}"]
+        values += ["-" if cell[key] is None else f"{cell[key]:.3f}" for key in ("kl_byte", "kl_sequence")]
+        print(f"| {name} | {' | '.join(values)} | {'-' if seconds is None else f'{seconds:.1f}'} |")
     Path(options.output).mkdir(parents=True, exist_ok=True)
     (Path(options.output) / "foreign.json").write_text(json.dumps(found, indent=1) + "\n")
 

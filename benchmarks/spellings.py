@@ -46,9 +46,10 @@ def path_logprobs(network: Network, sequences: list[np.ndarray], starts: list[in
     masks = [np.arange(len(s)) >= start for s, start in zip(sequences, starts, strict=True)]
     found = np.zeros(len(sequences))
     for micro in micro_batches(sequences, masks, max_tokens=1024):
-        hidden = network.hidden_states(micro.tree)[torch.from_numpy(micro.states)]
-        each = token_logprobs(hidden, network.head_weight(), torch.from_numpy(micro.targets), temperature=temperature)
-        np.add.at(found, micro.owners, each.double().numpy())
+        states, targets = (torch.from_numpy(x).to(network.device) for x in (micro.states, micro.targets))
+        hidden = network.hidden_states(micro.tree)[states]
+        each = token_logprobs(hidden, network.head_weight(), targets, temperature=temperature)
+        np.add.at(found, micro.owners, each.double().cpu().numpy())
     return found
 
 
@@ -76,8 +77,9 @@ def main() -> None:
             starts.append(first)
             owners.append(owner)
     logprobs = path_logprobs(network, sequences, starts, config.temperature)
+    owner_of = np.array(owners)
     for owner in range(len(chosen)):
-        mine = logprobs[np.array(owners) == owner]
+        mine = logprobs[owner_of == owner]
         bonus.append(float(np.logaddexp.reduce(mine) - mine[0]))
     usual = [b for b, o in zip(bonus, odd, strict=True) if not o]
     strange = [b for b, o in zip(bonus, odd, strict=True) if o]

@@ -7,6 +7,7 @@ encodes, bytes one by one (mostly no UTF-8), or ids, some beyond the vocabulary.
 `check_response`; what breaks one is written to a file named crash-..., with which the program can be called again.
 """
 
+import importlib
 import itertools
 import sys
 from functools import cache
@@ -17,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["opd.text"]):
+    importlib.import_module("opd.text.pairing")  # what `check_response` calls
     from opd.text.reading import Reader
     from opd.text.spelling import Writer
 

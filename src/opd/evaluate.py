@@ -106,8 +106,12 @@ def _in_chunks(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     if not chunked:
         return {}
     ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in chunked]
-    num_bytes = sum(score.num_bytes for _, score in chunked)
-    return _averages(ratios) | ({"kl_byte": float(np.concatenate(ratios).sum()) / num_bytes} if num_bytes else {})
+    # as the training metric has it: a response without text has no bytes to share its cost
+    costs = {
+        i: float(r.sum()) for i, (r, (_, score)) in enumerate(zip(ratios, chunked, strict=True)) if score.num_bytes
+    }
+    num_bytes = sum(chunked[i][1].num_bytes for i in costs)
+    return _averages(ratios) | ({"kl_byte": sum(costs.values()) / num_bytes} if num_bytes else {})
 
 
 def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:

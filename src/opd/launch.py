@@ -230,7 +230,7 @@ class _Run:
         if found is None:
             return 0
         for what, identity in self._identities().items():
-            began = found.state["identities"].get(what)
+            began = found.state["identities"].get(what, identity)  # an older checkpoint may not name it
             if began != identity:
                 raise CheckError(
                     f"{what} is not what this run began with (identity {began}, now {identity}); restore it, or start a new run"

@@ -86,7 +86,7 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     if studio.foreign:
         names = ", ".join(f"'{name}'" for name in studio.foreign)
         raise DataError(
-            f"a probe compares distributions; teacher {names} has another tokenizer, so it has none to compare"
+            f"a probe compares distributions; teacher {names} has another tokenizer, so it has none over the student's tokens"
         )
     chosen = _spread([splits["train"] for splits in prompt_sets.values()], num_prompts)
     if len(chosen) < 2:

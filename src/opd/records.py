@@ -172,6 +172,7 @@ class ScoredRollout:
             assert (self.score.compared is None) == (self.score.part is None), self.rollout.id
             if self.score.compared is not None and self.score.part is not None:
                 assert len(self.score.part.hidden) == self.score.compared.sum(), self.rollout.id
+                assert not (self.score.compared & ~self.rollout.loss_mask).any(), self.rollout.id
                 read_only(self.score.compared)
                 read_only(self.score.part.hidden)
         if isinstance(self.score, HiddenScore):

@@ -20,7 +20,7 @@ class CachedTeacher:
         self._kept: OrderedDict[Hashable, Score] = OrderedDict()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Each rollout's score, marked as cached where the teacher was not asked for it."""
+        """Each rollout's score, marked as cached where it was made in an earlier call; equal rollouts of one call share one."""
         keys = [_key(r) for r in rollouts]
         known = {key: self._kept[key] for key in keys if key in self._kept}
         new = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
@@ -41,5 +41,5 @@ class CachedTeacher:
 
 def _key(rollout: Rollout) -> Hashable:
     """All that a score depends on: who is asked, the conversation, the sampled tokens, and which of them are actions."""
-    said = tuple((m["role"], m["content"]) for m in rollout.messages)
+    said = tuple(tuple(sorted(m.items())) for m in rollout.messages)
     return rollout.prompt.teacher, said, rollout.token_ids.tobytes(), rollout.loss_mask.tobytes(), rollout.turns

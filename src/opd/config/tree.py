@@ -240,7 +240,7 @@ class Config(RunNode):
         if objective.correction.type == "truncate" and not sampled:
             raise ValueError(
                 f"objective.correction.type = 'truncate' weighs sampled advantages; type = '{objective.type}' without an outcome "
-                "has none: drop it (the exact term needs no weight of its action)"
+                "integrates over the vocabulary: drop it (the exact term needs no weight of its action)"
             )
         if objective.loss == "ppo" and not sampled:
             raise ValueError(

@@ -246,7 +246,8 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
         floor = config.objective.teacher_logprob_floor
         cells = None
         if config.objective.type == "support":
-            cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids)
+            tags = reader.counterparts(writer.table)
+            cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
         found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask, cells=cells)
     if not found and config.alignment != AlignmentConfig():
         raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
@@ -266,7 +267,13 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
     objective = config.objective
     if objective.tail_residual:
         raise ModelError(
-            f"teacher '{name}': {what}, so there is no tail of which a sampled token could tell; drop objective.tail_residual"
+            f"teacher '{name}': {what}, and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
+        )
+    if objective.type == "support" and config.mask.truncated != "keep":
+        raise ModelError(
+            f"teacher '{name}': {what}, so part of type = 'support' is a sampled log ratio without a baseline, and "
+            "mask.truncated = 'trajectory' would reward truncation; leave it at 'keep', or write objective.type = 'immediate' with "
+            "baseline = 'leave_one_out'"
         )
     if objective.needs_distributions and objective.type != "support":
         raise ModelError(

@@ -89,10 +89,12 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tupl
     foreign = np.array([_foreign(given, member) for member in micro.members])
     if not foreign.any():
         return loss, metrics | kl_metrics(columns["reverse_kl"], given)
-    metrics["support/compared/mean"] = mean_of(compared[given.batch.scored[given.flat].numpy()])
     # Cells tell less than texts, so with another tokenizer the reverse KL is that of the sampled chunks.
     sampled = np.isin(micro.owners, np.array(micro.members)[foreign])
-    return loss, metrics | kl_metrics(np.where(sampled, sampled_kl(given), columns["reverse_kl"]), given)
+    metrics["support/compared/mean"] = mean_of(compared[sampled & given.batch.scored[given.flat].numpy()])
+    kl = np.where(sampled, sampled_kl(given), columns["reverse_kl"])
+    refuse_nan(kl, given)
+    return loss, metrics | kl_metrics(kl, given)
 
 
 def _foreign(given: Pass, member: int) -> bool:

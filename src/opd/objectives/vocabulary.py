@@ -257,7 +257,7 @@ def _in_cells(p: Tensor, cells: Tensor, num: int) -> Tensor:
 
 
 def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[Tensor, ...]:
-    """p h [states, vocab], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
+    """p h [states, ids or cells], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
     logp, p, logq, entropy = chunk.logp, chunk.p, chunk.logq, chunk.entropy
     gap = logp - logq
     reverse_kl = (p * gap).sum(-1)
@@ -281,8 +281,9 @@ def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[T
 def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
     """(p h, the bucketed reverse KL, the student's mass in the tail) on the union of both models' likeliest tokens."""
     inside = torch.zeros_like(gap, dtype=torch.bool)
+    events = gap.shape[-1] - chunk.apart
     for logprobs in (chunk.logp, chunk.logq):
-        inside.scatter_(-1, logprobs.topk(min(how.support or 0, gap.shape[-1]), dim=-1).indices, True)
+        inside.scatter_(-1, logprobs[:, :events].topk(min(how.support or 0, events), dim=-1).indices, True)
     here = sampled[:, None]
     if not how.tail_residual:
         inside.scatter_(-1, here, True)

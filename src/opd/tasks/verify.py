@@ -18,13 +18,22 @@ def mathematical(response: str, answer: str) -> float | None:
     return float(verify(parse(answer), parse(response)))
 
 
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?\d[\d,]*(?:\.\d+)?")  # a minus behind a digit or a bracket takes away
+_NUMBER = re.compile(
+    r"""(?:(?<![\w.)])[-\u2212])?                   # a minus (also U+2212); behind a word, a point or a bracket it takes away
+    (?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?    # thousands' commas
+    |\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?""",
+    re.VERBOSE,
+)
 
 
 def last_number(response: str, answer: str) -> float | None:
     """1 where the last number of the response is the answer, thousands' commas apart; a response without one is worth 0."""
     found = _NUMBER.findall(response)
-    return float(bool(found) and Decimal(found[-1].replace(",", "")) == Decimal(answer.strip().replace(",", "")))
+    return float(bool(found) and _value(found[-1]) == _value(answer.strip()))
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace("\u2212", "-"))
 
 
 def is_number(answer: str) -> bool:

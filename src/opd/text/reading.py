@@ -192,7 +192,12 @@ def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
             position += len(piece) - 1
             # It stands in front of the spaces that the text itself begins with: each token of these ends one earlier.
             before = k - 1
-            while before >= 0 and pieces[before] and not pieces[before].strip(b" "):
+            while (
+                before >= 0
+                and pieces[before]
+                and not pieces[before].strip(b" ")
+                and ends[before] > _end(ends, before - 1)
+            ):
                 ends[before] -= 1
                 before -= 1
         elif token in table.stripping:
@@ -210,6 +215,10 @@ def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
     if len(pieces) and ends[-1] != len(encoded.whole):
         ends[-1], lossy[-1] = len(encoded.whole), True
     return ends, lossy
+
+
+def _end(ends: np.ndarray, index: int) -> int:
+    return int(ends[index]) if index >= 0 else 0
 
 
 def _spaced(piece: bytes, table: TokenBytes) -> bool:
