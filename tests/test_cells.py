@@ -8,7 +8,7 @@ import torch
 from factories import toy_recipe
 from test_foreign_teacher import save_foreign
 from torch import Tensor
-from zoo import toy, toy_ascii
+from zoo import toy, toy_ascii, toy_bpe
 
 import opd
 from opd.batch import pack
@@ -20,6 +20,7 @@ from opd.records import ChunkScore
 from opd.signal import follow
 from opd.tasks import make_tasks
 from opd.text.cells import Cells, common_cells
+from opd.text.reading import Reader
 from opd.text.spelling import Writer
 
 
@@ -147,6 +148,88 @@ def foreign_recipe(folder: Path, **changes) -> dict:
         "odd": {"model": save_foreign(folder / "same", toy_ascii(), seed=6)},
     }
     return tree
+
+
+def test_a_tag_of_both_is_a_cell_of_its_own_under_any_spelling():
+    ours, theirs = toy_bpe(300), toy_bpe(330)
+    ours.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    theirs.add_tokens(["[THINK]", "[/THINK]"])  # ordinary text to the teacher
+    writer, reader = Writer(ours), Reader(theirs, name="t")
+    tags = reader.counterparts(writer.table)
+    cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
+    mine, other = (
+        ours.convert_tokens_to_ids(["<think>", "</think>"]),
+        theirs.convert_tokens_to_ids(["[THINK]", "[/THINK]"]),
+    )
+    assert cells.student[mine].tolist() == cells.teacher[other].tolist() == [cells.num - 4, cells.num - 3]
+    assert cells.same(np.array(mine), np.array(other)).all()
+    assert (cells.student == cells.num - 4).sum() == (cells.teacher == cells.num - 4).sum() == 1
+
+
+def packed_case(folder: Path, max_tokens: int):
+    """(studio, scored rollouts, followed batch) of both kinds of teacher, scored in passes of `max_tokens`."""
+    tree = foreign_recipe(folder, objective={"type": "support", "support": 8})
+    tree["compute"] = {"device": "cpu", "threads": 1, "max_tokens": max_tokens}
+    config = opd.parse_config(tree)
+    studio = build(config)
+    prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
+    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
+    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    batch, _ = follow(config, pack(scored, logprob_floor=-50.0)[0])
+    return studio, scored, batch
+
+
+def test_the_states_that_are_compared_are_those_before_the_same_token(tmp_path: Path):
+    """Each row against one unpacked forward pass over the teacher's own encoding of its own rendering."""
+    studio, scored, _ = packed_case(tmp_path, 60)
+    voice = studio.foreign["even"]
+    checked = 0
+    for item in scored:
+        said = [int(i) for i in item.rollout.token_ids[item.rollout.loss_mask] if i not in voice.writer.end_ids]
+        if not isinstance(item.score, ChunkScore) or voice.writer.table.control[said].any():
+            continue  # a tag is the teacher's own token, which a plain encoding of the response does not have
+        assert item.score.part is not None
+        assert item.score.compared is not None
+        before = voice.reader.render(item.rollout.prompt.messages).text
+        ids = voice.reader.tokenizer(before + item.rollout.response, add_special_tokens=False).input_ids
+        first = len(voice.reader.tokenizer(before, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            states = voice.network.base.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        ends = np.cumsum([len(voice.reader.table.of(i)) for i in ids[first:]])
+        start = int(np.flatnonzero(item.rollout.loss_mask)[0])
+        mine = np.cumsum([len(voice.writer.table.of(int(i))) for i in item.rollout.token_ids[start:]])
+        for place, row in zip(np.flatnonzero(item.score.compared), item.score.part.hidden, strict=True):
+            token = int(item.rollout.token_ids[place])
+            at_end = token in voice.writer.end_ids
+            # the teacher's token that ends at the same byte; behind the last one where the turn ends
+            j = len(ends) if at_end else int(np.flatnonzero(ends == mine[place - start])[0])
+            assert row == pytest.approx(states[first + j - 1].numpy(), abs=1e-4)
+            checked += 1
+    assert checked > 5
+
+
+def test_any_packing_gives_the_same_gradient_and_the_same_share(tmp_path: Path):
+    studio, _, batch = packed_case(tmp_path, 4000)
+    foreign = torch.tensor([t == "even" for t in batch.teachers]).repeat_interleave(batch.lengths)
+    assert batch.compared is not None
+    share = float((batch.compared & foreign).sum() / (batch.scored & foreign).sum())
+    found = []
+    for max_tokens in (4000, 40):
+        learner = studio.learner()
+        learner._max_tokens = max_tokens
+        metrics = values(learner.forward_backward(batch))
+        assert metrics["support/compared/mean"] == pytest.approx(share)
+        found.append({n: p.grad.clone() for n, p in learner.weights().items() if p.grad is not None})
+        for parameter in learner.weights().values():
+            parameter.grad = None
+    for name, whole in found[0].items():
+        assert torch.allclose(whole, found[1][name], atol=1e-4), name
+
+
+def test_masking_truncated_responses_needs_a_centred_term(tmp_path: Path):
+    tree = foreign_recipe(tmp_path, objective={"type": "support"}, mask={"truncated": "trajectory"})
+    with pytest.raises(ModelError, match="would reward truncation"):
+        build(opd.parse_config(tree))
 
 
 def test_a_batch_of_both_kinds_of_teacher(tmp_path: Path):

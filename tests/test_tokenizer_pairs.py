@@ -1,5 +1,6 @@
 """Every ordered pair of published tokenizers over a corpus that is meant to break them."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from zoo import REAL, TOYS, real, toy
 
 from opd.records import Prompt, Rollout, Turn
-from opd.text.pairing import TurnPair, chunk_score, pair_turns
+from opd.text.cells import Cells, common_cells
+from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
 from opd.text.reading import Reader
 from opd.text.spelling import Masked, Spelling, Writer
 from opd.text.tokenizer import encode_text
@@ -85,6 +87,35 @@ def check_response(ids: list[int], writer: Writer, reader: Reader, *, ended: boo
     assert sum(n for name, n in found.facts.items() if name.startswith("masked/")) == (chunk_ids < 0).sum()
     assert found.facts["bytes/one_to_one"] <= found.facts["bytes/kept"] == found.num_bytes <= found.facts["bytes"]
     check_chunks(turn, ids, writer, reader)
+    check_pairs(turn, ids, writer, reader)
+
+
+def check_pairs(turn: TurnPair, ids: list[int], writer: Writer, reader: Reader) -> None:
+    """Where distributions are compared both sides chose one token: the same bytes, the same tag, or the end."""
+    tags = reader.counterparts(writer.table)
+    cells = cached_cells(writer, reader)
+    ours = np.array([*ids, *([writer.end_ids[-1]] if turn.ends_turn else [])], dtype=np.int64)
+    theirs = np.append(turn.reading.token_ids[turn.reading.first :], reader.end_ids[0])
+    pairs = same_tokens(turn, ours, theirs, cells)
+    assert (np.diff(pairs, axis=0) > 0).all()
+    assert (turn.pairing.chunk_ids[pairs[:, 0]] >= 0).all()
+    for i, j in pairs:
+        if int(ours[i]) in writer.end_ids:
+            assert j == len(turn.reading.ends)
+        else:
+            spelled = tags.get(int(ours[i]), "").encode() or writer.table.of(int(ours[i]))
+            assert spelled == reader.table.of(int(theirs[j]))
+
+
+_CELLS: dict[tuple[int, int], Cells] = {}
+
+
+def cached_cells(writer: Writer, reader: Reader) -> Cells:
+    key = id(writer.table), id(reader.table)
+    if key not in _CELLS:
+        tags = reader.counterparts(writer.table)
+        _CELLS[key] = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
+    return _CELLS[key]
 
 
 def plain(text: str) -> Spelling:
@@ -120,6 +151,7 @@ def test_every_byte_of_the_corpus_is_in_a_chunk(
         if not straddles:
             assert turn.pairing.kept_sizes.sum() == len(spelled.encode()), kind
         check_chunks(turn, ids, writer, reader)
+        check_pairs(turn, ids, writer, reader)
 
 
 @pytest.mark.parametrize("teacher", REAL)
@@ -174,12 +206,22 @@ def test_a_space_that_sentencepiece_writes_otherwise_is_lossy(readers: dict[str,
     assert (reading.masked == Masked.NOT).sum() >= 3
 
 
+@functools.cache
+def toy_writer(name: str) -> Writer:
+    return Writer(toy(name))
+
+
+@functools.cache
+def toy_reader(student: str, teacher: str) -> Reader:
+    return Reader(toy(teacher), name=f"{teacher} for {student}")
+
+
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(TOYS, 2)))
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_ids_at_all_line_up(student: str, teacher: str, data: st.DataObject):
     """Random tokens: text cut in mid-character, bytes that are no UTF-8, control tokens, ids beyond the vocabulary."""
-    writer, reader = Writer(toy(student)), Reader(toy(teacher), name=teacher)
+    writer, reader = toy_writer(student), toy_reader(student, teacher)
     ids = data.draw(st.lists(st.integers(0, len(writer.table) + 5), max_size=24))
     ids = [i for i in ids if i not in writer.end_ids]
     ended = data.draw(st.booleans())
