@@ -350,7 +350,7 @@ def test_an_objective_over_the_vocabulary_names_the_difference_of_two_tokenizers
     line = refuse_tree(tree, tmp_path)
     assert "teacher 'even'" in line
     assert "has another tokenizer than" in line
-    assert "258 tokens against 258, 2 of the student's differ; first: id" in line
+    assert "258 tokens against 258, 2 of the student's under another id or absent; first: id" in line
     assert "write objective.type = 'immediate' or 'to_go'" in line
     assert "'a' for the student and 'b' for the teacher" in line
 

@@ -179,8 +179,10 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         cells += (accuracy(row.after), parity, kl(row.before), kl(row.after))
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
+    if any(c is not None and c.kl_byte is not None for row in rows for c in (row.before, row.after)):
+        lines.append("A KL with a figure a byte is estimated from the responses: that teacher has another tokenizer.")
     lines.append(
-        "Exact match in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
+        "Right answers in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )
     return "\n".join(lines)
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.metrics import Metrics, Sum, mean_of, merge, values
+from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
 from opd.signal import follow
 from opd.text.lineup import shares
-from opd.text.pairing import total
+from opd.text.pairing import LARGEST, total
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,14 @@ def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
     for item in scored:
         if isinstance(item.score, ChunkScore):
             found.setdefault(item.score.teacher, []).append(item.score.facts)
-    return {
-        f"align/{teacher}/{name}/mean": mean_of([share])
-        for teacher, facts in found.items()
-        for name, share in shares(total(facts)).items()
-    }
+    metrics: Metrics = {}
+    for teacher, facts in found.items():
+        for name, share in shares(total(facts)).items():
+            if name == LARGEST:
+                metrics[f"align/{teacher}/{name}/max"] = Max(share)
+            else:
+                metrics[f"align/{teacher}/{name}/mean"] = mean_of([share])
+    return metrics
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:

@@ -44,7 +44,8 @@ def difference(student: Any, teacher: Any) -> str | None:
         extra = sorted((i, t) for t, i in theirs.items() if ours.get(t) != i)
         index, token = (missing or extra)[0]
         return (
-            f"{len(ours)} tokens against {len(theirs)}, {len(missing)} of the student's differ; first: id {index} is "
+            f"{len(ours)} tokens against {len(theirs)}, {len(missing)} of the student's under another id or absent; "
+            f"first: id {index} is "
             f"{token!r} for the {'student' if missing else 'teacher'} and "
             f"{_token_of(theirs if missing else ours, index)} for the {'teacher' if missing else 'student'}"
         )
