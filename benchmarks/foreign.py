@@ -22,6 +22,7 @@ from opd.config import Config
 from opd.embedded.build import build
 from opd.evaluate import evaluate, pick
 from opd.tasks import make_tasks
+from opd.tasks.judge import Judge
 
 VARIANTS = {
     "immediate": ["objective.type=immediate", "objective.baseline=leave_one_out"],
@@ -124,7 +125,7 @@ def _judge(config: Config, folder: Path) -> Any:
     [task] = make_tasks(judged.tasks).values()
     prompts = pick(task.prompts("held_out"), config.evaluation.num_prompts, seed=0)  # as opd's own table has them
     teachers = studio.teachers(keep_hidden=True)
-    return evaluate(studio.sampler(), prompts, task.reward, teachers=teachers, reverse_kl=lambda _: [])
+    return evaluate(studio.sampler(), prompts, Judge(task.reward), teachers=teachers, reverse_kl=lambda _: [])
 
 
 def main() -> None:

@@ -226,9 +226,11 @@ def test_any_packing_gives_the_same_gradient_and_the_same_share(tmp_path: Path):
         assert torch.allclose(whole, found[1][name], atol=1e-4), name
 
 
-def test_masking_truncated_responses_needs_a_centred_term(tmp_path: Path):
-    tree = foreign_recipe(tmp_path, objective={"type": "support"}, mask={"truncated": "trajectory"})
-    with pytest.raises(ModelError, match="would reward truncation"):
+def test_masking_format_errors_needs_a_centred_term(tmp_path: Path):
+    tree = foreign_recipe(tmp_path, objective={"type": "support"}, mask={"format_errors": "trajectory"})
+    for task in tree["tasks"].values():
+        task["checks"] = {"rules": ["truncated"]}
+    with pytest.raises(ModelError, match="would reward errors"):
         build(opd.parse_config(tree))
 
 

@@ -9,6 +9,7 @@ from test_config import fault, tree
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
 from opd.config.parse import _apply
 
+CHECKED = {"first": {"type": "file", "path": "p", "teacher": "even", "checks": {"rules": ["truncated"]}}}
 TO_GO: dict[str, Any] = {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"}
 GROUPS = {"group_size": 4}
 MERGED = {"even": {"model": "m"}, "odd": {"model": "n"}}
@@ -139,19 +140,29 @@ def test_an_outcome_against_the_group_needs_one(baseline: str):
     [{"type": "immediate"}, {"type": "to_go", "discount": 1.0}, {"type": "kl_to_go", "discount": 0.5}],
     ids=str,
 )
-def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str, Any]):
-    masked = {"mask": {"truncated": "trajectory"}, "objective": objective}
-    assert "rewards truncation" in fault(tree(**masked))
-    assert parsed(**masked, outcome={"coef": 1.0}, sampling=GROUPS).mask.truncated == "trajectory"
-    assert parsed(**masked | {"objective": {"type": "exact"}}).mask.truncated == "trajectory"
+@pytest.mark.parametrize("scope", ["trajectory", "suffix", "turn", "span"])
+def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str, Any], scope: str):
+    masked = {"mask": {"format_errors": scope}, "objective": objective, "tasks": CHECKED}
+    assert "rewards errors" in fault(tree(**masked))
+    assert parsed(**masked, outcome={"coef": 1.0}, sampling=GROUPS).mask.format_errors == scope
+    assert parsed(**masked | {"objective": {"type": "exact"}}).mask.format_errors == scope
     centred = masked | {"objective": objective | {"baseline": "leave_one_out"}}
-    assert parsed(**centred, sampling=GROUPS).mask.truncated == "trajectory"
+    assert parsed(**centred, sampling=GROUPS).mask.format_errors == scope
     # The KL is the mean of the immediate log ratio alone.
     by_kl = masked | {"objective": objective | {"baseline": "kl"}}
     if objective["type"] == "immediate":
-        assert parsed(**by_kl).mask.truncated == "trajectory"
+        assert parsed(**by_kl).mask.format_errors == scope
     else:
-        assert "rewards truncation" in fault(tree(**by_kl))
+        assert "rewards errors" in fault(tree(**by_kl))
+
+
+def test_a_mask_without_checks_masks_nothing_and_is_refused():
+    assert "masks nothing: no task has checks" in fault(tree(mask={"format_errors": "turn"}))
+
+
+def test_something_must_be_left_to_learn_from():
+    assert "leave nothing to learn from" in fault(tree(objective={"coef": 0.0}))
+    assert parsed(objective={"coef": 0.0}, outcome={"coef": 1.0}, sampling=GROUPS).objective.coef == 0.0
 
 
 @pytest.mark.parametrize("kind", ["exact", "support"])

@@ -14,6 +14,7 @@ from opd.errors import CheckError
 from opd.evaluate import evaluate
 from opd.records import ChunkScore
 from opd.tasks import make_tasks
+from opd.tasks.judge import Judge
 
 
 def test_the_reverse_kl_per_byte_falls(tmp_path: Path):
@@ -47,9 +48,8 @@ def test_the_parity_table_has_the_kl_of_a_foreign_teacher(tmp_path: Path):
     studio = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:3]
     teachers = studio.teachers(keep_hidden=True)
-    cell = evaluate(
-        studio.sampler(), prompts, lambda prompt, response: None, teachers=teachers, reverse_kl=lambda scored: []
-    )
+    judge = Judge(lambda prompt, response: None)
+    cell = evaluate(studio.sampler(), prompts, judge, teachers=teachers, reverse_kl=lambda scored: [])
     total = size = 0.0
     responses = studio.sampler().sample(prompts, num_samples=1, seed=(0, "evaluate"))
     for item in teachers.score(responses):

@@ -207,7 +207,7 @@ def test_extrapolation_scores_against_the_reference(tmp_path_factory: pytest.Tem
 
 def test_an_all_masked_batch_has_no_loss_and_no_gradient(bench: Bench):
     nothing = torch.zeros_like(bench.batch.loss_mask)
-    batch = replace(bench.batch, train_mask=nothing, distill_mask=nothing)
+    batch = replace(bench.batch, distill_mask=nothing)
     gradient, loss = bench.gradient_and_loss(batch, type="exact")
     assert loss == 0.0
     assert all(not g.any() for g in gradient.values())

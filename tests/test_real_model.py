@@ -9,6 +9,7 @@ from opd.embedded.build import build
 from opd.evaluate import evaluate, pick
 from opd.startup import run_checks
 from opd.tasks import make_tasks
+from opd.tasks.judge import Judge
 
 MODEL = Path("models/smollm2-135m-instruct")
 
@@ -23,8 +24,8 @@ def studio():
 def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(studio):
     for name, task in make_tasks(studio.config.tasks).items():
         prompts = pick(task.prompts("held_out"), 48, seed=1)
-        base = evaluate(studio.sampler(), prompts, task.reward)
-        expert = evaluate(studio.sampler(studio.voices[name]), prompts, task.reward)
+        base = evaluate(studio.sampler(), prompts, Judge(task.reward))
+        expert = evaluate(studio.sampler(studio.voices[name]), prompts, Judge(task.reward))
         assert base.correct is not None
         assert expert.correct is not None
         assert base.accuracy < 0.10

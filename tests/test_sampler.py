@@ -7,11 +7,12 @@ import pytest
 import torch
 from factories import merged_model, plain_logprobs, prompt, save_adapter, save_toy, toy_model
 
-from opd.config import ComputeConfig
+from opd.config import ComputeConfig, EpisodesConfig
 from opd.embedded.loading import add_adapter, load_network
 from opd.embedded.network import Network
-from opd.embedded.sampler import EmbeddedSampler
+from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.records import Prompt, Rollout
+from opd.tasks.episodes import one_turn
 
 TEXTS = ("hi", "hi there", "hi there, you", "a quite different and rather longer question", "x")
 
@@ -38,7 +39,8 @@ def sample(
 ) -> list[Rollout]:
     """limits: max_new_tokens, max_rows, max_tokens."""
     chosen = {"max_new_tokens": 12, "max_rows": 64, "max_tokens": 2048} | limits
-    sampler = EmbeddedSampler(network, adapter=adapter, temperature=temperature, **chosen)
+    player = episode_player(network, EpisodesConfig(), one_turn)
+    sampler = EmbeddedSampler(network, adapter=adapter, temperature=temperature, player=player, **chosen)
     return sampler.sample(prompts, num_samples=num_samples, seed=(seed,))
 
 
@@ -187,7 +189,10 @@ def test_one_new_token_is_one_action(network: Network):
 
 
 def test_a_rollout_says_which_tokens_are_the_students_and_what_they_mean(network: Network):
-    sampler = EmbeddedSampler(network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64, max_tokens=64)
+    player = episode_player(network, EpisodesConfig(), one_turn)
+    sampler = EmbeddedSampler(
+        network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64, max_tokens=64, player=player
+    )
     sampler.load_weights({}, policy_version=3)
     for item in sampler.sample(several(), num_samples=2, seed=(0,)):
         head, answer = item.turns

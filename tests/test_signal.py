@@ -9,12 +9,15 @@ from factories import prompt, rollout, scored
 
 import opd
 from opd.batch import Batch, pack
-from opd.config import Config
+from opd.config import Config, MaskConfig
 from opd.metrics import values
 from opd.objectives import advantages as adv
 from opd.objectives import baselines
-from opd.signal import follow
+from opd.objectives.reduce import without_errors
+from opd.records import Flag
+from opd.signal import divisor, follow
 
+CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
 PROMPTS = {name: prompt(name) for name in ("p0", "p1")}
 
 
@@ -35,7 +38,8 @@ def make_batch(*, scores: bool = True) -> Batch:
     items = []
     for i, n in enumerate(lengths):
         item = rollout([1, 2, *range(3, 3 + n)], 2, prompt=PROMPTS[f"p{i // 2}"], sample=i % 2, logprobs=[-1.0] * n)
-        item = replace(item, reward=float(i % 2), finish="length" if i == 1 else "end")
+        flags = (Flag("truncated", 2 + n - 1, 2 + n),) if i == 1 else ()
+        item = replace(item, reward=float(i % 2), finish="length" if i == 1 else "end", flags=flags)
         items.append(scored(item, [-0.5 * (i + k + 1) for k in range(n)]))
     batch, _ = pack(items, logprob_floor=-50.0)
     if not scores:
@@ -123,8 +127,8 @@ def test_the_outcome_is_added_on_every_action():
     assert plain.advantages is not None
     assert found.advantages is not None
     added = batch.padded(found.advantages - plain.advantages)
-    # rewards 0, 1, 0, 1; against the other sample of the prompt -1, 1, -1, 1
-    for row, sign in enumerate((-1.0, 1.0, -1.0, 1.0)):
+    # rewards 0, -1 (a format error, whatever its verdict), 0, 1; against the other sample of the prompt 1, -1, -1, 1
+    for row, sign in enumerate((1.0, -1.0, -1.0, 1.0)):
         mask = batch.padded(batch.loss_mask)[row]
         torch.testing.assert_close(added[row][mask], torch.full((int(mask.sum()),), 2.0 * sign))
         assert not added[row][~mask].any()
@@ -133,32 +137,93 @@ def test_the_outcome_is_added_on_every_action():
 def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
     batch = make_batch()
     found, metrics = follow(
-        config(objective={"type": "immediate", "baseline": "kl"}, mask={"truncated": "trajectory"}), batch
+        config(objective={"type": "immediate", "baseline": "kl"}, mask={"format_errors": "trajectory"}, tasks=CHECKED),
+        batch,
     )
     masked = batch.padded(found.loss_mask & ~found.distill_mask).any(-1)
     assert masked.tolist() == [False, True, False, False]
     assert torch.equal(found.train_mask, found.distill_mask)
     assert found.advantages is not None
     assert not found.padded(found.advantages)[1].any()
-    assert values(metrics) == {"mask/truncated/sum": 1.0}
+    assert values(metrics) == {"mask/rollouts/sum": 1.0, "mask/tokens/sum": 2.0}
 
 
 def test_a_masked_response_keeps_its_outcome():
     batch = make_batch()
     found, _ = follow(
-        config(objective={"type": "exact"}, mask={"truncated": "trajectory"}, outcome={"coef": 1.0}), batch
+        config(objective={"type": "exact"}, mask={"format_errors": "trajectory"}, tasks=CHECKED, outcome={"coef": 1.0}),
+        batch,
     )
     assert torch.equal(found.train_mask, batch.loss_mask)
     assert not found.padded(found.distill_mask)[1].any()
     assert found.advantages is not None
-    assert found.padded(found.advantages)[1].sum() == 2.0
+    # -1 against the 0 of the prompt's other sample, on two actions; three responses are distilled, four have an outcome
+    assert found.padded(found.advantages)[1].sum() == pytest.approx(-2.0 * 3 / 4)
 
 
-def test_a_masked_response_without_a_verdict_leaves_the_normaliser():
+def test_a_format_error_is_a_verdict_of_its_own():
     batch = make_batch()
-    batch = replace(batch, rewards=torch.tensor([0.0, float("nan"), 0.0, 1.0]))
-    found, _ = follow(config(mask={"truncated": "trajectory"}, outcome={"coef": 1.0}), batch)
-    assert found.padded(found.train_mask).any(-1).tolist() == [True, False, True, True]
+    batch = replace(batch, rewards=torch.tensor([0.0, float("nan"), float("nan"), 1.0]))
+    found, _ = follow(config(objective={"coef": 0.0}, outcome={"coef": 1.0, "format_error": -2.0}), batch)
+    assert found.padded(found.outcome_mask).any(-1).tolist() == [True, True, False, True]
+    assert found.advantages is not None
+    assert found.padded(found.advantages)[:, 2].tolist() == [2.0, -2.0, 0.0, 0.0]
+
+
+def test_distillation_and_outcome_have_denominators_of_their_own():
+    """Leaving three of four responses out of the distillation term makes neither term smaller."""
+    batch = make_batch()
+    both = config(
+        objective={"type": "immediate", "baseline": "kl"}, outcome={"coef": 1.0, "baseline": "none"}, tasks=CHECKED
+    )
+    whole, _ = follow(both, batch)
+    flagged = batch.loss_mask & (torch.repeat_interleave(torch.arange(4), batch.lengths) > 0)
+    masked, _ = follow(
+        both.model_copy(update={"mask": MaskConfig(format_errors="trajectory")}), replace(batch, flagged=flagged)
+    )
+    assert (divisor(both.objective, whole), divisor(both.objective, masked)) == (4.0, 1.0)
+    assert whole.advantages is not None
+    assert masked.advantages is not None
+    rows = torch.repeat_interleave(torch.arange(4), batch.lengths)
+    # the outcome's part of the loss, a mean over the four episodes that have one: -1 for each of the three with an error
+    for row, reward in enumerate((0.0, -1.0, -1.0, -1.0)):
+        mine = batch.loss_mask & (rows == row)
+        if row:
+            expected = torch.full((int(mine.sum()),), reward / 4)
+            torch.testing.assert_close(masked.advantages[mine] / divisor(both.objective, masked), expected)
+
+
+@pytest.mark.parametrize(
+    ("scope", "kept"),
+    [
+        ("trajectory", ["", "", "", "ab"]),
+        ("suffix", ["ab", "", "", "ab"]),
+        ("turn", ["ad", "abc", "abcd", "ab"]),
+        ("span", ["abd", "abc", "abcd", "ab"]),
+    ],
+)
+def test_the_scopes_of_a_mask(scope: str, kept: list[str]):
+    """Three parts of one episode, the first with an error in the third of its tokens, and an episode without."""
+    flagged = torch.zeros(4, 4, dtype=torch.bool)
+    flagged[0, 2] = True
+    turns = torch.tensor([[0, 1, 1, 2], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = without_errors(flagged, turns, torch.tensor([0, 0, 0, 1]), scope)
+    lengths = [4, 3, 4, 2]
+    shown = ["".join("abcd"[t] for t in range(n) if row[t]) for row, n in zip(found.tolist(), lengths, strict=True)]
+    assert shown == kept
+
+
+def test_the_parts_of_an_episode_share_one_outcome():
+    """Split in two by its template, an episode counts once against the other sample of its prompt."""
+    items = []
+    for sample, part, reward in ((0, 0, 1.0), (0, 1, 1.0), (1, 0, 0.0)):
+        item = rollout([1, 2, 3], 2, prompt=PROMPTS["p0"], sample=sample)
+        items.append(scored(replace(item, reward=reward, part=part), [-0.5]))
+    batch, _ = pack(items, logprob_floor=-50.0)
+    assert batch.episodes.tolist() == [0, 0, 1]
+    found, _ = follow(config(objective={"coef": 0.0}, outcome={"coef": 1.0}), batch)
+    assert found.advantages is not None
+    assert found.advantages[found.loss_mask].tolist() == [1.0, 1.0, -1.0]
 
 
 def test_truncated_weights_multiply_and_are_counted():

@@ -23,6 +23,7 @@ from opd.embedded.teacher import EmbeddedTeachers, Part, Voice
 from opd.loop import Parts, train_step
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
 from opd.tasks import make_tasks
+from opd.tasks.judge import Judge
 
 NAMES = ("left", "even", "right", "odd")
 
@@ -252,7 +253,7 @@ def test_a_step_counts_failed_scores_and_trains_on_the_others(tmp_path: Path):
         studio.sampler(),
         studio.teachers(keep_hidden=True),
         studio.learner(),
-        lambda prompt, response: None,
+        Judge(lambda prompt, response: None),
     )
     report = train_step(config, parts, 1)
     failed: Sequence[ScoredRollout] = [s for s in report.scored if isinstance(s.score, FailedScore)]

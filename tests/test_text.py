@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd.errors import DataError
 from opd.records import Prompt
-from opd.text.chat import decode_response, encode_prompt, user_message
+from opd.text.chat import Chat, user_message
 from opd.text.tokenizer import difference, end_token_ids, fingerprint
 
 
@@ -31,7 +31,7 @@ def alphabet() -> dict[str, int]:
 
 def test_a_prompt_is_written_in_the_chat_template_with_the_generation_prompt():
     tokenizer = byte_tokenizer()
-    ids = encode_prompt(tokenizer, prompt(text="hé"))
+    ids = Chat(tokenizer).encode_prompt(prompt(text="hé"))
     assert tokenizer.decode(ids) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
     # The markers are one token each, not their letters.
     assert ids.count(256) == 2
@@ -41,7 +41,7 @@ def test_a_prompt_is_written_in_the_chat_template_with_the_generation_prompt():
 
 def test_every_message_of_a_conversation_is_in_the_prompt_in_order():
     messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
-    ids = encode_prompt(byte_tokenizer(), Prompt("p", messages, teacher="t", task="task"))
+    ids = Chat(byte_tokenizer()).encode_prompt(Prompt("p", messages, teacher="t", task="task"))
     assert byte_tokenizer().decode(ids) == (
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -51,26 +51,26 @@ def test_without_a_chat_template_the_texts_are_joined_by_blank_lines():
     tokenizer = byte_level(alphabet())
     assert not tokenizer.chat_template
     messages = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"})
-    ids = encode_prompt(tokenizer, Prompt("p", messages, teacher="t", task="task"))
+    ids = Chat(tokenizer).encode_prompt(Prompt("p", messages, teacher="t", task="task"))
     assert tokenizer.decode(ids) == "be brief\n\nhi"
 
 
 def test_a_prompt_without_tokens_is_named():
     with pytest.raises(DataError, match="prompt 'p7': no tokens after tokenization"):
-        encode_prompt(byte_level(alphabet()), prompt("p7", text=""))
+        Chat(byte_level(alphabet())).encode_prompt(prompt("p7", text=""))
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve 漢字 🙂", " spaced  out , here .", "a\n\n\tb", "don 't"])
 def test_decoding_undoes_encoding_and_leaves_out_the_end_token(text):
     tokenizer = byte_tokenizer()
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert decode_response(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+    assert Chat(tokenizer).decode([*ids, tokenizer.eos_token_id]) == text
 
 
 def test_a_response_cut_within_a_character_still_decodes():
     tokenizer = byte_tokenizer()
     ids = tokenizer("aé", add_special_tokens=False).input_ids
-    assert decode_response(tokenizer, ids[:-1]) == "a\ufffd"
+    assert Chat(tokenizer).decode(ids[:-1]) == "a\ufffd"
 
 
 def test_a_user_message_is_a_conversation_of_one():

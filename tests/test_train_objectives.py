@@ -86,8 +86,15 @@ def test_a_reference_that_is_the_prompts_own_teacher_is_refused(tmp_path: Path):
         opd.train(opd.parse_config(tree))
 
 
+def truncation_masked(folder: Path) -> dict[str, Any]:
+    tree = quick(folder, mask={"format_errors": "trajectory"}, steps=2)
+    for task in tree["tasks"].values():
+        task["checks"] = {"rules": ["truncated"]}
+    return tree
+
+
 def test_a_batch_of_which_nothing_is_left_makes_no_update(tmp_path: Path):
-    tree = quick(tmp_path, mask={"truncated": "trajectory"}, steps=2) | {"evaluation": {"num_prompts": 0}}
+    tree = truncation_masked(tmp_path) | {"evaluation": {"num_prompts": 0}}
     tree["sampling"] |= {"max_new_tokens": 1, "prompts_per_step": 1, "group_size": 1}
     run = opd.train(opd.parse_config(tree)).run
     for line in opd.read_metrics(run):
@@ -97,11 +104,12 @@ def test_a_batch_of_which_nothing_is_left_makes_no_update(tmp_path: Path):
 
 
 def test_truncated_responses_are_masked_and_counted(tmp_path: Path):
-    tree = quick(tmp_path, mask={"truncated": "trajectory"}, steps=2)
-    run = opd.train(opd.parse_config(tree)).run
+    run = opd.train(opd.parse_config(truncation_masked(tmp_path))).run
     for line in opd.read_metrics(run):
-        cut = sum(s.rollout.finish == "length" for s in opd.read_rollouts(run, line["step"]))
-        assert line["mask/truncated/sum"] == cut > 0
+        cut = [s.rollout for s in opd.read_rollouts(run, line["step"]) if s.rollout.finish == "length"]
+        assert line["mask/rollouts/sum"] == len(cut) > 0
+        assert line["mask/tokens/sum"] == sum(r.num_actions for r in cut)
+        assert all([f.rule for f in r.flags] == ["truncated"] for r in cut)
 
 
 def test_a_discount_close_to_one_warns_with_the_branch_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

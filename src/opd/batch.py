@@ -1,6 +1,6 @@
 """The batch of a training step: scored rollouts as flat tensors over all their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from opd.errors import ScoreError
-from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, ScoredRollout
+from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, Rollout, ScoredRollout
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rollouts of one step, concatenated. `tokens` counts all their tokens, `actions` those that the student sampled.
 
-    rollout_ids, teachers: one entry a rollout; lengths, group_ids, truncated [batch]; rewards [batch] (nan: none);
-    token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. train_mask: those that any term
-    trains on, which normalisers count; distill_mask: those that the distillation term acts on (all, unless
-    `opd.signal` leaves some out). teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]:
-    the actions before which those parts have a state; None: all.
+    rollout_ids, teachers: one entry a rollout; lengths, group_ids [batch]; rewards [batch] (nan: none); episodes [batch]: equal
+    for the parts of one episode; turns [tokens]: which of the student's turns an action belongs to; flagged [tokens]: where
+    format errors lie;
+    token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. distill_mask: those that the
+    distillation term acts on (all, unless `opd.signal` leaves some out); outcome_mask: those that an outcome acts on.
+    teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
+    parts have a state; None: all.
     chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`; a token that was scored by
     itself is a chunk of its own, and its rollout counts 0 bytes.
 
@@ -30,12 +32,14 @@ class Batch:
     teachers: tuple[str, ...]
     lengths: Tensor
     group_ids: Tensor
+    episodes: Tensor
     rewards: Tensor
-    truncated: Tensor
     token_ids: Tensor
+    turns: Tensor
+    flagged: Tensor
     loss_mask: Tensor
-    train_mask: Tensor
     distill_mask: Tensor
+    outcome_mask: Tensor
     rollout_logprobs: Tensor
     teacher_logprobs: Tensor
     teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
@@ -49,6 +53,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rollout_ids)
+
+    @property
+    def train_mask(self) -> Tensor:
+        """The actions that any term trains on, [tokens] bool."""
+        return self.distill_mask | self.outcome_mask
 
     @property
     def scored(self) -> Tensor:
@@ -102,24 +111,48 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         raise ScoreError(f"none of {len(scored)} rollouts can be trained on: {'; '.join(reasons)}")
     flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     loss_mask = torch.from_numpy(flat["mask"])
-    groups = {p: i for i, p in enumerate(dict.fromkeys((s.rollout.prompt.id, s.score.teacher) for s in usable))}
+    groups = _numbered((s.rollout.prompt.id, s.score.teacher) for s in usable)
+    episodes = _numbered((s.rollout.prompt.id, s.score.teacher, s.rollout.sample) for s in usable)
     batch = Batch(
         rollout_ids=tuple(s.rollout.id for s in usable),
         teachers=tuple(s.score.teacher for s in usable),
         lengths=torch.tensor([len(s.rollout.token_ids) for s in usable]),
         group_ids=torch.tensor([groups[s.rollout.prompt.id, s.score.teacher] for s in usable]),
         rewards=torch.tensor([np.nan if s.rollout.reward is None else s.rollout.reward for s in usable]),
-        truncated=torch.tensor([s.rollout.finish == "length" for s in usable]),
+        episodes=torch.tensor([episodes[s.rollout.prompt.id, s.score.teacher, s.rollout.sample] for s in usable]),
+        turns=torch.from_numpy(np.concatenate([_turns(s.rollout) for s in usable])),
+        flagged=torch.from_numpy(np.concatenate([_flagged(s.rollout) for s in usable])),
         token_ids=torch.from_numpy(flat["ids"].astype(np.int64)),
         loss_mask=loss_mask,
-        train_mask=loss_mask,
         distill_mask=loss_mask,
+        outcome_mask=torch.zeros_like(loss_mask),
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
         teacher_parts=_parts(usable),
         **_chunk_columns(usable),
     )
     return batch, {"dropped": len(scored) - len(usable), "floored": floored}
+
+
+def _numbered(keys: Iterable[Hashable]) -> dict[Hashable, int]:
+    """A number from 0 for each distinct key, in order."""
+    return {key: i for i, key in enumerate(dict.fromkeys(keys))}
+
+
+def _turns(rollout: Rollout) -> np.ndarray:
+    """Which of the student's turns each action belongs to, [tokens] int64; 0 elsewhere."""
+    found = np.zeros(len(rollout.token_ids), dtype=np.int64)
+    for number, turn in enumerate(t for t in rollout.turns if t.author == "student"):
+        found[turn.start : turn.end] = number
+    return found
+
+
+def _flagged(rollout: Rollout) -> np.ndarray:
+    """The actions in which format errors lie, [tokens] bool."""
+    found = np.zeros(len(rollout.token_ids), dtype=bool)
+    for flag in rollout.flags:
+        found[flag.start : flag.end] = True
+    return found & rollout.loss_mask
 
 
 def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...] | None:

@@ -9,8 +9,8 @@ import numpy as np
 from opd.metrics import wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, ScoredRollout
 from opd.roles import Sampler, Seed, Teacher
+from opd.tasks.judge import Judge
 
-Reward = Callable[[Prompt, str], float | None]
 ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
 
 SPLITS = ("train", "held_out")
@@ -21,7 +21,8 @@ EVALUATION_SEED: Seed = (0, "evaluate")
 class Cell:
     """One policy on one set of prompts, one response a prompt.
 
-    total: responses; correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson;
+    total: episodes; flagged: those with a format error; correct of verified: those of reward 1 (None where no response has a
+    verdict); interval: 95 %, Wilson;
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
     nats. With a teacher of another tokenizer it is estimated from the sampled chunks, and kl_byte is there too.
     """
@@ -30,6 +31,7 @@ class Cell:
     verified: int
     correct: int | None
     truncated: int
+    flagged: int
     mean_length: float
     kl_token: float | None = None
     kl_sequence: float | None = None
@@ -66,28 +68,30 @@ class ParityRow:
 def evaluate(
     sampler: Sampler,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    judge: Judge,
     *,
     seed: Seed = EVALUATION_SEED,
     teachers: Teacher | None = None,
     reverse_kl: ReverseKl | None = None,
 ) -> Cell:
     """One response a prompt at the sampler's temperature, verified; with `teachers` and `reverse_kl` also the KL."""
-    rollouts = sampler.sample(prompts, num_samples=1, seed=seed)
-    rewards = [reward(r.prompt, r.response) for r in rollouts]
-    known = [r for r in rewards if r is not None]
+    rollouts = judge(sampler.sample(prompts, num_samples=1, seed=seed))
+    episodes = [r for r in rollouts if r.part == 0]
+    faulty = {(r.prompt.id, r.sample) for r in rollouts if r.flags}
+    known = [r.reward for r in episodes if r.reward is not None]
     kl: Mapping[str, float] = {}
     if teachers is not None and reverse_kl is not None:
-        scored = teachers.score(rollouts)
+        scored = teachers.score([r for r in rollouts if r.failure is None])
         # One teacher scores all prompts of a set, so its scores are of one kind.
         hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
         kl = _averages(reverse_kl(hidden)) if hidden else _in_chunks(scored)
     return Cell(
-        total=len(rollouts),
+        total=len(episodes),
         verified=len(known),
         correct=sum(r >= 1.0 for r in known) if known else None,
-        truncated=sum(r.finish == "length" for r in rollouts),
-        mean_length=float(np.mean([r.num_actions for r in rollouts])),
+        truncated=sum(r.truncated for r in episodes),
+        flagged=len(faulty),
+        mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
         **kl,
     )
 

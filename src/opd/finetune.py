@@ -3,21 +3,26 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opd.config import ObjectiveConfig, SftConfig
+from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
 from opd.data.stream import PromptStream
 from opd.embedded.build import build_student, export
 from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.sampler import EmbeddedSampler
-from opd.embedded.sft import answer_batch
+from opd.embedded.sampler import EmbeddedSampler, episode_player
+from opd.embedded.sft import imitation_batch
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
 from opd.evaluate import SPLITS, Cell, evaluate, pick
 from opd.metrics import values
-from opd.records import Prompt
+from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
+from opd.roles import Task
 from opd.tasks import make_tasks
+from opd.tasks.demonstrate import Demonstrator
+from opd.tasks.judge import Judge
+
+_LOOKED_AT = 64
 
 
 def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
@@ -26,15 +31,16 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     Returns its accuracy by task and split. The loss is the mean negative log-likelihood of the answers' tokens, end token
     included.
     """
-    tasks = make_tasks(config.tasks)
+    tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():
         if not splits["train"]:
             raise DataError(f"tasks.{name} has no training prompts")
     RunFolder.require_absent(config.output)
     student = build_student(config)
-    for splits in prompts.values():
-        _require_learnable(splits["train"], student)
+    school = _School(student, tasks, config.episodes)
+    for name, splits in prompts.items():
+        school.require_learnable(tasks[name], splits["train"])
     folder = RunFolder.create(config.output, config)
     learner = EmbeddedLearner(
         student.network,
@@ -50,7 +56,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
     with ProgressLine(config.steps) as line:
         for step in range(1, config.steps + 1):
-            batch = answer_batch(student.network.tokenizer, stream.next(config.batch_size))
+            batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()
             plain = {name: value for name, value in values(metrics).items() if not name.startswith("kl/")}
             folder.append_metrics(step, plain)
@@ -58,13 +64,59 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
         with explain_io(folder.student):
             export(student, folder.student, dtype=config.save_dtype)
             draw_curves(read_metrics(folder.path), folder.path / "curves.png", title=str(Path(config.output)))
+        return school.examine(config, prompts, line)
+
+
+class _School:
+    """A student's episodes with the solutions of its tasks, and without."""
+
+    def __init__(self, student: Voice, tasks: Mapping[str, Task], episodes: EpisodesConfig) -> None:
+        self._student = student
+        self._tasks = tasks
+        self._episodes = episodes
+        network = student.network
+        self._player = episode_player(network, episodes, lambda prompt: tasks[prompt.task].environment(prompt))
+        self._demonstrator = Demonstrator(
+            network.tokenizer, lambda prompt, messages: tasks[prompt.task].solution(prompt, messages)
+        )
+
+    def demonstrate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """One episode a prompt as its task's solution has it; raises DataError where it has none."""
+        rollouts = self._player.play([(p, 0) for p in prompts], self._demonstrator.take_turns, version=0)
+        for rollout in rollouts:
+            if rollout.failure is not None:
+                raise DataError(f"prompt '{rollout.prompt.id}': its demonstration fails: {rollout.failure}")
+        return rollouts
+
+    def require_learnable(self, task: Task, prompts: Sequence[Prompt]) -> None:
+        """Raise DataError for the first prompt whose answer is missing or does not fit the context; of generated problems, whose
+        solutions are generated too, only some are looked at."""
+        limit = self._student.network.max_context
+        for prompt in prompts if task.environment(prompts[0]) is None else prompts[:_LOOKED_AT]:
+            tokens = max(len(r.token_ids) for r in self.demonstrate([prompt]))
+            if limit is not None and tokens > limit:
+                raise DataError(
+                    f"prompt '{prompt.id}': {tokens} tokens with its answer exceed the model's context ({limit})"
+                )
+
+    def examine(
+        self, config: SftConfig, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]], line: ProgressLine
+    ) -> dict[tuple[str, str], Cell]:
+        """The student's own accuracy by task and split."""
         sampler = EmbeddedSampler(
-            student.network,
-            adapter=student.adapter,
+            self._student.network,
+            adapter=self._student.adapter,
             temperature=1.0,
             max_new_tokens=config.max_new_tokens,
             max_rows=64,
             max_tokens=config.compute.max_tokens,
+            player=self._player,
+        )
+        judge = Judge(
+            lambda prompt, response: self._tasks[prompt.task].reward(prompt, response),
+            {name: task.checks for name, task in config.tasks.items()},
+            tokenizer=self._student.network.tokenizer,
+            tool_syntax=self._episodes.tool_syntax,
         )
         found: dict[tuple[str, str], Cell] = {}
         for name, splits in prompts.items():
@@ -72,19 +124,11 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
                 chosen = pick(splits[split], config.evaluation.num_prompts, seed=0)
                 if not chosen:
                     continue
-                cell = found[name, split] = evaluate(sampler, chosen, tasks[name].reward)
+                cell = found[name, split] = evaluate(sampler, chosen, judge)
                 if cell.accuracy is not None and cell.interval is not None:
                     low, high = cell.interval
-                    line.say(f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] exact match of {cell.total}")
-    return found
-
-
-def _require_learnable(prompts: Sequence[Prompt], student: Voice) -> None:
-    """Raise DataError for the first prompt whose answer is missing or does not fit the context."""
-    limit = student.network.max_context
-    for prompt in prompts:
-        tokens = len(answer_batch(student.network.tokenizer, [prompt]).token_ids)
-        if limit is not None and tokens > limit:
-            raise DataError(
-                f"prompt '{prompt.id}': {tokens} tokens with its answer exceed the model's context ({limit})"
-            )
+                    faults = f", {cell.flagged} with format errors" if cell.flagged else ""
+                    line.say(
+                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.total}{faults}"
+                    )
+        return found

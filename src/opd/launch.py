@@ -30,14 +30,15 @@ from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
 from opd.score_cache import CachedTeacher
-from opd.startup import PromptSets, read_tasks, run_checks
-from opd.tasks import Reward
+from opd.startup import Material, read_tasks, run_checks
+from opd.tasks.episodes import MakeEnvironment
+from opd.tasks.judge import Reward
 from opd.text.tokenizer import fingerprint
 
 _SAFE_DISCOUNT = 0.9
 _MASK_WARNING = (
-    "warning: mask.truncated = 'trajectory' with an uncentred advantage rewards truncation unless the outcome outweighs it: "
-    "outcome.coef must exceed the KL of a response (docs/objectives.md)"
+    "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs it: "
+    "outcome.coef (1 - outcome.format_error) must exceed the KL of a response (docs/safeguards.md)"
 )
 _DISCOUNT_WARNING = (
     "warning: objective.discount = {} lets a student that cannot match its teacher everywhere prefer short or empty branches: "
@@ -56,57 +57,66 @@ class Result:
 
 
 def train(
-    config: Config, *, reward: Reward | None = None, on_step: Callable[[StepReport], None] | None = None
+    config: Config,
+    *,
+    reward: Reward | None = None,
+    environment: MakeEnvironment | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> Result:
     """Train a student by on-policy distillation, from a fresh run folder to the parity table.
 
     Args:
         config: the recipe, from `opd.load_config`.
         reward: (prompt, response) -> score in [0, 1] or None; takes the place of every task's own verifier.
+        environment: prompt -> an `opd.Environment` for one episode, or None for a single turn; takes the place of the tasks' own.
         on_step: called after each update with what it did.
 
     Raises OpdError with one line when something does not fit; nothing is written over.
     """
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
-    prompts, rewards = read_tasks(config, reward)
-    folder = RunFolder(Path(config.output))
-    return _Run(config, folder, prompts, rewards, on_step, own_reward=reward is not None).go(resume=False)
+    material = read_tasks(config, reward, environment)
+    own = reward is not None or environment is not None
+    return _Run(config, RunFolder(Path(config.output)), material, on_step, own_code=own).go(resume=False)
 
 
 def resume(
-    run: str | Path, *, reward: Reward | None = None, on_step: Callable[[StepReport], None] | None = None
+    run: str | Path,
+    *,
+    reward: Reward | None = None,
+    environment: MakeEnvironment | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> Result:
     """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped.
 
-    A run that was started with a reward function needs it again.
+    A run that was started with a reward function or environments of the user's own needs them again.
     """
     folder = RunFolder.open(run)
-    folder.require_reward(reward is not None)
+    folder.require_reward(reward is not None or environment is not None)
     config = folder.config()
     require_installed(config.logging.writers)
-    prompts, rewards = read_tasks(config, reward)
-    return _Run(config, folder, prompts, rewards, on_step).go(resume=True)
+    return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
 
 
 def check(config: Config) -> list[Finding]:
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use."""
-    prompts, _ = read_tasks(config, None)
-    return run_checks(build(config), prompts)
+    material = read_tasks(config, None)
+    return run_checks(build(config, material.make_environment), material.prompts)
 
 
-def evaluate_run(run: str | Path, *, reward: Reward | None = None) -> list[ParityRow]:
+def evaluate_run(
+    run: str | Path, *, reward: Reward | None = None, environment: MakeEnvironment | None = None
+) -> list[ParityRow]:
     """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew.
 
     Raises RunError for a run without evaluation prompts, and for one that was started with a reward function and gets none.
     """
     folder = RunFolder.open(run)
-    folder.require_reward(reward is not None)
+    folder.require_reward(reward is not None or environment is not None)
     config = folder.config()
     if not config.evaluation.num_prompts:
         raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
-    prompts, rewards = read_tasks(config, reward)
-    return _Run(config, folder, prompts, rewards, None).evaluate_only()
+    return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
 
 
 class _Run:
@@ -116,22 +126,22 @@ class _Run:
         self,
         config: Config,
         folder: RunFolder,
-        prompts: PromptSets,
-        reward: Reward,
+        material: Material,
         on_step: Callable[[StepReport], None] | None,
         *,
-        own_reward: bool = False,
+        own_code: bool = False,
     ) -> None:
-        self.own_reward = own_reward
+        self.own_code = own_code
         self.config = config
         self.folder = folder
-        self.prompts = prompts
-        self.reward = reward
+        self.prompts = material.prompts
         self.on_step = on_step
-        self.studio = build(config)
+        self.studio = build(config, material.make_environment)
+        self.judge = material.judge(config, self.studio)
         self.learner = self.studio.learner()
         weights = {name: task.weight for name, task in config.tasks.items()}
-        self.stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
+        train = {name: splits["train"] for name, splits in self.prompts.items()}
+        self.stream = PromptStream(train, weights, seed=config.seed)
 
     def go(self, *, resume: bool) -> Result:
         config = self.config
@@ -139,7 +149,7 @@ class _Run:
             preflight.require(run_checks(self.studio, self.prompts))
             if not resume:
                 # Only now, so that a recipe that is refused leaves nothing behind.
-                RunFolder.create(self.folder.path, config, own_reward=self.own_reward)
+                RunFolder.create(self.folder.path, config, own_code=self.own_code)
             with self.folder.locked():
                 return self._train(line, resume=resume)
 
@@ -150,7 +160,7 @@ class _Run:
             self.folder.truncate_metrics(start)
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
-        if config.mask.truncated == "trajectory" and not config.objective.centred:
+        if config.mask.format_errors != "off" and not config.objective.centred:
             line.say(_MASK_WARNING)
         before = self._before(line, start)
         done, interrupted = self._steps(line, start)
@@ -180,7 +190,7 @@ class _Run:
             teachers = CachedTeacher(teachers, size=config.compute.score_cache)
         sampler = self.studio.sampler()
         sampler.load_weights(self.learner.weights(), policy_version=start)
-        parts = Parts(self.stream, sampler, teachers, self.learner, self.reward)
+        parts = Parts(self.stream, sampler, teachers, self.learner, self.judge)
         writers = make_writers(config, self.folder.path, start=start)
         done, saved, stopped = start, start, False
         try:
@@ -278,7 +288,7 @@ class _Run:
             expert = None
             if teacher in self.studio.voices:  # several teachers at once are nobody who could answer alone
                 sampler = self.studio.sampler(self.studio.voices[teacher])
-                expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.reward)
+                expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.judge)
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
         self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
@@ -292,7 +302,7 @@ class _Run:
             key: evaluate(
                 sampler,
                 self._evaluation_set(*key)[:count],
-                self.reward,
+                self.judge,
                 teachers=teachers,
                 reverse_kl=self._reverse_kl,
             )

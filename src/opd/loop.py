@@ -5,17 +5,18 @@ Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
-from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
+from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
+from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
 from opd.signal import follow
+from opd.tasks.judge import Judge
 from opd.text.lineup import shares
 from opd.text.pairing import LARGEST, total
 
@@ -28,7 +29,7 @@ class Parts:
     sampler: Sampler
     teachers: Teacher
     learner: Learner
-    reward: Callable[[Prompt, str], float | None]
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         sampled = parts.sampler.sample(
             prompts, num_samples=config.sampling.group_size, seed=(config.seed, "sample", step)
         )
-        rollouts = [replace(r, reward=parts.reward(r.prompt, r.response)) for r in sampled]
+        rollouts = parts.judge(sampled)
     with clock.phase("score"):
-        scored = parts.teachers.score(rollouts)
+        scored = score_usable(parts.teachers, rollouts)
     with clock.phase("update"):
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor)
         if config.objective.needs_student_scores:
@@ -100,6 +101,16 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     return StepReport(step, values(metrics), tuple(scored))
 
 
+def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
+    usable = [r for r in rollouts if r.failure is None]
+    scored = iter(teachers.score(usable) if usable else [])
+    return [
+        next(scored) if r.failure is None else ScoredRollout(r, FailedScore(r.prompt.teacher, r.failure))
+        for r in rollouts
+    ]
+
+
 def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
     """How each teacher with another tokenizer read the responses (`opd.text.lineup.shares`)."""
     found: dict[str, list[Mapping[str, int]]] = {}
@@ -117,18 +128,24 @@ def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Outcome, length and truncation, over all and by task."""
+    """Outcome, length and truncation, over all and by task, and what happened in environments."""
+    episodes = [r for r in rollouts if r.part == 0]
     metrics: Metrics = {
         "response/length/mean": mean_of(r.num_actions for r in rollouts),
-        "response/truncated/mean": mean_of(r.finish == "length" for r in rollouts),
+        "response/truncated/mean": mean_of(r.truncated for r in episodes),
         "batch/rollouts/sum": Sum(len(rollouts)),
         "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),
     }
-    metrics["outcome/mean"] = mean_of(r.reward for r in rollouts if r.reward is not None)
+    metrics["outcome/mean"] = mean_of(r.reward for r in episodes if r.reward is not None)
     for task in dict.fromkeys(r.prompt.task for r in rollouts):
         metrics[f"outcome/{task}/mean"] = mean_of(
-            r.reward for r in rollouts if r.prompt.task == task and r.reward is not None
+            r.reward for r in episodes if r.prompt.task == task and r.reward is not None
         )
+    events = sum((Counter(r.events) for r in rollouts), Counter())
+    turns = [sum(t.author == "student" for t in r.turns) for r in rollouts]
+    if events or max(turns, default=0) > 1:
+        metrics["episode/turns/mean"] = Mean(sum(turns), len(episodes))
+        metrics |= {f"episode/{name}/sum": Sum(count) for name, count in sorted(events.items())}
     return metrics
 
 

@@ -80,7 +80,7 @@ class Probe:
 def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: int = 2000) -> Probe:
     """Measure every estimator on `num_prompts` prompts of the recipe, `samples` responses each, at the student as it is
     before the first step. Raises OpdError where the recipe does not fit."""
-    prompt_sets, _ = read_tasks(config, None)
+    prompt_sets = read_tasks(config, None).prompts
     studio = build(config)
     preflight.require(run_checks(studio, prompt_sets))
     if studio.foreign:
@@ -184,7 +184,7 @@ def _followed(config: Config, options: Mapping[str, Any], batch: Batch) -> Batch
 def _only(batch: Batch, row: int) -> Batch:
     """The batch with one response that trains; the others stay in it as they are."""
     mine = torch.repeat_interleave(torch.arange(len(batch)) == row, batch.lengths)
-    return replace(batch, train_mask=batch.train_mask & mine, distill_mask=batch.distill_mask & mine)
+    return replace(batch, distill_mask=batch.distill_mask & mine)
 
 
 def _backward(learner: EmbeddedLearner, passes: Sequence[Pass], batch: Batch) -> None:

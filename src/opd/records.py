@@ -17,8 +17,14 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-Message: TypeAlias = Mapping[str, str]
-Finish: TypeAlias = Literal["end", "length"]
+Message: TypeAlias = Mapping[str, Any]
+"""One message of a conversation: "role" and "content", strings."""
+
+Finish: TypeAlias = Literal["end", "length", "turns", "context", "failed"]
+"""Why a rollout ended: the student or its environment ended it, its last turn was cut at the token limit, no turn was left, no
+room was left in the student's context, or its environment failed."""
+
+TRUNCATED: frozenset[Finish] = frozenset({"length", "context"})
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -31,7 +37,8 @@ def read_only(array: np.ndarray) -> np.ndarray:
 class Prompt:
     """One prompt x and the name of its teacher T(x).
 
-    `messages` is the conversation so far; `answer` is what a verifier compares with, if the task has one.
+    `messages` is the conversation so far; `answer` is what a verifier compares with, if the task has one. `tools` are the JSON
+    schemas of the functions that the student may call, which its chat template shows to it.
     """
 
     id: str
@@ -40,6 +47,16 @@ class Prompt:
     task: str
     answer: str | None = None
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A format error: the rule that found it, and the tokens [start, end) of the rollout in which it lies."""
+
+    rule: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,12 @@ class Turn:
 class Rollout:
     """One flat token sequence that the student sampled, and what it means.
 
-    token_ids, loss_mask, rollout_logprobs: [tokens]; `finish` is "end" when the student chose to end its turn (that
-    token is an action and is part of the sequence) and "length" when the response was cut at its limit.
-    `reward` is the verifier's score in [0, 1], or None where the task has none.
+    token_ids, loss_mask, rollout_logprobs: [tokens]; a turn's end-of-turn token is an action and is part of the sequence.
+    `reward` is the outcome in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
+    environment that a user should know of, counted by name. `failure`: why it must not be trained on, where it must not.
+
+    An episode is one rollout while the chat template keeps what it has written. Where it rewrites earlier turns, the episode
+    goes on in another rollout, whose prompt is the rewritten conversation: `part` counts them.
     """
 
     prompt: Prompt
@@ -70,6 +90,10 @@ class Rollout:
     finish: Finish
     policy_version: int
     reward: float | None = None
+    part: int = 0
+    flags: tuple[Flag, ...] = ()
+    events: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         assert self.token_ids.shape == self.loss_mask.shape == self.rollout_logprobs.shape, self.id
@@ -78,12 +102,17 @@ class Rollout:
 
     @property
     def id(self) -> str:
-        return f"{self.prompt.id}/{self.sample}"
+        return f"{self.prompt.id}/{self.sample}" + (f".{self.part}" if self.part else "")
 
     @property
     def response(self) -> str:
         """The text of the student's last turn."""
         return self.messages[-1]["content"]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut by a limit on tokens."""
+        return self.finish in TRUNCATED
 
     @property
     def num_actions(self) -> int:

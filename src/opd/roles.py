@@ -1,13 +1,41 @@
 """The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 from opd.batch import Batch
 from opd.metrics import Metrics
-from opd.records import Prompt, Rollout, ScoredRollout
+from opd.records import Message, Prompt, Rollout, ScoredRollout
 
 Seed: TypeAlias = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment makes of one turn of the student.
+
+    observations: the messages that follow, of role "tool", "user" or "system"; reward: the outcome of the episode as it stands
+    now, in [0, 1], or None for no verdict yet; done: no further turn. events: what happened that is worth counting, by name.
+    """
+
+    observations: Sequence[Message] = ()
+    reward: float | None = None
+    done: bool = False
+    events: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Environment(Protocol):
+    """One episode's counterpart of the student."""
+
+    async def reset(self) -> Sequence[Message]:
+        """The messages that follow the prompt before the student's first turn; often none."""
+        ...
+
+    async def step(self, message: Message) -> Step:
+        """What follows the student's turn."""
+        ...
 
 
 class Sampler(Protocol):
@@ -63,4 +91,12 @@ class Task(Protocol):
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         """The verifier's score in [0, 1], or None where the task has no verifier."""
+        ...
+
+    def environment(self, prompt: Prompt) -> Environment | None:
+        """A new environment for one episode on this prompt; None where one turn is all."""
+        ...
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        """The turn that a perfect student would take now, or None where the task does not know."""
         ...

@@ -11,41 +11,74 @@ from opd.config import Config, CorrectionConfig, ObjectiveConfig
 from opd.metrics import Metrics, Sum, mean_of
 from opd.objectives import advantages as adv
 from opd.objectives import baselines, corrections
+from opd.objectives.reduce import denominator, without_errors
 
 
 def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     """The batch with its masks and advantages, and what was left out of it.
 
-    A_t = w_t (A_t^distill + coef * A^outcome): the distillation part on `distill_mask`, the outcome part on all that
-    trains, w_t the correction's weight. Advantages are None when there is no sampled term. Raises ValueError when the
-    objective needs student scores that the batch lacks.
+    A_t = w_t (coef_d A_t^distill / N_d + coef_o A^outcome / N_o) N_d: the distillation part on `distill_mask`, whose normaliser is
+    N_d, the outcome part on `outcome_mask`, whose normaliser is N_o; w_t is the correction's weight. The learner divides by N_d
+    (`divisor`). Advantages are None when there is no sampled term. Raises ValueError when the objective needs student scores that
+    the batch lacks.
     """
     batch, metrics = _masked(config, batch)
     mask = batch.padded(batch.loss_mask)
     total = _distillation(config, batch)
+    if total is not None:
+        total = config.objective.coef * total
+    outcome = None
     if config.outcome.coef > 0:
         outcome = config.outcome.coef * _outcome(config, batch)[:, None] * mask
-        total = outcome if total is None else total + outcome
     if config.objective.correction.type != "none":
         weights, kept, more = _correction(config.objective.correction, batch, mask)
-        trained = batch.train_mask & batch.flatten(kept)
-        batch = replace(batch, train_mask=trained, distill_mask=batch.distill_mask & trained)
+        kept = batch.flatten(kept)
+        batch = replace(batch, distill_mask=batch.distill_mask & kept, outcome_mask=batch.outcome_mask & kept)
         total = None if total is None else total * weights
+        outcome = None if outcome is None else outcome * weights
         metrics |= more
+    if outcome is not None:
+        share = divisor(config.objective, batch) / _normalizer(config.objective, batch, batch.outcome_mask)
+        total = share * outcome if total is None else total + share * outcome
     return replace(batch, advantages=None if total is None else batch.flatten(total)), metrics
 
 
+def divisor(objective: ObjectiveConfig, batch: Batch) -> float:
+    """What the learner divides the sum over the whole batch by: the distillation term's normaliser, or the outcome's where no
+    distillation is left."""
+    mask = batch.distill_mask if bool(batch.distill_mask.any()) else batch.outcome_mask
+    return _normalizer(objective, batch, mask)
+
+
+def _normalizer(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> float:
+    return denominator(batch.padded(mask), objective.normalizer, constant=objective.constant)
+
+
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
-    """Leave out of the distillation term what has no score, and truncated responses where the recipe says so; what has no
-    outcome either has nothing left, so it leaves the normaliser too."""
+    """Leave out of the distillation term what has no score, and what the recipe masks of episodes with format errors; an outcome
+    acts on every episode that has one."""
     kept = batch.scored
     metrics: Metrics = {}
-    if config.mask.truncated != "keep":
-        kept = kept & ~torch.repeat_interleave(batch.truncated, batch.lengths)
-        metrics["mask/truncated/sum"] = Sum(int(batch.truncated.sum()))
-    verdict = ~torch.isnan(batch.rewards) if config.outcome.coef > 0 else torch.zeros_like(batch.truncated)
-    trained = kept | (batch.loss_mask & torch.repeat_interleave(verdict, batch.lengths))
-    return replace(batch, distill_mask=kept, train_mask=trained), metrics
+    scope = config.mask.format_errors
+    if scope != "off":
+        whole = without_errors(batch.padded(batch.flagged), batch.padded(batch.turns), batch.episodes, scope)
+        masked = kept & ~batch.flatten(whole)
+        metrics["mask/tokens/sum"] = Sum(int(masked.sum()))
+        metrics["mask/rollouts/sum"] = Sum(int(batch.padded(masked).any(-1).sum()))
+        kept = kept & ~masked
+    if config.objective.coef == 0:
+        kept = torch.zeros_like(kept)
+    verdict = torch.zeros(len(batch), dtype=torch.bool)
+    if config.outcome.coef > 0:
+        verdict = ~torch.isnan(batch.rewards) | _faulty(batch)
+    judged = batch.loss_mask & torch.repeat_interleave(verdict, batch.lengths)
+    return replace(batch, distill_mask=kept, outcome_mask=judged), metrics
+
+
+def _faulty(batch: Batch) -> Tensor:
+    """The rollouts whose episode has a format error, [batch] bool."""
+    whole = without_errors(batch.padded(batch.flagged), batch.padded(batch.turns), batch.episodes, "trajectory")
+    return ~whole.all(-1)
 
 
 def _distillation(config: Config, batch: Batch) -> Tensor | None:
@@ -92,11 +125,16 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
 
 
 def _outcome(config: Config, batch: Batch) -> Tensor:
-    """The outcome's advantage [batch], 0 where a response has no verdict."""
-    rewards = torch.nan_to_num(batch.rewards, nan=0.0)
-    known = ~torch.isnan(batch.rewards)
-    result = adv.outcome(rewards[known], batch.group_ids[known], config.outcome.baseline)
-    return torch.zeros_like(rewards).masked_scatter(known, result)
+    """The outcome's advantage [batch], the same for every part of an episode; 0 where an episode has no verdict."""
+    rewards = torch.where(_faulty(batch), config.outcome.format_error, batch.rewards)
+    first = torch.ones(
+        len(batch), dtype=torch.bool
+    )  # one row an episode: a split one must not count twice in its group
+    first[1:] = batch.episodes[1:] != batch.episodes[:-1]
+    known = first & ~torch.isnan(rewards)
+    found = adv.outcome(rewards[known], batch.group_ids[known], config.outcome.baseline)
+    by_episode = rewards.new_zeros(int(batch.episodes.max()) + 1).index_add(0, batch.episodes[known], found)
+    return by_episode[batch.episodes]
 
 
 def _correction(config: CorrectionConfig, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor, Metrics]:

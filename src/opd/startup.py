@@ -1,7 +1,7 @@
 """Before the first step: the prompts of a recipe, and every start-up check on the real weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from opd.config import Config
 from opd.embedded.build import Studio
@@ -11,8 +11,11 @@ from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.records import Prompt
-from opd.tasks import Reward, checked_reward, make_tasks
-from opd.text.chat import encode_prompt
+from opd.roles import Environment
+from opd.tasks import make_tasks
+from opd.tasks.episodes import MakeEnvironment
+from opd.tasks.judge import Judge, Reward
+from opd.text.chat import Chat
 
 PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
@@ -23,11 +26,11 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     config = studio.config
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
-    tokenizer = studio.student.network.tokenizer
+    chat = Chat(studio.student.network.tokenizer)
     findings.append(
         preflight.lengths_fit(
             every,
-            lambda p: len(encode_prompt(tokenizer, p)),
+            lambda p: len(chat.encode_prompt(p)),
             max_new_tokens=config.sampling.max_new_tokens,
             contexts={"the student": studio.student.network.max_context},
             teacher_contexts=studio.contexts(),
@@ -39,14 +42,15 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     tolerance = 0.5 if half else 2e-3
     for network in dict.fromkeys([studio.student.network, *(v.network for v in studio.voices.values())]):
         network.activate(None if network is not studio.student.network else studio.student.adapter)
-        sequences = [encode_prompt(network.tokenizer, p) for p in probes]
+        own = Chat(network.tokenizer)
+        sequences = [own.encode_prompt(p) for p in probes]
         findings.append(
             preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
         )
     rollouts = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
     itself = (Part("student", studio.student),)
-    own = studio.teachers(keep_hidden=False, targets=dict.fromkeys(config.teachers, itself))
-    findings.append(preflight.same_policy(rollouts, own.score(rollouts), tolerance=tolerance))
+    same = studio.teachers(keep_hidden=False, targets=dict.fromkeys(config.teachers, itself))
+    findings.append(preflight.same_policy(rollouts, same.score(rollouts), tolerance=tolerance))
     teachers = studio.teachers(keep_hidden=False)
     scored = teachers.score(rollouts)
     findings.append(preflight.deterministic(scored, teachers, tolerance=tolerance))
@@ -59,9 +63,33 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     return findings + preflight.lined_up(scored)
 
 
-def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Reward]:
-    """The prompts of every task and split, and the reward of a response; raises DataError for a bad record."""
-    tasks = make_tasks(config.tasks)
+@dataclass(frozen=True)
+class Material:
+    """What a recipe's tasks give: prompts by task and split, the reward of a response, environments, and whether the reward is
+    the user's own."""
+
+    prompts: PromptSets
+    reward: Reward
+    make_environment: MakeEnvironment
+    own_reward: bool = False
+
+    def judge(self, config: Config, studio: Studio) -> Judge:
+        """Outcomes and format errors of the student's rollouts."""
+        return Judge(
+            self.reward,
+            {name: task.checks for name, task in config.tasks.items()},
+            tokenizer=studio.student.network.tokenizer,
+            tool_syntax=config.episodes.tool_syntax,
+            own=self.own_reward,
+        )
+
+
+def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
+    """Everything that the tasks of a recipe give; `reward` and `make_environment` take the place of the tasks' own.
+
+    Raises DataError for a bad record.
+    """
+    tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():
         if not splits["train"]:
@@ -75,7 +103,7 @@ def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewar
         if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     _require_foreign_reference(config, every)
-    if config.outcome.coef > 0 and reward is None and all(p.answer is None for p in every):
+    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
         raise DataError(
             "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
         )
@@ -83,7 +111,15 @@ def read_tasks(config: Config, reward: Reward | None) -> tuple[PromptSets, Rewar
     def verify(prompt: Prompt, response: str) -> float | None:
         return tasks[prompt.task].reward(prompt, response)
 
-    return prompts, checked_reward(reward or verify)
+    def environment(prompt: Prompt) -> Environment | None:
+        return tasks[prompt.task].environment(prompt)
+
+    return Material(prompts, reward or verify, make_environment or environment, own_reward=reward is not None)
+
+
+def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:
+    """Whether anything says what a response is worth: an answer, or a check for format errors."""
+    return any(p.answer is not None for p in prompts) or any(t.checks.rules for t in config.tasks.values())
 
 
 def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:

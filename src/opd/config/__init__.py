@@ -4,6 +4,8 @@ A recipe is TOML; `key=value` pairs on the command line override it (`optimizer.
 name the nearest known key. Importing this package needs no torch.
 """
 
+from opd.config.checks import ChecksConfig
+from opd.config.episodes import EpisodesConfig
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
@@ -21,14 +23,17 @@ from opd.config.tree import (
     SftConfig,
     TaskConfig,
     TeacherConfig,
+    ToolTask,
 )
 
 __all__ = [
     "AlignmentConfig",
     "AnyConfig",
+    "ChecksConfig",
     "ComputeConfig",
     "Config",
     "CorrectionConfig",
+    "EpisodesConfig",
     "EvaluationConfig",
     "FileTask",
     "LoggingConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "SftConfig",
     "TaskConfig",
     "TeacherConfig",
+    "ToolTask",
     "dump_config",
     "load_config",
     "nearest",

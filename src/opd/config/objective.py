@@ -57,8 +57,10 @@ class CorrectionConfig(Node):
 
 
 class ObjectiveConfig(Node):
-    """The distillation term. `teacher_logprob_floor` bounds what one token may cost; what it raises is counted."""
+    """The distillation term, weighed by `coef`. `teacher_logprob_floor` bounds what one token may cost; what it raises is
+    counted."""
 
+    coef: Annotated[float, Field(ge=0)] = 1.0
     type: Literal["exact", "exact_to_go", "support", "immediate", "to_go", "kl_to_go"] = "exact"
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -172,13 +174,19 @@ class ObjectiveConfig(Node):
 
 
 class MaskConfig(Node):
-    """Responses that the distillation term leaves out: `truncated` ones, cut at the length limit. An outcome still counts."""
+    """What the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`): all of it, what follows the
+    first error, the turns that have one, or the errors' own tokens. An outcome still counts."""
 
-    truncated: Literal["keep", "trajectory"] = "keep"
+    format_errors: Literal["off", "trajectory", "suffix", "turn", "span"] = "off"
 
 
 class OutcomeConfig(Node):
-    """A policy gradient from the verifier's reward, added to the distillation advantage."""
+    """A policy gradient from the outcome, added to the distillation advantage; it acts on every episode, masked ones too.
+
+    format_error: what an episode with a format error is worth, whatever it achieved; below 0, the worst that a verifier gives,
+    so that an error never pays.
+    """
 
     coef: Annotated[float, Field(ge=0)] = 0.0
+    format_error: Annotated[float, Field(le=0)] = -1.0
     baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out"

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from opd.config.checks import ChecksConfig
+from opd.config.episodes import EpisodesConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
 from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
 
@@ -40,7 +42,10 @@ class TeacherConfig(Node):
 
 
 class FileTask(Node):
-    """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?} a line."""
+    """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?, "tools"?, "demonstration"?} a line.
+
+    demonstration: for fine-tuning, the messages that follow the prompt, the student's first and last.
+    """
 
     type: Literal["file"]
     path: str
@@ -48,6 +53,7 @@ class FileTask(Node):
     teacher: str | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
     weight: Annotated[float, Field(gt=0)] = 1.0
+    checks: ChecksConfig = ChecksConfig()
 
 
 class ReasoningGymTask(Node):
@@ -61,9 +67,23 @@ class ReasoningGymTask(Node):
     held_out_size: NonNegative = 200
     seed: NonNegative = 0
     weight: Annotated[float, Field(gt=0)] = 1.0
+    checks: ChecksConfig = ChecksConfig()
 
 
-TaskConfig: TypeAlias = Annotated[FileTask | ReasoningGymTask, Field(discriminator="type")]
+class ToolTask(Node):
+    """Generated problems that need a tool: sums and a calculator, codes and a table to look them up in."""
+
+    type: Literal["tools"]
+    problems: Literal["calculator", "lookup"]
+    teacher: str
+    size: Positive = 1000
+    held_out_size: NonNegative = 200
+    seed: NonNegative = 0
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    checks: ChecksConfig = ChecksConfig()
+
+
+TaskConfig: TypeAlias = Annotated[FileTask | ReasoningGymTask | ToolTask, Field(discriminator="type")]
 
 
 class SamplingConfig(Node):
@@ -192,6 +212,7 @@ class Config(RunNode):
     objective: ObjectiveConfig = ObjectiveConfig()
     outcome: OutcomeConfig = OutcomeConfig()
     mask: MaskConfig = MaskConfig()
+    episodes: EpisodesConfig = EpisodesConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -247,12 +268,21 @@ class Config(RunNode):
                 f"loss = 'ppo' clips sampled advantages; type = '{objective.type}' without an outcome has none: write loss = "
                 "'reinforce'"
             )
-        if self.mask.truncated == "trajectory" and not objective.centred and outcome.coef == 0:
+        checked = any(task.checks.rules for task in self.tasks.values())
+        if self.mask.format_errors != "off" and not checked:
             raise ValueError(
-                f"mask.truncated = 'trajectory' with type = '{objective.type}' and no baseline rewards truncation: what is kept "
-                "has mean advantage -KL < 0, what is masked has 0 (a fault of probability 2 % settles at 24 %); set "
+                f"mask.format_errors = '{self.mask.format_errors}' masks nothing: no task has checks; name rules in "
+                'tasks.NAME.checks.rules, such as ["truncated"]'
+            )
+        masks = self.mask.format_errors != "off" and objective.coef > 0
+        if masks and not objective.centred and outcome.coef == 0:
+            raise ValueError(
+                f"mask.format_errors = '{self.mask.format_errors}' with type = '{objective.type}' and no baseline rewards errors: "
+                "what is kept has mean advantage -KL < 0, what is masked has 0 (an error of probability 2 % settles at 24 %); set "
                 "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact', or outcome.coef > 0"
             )
+        if objective.coef == 0 and outcome.coef == 0:
+            raise ValueError("objective.coef = 0 and outcome.coef = 0 leave nothing to learn from; set one of them")
         return self
 
 
@@ -262,5 +292,6 @@ class SftConfig(RunNode):
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     batch_size: Positive = 32
     max_new_tokens: Positive = 64
+    episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     evaluation: SftEvaluationConfig = SftEvaluationConfig()

@@ -17,10 +17,11 @@ from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
 from opd.embedded.network import Network
-from opd.embedded.sampler import EmbeddedSampler
+from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.errors import ModelError
 from opd.objectives.vocabulary import CommonCells, TeacherHead
+from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
@@ -47,6 +48,7 @@ class Studio:
     foreign: Mapping[str, ForeignVoice]
     identities: Mapping[str, str]
     vocab_size: int
+    make_environment: MakeEnvironment
 
     def sampler(self, voice: Voice | None = None) -> EmbeddedSampler:
         """A sampler of the student, or of a teacher when its voice is given."""
@@ -58,6 +60,7 @@ class Studio:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
+            player=episode_player(voice.network, self.config.episodes, self.make_environment),
         )
 
     def teachers(self, *, keep_hidden: bool, targets: Mapping[str, Target] | None = None) -> EmbeddedTeachers:
@@ -106,7 +109,7 @@ def prepare(compute: ComputeConfig) -> None:
         torch.set_num_threads(compute.threads)
 
 
-def build(config: Config) -> Studio:
+def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studio:
     """Load the student and every teacher, each set of weights once.
 
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
@@ -150,8 +153,9 @@ def build(config: Config) -> Studio:
     targets = {name: _target(config, name, voices) for name in config.teachers if name not in foreign}
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
     return Studio(
-        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, identities, vocab_size
-    )
+        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, identities, vocab_size,
+        make_environment,
+    )  # fmt: skip
 
 
 def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:
@@ -269,10 +273,10 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
         raise ModelError(
             f"teacher '{name}': {what}, and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
         )
-    if objective.type == "support" and config.mask.truncated != "keep":
+    if objective.type == "support" and config.mask.format_errors != "off":
         raise ModelError(
             f"teacher '{name}': {what}, so part of type = 'support' is a sampled log ratio without a baseline, and "
-            "mask.truncated = 'trajectory' would reward truncation; leave it at 'keep', or write objective.type = 'immediate' with "
+            "mask.format_errors would reward errors; leave it at 'off', or write objective.type = 'immediate' with "
             "baseline = 'leave_one_out'"
         )
     if objective.needs_distributions and objective.type != "support":

@@ -16,8 +16,8 @@ from opd.embedded.network import Network
 from opd.embedded.terms import Pass, integrated_term, policy_term, student_scores, vocabulary_settings
 from opd.errors import ScoreError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge
-from opd.objectives.reduce import denominator
 from opd.objectives.vocabulary import TeacherHead
+from opd.signal import divisor
 
 
 class EmbeddedLearner:
@@ -70,12 +70,10 @@ class EmbeddedLearner:
 
     def forward_backward(self, batch: Batch) -> Metrics:
         """Add the gradient of the whole batch's loss, pass by pass."""
-        divisor = denominator(
-            batch.padded(batch.train_mask), self._objective.normalizer, constant=self._objective.constant
-        )
+        shared = divisor(self._objective, batch)
         found = []
         for given in self.passes(batch):
-            loss, metrics = self.loss_of(given, divisor=divisor)
+            loss, metrics = self.loss_of(given, divisor=shared)
             loss.backward()
             found.append(metrics | {"loss/total/sum": Sum(float(loss.detach()))})
         return merge(found)
@@ -93,7 +91,7 @@ class EmbeddedLearner:
         loss = given.hidden.sum() * 0.0
         metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(given.micro.tree))}
         if self._objective.integrated:
-            term, more = integrated_term(given, self._how, divisor=divisor)
+            term, more = integrated_term(given, self._how, divisor=divisor, coef=self._objective.coef)
             loss, metrics = loss + term, metrics | more
         if given.batch.advantages is not None:
             term, more = policy_term(given, self._objective, temperature=self._temperature, divisor=divisor)

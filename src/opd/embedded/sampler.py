@@ -1,7 +1,7 @@
 """Sampling from the student in process: one packed prefill, then rows that end one by one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from opd.config import EpisodesConfig
 from opd.data.seeds import generator_of
 from opd.data.tree import TokenTree, pack_trees
 from opd.embedded.network import Network
-from opd.records import Finish, Prompt, Rollout, Turn
+from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed
-from opd.text.chat import decode_response, encode_prompt
+from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken
+from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 
 _COMPACT_BELOW = 0.75  # rows are dropped from the cache once this share or less is still growing
@@ -37,6 +39,7 @@ class EmbeddedSampler:
         max_new_tokens: int,
         max_rows: int,
         max_tokens: int,
+        player: EpisodePlayer,
     ) -> None:
         self._network = network
         self._adapter = adapter
@@ -44,7 +47,7 @@ class EmbeddedSampler:
         self._max_new_tokens = max_new_tokens
         self._max_rows = max_rows
         self._max_tokens = max_tokens
-        self._end_ids = end_token_ids(network.tokenizer, network.base.generation_config)
+        self._player = player
         self._version = 0
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
@@ -52,24 +55,46 @@ class EmbeddedSampler:
         self._version = policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
-        encoded = [(prompt, encode_prompt(self._network.tokenizer, prompt)) for prompt in prompts]
         seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
-        rows = []
-        for prompt, ids in encoded:
-            rows += [(prompt, seen[prompt.id] + k, ids) for k in range(num_samples)]
+        rows: list[tuple[Prompt, int]] = []
+        for prompt in prompts:
+            rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
             seen[prompt.id] += num_samples
-        draws = uniforms(seed, len(rows), self._max_new_tokens)
+        draws: dict[int, Tensor] = {}
+
+        def take_turns(episodes: Sequence[Episode]) -> list[Taken]:
+            turn = episodes[0].turn  # episodes go in step
+            if turn not in draws:
+                draws.clear()
+                own = seed if turn == 0 else (*seed, "turn", turn)
+                draws[turn] = uniforms(own, len(rows), self._max_new_tokens)
+            return self._take_turns(episodes, draws[turn])
+
+        return self._player.play(rows, take_turns, version=self._version)
+
+    def _take_turns(self, episodes: Sequence[Episode], draws: Tensor) -> list[Taken]:
+        """One turn of each episode, as many tokens as its limit and the student's context allow."""
         self._network.activate(self._adapter)
-        rollouts: list[Rollout] = []
-        for start in range(0, len(rows), self._max_rows):
-            part = rows[start : start + self._max_rows]
-            grown = self._grow([ids for _, _, ids in part], draws[start : start + self._max_rows])
-            rollouts += [self._rollout(p, k, ids, row) for (p, k, ids), row in zip(part, grown, strict=True)]
-        return rollouts
+        limit = self._network.max_context
+        room = [
+            self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(e.token_ids))
+            for e in episodes
+        ]
+        taken = [Taken([], [], "context")] * len(episodes)
+        fits = [i for i, left in enumerate(room) if left > 0]
+        for start in range(0, len(fits), self._max_rows):
+            part = fits[start : start + self._max_rows]
+            mine = draws[[episodes[i].row for i in part]]
+            grown = self._grow([episodes[i].token_ids for i in part], mine, [room[i] for i in part])
+            for i, row in zip(part, grown, strict=True):
+                assert row.finish is not None
+                cut = row.finish == "length" and room[i] < self._max_new_tokens
+                taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
+        return taken
 
     @torch.no_grad()
-    def _grow(self, prompts: Sequence[list[int]], draws: Tensor) -> list["_Response"]:
-        """Extend every prompt until its turn ends or the limit is reached.
+    def _grow(self, prompts: Sequence[list[int]], draws: Tensor, room: Sequence[int]) -> list["_Response"]:
+        """Extend every prompt until its turn ends or its `room`, a number of tokens, is used up.
 
         Samples that share all tokens so far (a group, at first) share one row of the batch; a row is split where they
         part.
@@ -80,11 +105,11 @@ class EmbeddedSampler:
         positions = visible.sum(-1)
         responses = [_Response() for _ in prompts]
         rows = {i: distinct[tuple(p)] for i, p in enumerate(prompts)}  # growing sample -> its row
-        for step in range(self._max_new_tokens):
+        for step in range(max(room)):
             live = list(rows)
             tokens, logprobs = self._draw(hidden, list(rows.values()), draws[live, step])
             for sample, token, logprob in zip(live, tokens, logprobs, strict=True):
-                responses[sample].append(token, logprob, ends=self._end_ids, limit=self._max_new_tokens)
+                responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
             pairs = {s: (rows[s], t) for s, t in zip(live, tokens, strict=True) if responses[s].finish is None}
             if not pairs:
                 break
@@ -130,21 +155,11 @@ class EmbeddedSampler:
             tokens.append(min(int(torch.searchsorted(cdf[row], mark, right=True)), cdf.shape[-1] - 1))
         return tokens, logprobs[rows, tokens].tolist()
 
-    def _rollout(self, prompt: Prompt, sample: int, head: list[int], row: "_Response") -> Rollout:
-        start, end = len(head), len(head) + len(row.tokens)
-        assert row.finish is not None
-        answer = {"role": "assistant", "content": decode_response(self._network.tokenizer, row.tokens)}
-        return Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=np.array([*head, *row.tokens], dtype=np.int32),
-            loss_mask=np.arange(end) >= start,
-            rollout_logprobs=np.array([0.0] * start + row.logprobs, dtype=np.float32),
-            turns=(Turn("prompt", 0, start), Turn("student", start, end)),
-            messages=(*prompt.messages, answer),
-            finish=row.finish,
-            policy_version=self._version,
-        )
+
+def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
+    """Plays episodes in a network's own template; its end tokens end a turn."""
+    ends = end_token_ids(network.tokenizer, network.base.generation_config)
+    return EpisodePlayer(Chat(network.tokenizer), limits, end_ids=ends, make_environment=make_environment)
 
 
 def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:
@@ -160,7 +175,7 @@ class _Response:
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
 
-    def append(self, token: int, logprob: float, *, ends: Sequence[int], limit: int) -> None:
+    def append(self, token: int, logprob: float, *, ends: Container[int], limit: int) -> None:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if token in ends:

@@ -11,7 +11,7 @@ from opd.batch import Batch
 from opd.config import ObjectiveConfig
 from opd.data.micro import MicroBatch
 from opd.errors import ScoreError
-from opd.metrics import Mean, Metrics, mean_of
+from opd.metrics import Mean, Metrics, mean_of, merge
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.losses import ppo, reinforce
 from opd.objectives.vocabulary import (
@@ -19,9 +19,12 @@ from opd.objectives.vocabulary import (
     TeacherHead,
     TeacherStates,
     VocabularyLoss,
+    agreement,
     state_statistics,
     vocabulary_loss,
 )
+
+_AGREEMENT_STATES = 128
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> Vo
     )
 
 
-def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tuple[Tensor, Metrics]:
+def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float = 1.0) -> tuple[Tensor, Metrics]:
     """The divergence over the vocabulary at every visited state; a state that several samples share is done once."""
     device, micro = given.hidden.device, given.micro
-    weights = given.batch.distill_mask[given.flat].double().numpy() / divisor
+    weights = coef * given.batch.distill_mask[given.flat].double().numpy() / divisor
     loss = given.hidden.sum() * 0.0
     columns = {name: np.zeros(len(micro.states)) for name in ("divergence", "reverse_kl", "entropy", "floored", "tail")}
     compared = np.zeros(len(micro.states), dtype=bool)
@@ -86,6 +89,7 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float) -> tupl
         metrics["support/tail_mass/mean"] = mean_of(columns["tail"][compared])
     if how.support is not None or how.divergence != "reverse_kl":
         metrics["divergence/token/mean"] = mean_of(columns["divergence"][compared])
+    metrics |= agreement_metrics(given, how)
     foreign = np.array([_foreign(given, member) for member in micro.members])
     if not foreign.any():
         return loss, metrics | kl_metrics(columns["reverse_kl"], given)
@@ -133,7 +137,29 @@ def policy_term(
         kl = sampled_kl(given) if batch.reverse_kl is None else batch.reverse_kl[given.flat].double().numpy()
         refuse_nan(kl, given)
         metrics |= kl_metrics(kl, given)
+        if batch.teacher_parts is not None:
+            metrics |= agreement_metrics(given, vocabulary_settings(objective, temperature=temperature))
     return loss, metrics
+
+
+def agreement_metrics(given: Pass, how: VocabularyLoss) -> Metrics:
+    """Top-k overlap, over all and by teacher, and entropies, at some 128 states of the pass, evenly spaced: two more rows of
+    logits at every state would cost as much as the loss itself."""
+    found: Metrics = {}
+    num_teachers = len({given.batch.teachers[m] for m in given.micro.members})
+    for mine, first, _, states, teachers in _by_teacher(given, tokens_differ=False):
+        some = slice(None, None, -(-len(first) * num_teachers // _AGREEMENT_STATES))
+        asked = [teacher._replace(hidden=teacher.hidden[some]) for teacher in teachers]
+        seen = agreement(given.hidden.detach()[states[some]], given.head.detach(), asked, how)
+        overlap = mean_of(seen.topk_overlap.tolist())
+        part: Metrics = {
+            "student/topk_overlap/mean": overlap,
+            f"student/topk_overlap/{given.batch.teachers[given.micro.owners[mine[0]]]}/mean": overlap,
+            "student/entropy_gap/mean": mean_of((seen.teacher_entropy - seen.student_entropy).tolist()),
+            "teacher/entropy/mean": mean_of(seen.teacher_entropy.tolist()),
+        }
+        found = merge([found, part])
+    return found
 
 
 def sampled_kl(given: Pass) -> np.ndarray:

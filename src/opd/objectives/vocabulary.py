@@ -86,6 +86,17 @@ class StateStatistics(NamedTuple):
     score_weighted: Tensor
 
 
+class Agreement(NamedTuple):
+    """How near student and teacher are at each state, all [states] and without gradient.
+
+    topk_overlap: of their k likeliest tokens, the share that both have; student_entropy, teacher_entropy: in nats.
+    """
+
+    topk_overlap: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
 def exact_reverse_kl(
     student_hidden: Float[Tensor, "states width"],
     student_head: Float[Tensor, "vocab width"],
@@ -169,6 +180,34 @@ def state_statistics(
         best = score_weighted_mean(chunk.logp, chunk.logq) if score_weighted else empty[chunk.rows]
         for column, part in zip(found, (*_pull(chunk, None, whole)[1:], best), strict=True):
             column[chunk.rows] = part
+    return found
+
+
+@torch.no_grad()
+def agreement(
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teachers: Sequence[TeacherStates],
+    how: VocabularyLoss,
+    *,
+    k: int = 16,
+) -> Agreement:
+    """The overlap |top-k(p) and top-k(q)| / k and the entropies of p and q at each state, q the normalised target.
+
+    The overlap is 1 for equal distributions and unchanged when a constant is added to either's logits. With a teacher of another
+    vocabulary both are distributions over cells, and the last cell is no token. k is at most the number of tokens.
+    """
+    empty = student_hidden.new_zeros(len(student_hidden), dtype=_wide(student_hidden))
+    found = Agreement(empty, empty.clone(), empty.clone())
+    for chunk in _chunks(student_hidden, student_head, teachers, how):
+        logq = torch.log_softmax(chunk.logq, -1)
+        events = logq.shape[-1] - chunk.apart
+        most = min(k, events)
+        ours, theirs = (x[:, :events].topk(most, dim=-1).indices for x in (chunk.logp, logq))
+        inside = torch.zeros_like(logq, dtype=torch.bool).scatter_(-1, ours, True)
+        found.topk_overlap[chunk.rows] = inside.gather(-1, theirs).to(empty.dtype).mean(-1)
+        found.student_entropy[chunk.rows] = -(chunk.p * chunk.logp).sum(-1)
+        found.teacher_entropy[chunk.rows] = -(logq.exp() * logq).sum(-1)
     return found
 
 

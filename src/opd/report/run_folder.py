@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from opd.checkpoint import replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
-from opd.records import ChunkScore, FailedScore, Prompt, Rollout, SampledScore, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
 _OWN_REWARD = "own_reward.txt"
 
@@ -45,26 +45,26 @@ class RunFolder:
         return self.path / "student"
 
     @classmethod
-    def create(cls, path: str | Path, config: Config | SftConfig, *, own_reward: bool = False) -> "RunFolder":
-        """A new run folder; raises RunError when there is one already. own_reward: a Python callable verifies its responses,
-        which is noted, because the folder cannot hold it."""
+    def create(cls, path: str | Path, config: Config | SftConfig, *, own_code: bool = False) -> "RunFolder":
+        """A new run folder; raises RunError when there is one already. own_code: it uses Python callables of the user's,
+        which is noted, because the folder cannot hold them."""
         cls.require_absent(path)
         folder = cls(Path(path))
         with explain_io(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_text("config.json", dump_config(config))
-            if own_reward:
+            if own_code:
                 folder.write_text(
-                    _OWN_REWARD, "responses are verified by a reward function that was passed to opd.train\n"
+                    _OWN_REWARD, "this run uses a reward function or environments that were passed to opd.train\n"
                 )
         return folder
 
     def require_reward(self, given: bool) -> None:
-        """Raise RunError when the run was started with a reward function and none is given now."""
+        """Raise RunError when the run was started with callables of the user's and none is given now."""
         if not given and (self.path / _OWN_REWARD).exists():
             raise RunError(
-                f"run '{self.path}' was started with a reward function, which it cannot store; continue it from Python: "
-                f"opd.resume('{self.path}', reward=...) or opd.evaluate_run('{self.path}', reward=...)"
+                f"run '{self.path}' was started with a reward function or environments of its own, which it cannot store; "
+                f"continue it from Python: opd.resume('{self.path}', reward=..., environment=...), and so opd.evaluate_run"
             )
 
     @staticmethod
@@ -181,9 +181,14 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
             "task": prompt.task,
             "answer": prompt.answer,
             "meta": _json_or_nothing(prompt.meta),
+            "tools": list(prompt.tools),
         },
         "sample": rollout.sample,
         "response": rollout.response,
+        "messages": [dict(m) for m in rollout.messages[len(prompt.messages) :]],
+        "part": rollout.part,
+        "flags": [[f.rule, f.start, f.end] for f in rollout.flags],
+        "events": dict(rollout.events),
         "reward": rollout.reward,
         "finish": rollout.finish,
         "policy_version": rollout.policy_version,
@@ -191,6 +196,8 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
         "token_ids": rollout.token_ids.tolist(),
         "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
     }
+    if rollout.failure is not None:
+        plain["episode_failure"] = rollout.failure
     if isinstance(score, FailedScore):
         return plain | {"failure": score.reason}
     plain |= {"teacher_logprobs": _numbers(score.logprobs[actions])}
@@ -203,7 +210,7 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
     head = plain["prompt"]
     prompt = Prompt(
         head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"],
-        meta=MappingProxyType(head["meta"]),
+        meta=MappingProxyType(head["meta"]), tools=tuple(head["tools"]),
     )  # fmt: skip
     turns = tuple(Turn(author, start, end) for author, start, end in plain["turns"])
     mask = np.zeros(len(plain["token_ids"]), dtype=bool)
@@ -216,10 +223,14 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         loss_mask=mask,
         rollout_logprobs=_spread(plain["rollout_logprobs"], mask),
         turns=turns,
-        messages=(*prompt.messages, {"role": "assistant", "content": plain["response"]}),
+        messages=(*prompt.messages, *plain["messages"]),
         finish=plain["finish"],
         policy_version=plain["policy_version"],
         reward=plain["reward"],
+        part=plain["part"],
+        flags=tuple(Flag(*flag) for flag in plain["flags"]),
+        events=MappingProxyType(plain["events"]),
+        failure=plain.get("episode_failure"),
     )
     if "failure" in plain:
         return ScoredRollout(rollout, FailedScore(prompt.teacher, plain["failure"]))

@@ -1,18 +1,20 @@
 """Prompts from JSONL files, checked line by line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from opd.config import FileTask, nearest
 from opd.errors import DataError
-from opd.records import Prompt
+from opd.records import Message, Prompt
+from opd.tasks.demonstrate import Replay, recorded_turn
 from opd.tasks.verify import VERIFIERS, is_number
 from opd.text.chat import user_message
 
-_KEYS = ("id", "messages", "prompt", "teacher", "answer", "meta")
+_KEYS = ("id", "messages", "prompt", "teacher", "answer", "meta", "tools", "demonstration")
+_DEMONSTRATION = "demonstration"
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -37,6 +39,17 @@ class PromptFile:
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         return None if prompt.answer is None else self._verify(response, prompt.answer)
+
+    def environment(self, prompt: Prompt) -> Replay | None:
+        """What was said in a demonstration; training needs an environment of its own for a prompt with tools."""
+        recorded = prompt.meta.get(_DEMONSTRATION)
+        return None if recorded is None else Replay(recorded)
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        recorded = prompt.meta.get(_DEMONSTRATION)
+        if recorded is None:
+            return prompt.answer
+        return recorded_turn(recorded, len(messages) - len(prompt.messages))
 
 
 def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> list[Prompt]:
@@ -88,11 +101,15 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
     chosen = record.get("teacher", teacher)
     if not isinstance(chosen, str):
         raise DataError(f'{where}: no teacher; add "teacher" to the record or set tasks.{task}.teacher')
-    answer, meta = record.get("answer"), record.get("meta", {})
+    answer, meta, tools = record.get("answer"), record.get("meta", {}), record.get("tools", [])
     if answer is not None and (not isinstance(answer, str | int | float) or isinstance(answer, bool)):
         raise DataError(f"{where}: 'answer' must be a string or a number, got {type(answer).__name__}")
     if not isinstance(meta, Mapping):
         raise DataError(f"{where}: 'meta' must be an object, got {type(meta).__name__}")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: 'tools' must be a list of JSON schemas, got {type(tools).__name__}")
+    if _DEMONSTRATION in record:
+        meta = {**meta, _DEMONSTRATION: _demonstration(record[_DEMONSTRATION], where)}
     return Prompt(
         id=f"{task}:{identity}",
         messages=_messages(record, where),
@@ -100,10 +117,11 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         task=task,
         answer=None if answer is None else str(answer),
         meta=MappingProxyType(dict(meta)),
+        tools=tuple(tools),
     )
 
 
-def _messages(record: dict[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
     if ("messages" in record) == ("prompt" in record):
         raise DataError(f"{where}: give exactly one of 'messages' and 'prompt'")
     if "prompt" in record:
@@ -111,15 +129,27 @@ def _messages(record: dict[str, Any], where: str) -> tuple[Mapping[str, str], ..
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: 'prompt' is empty or no string: {text!r}")
         return user_message(text)
-    messages = record["messages"]
+    messages = _conversation(record["messages"], "messages", where)
+    if not any(m["content"].strip() for m in messages):
+        raise DataError(f"{where}: every message is empty")
+    return messages
+
+
+def _demonstration(messages: Any, where: str) -> tuple[Message, ...]:
+    """The student's turns and what its environment said in between: begins and ends with the student's."""
+    found = _conversation(messages, _DEMONSTRATION, where)
+    if found[0]["role"] != "assistant" or found[-1]["role"] != "assistant":
+        raise DataError(f"{where}: '{_DEMONSTRATION}' must begin and end with a message of role 'assistant'")
+    return found
+
+
+def _conversation(messages: Any, key: str, where: str) -> tuple[Message, ...]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' must be a non-empty list, got {messages!r}")
+        raise DataError(f"{where}: '{key}' must be a non-empty list, got {messages!r}")
     for i, message in enumerate(messages):
         good = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in _ROLES
         if not good or set(message) - {"role", "content"}:
             raise DataError(
-                f"{where}: messages[{i}] needs 'role' (one of {', '.join(_ROLES)}), a string 'content', and nothing else"
+                f"{where}: {key}[{i}] needs 'role' (one of {', '.join(_ROLES)}), a string 'content', and nothing else"
             )
-    if not any(m["content"].strip() for m in messages):
-        raise DataError(f"{where}: every message is empty")
     return tuple(MappingProxyType({"role": m["role"], "content": m["content"]}) for m in messages)

@@ -1,11 +1,12 @@
 """Prompts and verifiers of reasoning-gym."""
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
 from opd.config import ReasoningGymTask, nearest
 from opd.errors import DataError
-from opd.records import Prompt
+from opd.records import Message, Prompt
 from opd.text.chat import user_message
 
 _MAX_DRAWS_PER_PROMPT = 50  # past this many repeated questions in a row the generator's space is taken as exhausted
@@ -28,6 +29,12 @@ class ReasoningGym:
     def reward(self, prompt: Prompt, response: str) -> float | None:
         """1 for the right answer, otherwise the data set's partial credit."""
         return float(self._dataset.score_answer(response.strip(), dict(prompt.meta["entry"])))
+
+    def environment(self, prompt: Prompt) -> None:
+        return None
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        return prompt.answer
 
     def _draw(self) -> dict[str, list[Prompt]]:
         """Walk the generator once: the first new questions are held out, the next are for training."""

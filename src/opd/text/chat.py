@@ -1,38 +1,245 @@
-"""From messages to token ids and back."""
+"""Conversations as the student's tokens: its own chat template around what it sampled.
 
+Tokens in, tokens out: what the student sampled is never rendered or encoded again. Text that somebody else wrote (a prompt, an
+observation) is text even where it looks like a special token.
+"""
+
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError
-from opd.records import Message, Prompt
+from opd.records import Message, Prompt, Turn
+from opd.text.encoding import Encoder, Quotes
+from opd.text.symbols import TAGS
+from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tool_calls import tools_text
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "aXbYcZ", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+_NOTHING = re.compile(r"(?!)")
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt, generation prompt included, in the tokenizer's own chat template.
+class Chat:
+    """How one tokenizer writes conversations."""
 
-    A tokenizer without a chat template (a base model) gets the messages' texts, joined by blank lines.
-    Raises DataError when nothing is left to condition on.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        messages = [dict(m) for m in prompt.messages]
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._templated = bool(getattr(tokenizer, "chat_template", None))
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, generation prompt included.
+
+        A tokenizer without a chat template (a base model) gets the messages' texts, joined by blank lines.
+        Raises DataError when the template refuses the prompt, and when nothing is left to condition on.
+        """
+        quotes = self.quotes()
+        return self.encode(self.render(prompt, prompt.messages, quotes), quotes, prompt)
+
+    def quotes(self) -> Quotes:
+        """Placeholders for what looks like one of this tokenizer's special tokens in somebody's text."""
+        literals = sorted(self._literals, key=len, reverse=True)
+        return Quotes(re.compile("|".join(map(re.escape, literals))) if literals else _NOTHING)
+
+    def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes) -> str:
+        """The conversation with the generation prompt, quoted special tokens as placeholders."""
+        quoted = [{"role": m["role"], "content": quotes.mark(m["content"])} for m in messages]
+        if not self._templated:
+            return "\n\n".join(m["content"] for m in quoted)
         try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            return apply_template(self.tokenizer, quoted, prompt.tools, natively=self._shows_tools)
         except TemplateError as error:
             raise DataError(f"prompt '{prompt.id}': the model's chat template refuses it: {error}") from None
-    else:
-        ids = tokenizer("\n\n".join(m["content"] for m in prompt.messages)).input_ids
-    if not ids:
-        raise DataError(f"prompt '{prompt.id}': no tokens after tokenization; expected at least one")
-    return list(ids)
+
+    def encode(self, marked: str, quotes: Quotes, prompt: Prompt) -> list[int]:
+        """The token ids of a rendering; raises DataError when there are none."""
+        text = quotes.restore(marked)
+        if text != marked:
+            leading = [] if self._templated else list(self.tokenizer("").input_ids)
+            ids = leading + self._encoder.encode(marked, quotes).ids
+        else:
+            ids = list(self.tokenizer(text, add_special_tokens=not self._templated).input_ids)
+        if not ids:
+            raise DataError(f"prompt '{prompt.id}': no tokens after tokenization; expected at least one")
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a response, its special tokens (end of turn) left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def literal(self, token_id: int) -> str:
+        """A special token as a template writes it."""
+        return self.tokenizer.convert_ids_to_tokens(token_id)
+
+    @cached_property
+    def table(self) -> TokenBytes:
+        return token_bytes(self.tokenizer)
+
+    @cached_property
+    def _literals(self) -> frozenset[str]:
+        """What may not be typed: the special tokens, and the added tokens that the template itself writes, tags apart."""
+        added = {str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()}
+        template = getattr(self.tokenizer, "chat_template", None) or ""
+        structural = {t for t in added if t.strip() and t in str(template)}
+        return (frozenset(self.tokenizer.all_special_tokens) | structural) - TAGS
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.table, sorted(self._literals), name="the student")
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        return template_shows_tools(self.tokenizer)
 
 
-def decode_response(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of a response, its special tokens (end of turn) left out."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    *,
+    natively: bool,
+    generate: bool = True,
+) -> str:
+    """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
+    if tools and not natively:
+        messages = _with_tools(messages, tools_text(tools))
+    shown = [dict(tool) for tool in tools] if tools and natively else None
+    return tokenizer.apply_chat_template(
+        [dict(m) for m in messages], tools=shown, add_generation_prompt=generate, tokenize=False
+    )
+
+
+def template_shows_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template writes the tools that it is given."""
+    question: Sequence[Message] = [{"role": "user", "content": "?"}]
+    return _PROBE_TOOL["function"]["name"] in apply_template(tokenizer, question, [_PROBE_TOOL], natively=True)
+
+
+def _with_tools(messages: Sequence[Message], text: str) -> list[Message]:
+    first, *rest = messages
+    if first["role"] == "system":
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def user_message(text: str) -> tuple[Message, ...]:
     """A conversation that holds one user message."""
     return ({"role": "user", "content": text},)
+
+
+@dataclass
+class Stretch:
+    """Tokens of a conversation whose beginning the template has not rewritten since: what becomes one rollout.
+
+    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer.
+    """
+
+    before: tuple[Message, ...]
+    messages: tuple[Message, ...]
+    token_ids: list[int]
+    logprobs: list[float]
+    turns: list[Turn]
+
+
+@dataclass
+class Conversation:
+    """A conversation in which the student takes turns, as tokens.
+
+    A template may show an earlier turn otherwise than it was (Qwen3 drops what was thought). Then what the student would be
+    given next is no continuation of what it has seen, and a new stretch begins.
+    """
+
+    chat: Chat
+    prompt: Prompt
+    stretches: list[Stretch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._quotes = self.chat.quotes()
+        self._messages: list[Message] = []
+        self.open_with(self.prompt.messages)
+
+    def open_with(self, messages: Sequence[Message]) -> None:
+        """Add messages before the student's first turn."""
+        self._messages.extend(messages)
+        self._rendering = self.chat.render(self.prompt, self._messages, self._quotes)
+        self.stretches.clear()
+        self._begin()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What the student is given for its next turn."""
+        return self.stretches[-1].token_ids
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation so far."""
+        return tuple(self._messages)
+
+    def answer(self, token_ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> Message:
+        """Take the student's turn as it was sampled; returns the message that it means."""
+        stretch = self.stretches[-1]
+        message: Message = {"role": "assistant", "content": self.chat.decode(token_ids)}
+        start = len(stretch.token_ids)
+        stretch.token_ids.extend(token_ids)
+        stretch.logprobs.extend(logprobs)
+        stretch.turns.append(Turn("student", start, start + len(token_ids)))
+        self._messages.append(message)
+        stretch.messages = tuple(self._messages)
+        closing = self.chat.literal(token_ids[-1]) if token_ids and token_ids[-1] in ends else ""
+        self._seen = _Seen(self._rendering, self._quotes.mark(message["content"]), closing)
+        return message
+
+    def observe(self, observations: Sequence[Message]) -> None:
+        """Add what the environment said and open the student's next turn."""
+        self._messages.extend(observations)
+        self._rendering = self.chat.render(self.prompt, self._messages, self._quotes)
+        added = self._seen.continued(self._rendering)
+        if added is None:
+            self._begin()
+            return
+        stretch = self.stretches[-1]
+        ids = self.chat.encode(added, self._quotes, self.prompt) if added else []
+        start = len(stretch.token_ids)
+        stretch.token_ids.extend(ids)
+        stretch.logprobs.extend([0.0] * len(ids))
+        stretch.turns.append(Turn("observation", start, start + len(ids)))
+
+    def _begin(self) -> None:
+        ids = self.chat.encode(self._rendering, self._quotes, self.prompt)
+        messages = tuple(self._messages)
+        self.stretches.append(Stretch(messages, messages, list(ids), [0.0] * len(ids), [Turn("prompt", 0, len(ids))]))
+
+    def prompt_of(self, stretch: Stretch) -> Prompt:
+        """The prompt of a stretch: this conversation's own, or what its template made of the turns before."""
+        return replace(self.prompt, messages=stretch.before)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the student was given last, the answer that it gave, and the special token with which it ended its turn."""
+
+    rendering: str
+    answer: str
+    closing: str
+
+    def continued(self, rendering: str) -> str | None:
+        """What a later rendering adds behind the answer; None where it does not begin with what the student has seen.
+
+        White space around an answer is passed over: templates trim it, and the sampled tokens stay as they are.
+        """
+        if not rendering.startswith(self.rendering):
+            return None
+        rest = rendering[len(self.rendering) :]
+        if rest.startswith(self.answer):
+            rest = rest[len(self.answer) :]
+        elif rest.lstrip().startswith(self.answer.strip()):
+            rest = rest.lstrip()[len(self.answer.strip()) :]
+        else:
+            return None
+        return rest.removeprefix(self.closing)

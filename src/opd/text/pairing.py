@@ -128,7 +128,7 @@ def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_can
                 strange & (spelling.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), spelling.masked
             )
             spelling = replace(spelling, masked=reason)
-        before = reader.render(rollout.messages[:answer])
+        before = reader.render(rollout.messages[:answer], rollout.prompt.tools)
         reading = reader.read(before, spelling)
         if reading.first == 0:
             raise DataError(f"teacher '{reader.name}': the response begins within the first token of its rendering")

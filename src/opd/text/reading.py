@@ -7,6 +7,7 @@ special token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError, ModelError
 from opd.records import Message
+from opd.text.chat import apply_template, template_shows_tools
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.spelling import Masked, Spelling
 from opd.text.symbols import TAGS, counterparts, opened_thinking
@@ -79,13 +81,14 @@ class Reader:
             self._asked = (student, counterparts(student, self.table))
         return self._asked[1]
 
-    def render(self, messages: Sequence[Message]) -> Rendering:
-        """The conversation with the generation prompt; quoted special tokens are kept apart from the template's own."""
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Rendering:
+        """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
+        apart from the template's own."""
         quotes = self._encoder.quotes()
         quoted = [{**m, "content": quotes.mark(m["content"])} for m in messages]
         if not self._templated:
             return Rendering("\n\n".join(m["content"] for m in quoted), quotes)
-        return Rendering(self._apply(quoted, generate=True), quotes)
+        return Rendering(self._apply(quoted, tools, generate=True), quotes)
 
     def read(self, before: Rendering, spelling: Spelling) -> Reading:
         """The spelled text behind the rendering, in the teacher's tokens.
@@ -115,13 +118,15 @@ class Reader:
         start = ends[index - 1] if index else 0
         return ends[index] == start and not self.table.control[ids[index]]
 
-    def _apply(self, messages: Sequence[Message], *, generate: bool) -> str:
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, generate: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=generate, tokenize=False
-            )
+            return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
         except TemplateError as error:
             raise DataError(f"teacher '{self.name}': its chat template refuses the conversation: {error}") from None
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        return template_shows_tools(self.tokenizer)
 
     def _require_generation_prompt(self) -> "_Shown":
         """How the template shows an answer. Raises ModelError when it does not open the teacher's turn itself."""

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from opd.theory import byte_claims, cell_claims, gradient_claims, horizon, law_claims, support_claims, training_claims
+from opd.theory import (
+    byte_claims,
+    cell_claims,
+    gradient_claims,
+    hack_claims,
+    horizon,
+    law_claims,
+    support_claims,
+    training_claims,
+)
 from opd.theory.claim import Claim
 from opd.theory.pictures import draw
 
@@ -33,6 +42,11 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     byte_claims.reading,
     byte_claims.credit,
     cell_claims.comparison,
+    hack_claims.quick_answer,
+    hack_claims.attractor,
+    hack_claims.loop,
+    hack_claims.early_end,
+    hack_claims.parser_exploit,
 )
 
 

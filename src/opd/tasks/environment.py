@@ -1,0 +1,148 @@
+"""Environments: what answers the student between its turns. Whatever they do, a run goes on.
+
+An environment is somebody's code and its observations are somebody's text. It lives in a thread of its own, has limits of
+time and size, and what goes wrong in it is data with a reason.
+"""
+
+import asyncio
+import concurrent.futures
+import inspect
+import math
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from opd.config import EpisodesConfig
+from opd.records import Message
+from opd.roles import Environment, Step
+
+_ROLES = ("system", "user", "tool")
+# C0 and C1 controls but tab and newline, lone surrogates, bidirectional overrides
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAX_REASON = 200  # characters of somebody's error message
+
+
+class Faulty(Exception):
+    """An environment that raised, hung or broke its contract, and how."""
+
+
+class Hosted:
+    """An environment in a daemon thread and an event loop of its own, so that one that hangs holds up nobody else."""
+
+    def __init__(self, environment: Environment, limits: EpisodesConfig) -> None:
+        self._environment = environment
+        self._limits = limits
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="opd-environment")
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+            self._loop.close()
+
+    def start_reset(self) -> "Asked":
+        return self._ask(lambda: self._environment.reset())
+
+    def start_step(self, message: Message) -> "Asked":
+        return self._ask(lambda: self._environment.step(message))
+
+    def _ask(self, question: Callable[[], Any]) -> "Asked":
+        async def answered() -> Any:
+            found = question()  # in this thread, so that even a method that is not async holds up nobody else
+            return await found if inspect.isawaitable(found) else found
+
+        return Asked(asyncio.run_coroutine_threadsafe(answered(), self._loop), self._limits.step_timeout_s)
+
+    def close(self) -> None:
+        """Let the thread end; one that hangs in the environment's own code is left behind."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the thread still lives; to be asked some time after `close`."""
+        return self._thread.is_alive()
+
+
+class Asked:
+    """An answer that an environment owes."""
+
+    def __init__(self, future: concurrent.futures.Future[Any], timeout_s: float) -> None:
+        self._future = future
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def wait(self) -> Any:
+        """The answer; raises Faulty where there is none in time, and where the environment raises."""
+        try:
+            return self._future.result(max(0.0, self._deadline - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            if self._future.done():  # its own TimeoutError, not ours
+                raise Faulty("raised TimeoutError") from None
+            self._future.cancel()
+            raise Faulty(f"gave no answer in {self._timeout_s:g} s") from None
+        except concurrent.futures.CancelledError:
+            raise Faulty("was cancelled") from None
+        except Exception as error:
+            raise Faulty(f"raised {describe_error(error)}") from None
+
+
+def describe_error(error: BaseException) -> str:
+    """The kind of an error and the beginning of its message, safe to print."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its message cannot be read)"
+    shown = _CONTROL.sub("\ufffd", " ".join(text[: 4 * _MAX_REASON].split()))[:_MAX_REASON]
+    return type(error).__name__ + (f": {shown}" if shown else "")
+
+
+def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
+    """An environment's messages, cut to size and without control characters, both counted in `events`.
+
+    Raises Faulty where they are no messages.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise Faulty(f"gave {type(messages).__name__} for observations, expected a sequence of messages")
+    found: list[Message] = []
+    for message in messages:
+        good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        if not good or message.get("role") not in _ROLES:
+            raise Faulty(f"gave an observation that is no message with role ({', '.join(_ROLES)}) and string content")
+        text = message["content"]
+        limit = limits.max_observation_chars
+        if len(text) > limit:
+            events["observation_cut"] += 1
+            text = f"{text[:limit]}\n[{len(text) - limit} more characters cut]"
+        plain = _CONTROL.sub("\ufffd", text)
+        events["control_characters"] += plain != text
+        found.append(MappingProxyType({"role": message["role"], "content": plain}))
+    return found
+
+
+def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Step:
+    """A step whose observations are fit to be shown and whose reward is a number in [0, 1]; raises Faulty where it has none."""
+    if not isinstance(step, Step):
+        raise Faulty(f"gave {type(step).__name__} for a step, expected opd.Step")
+    reward = step.reward
+    if reward is not None:
+        try:
+            reward = float(reward)
+        except (TypeError, ValueError, OverflowError):
+            reward = math.nan
+        if not 0.0 <= reward <= 1.0:
+            raise Faulty(f"gave the reward {step.reward!r:.40}, expected a number in [0, 1] or None")
+    for name, count in dict(step.events).items():
+        events[str(name)] += int(count)
+    return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))

@@ -1,0 +1,58 @@
+"""What episodes are worth, and which format errors they have."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from opd.config import ChecksConfig
+from opd.errors import DataError
+from opd.records import Prompt, Rollout
+from opd.tasks.flags import flag_errors
+from opd.text.token_bytes import token_bytes
+
+Reward: TypeAlias = Callable[[Prompt, str], float | None]
+
+
+class Judge:
+    """Gives rollouts their outcome and their flags.
+
+    checks: by task; they need the student's tokenizer. An outcome that an environment gave stands, unless `own` says that the
+    user's reward function takes its place.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        checks: Mapping[str, ChecksConfig] = MappingProxyType({}),
+        *,
+        tokenizer: Any = None,
+        tool_syntax: Literal["hermes", "json"] = "hermes",
+        own: bool = False,
+    ) -> None:
+        self._reward = reward
+        self._checks = {task: each for task, each in checks.items() if each.rules}
+        self._table = token_bytes(tokenizer) if self._checks else None
+        self._tool_syntax: Literal["hermes", "json"] = tool_syntax
+        self._own = own
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts in their order; raises DataError for a reward that is no number in [0, 1]."""
+        return [self._flagged(self._rewarded(rollout)) for rollout in rollouts]
+
+    def _rewarded(self, rollout: Rollout) -> Rollout:
+        if rollout.failure is not None or (rollout.reward is not None and not self._own):
+            return rollout
+        found = self._reward(rollout.prompt, rollout.response)
+        value = None if found is None else float(found)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise DataError(
+                f"prompt '{rollout.prompt.id}': the reward of a response is {value}, expected a number in [0, 1] or None"
+            )
+        return replace(rollout, reward=value)
+
+    def _flagged(self, rollout: Rollout) -> Rollout:
+        checks = self._checks.get(rollout.prompt.task)
+        if checks is None or self._table is None or rollout.failure is not None:
+            return rollout
+        return flag_errors(rollout, checks, self._table, syntax=self._tool_syntax)

@@ -1,0 +1,93 @@
+"""Tools that a student may call: described by JSON schema, called with checked arguments, bounded in time."""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd.config import EpisodesConfig
+from opd.records import Message
+from opd.roles import Step
+from opd.tasks.environment import describe_error
+from opd.text.tool_calls import Call, parse_calls
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the student may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    function: Callable[..., Any]
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """What a chat template shows of it."""
+        shown = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": shown}
+
+
+class ToolEnvironment:
+    """Calls of tools until the student answers without one; the answer is what its outcome is judged by.
+
+    A call that cannot be made (not understood, an unknown tool, wrong arguments) and a tool that raises or takes too long are
+    answered with the error, and the episode goes on.
+    """
+
+    def __init__(self, tools: Sequence[Tool], judge: Callable[[str], float | None], limits: EpisodesConfig) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        self._schemas = tuple(tool.schema for tool in tools)
+        self._judge = judge
+        self._limits = limits
+
+    async def reset(self) -> Sequence[Message]:
+        return ()
+
+    async def step(self, message: Message) -> Step:
+        parsed = parse_calls(message["content"], self._schemas, syntax=self._limits.tool_syntax)
+        if not parsed.calls and not parsed.errors:
+            return Step(reward=self._judge(parsed.content), done=True)
+        events = Counter({"tool_calls": len(parsed.calls), "tool_calls_refused": len(parsed.errors)})
+        found = [(e.start, f"error: {e.detail}") for e in parsed.errors]
+        found += [(call.start, await self._call(call, events)) for call in parsed.calls]
+        observations = [{"role": "tool", "content": text} for _, text in sorted(found, key=lambda item: item[0])]
+        return Step(observations, events=events)
+
+    async def _call(self, call: Call, events: Counter[str]) -> str:
+        tool = self._tools[call.name]
+        timeout = self._limits.tool_timeout_s
+        try:
+            result = await asyncio.wait_for(_in_thread(tool.function, call.arguments), timeout)
+        except TimeoutError:
+            events["tool_timeouts"] += 1
+            return f"error: {tool.name} gave no answer in {timeout:g} s"
+        except Exception as error:
+            events["tool_errors"] += 1
+            return f"error: {describe_error(error)}"
+        return result if isinstance(result, str) else json.dumps(result, default=str)
+
+
+async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """A call in a daemon thread: one that hangs neither holds up the others nor the end of the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(method: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            method(value)
+
+    def run() -> None:
+        try:
+            outcome = (future.set_result, function(**arguments))
+        except BaseException as error:
+            # StopIteration cannot be set on a future, and SystemExit must not end the run.
+            outcome = (future.set_exception, RuntimeError(describe_error(error)))
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, daemon=True, name="opd-tool").start()
+    return await future

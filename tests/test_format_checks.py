@@ -1,0 +1,485 @@
+"""Format errors: each rule by what it finds and by its near misses, and the tokens that are flagged for it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from factories import byte_tokenizer, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_tool_calls import GOOD, TOOLS, filled, hostile, tagged
+from zoo import real
+
+from opd.config.checks import ChecksConfig, Rule
+from opd.records import Finish, Flag, Rollout, Turn
+from opd.tasks.flags import flag_errors
+from opd.tasks.format_checks import CHECKS, SEARCHED_CHARACTERS, CheckedTurn, Found, check_turn
+from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tool_calls import Syntax
+
+thorough = settings(max_examples=200, deadline=None, derandomize=True)
+RULES: tuple[Rule, ...] = get_args(Rule)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tags": {"tags": ["think", "answer"]},
+    "answer_pattern": {"answer_pattern": r"Answer: \d+"},
+    "after_answer": {"answer_end": "</answer>"},
+}
+ALL = ChecksConfig(rules=list(RULES), **{k: v for each in SETTINGS.values() for k, v in each.items()})
+CALL = tagged(GOOD)
+SOME = " ".join(f"word{i}" for i in range(19))
+
+
+def config(rule: Rule, **changes: Any) -> ChecksConfig:
+    return ChecksConfig(rules=[rule], **(SETTINGS.get(rule, {}) | changes))
+
+
+def turn_of(
+    text: str | bytes,
+    checks: ChecksConfig = ALL,
+    *,
+    last: bool = True,
+    cut: bool = False,
+    syntax: Syntax = "hermes",
+    opened: str = "",
+) -> CheckedTurn:
+    raw = text if isinstance(text, bytes) else text.encode()
+    return CheckedTurn(raw.decode(errors="replace"), TOOLS, syntax, last, cut, raw, checks, opened)
+
+
+def found(rule: Rule, text: str | bytes, *, settings: dict[str, Any] | None = None, **how: Any) -> list[str]:
+    """The texts that a rule finds; "" for what is missing, which it finds at the end."""
+    turn = turn_of(text, config(rule, **(settings or {})), **how)
+    errors = check_turn(turn, [rule])
+    assert all(e.rule == rule and (e.start < e.end or e.end == len(turn.text)) for e in errors)
+    return [turn.text[e.start : e.end] for e in errors]
+
+
+# rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong"),
+    [
+        ("tool_call", tagged(GOOD[:-1])),
+        ("unknown_tool", tagged(GOOD.replace("add", "sub"))),
+        ("tool_arguments", tagged(GOOD.replace("1", '"1"'))),
+        ("dropped_call", f"<tool_cal>{GOOD}</tool_call>"),
+    ],
+)
+def test_each_way_to_fail_a_call_is_a_rule_of_its_own(rule: Rule, wrong: str):
+    text = f"one {wrong} two {CALL} three"
+    assert found(rule, text) == [wrong]
+    for other in ("tool_call", "unknown_tool", "tool_arguments", "dropped_call"):
+        assert other == rule or not found(other, text)
+    assert not found(rule, f"one {CALL} two")
+
+
+def test_a_call_is_judged_by_the_syntax_of_the_run():
+    assert not found("dropped_call", GOOD, syntax="json")
+    assert found("dropped_call", GOOD, syntax="hermes") == [GOOD]
+
+
+WHOLE = "<think>so</think> <answer>3</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (WHOLE, []),
+        (f"Well: {WHOLE}.", []),
+        ("<think>so <b>x</b> </thinking></think><answer>3</answer>", []),
+        ("", [""]),
+        ("<think>so</think> 3", [""]),
+        ("<think>so</think> <answer>3", [""]),
+        ("so</think> <answer>3</answer>", [""]),
+        ("<think>so</think><think>on</think><answer>3</answer>", ["<think>", "</think>"]),
+        (f"{WHOLE}</answer>", ["</answer>"]),
+        ("<answer>3</answer><think>so</think>", ["<think>", "</think>"]),
+        ("<think><answer>so</think>3</answer>", ["</think>"]),
+        ("</think>so<think> <answer>3</answer>", ["<think>"]),
+    ],
+)
+def test_tags_stand_once_each_and_in_order(text: str, wrong: list[str]):
+    assert found("tags", text) == wrong
+
+
+def test_a_turn_that_is_not_the_last_may_lack_tags_but_not_their_counterparts():
+    for text in ("", "Hello.", f"<think>so</think>{CALL}"):
+        assert found("tags", text, last=False) == []
+        assert found("tags", text, last=True) == [""]
+    assert found("tags", f"<think>so {CALL}", last=False) == [""]
+    assert found("tags", "<think>so</think></think>", last=False) == ["</think>"]
+
+
+def test_a_tag_that_the_prompt_has_opened_stands_already():
+    rest = WHOLE.removeprefix("<think>")
+    assert found("tags", rest) == [""]
+    assert found("tags", rest, opened="think") == []
+    assert found("tags", WHOLE, opened="think") == ["<think>"]
+    assert found("tags", WHOLE, opened="other") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", []),
+        ("no `code` and ```a line``` of it", []),
+        ("```one line``` of it", []),
+        ("```python\nx = 1\n```", []),
+        ("- so:\n    ```\n    x\n    ```  \nand on", []),
+        ("~~~\n```\n~~~", []),
+        ("````md\n```\n````", []),
+        ("```python\nx = 1", ["```python"]),
+        ("```python\nx = 1\n```\n```\n", ["```"]),
+        ("```a\n```b\n", ["```a"]),
+        ("````\n```", ["````"]),
+        ("~~~\n```", ["~~~"]),
+        ("`" * 100, ["`" * 100]),
+    ],
+)
+def test_a_code_block_ends_with_a_fence_like_its_first(text: str, wrong: list[str]):
+    assert found("code_fence", text) == wrong
+
+
+def test_the_last_turn_has_the_answer_pattern_near_its_end():
+    assert found("answer_pattern", "so Answer: 12.") == []
+    assert found("answer_pattern", "so Answer: twelve") == [""]
+    assert found("answer_pattern", "so Answer: twelve", last=False) == []
+    far = "x" * (SEARCHED_CHARACTERS - len("Answer: 3"))
+    assert found("answer_pattern", f"Answer: 3{far}") == []
+    assert found("answer_pattern", f"Answer: 3{far}x") == [""]
+    begins = {"answer_pattern": "^x"}
+    assert found("answer_pattern", "x" * SEARCHED_CHARACTERS, settings=begins) == []
+    assert found("answer_pattern", "y" + "x" * SEARCHED_CHARACTERS, settings=begins) == [""]
+
+
+def test_a_turn_that_a_limit_has_cut_is_truncated():
+    assert found("truncated", "and so on and", cut=True) == [""]
+    assert found("truncated", "and so on and") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", []),
+        (f"{SOME} end", []),
+        ("a b " * 9 + "a", []),  # 19 words
+        ("a b " * 10, ["a b " * 9]),  # 20 words: all after the second begin 3-grams that stood before
+        (f"{SOME} " + "no no yes " * 8, []),  # 21 of 41 3-grams
+        (f"{SOME} " + "no no yes " * 30, ["no no yes " * 29]),
+        ("ha" * 63, []),  # 126 characters
+        ("ha" * 64, ["ha" * 63]),
+        ("谢谢你" * 60, ["谢谢你" * 59]),
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 300))), []),
+        ("".join(str(i) for i in range(1000, 1300)), []),
+        (f"{SOME} {SOME[::-1]} " + "=" * 127, []),
+        (f"{SOME} {SOME[::-1]} " + "=" * 200 + " end", ["=" * 199]),
+        ("many\nshort lines that\n" * 3 + "x" * 300, ["x" * 299]),
+    ],
+)
+def test_what_repeats_is_found_by_words_and_by_characters(text: str, wrong: list[str]):
+    assert found("repetition", text) == [w.strip() for w in wrong]
+
+
+def test_how_much_may_repeat_is_a_setting():
+    text = f"{SOME} " + "no no yes " * 8
+    assert found("repetition", text, settings={"max_repetition": 0.52}) == []
+    assert len(found("repetition", text, settings={"max_repetition": 0.5})) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "wrong"),
+    [
+        ("naïve 🙂 \ufffd".encode(), []),
+        (b"a\xffb", ["\ufffd"]),
+        (b"a\xff\xfe b\xc3(", ["\ufffd\ufffd", "\ufffd"]),
+        (b"\xef\xbf\xbd\xe4\xb8", ["\ufffd"]),
+        (b"\xed\xa0\x80", ["\ufffd\ufffd\ufffd"]),  # a surrogate
+        (b"\xe4\xe4\xb8\xf0\x9f\x99x", ["\ufffd\ufffd\ufffd"]),
+    ],
+)
+def test_bytes_that_are_no_text_are_found_where_they_are_shown(raw: bytes, wrong: list[str]):
+    assert found("invalid_utf8", raw) == wrong
+
+
+def test_a_character_that_a_limit_has_cut_is_no_invalid_text():
+    half = "so 🙂".encode()[:-1]
+    assert found("invalid_utf8", half, cut=True) == []
+    assert found("invalid_utf8", half) == ["\ufffd"]
+    assert found("invalid_utf8", b"\xff" + half, cut=True) == ["\ufffd"]
+
+
+def test_nothing_follows_the_end_of_an_answer():
+    assert found("after_answer", "<answer>3</answer> \n") == []
+    assert found("after_answer", "<answer>3</answer> so it is. ") == ["so it is."]
+    assert found("after_answer", "<answer>3</answer>.</answer>") == [".</answer>"]
+    assert found("after_answer", "no answer at all") == []
+
+
+def test_every_rule_has_a_check_and_rules_are_run_in_their_order():
+    assert set(CHECKS) == set(RULES)
+    turn = turn_of("```\nno tags", cut=True)
+    assert check_turn(turn, ["truncated", "code_fence"]) == [Found("truncated", 11, 11), Found("code_fence", 0, 3)]
+    assert check_turn(turn, []) == []
+
+
+def check_found(turn: CheckedTurn) -> list[Found]:
+    """What must hold for every turn."""
+    errors = check_turn(turn, RULES)
+    for rule in RULES:
+        position = 0
+        for error in (e for e in errors if e.rule == rule):
+            assert position <= error.start <= error.end <= len(turn.text)
+            assert error.start < error.end or error.end == len(turn.text)
+            position = error.end
+    assert check_turn(turn, RULES) == errors
+    return errors
+
+
+@thorough
+@given(
+    st.lists(
+        hostile.map(lambda text: text.encode(errors="surrogatepass"))
+        | st.binary(max_size=8)
+        | st.sampled_from(
+            [b"<think>", b"</think>", b"<answer>", b"</answer>", b"\n```", "🙂".encode()[:3], b"x " * 40]
+        ),
+        max_size=6,
+    ).map(b"".join),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["hermes", "json"]),
+)
+def test_no_turn_raises_and_what_is_found_lies_in_it(raw: bytes, last: bool, cut: bool, syntax: Syntax):
+    check_found(turn_of(raw, last=last, cut=cut, syntax=syntax))
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "`",
+        "```\n",
+        "~~~ `\n",
+        " ",
+        "a ",
+        "a",
+        "<think>",
+        "</answer>",
+        "<tool_call>",
+        "\n",
+        "字",
+        "\t`",
+        "x" * 127 + " ",
+    ],
+)
+def test_a_million_characters_take_seconds(fragment: str):
+    turn = turn_of(filled(fragment), cut=True)
+    start = time.process_time()
+    check_turn(turn, RULES)
+    assert time.process_time() - start < 6.0  # half a second to two here; what is not linear takes minutes
+
+
+def test_a_million_bytes_that_are_no_text_take_seconds():
+    turn = turn_of(b"\xff\xe4\xb8a" * 250_000)
+    start = time.process_time()
+    check_turn(turn, ["invalid_utf8"])
+    assert time.process_time() - start < 6.0
+
+
+# configuration
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"rules": ["tag"]}, "Input should be 'tool_call', 'unknown_tool'"),
+        ({"rules": ["truncated", "truncated"]}, "'truncated' stands 2 times; name it once"),
+        ({"rules": ["tags"]}, r"rule 'tags' needs the setting tags: write tags = \['think', 'answer'\]"),
+        ({"rules": ["tags"], "tags": ["<think>"]}, "'<think>' is no name of a tag; write it without brackets"),
+        ({"rules": ["tags"], "tags": ["a", "a"]}, "'a' stands 2 times"),
+        ({"rules": ["answer_pattern"]}, r"needs the setting answer_pattern: write answer_pattern = 'Answer: \\d\+'"),
+        ({"rules": ["answer_pattern"], "answer_pattern": ""}, "needs the setting answer_pattern"),
+        ({"rules": ["answer_pattern"], "answer_pattern": "("}, "is no regular expression: missing"),
+        ({"rules": ["after_answer"]}, "needs the setting answer_end: write answer_end = '</answer>'"),
+        ({"tags": ["think"]}, "tags belongs to the rule 'tags': add 'tags' to rules, or drop tags"),
+        ({"answer_pattern": "x"}, "answer_pattern belongs to the rule 'answer_pattern'"),
+        ({"answer_end": "x"}, "answer_end belongs to the rule 'after_answer'"),
+        ({"max_repetition": 0.5}, "max_repetition belongs to the rule 'repetition'"),
+        ({"rules": ["repetition"], "max_repetition": 1.0}, "less than 1"),
+        ({"rules": ["repetition"], "max_repetition": 0}, "greater than 0"),
+    ],
+    ids=str,
+)
+def test_checks_that_make_no_sense_say_what_to_write(tree: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        ChecksConfig(**tree)
+
+
+def test_checks_survive_saving_and_loading_and_are_off_by_default():
+    assert ChecksConfig().rules == []
+    for checks in (ALL, ChecksConfig(), config("repetition", max_repetition=0.5)):
+        assert ChecksConfig(**checks.model_dump(mode="json")) == checks
+
+
+# flags
+
+
+def rollout_of(parts: Sequence[Sequence[int]], *, finish: Finish = "end", tools: Any = TOOLS) -> Rollout:
+    """A rollout of a prompt's tokens and then, in turn, the student's and observations."""
+    ids = np.array([i for part in parts for i in part], dtype=np.int32)
+    edges = np.cumsum([0, *map(len, parts)]).tolist()
+    authors = ["prompt", *["student", "observation"] * len(parts)]
+    turns = tuple(Turn(a, s, e) for a, s, e in zip(authors, edges[:-1], edges[1:], strict=False))
+    mask = np.zeros(len(ids), dtype=bool)
+    for turn in turns:
+        mask[turn.start : turn.end] = turn.author == "student"
+    replies = [{"role": "assistant" if t.author == "student" else "tool", "content": "..."} for t in turns[1:]]
+    asked = replace(prompt(), tools=tuple(tools))
+    zeros = np.zeros(len(ids), dtype=np.float32)
+    return Rollout(asked, 0, ids, mask, zeros, turns, (*asked.messages, *replies), finish, 0)
+
+
+BYTES = token_bytes(byte_tokenizer())
+ID_OF = {BYTES.of(i)[0]: i for i in range(256)}
+START, END = 256, 257
+
+
+def spelled(text: str | bytes) -> list[int]:
+    """A token a byte."""
+    return [ID_OF[b] for b in (text if isinstance(text, bytes) else text.encode())]
+
+
+def flagged(item: Rollout, checks: ChecksConfig, table: TokenBytes = BYTES, **how: Any) -> list[tuple[str, bytes]]:
+    """(rule, the bytes of its tokens) of every flag; the flags hold what they must for every rollout."""
+    done = flag_errors(item, checks, table, syntax="hermes", **how)
+    students = [t for t in done.turns if t.author == "student"]
+    for flag in done.flags:
+        assert flag.start < flag.end
+        assert any(t.start <= flag.start and flag.end <= t.end for t in students)
+        assert done.loss_mask[flag.start : flag.end].all()
+    assert replace(done, flags=()) == replace(item, flags=()) or done.token_ids is item.token_ids
+    return [(f.rule, table.join(done.token_ids[f.start : f.end]).tobytes()) for f in done.flags]
+
+
+def test_a_place_in_the_text_is_the_tokens_that_spell_it():
+    call = tagged(GOOD.replace("1", '"é🙂"'))
+    item = rollout_of([spelled("hi"), [*spelled(f"naïve 🙂 {call} 字"), END]])
+    assert flagged(item, config("tool_arguments")) == [("tool_arguments", call.encode())]
+
+
+def test_what_is_missing_is_flagged_at_the_last_token_of_its_turn():
+    item = rollout_of([spelled("hi"), [*spelled("no tags"), END]])
+    done = flag_errors(item, config("tags"), BYTES, syntax="hermes")
+    assert done.flags == (Flag("tags", 9, 10),)
+    cut = rollout_of([spelled("hi"), spelled("no tags")], finish="length")
+    assert flagged(cut, config("truncated")) == [("truncated", b"s")]
+    assert flagged(cut, config("truncated"), final=False) == []
+    assert flagged(item, config("truncated")) == []
+
+
+def test_every_turn_is_judged_in_its_own_place_and_the_last_as_the_last():
+    wrong = tagged(GOOD.replace("add", "sub"))
+    parts = [spelled("hi"), [*spelled(wrong), END], spelled(wrong), [*spelled(f"so {wrong}"), END]]
+    done = flag_errors(rollout_of(parts), config("unknown_tool"), BYTES, syntax="hermes")
+    first, last = 2, sum(map(len, parts[:3])) + 3
+    assert done.flags == tuple(Flag("unknown_tool", start, start + len(wrong)) for start in (first, last))
+    done = flag_errors(rollout_of(parts), config("answer_pattern"), BYTES, syntax="hermes")
+    assert [flag.start for flag in done.flags] == [sum(map(len, parts)) - 1]
+    assert not flag_errors(rollout_of(parts), config("answer_pattern"), BYTES, syntax="hermes", final=False).flags
+
+
+def test_bytes_that_are_no_text_are_flagged_with_all_their_tokens():
+    item = rollout_of([spelled("hi"), [*spelled(b"a\xe4\xb8b\xff"), END]])
+    assert flagged(item, config("invalid_utf8")) == [("invalid_utf8", b"\xe4\xb8"), ("invalid_utf8", b"\xff")]
+    cut = rollout_of([spelled("hi"), spelled("so 🙂".encode()[:-2])], finish="length")
+    assert flagged(cut, ALL)[-1:] == [("truncated", b"\x9f")]
+    assert "invalid_utf8" not in dict(flagged(cut, ALL))
+
+
+def test_a_special_token_is_no_text_unless_a_rule_asks_for_it():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "</tool_call>"]})
+    table = token_bytes(tokenizer)
+    think, end_think, call, end_call = range(258, 262)
+    item = rollout_of([spelled("hi"), [think, *spelled("so"), START, end_think, END]])
+    assert flagged(item, config("tags", tags=["think"]), table) == []
+    item = rollout_of([spelled("hi"), [call, *spelled(GOOD), START, end_call, END]])
+    assert flagged(item, config("dropped_call"), table) == []
+    item = rollout_of([spelled("hi"), [call, *spelled(GOOD[:-1]), end_call, END]])
+    assert flagged(item, config("tool_call"), table) == [("tool_call", tagged(GOOD[:-1]).encode())]
+
+
+def test_a_tag_that_the_prompt_ends_with_is_open():
+    checks = config("tags")
+    rest = [*spelled(WHOLE.removeprefix("<think>")), END]
+    assert flagged(rollout_of([spelled("hi <think>\n"), rest]), checks) == []
+    assert flagged(rollout_of([spelled("hi <think> so"), rest]), checks) == [("tags", b"<|im_end|>")]
+
+
+def test_turns_without_tokens_and_rollouts_without_turns_have_no_flags():
+    assert flagged(rollout_of([spelled("hi"), []], finish="length"), ALL) == []
+    assert flagged(rollout_of([spelled("hi")]), ALL) == []
+    item = rollout_of([spelled("hi"), spelled("```")])
+    assert flag_errors(item, ChecksConfig(), BYTES, syntax="hermes") is item
+
+
+@thorough
+@given(
+    st.lists(st.lists(st.integers(0, 300) | st.sampled_from(spelled("<>{}`\n")), max_size=20), min_size=1, max_size=5),
+    st.sampled_from(["end", "length", "context", "turns"]),
+)
+def test_flags_of_any_tokens_lie_in_their_turns(parts: list[list[int]], finish: Finish):
+    flagged(rollout_of(parts, finish=finish), ALL)
+
+
+@thorough
+@given(st.lists(hostile, max_size=3), st.binary(max_size=6))
+def test_flags_on_a_token_a_byte_are_the_bytes_of_what_was_found(texts: list[str], noise: bytes):
+    raw = b"".join(text.encode(errors="ignore") for text in texts) + noise
+    if not raw:
+        return
+    checked = turn_of(raw)
+    expected = set()
+    for error in check_turn(checked, RULES):
+        before, inside = (checked.text[a:b].encode() for a, b in ((0, error.start), (error.start, error.end)))
+        if b"\xef\xbf\xbd" not in checked.text.encode():
+            span = (len(before), len(before) + len(inside)) if inside else (len(raw) - 1, len(raw))
+            expected.add((error.rule, *span))
+    done = flag_errors(rollout_of([[], spelled(raw)]), ALL, BYTES, syntax="hermes")
+    if b"\xef\xbf\xbd" not in checked.text.encode():
+        assert {(f.rule, f.start, f.end) for f in done.flags} == expected
+
+
+@pytest.mark.real
+def test_real_tokens_are_flagged_where_they_spell_the_error():
+    tokenizer = real("smollm2")
+    table = token_bytes(tokenizer)
+    wrong = tagged(GOOD.replace("add", "sub"))
+    text = f"Let me see, naïve 🙂 漢字:\n{wrong}\n```python\nx = 1\n"
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    head = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True, return_dict=False)
+    item = rollout_of([head, ids])
+    found = dict(flagged(item, ALL, table))
+    assert found["unknown_tool"].strip() == wrong.encode()
+    assert found["code_fence"].strip() == b"```python"
+    assert found["tags"] == found["answer_pattern"] == b"<|im_end|>"
+    assert set(found) == {"unknown_tool", "code_fence", "tags", "answer_pattern"}
+
+
+@pytest.mark.real
+def test_a_character_in_several_real_tokens_is_flagged_with_all_of_them():
+    tokenizer = real("smollm2")
+    table = token_bytes(tokenizer)
+    whole = tokenizer("𓀀").input_ids
+    assert len(whole) > 2
+    half = rollout_of([[1], [*tokenizer("so ").input_ids, *whole[:-1], *tokenizer("on").input_ids]])
+    [(rule, raw)] = flagged(half, config("invalid_utf8"), table)
+    assert (rule, raw) == ("invalid_utf8", "𓀀".encode()[: len(raw)])
+    assert len(raw) > 1
+    loop = rollout_of([[1], [*tokenizer("so ").input_ids, *whole * 200]])
+    [(rule, raw)] = flagged(loop, config("repetition"), table)
+    assert raw == "𓀀".encode() * 199
