@@ -39,12 +39,15 @@ experts: install model
 test: install model check
 	$(BIN)/pytest
 
-# Arbitrary bytes through the alignment of two tokenizers, guided by coverage, for this many seconds.
+# Arbitrary bytes through the alignment of two tokenizers, and as turns full of tool calls, guided by coverage, for this many
+# seconds each.
 SECONDS ?= 120
 fuzz: install model
 	$(BIN)/python -m pip install --quiet atheris==3.0.0
-	mkdir -p runs/fuzz
-	$(BIN)/python tests/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz
+	mkdir -p runs/fuzz/align runs/fuzz/calls
+	$(BIN)/python tests/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz/align
+	$(BIN)/python tests/fuzz_calls.py -max_total_time=$(SECONDS) -max_len=256 -len_control=0 \
+		-artifact_prefix=runs/fuzz/ runs/fuzz/calls
 
 check: install
 	$(BIN)/ruff check --output-format concise .

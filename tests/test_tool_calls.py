@@ -494,4 +494,4 @@ ADVERSARIAL = {
 def test_a_million_characters_take_seconds(name: str, syntax: Syntax):
     start = time.process_time()
     parse_calls(ADVERSARIAL[name], TOOLS, syntax=syntax)
-    assert time.process_time() - start < 5.0  # a tenth to one second here; what is not linear takes minutes
+    assert time.process_time() - start < 20.0  # a tenth to two seconds here; what is not linear takes minutes

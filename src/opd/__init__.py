@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from opd.finetune import sft
     from opd.launch import Result, check, evaluate_run, resume, train
     from opd.report.run_folder import read_metrics, read_rollouts
+    from opd.roles import Environment, Step
+    from opd.tasks.tools import Tool, ToolEnvironment
 
 __all__ = [
     "Config",
+    "Environment",
     "OpdError",
     "Result",
     "SftConfig",
+    "Step",
+    "Tool",
+    "ToolEnvironment",
     "check",
     "evaluate_run",
     "load_config",
@@ -39,6 +45,8 @@ _HOMES = {
     "opd.finetune": ("sft",),
     "opd.launch": ("Result", "check", "evaluate_run", "resume", "train"),
     "opd.report.run_folder": ("read_metrics", "read_rollouts"),
+    "opd.roles": ("Environment", "Step"),
+    "opd.tasks.tools": ("Tool", "ToolEnvironment"),
 }
 
 

@@ -19,6 +19,7 @@ from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.embedded.build import build, export
+from opd.embedded.warmup import warm_up
 from opd.errors import CheckError, RunError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
@@ -155,14 +156,18 @@ class _Run:
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:
         config = self.config
-        start = self._restore(line.say) if resume else 0
+        restored = self._restore(line.say) if resume else None
+        start = restored or 0
         if resume:
             self.folder.truncate_metrics(start)
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
         if config.mask.format_errors != "off" and not config.objective.centred:
             line.say(_MASK_WARNING)
-        before = self._before(line, start)
+        before = self._before(line, restored)
+        if restored is None and config.warmup.steps:
+            warm_up(self.studio, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
+            self._save(0)
         done, interrupted = self._steps(line, start)
         if interrupted:
             line.say(
@@ -177,7 +182,7 @@ class _Run:
 
     def evaluate_only(self) -> list[ParityRow]:
         with ProgressLine(self.config.steps) as line:
-            if self._restore(line.say) == 0:
+            if not self._restore(line.say):
                 raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
             path = self.folder.path / "before.json"
             return self._parity(_cells(path) if path.exists() else {}, line)
@@ -234,11 +239,11 @@ class _Run:
         with explain_io(self.folder.checkpoints):
             checkpoint.save(self.folder.checkpoints, step, tensors, state, keep=self.config.checkpoint.keep)
 
-    def _restore(self, warn: Callable[[str], None]) -> int:
-        """Load the newest whole checkpoint; returns its step, 0 when there is none yet."""
+    def _restore(self, warn: Callable[[str], None]) -> int | None:
+        """Load the newest whole checkpoint; returns its step (0: warmed up), None when there is none yet."""
         found = checkpoint.load_newest(self.folder.checkpoints, warn=warn)
         if found is None:
-            return 0
+            return None
         for what, identity in self._identities().items():
             began = found.state["identities"].get(what, identity)  # an older checkpoint may not name it
             if began != identity:
@@ -263,13 +268,13 @@ class _Run:
             named[f"the training prompts of tasks.{task}"] = hashlib.sha256(content.encode()).hexdigest()[:32]
         return named
 
-    def _before(self, line: ProgressLine, start: int) -> dict[tuple[str, str, str], Cell]:
+    def _before(self, line: ProgressLine, restored: int | None) -> dict[tuple[str, str, str], Cell]:
         """The student's cells before the first step: measured once, kept in before.json."""
         path = self.folder.path / "before.json"
         if path.exists():
             return _cells(path)
         count = min(self.config.evaluation.before_prompts, self.config.evaluation.num_prompts)
-        if start > 0 or not count:
+        if restored is not None or not count:
             return {}
         line.say("evaluating the student before the first step")
         cells = self._student_cells(count)

@@ -23,7 +23,9 @@ from opd.config.tree import (
     SftConfig,
     TaskConfig,
     TeacherConfig,
+    TextArenaTask,
     ToolTask,
+    WarmupConfig,
 )
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     "SftConfig",
     "TaskConfig",
     "TeacherConfig",
+    "TextArenaTask",
     "ToolTask",
+    "WarmupConfig",
     "dump_config",
     "load_config",
     "nearest",

@@ -25,7 +25,7 @@ _TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
 # setting -> the rule that reads it, and what to write where that rule is asked for without it
 _READ_BY = {
     "tags": ("tags", "tags = ['think', 'answer'] for <think>...</think><answer>...</answer>"),
-    "answer_pattern": ("answer_pattern", r"answer_pattern = 'Answer: \\d+', a regular expression"),
+    "answer_pattern": ("answer_pattern", r"answer_pattern = 'Answer: \d+', a regular expression"),
     "answer_end": ("after_answer", "answer_end = '</answer>', the text that an answer ends with"),
     "max_repetition": ("repetition", ""),
 }

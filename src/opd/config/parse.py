@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from opd.config.node import nearest
-from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TeacherConfig, ToolTask
+from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TeacherConfig, TextArenaTask, ToolTask
 from opd.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
@@ -91,7 +91,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
     if fault["type"] == "missing":
         return f"key '{key}' is missing; add it to the recipe or pass {key}=...{more}"
     if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{key}.type must be 'file', 'reasoning_gym' or 'tools', got {_tag(fault['input'])}{more}"
+        return f"{key}.type must be 'file', 'reasoning_gym', 'textarena' or 'tools', got {_tag(fault['input'])}{more}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return (f"{key}: " if key else "") + message + more
@@ -113,7 +113,7 @@ def _known_keys(kind: type[BaseModel], loc: Sequence[str]) -> list[str]:
     if not loc:
         return list(kind.model_fields)
     if loc[0] == "tasks" and len(loc) >= 3:
-        variants = {"file": FileTask, "reasoning_gym": ReasoningGymTask, "tools": ToolTask}
+        variants = {"file": FileTask, "reasoning_gym": ReasoningGymTask, "textarena": TextArenaTask, "tools": ToolTask}
         return _known_keys(variants[loc[2]], loc[3:])
     if loc[0] == "teachers":
         return list(TeacherConfig.model_fields)

@@ -83,7 +83,25 @@ class ToolTask(Node):
     checks: ChecksConfig = ChecksConfig()
 
 
-TaskConfig: TypeAlias = Annotated[FileTask | ReasoningGymTask | ToolTask, Field(discriminator="type")]
+class TextArenaTask(Node):
+    """Games of TextArena for one player, such as "GuessTheNumber-v0", a prompt for each seed of the game; held-out seeds are never
+    trained on. A game that opens in the same way with every seed (TowerOfHanoi) is the same game in both splits.
+
+    params: of the game, for `textarena.make`.
+    """
+
+    type: Literal["textarena"]
+    game: str
+    teacher: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    size: Positive = 1000
+    held_out_size: NonNegative = 200
+    seed: NonNegative = 0
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    checks: ChecksConfig = ChecksConfig()
+
+
+TaskConfig: TypeAlias = Annotated[FileTask | ReasoningGymTask | ToolTask | TextArenaTask, Field(discriminator="type")]
 
 
 class SamplingConfig(Node):
@@ -123,6 +141,13 @@ class OptimizerConfig(Node):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         return self
+
+
+class WarmupConfig(Node):
+    """Before the first step: `steps` of fine-tuning on the teachers' own responses (0: none), at `lr` (default: optimizer.lr)."""
+
+    steps: NonNegative = 0
+    lr: Annotated[float, Field(gt=0)] | None = None
 
 
 class ComputeConfig(Node):
@@ -213,6 +238,7 @@ class Config(RunNode):
     outcome: OutcomeConfig = OutcomeConfig()
     mask: MaskConfig = MaskConfig()
     episodes: EpisodesConfig = EpisodesConfig()
+    warmup: WarmupConfig = WarmupConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -4,7 +4,7 @@ What each measures, and from when on that is a cause for alarm, stands with its 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from opd.config.guards import (
@@ -13,7 +13,6 @@ from opd.config.guards import (
     FormatErrorsConfig,
     GoodhartConfig,
     HeldOutConfig,
-    LevelConfig,
     OverlapConfig,
     TeacherDriftConfig,
     TruncationConfig,
@@ -99,9 +98,9 @@ class Auroc:
         message = None
         if low:
             message = (
-                f"the log ratio of a response tells right from wrong with AUROC {pooled:.2f} (threshold {self.config.threshold:.2f}, "
-                f"standard error {error:.2f}) since step {since}: what the teacher likes is not what is right; check the teacher on "
-                "these tasks, set outcome.coef > 0"
+                f"the log ratio of a response tells right from wrong with AUROC {pooled:.2f} (standard error {error:.2f}; "
+                f"threshold {self.config.threshold:.2f}) since step {since}: what the teacher likes is not what is right; check the teacher "
+                "on these tasks, set outcome.coef > 0"
             )
         state = replace(self, total=total, precision=precision, squares=squares, since=since)
         return state, {"": Reading(pooled, message)}
@@ -128,47 +127,10 @@ class FlaggedAdvantage:
         if pushed:
             message = (
                 f"tokens with format errors have an advantage {gap.mean:.3g} above the others' (threshold "
-                f"{self.config.threshold:g}) since step {since}: errors are rewarded; set outcome.coef > 0, which makes every error "
-                "cost outcome.format_error, and a baseline"
+                f"{self.config.threshold:g}) since step {since}: errors are rewarded; set outcome.coef > 0, which makes every "
+                "error cost outcome.format_error, and a baseline"
             )
         return replace(self, gap=gap, since=since), {"": Reading(gap.mean, message)}
-
-
-@dataclass(frozen=True)
-class Level:
-    """4, 5, 6, 8, 9: a share that has risen above its threshold, or has stayed there for long. Value: its moving average.
-
-    measure: the share, from the metrics of a step; what, advice: for the message.
-    """
-
-    config: LevelConfig
-    measure: Callable[[Values], float | None]
-    what: str
-    advice: str
-    needs: str
-    stream: Smoothed
-    low: Mark | None = None
-    since: int | None = None
-    steps: int = 0
-
-    def observe(self, step: int, values: Values) -> tuple["Level", Readings]:
-        value = self.measure(values)
-        if value is None:
-            return self, {}
-        stream = self.stream.add(value)
-        low = lowest(self.low, stream, step)
-        over = low is not None and stream.mean > self.config.threshold
-        since, steps = began(self.since, step, over), self.steps + 1 if over else 0
-        message = None
-        if low is not None and over:
-            risen = above(stream, low.stream, self.config.threshold / 2.0)
-            if risen or steps >= self.config.patience:
-                before = f" ({low.stream.mean:.1%} at step {low.step})" if risen else ""
-                message = (
-                    f"{self.what}: {stream.mean:.1%} against {self.config.threshold:.0%} since step {since}{before}; "
-                    f"{self.advice}"
-                )
-        return replace(self, stream=stream, low=low, since=since, steps=steps), {"": Reading(stream.mean, message)}
 
 
 @dataclass(frozen=True)
@@ -206,8 +168,8 @@ class Length:
         if dearer and above(long.stream, length, (1.0 - 1.0 / self.config.shrink) * long.stream.mean):
             message = (
                 f"responses shrank from {long.stream.mean:.0f} tokens (step {long.step}) to {length.mean:.1f} (allowed: "
-                f"{self.config.shrink:g} times) while the reverse KL of a token rose from {long.beside[0]:.3g} to {kl.mean:.3g}: the "
-                "student learns to end at once; lower objective.discount"
+                f"{self.config.shrink:g} times) while the reverse KL of a token rose from {long.beside[0]:.3g} to {kl.mean:.3g}: "
+                "the student learns to end at once; lower objective.discount"
             )
         ratio = length.mean / short.stream.mean if short.stream.mean > 0.0 else math.nan
         return state, {"length": Reading(ratio, message)}
@@ -253,9 +215,9 @@ class Overlap:
         message = None
         if above(best.stream, now, self.config.drop):
             message = (
-                f"the overlap of the student's and the teacher's likeliest tokens fell from {best.stream.mean:.2f} to {now.mean:.2f} "
-                f"since step {best.step} (allowed: {self.config.drop:.2f}); the student visits states that the teacher does not know: "
-                "lower optimizer.lr, warm up on the teacher's samples"
+                f"the overlap of the student's and the teacher's likeliest tokens fell from {best.stream.mean:.2f} to "
+                f"{now.mean:.2f} since step {best.step} (allowed: {self.config.drop:.2f} less): the student leaves the states that "
+                "the teacher knows; lower optimizer.lr, or warm up on the teacher's samples"
             )
         return Reading(now.mean, message)
 
@@ -264,7 +226,7 @@ class Overlap:
         if above(now, least.stream, self.config.entropy_gap):
             message = (
                 f"the entropies of student and teacher differ by {now.mean:.2f} nats, {least.stream.mean:.2f} at step {least.step} "
-                f"(allowed: {self.config.entropy_gap:.2f} more); the student leaves the states that the teacher knows: lower "
+                f"(allowed: {self.config.entropy_gap:.2f} more): the student leaves the states that the teacher knows; lower "
                 "optimizer.lr"
             )
         return Reading(now.mean, message)
@@ -274,8 +236,8 @@ class Overlap:
         if above(start.stream, student, (1.0 - share) * start.stream.mean) and student.mean < share * teacher.mean:
             message = (
                 f"the student's entropy fell from {start.stream.mean:.2f} nats (step {start.step}) to {student.mean:.2f}, the "
-                f"teacher's is {teacher.mean:.2f} (allowed: {share:.0%} of both); it no longer explores: lower optimizer.lr, try "
-                "objective.divergence = 'forward_kl'"
+                f"teacher's is {teacher.mean:.2f} (allowed: {share:.0%} of either): it no longer explores; lower optimizer.lr, or "
+                "try objective.divergence = 'forward_kl'"
             )
         return Reading(student.mean / start.stream.mean, message)
 
@@ -344,7 +306,7 @@ class TeacherDrift:
 class FormatErrors:
     """11: a CUSUM of the rate of format errors. Value: the sum.
 
-    z = (rate - p) / sqrt(p (1 - p) / rollouts) with the reference p = low + 3 sqrt(low (1 - low) / (rollouts memory)), low the
+    z = (rate - p) / sqrt(p (1 - p) / episodes) with the reference p = low + 3 sqrt(low (1 - low) / (episodes memory)), low the
     lowest moving average before this step: that far below its mean a moving average comes within a run by chance.
     """
 
@@ -353,10 +315,10 @@ class FormatErrors:
     low: Mark | None = None
     total: float = 0.0
     since: int | None = None
-    needs: str = "format/errors/mean and batch/rollouts/sum"
+    needs: str = "format/errors/mean and guard/episodes/sum"
 
     def observe(self, step: int, values: Values) -> tuple["FormatErrors", Readings]:
-        found = finite(values, "format/errors/mean", "batch/rollouts/sum")
+        found = finite(values, "format/errors/mean", "guard/episodes/sum")
         if found is None or found[1] <= 0.0:
             return self, {}
         usual = self._reference(found[0], found[1])
@@ -368,18 +330,19 @@ class FormatErrors:
         if total > self.config.limit:
             message = (
                 f"format errors rose to {found[0]:.1%} of the responses from {usual:.1%} (CUSUM {total:.1f}, limit "
-                f"{self.config.limit:g}) since step {since}: read the flagged responses, set mask.format_errors and outcome.coef > 0"
+                f"{self.config.limit:g}) since step {since}: read the flagged responses; set outcome.coef > 0, which makes every "
+                "error cost outcome.format_error"
             )
         state = replace(self, rate=rate, low=lowest(self.low, rate, step), total=total, since=since)
         return state, {"": Reading(total, message)}
 
-    def _reference(self, rate: float, num_rollouts: float) -> float:
+    def _reference(self, rate: float, num_episodes: float) -> float:
         """p; the step's own rate while there are too few others."""
         stream = self.low.stream if self.low else self.rate
         least = self.config.acceptable
         low = min(max(stream.mean if stream.count >= _FEW_STEPS else rate, least), 1.0 - least)
         steps = max(1, min(stream.count, self.config.memory))
-        return min(low + 3.0 * math.sqrt(low * (1.0 - low) / (num_rollouts * steps)), 1.0 - least)
+        return min(low + 3.0 * math.sqrt(low * (1.0 - low) / (num_episodes * steps)), 1.0 - least)
 
 
 @dataclass(frozen=True)
@@ -407,7 +370,7 @@ class HeldOut:
         if above(best.stream, held_out, self.config.drop) and best.beside[0] - train.mean < fall / 2.0:
             message = (
                 f"the held-out outcome fell from {best.stream.mean:.2f} to {held_out.mean:.2f} since step {best.step} (allowed: "
-                f"{self.config.drop:.2f}) while the training outcome went from {best.beside[0]:.2f} to {train.mean:.2f}: the verifier "
-                "of the training tasks is exploited; read the responses that it accepts"
+                f"{self.config.drop:.2f}) while the training outcome went from {best.beside[0]:.2f} to {train.mean:.2f}: the "
+                "verifier of the training tasks is exploited; read the responses that it accepts"
             )
         return state, {"": Reading(fall, message)}

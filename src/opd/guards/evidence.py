@@ -38,7 +38,7 @@ class _Units:
 
 
 def evidence(
-    scored: Sequence[ScoredRollout], batch: Batch, *, special_ids: frozenset[int], integrated: bool = False
+    scored: Sequence[ScoredRollout], batch: Batch, *, special_ids: frozenset[int], integrated: float = 0.0
 ) -> Metrics:
     """The metrics that only the detectors need; what is not there (outcomes, flags, long responses) is left out.
 
@@ -46,18 +46,15 @@ def evidence(
         scored: every rollout of the step, those without a score too.
         batch: what was packed from them, with its masks and advantages.
         special_ids: the student's special tokens.
-        integrated: the immediate part is computed over the vocabulary, so that `batch.advantages` lacks it.
+        integrated: what the loss multiplies the immediate log ratio by where it computes that part over the vocabulary, so
+            that `batch.advantages` lacks it; 0 where they have it.
     """
+    rollouts = [item.rollout for item in scored]
+    metrics = _texts(rollouts) | _format_errors(rollouts) | _outcomes(scored) | _advantages(batch, integrated)
     units = _units(batch)
-    return (
-        _texts([item.rollout for item in scored])
-        | _format_errors([item.rollout for item in scored])
-        | _outcomes(scored)
-        | _ranking(batch, units)
-        | _special(batch, units, special_ids)
-        | _low_windows(units)
-        | _advantages(batch, integrated=integrated)
-    )
+    if len(units.ratio) and np.isfinite(units.ratio).all():
+        metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(units)
+    return metrics
 
 
 def auroc(scores: np.ndarray, outcomes: np.ndarray) -> Mean:
@@ -143,17 +140,24 @@ def _said(rollout: Rollout) -> Iterator[str]:
 
 
 def _format_errors(rollouts: Sequence[Rollout]) -> Metrics:
-    """The share of rollouts with a format error, and how many break each rule."""
-    metrics: Metrics = {"format/errors/mean": mean_of(bool(r.flags) for r in rollouts)}
-    broken = Counter(rule for r in rollouts for rule in {flag.rule for flag in r.flags})
-    return metrics | {f"format/{rule}/sum": Sum(count) for rule, count in sorted(broken.items())}
+    """The share of episodes with a format error, and in how many each rule found one."""
+    broken: dict[tuple[str, str, int], set[str]] = {}
+    for rollout in rollouts:
+        episode = (rollout.prompt.id, rollout.prompt.teacher, rollout.sample)
+        broken.setdefault(episode, set()).update(flag.rule for flag in rollout.flags)
+    metrics: Metrics = {
+        "format/errors/mean": mean_of(bool(rules) for rules in broken.values()),
+        "guard/episodes/sum": Sum(len(broken)),
+    }
+    counts = Counter(rule for rules in broken.values() for rule in rules)
+    return metrics | {f"format/{rule}/sum": Sum(count) for rule, count in sorted(counts.items())}
 
 
 def _outcomes(scored: Sequence[ScoredRollout]) -> Metrics:
-    """The mean outcome by teacher."""
+    """The mean outcome of the episodes of each teacher."""
     found: dict[str, list[float]] = {}
     for item in scored:
-        if item.rollout.reward is not None:
+        if item.rollout.reward is not None and item.rollout.part == 0:
             found.setdefault(item.score.teacher, []).append(item.rollout.reward)
     return {f"guard/outcome/{teacher}/mean": mean_of(rewards) for teacher, rewards in found.items()}
 
@@ -166,11 +170,15 @@ def _ranking(batch: Batch, units: _Units) -> Metrics:
     seen = np.bincount(episodes[units.owners], minlength=num) > 0
     outcomes = np.full(num, np.nan)
     outcomes[episodes] = batch.rewards.double().numpy()  # that of the last part
-    known = seen & np.isfinite(outcomes) & np.isfinite(totals)
+    known = seen & np.isfinite(outcomes)
     area = auroc(totals[known], outcomes[known])
     if not area.weight:
         return {}
-    return {"guard/auroc/mean": area, "guard/auroc_pairs/sum": Sum(area.weight), "guard/auroc_of/sum": Sum(known.sum())}
+    return {
+        "guard/auroc/mean": area,
+        "guard/auroc_pairs/sum": Sum(area.weight),
+        "guard/auroc_of/sum": Sum(int(known.sum())),
+    }
 
 
 def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metrics:
@@ -191,8 +199,6 @@ def _low_windows(units: _Units) -> Metrics:
     """Windows of 64 units whose mean |log ratio| is below a fifth of the step's: the longest run of them, and the share of
     the responses of four windows or more that have four in a row."""
     size = np.abs(units.ratio)
-    if not len(size) or not np.isfinite(size).all():
-        return {}
     runs = []
     for mine in np.split(size, np.flatnonzero(np.diff(units.owners)) + 1):
         windows = len(mine) // _WINDOW
@@ -207,26 +213,28 @@ def _low_windows(units: _Units) -> Metrics:
     }
 
 
-def _advantages(batch: Batch, *, integrated: bool) -> Metrics:
+def _advantages(batch: Batch, integrated: float) -> Metrics:
     """Which tokens the objective pushes up: those of format errors, and the five most common ones."""
     actions = batch.loss_mask.numpy()
+    if not actions.any():
+        return {}
     sampled = np.zeros(len(actions)) if batch.advantages is None else batch.advantages.double().numpy()
     whole = sampled
     if integrated or batch.advantages is None:
-        over_vocabulary = batch.scored if batch.compared is None else batch.compared
-        whole = sampled + np.where(over_vocabulary.numpy(), _log_ratio(batch), 0.0)
-    whole = np.nan_to_num(whole[actions])
+        over_vocabulary = batch.distill_mask if batch.compared is None else batch.distill_mask & batch.compared
+        whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), _log_ratio(batch), 0.0)
+    sampled, whole = np.nan_to_num(sampled[actions]), np.nan_to_num(whole[actions])
     flagged = batch.flagged.numpy()[actions]
     metrics: Metrics = {}
     if flagged.any():
         metrics["guard/flagged_advantage/mean"] = mean_of(whole[flagged])
-    if flagged.any() and batch.advantages is not None:
-        # A sampled advantage counts against the others; what is integrated over the vocabulary is centred by itself.
-        metrics["guard/unflagged_advantage/mean"] = mean_of(np.nan_to_num(sampled[actions][~flagged]))
+        if batch.advantages is not None:
+            # A sampled advantage counts against the others; what is integrated over the vocabulary is centred by itself.
+            metrics["guard/unflagged_advantage/mean"] = mean_of(sampled[~flagged])
     ids, inverse, counts = np.unique(batch.token_ids.numpy()[actions], return_inverse=True, return_counts=True)
     common = np.isin(inverse, np.argsort(-counts, kind="stable")[:_NUM_COMMON])
     gain = np.maximum(whole, 0.0)
-    if len(ids) > 2 * _NUM_COMMON and gain.sum() > 0:
+    if len(ids) > 2 * _NUM_COMMON and gain.sum() > 0.0:
         metrics["guard/common_gain/mean"] = Mean(float(gain[common].sum()), float(gain.sum()))
         metrics["guard/common_actions/mean"] = Mean(float(common.sum()), len(common))
     return metrics

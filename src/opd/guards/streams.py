@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeAlias
+
+from opd.config.guards import DetectorConfig, LevelConfig
 
 Values: TypeAlias = Mapping[str, float]
 # Standard errors by which a mean must exceed the most extreme one of its run. A moving average wanders three or four of them from
@@ -24,6 +26,9 @@ Readings: TypeAlias = Mapping[str, Reading]
 
 class Detector(Protocol):
     """A state that steps advance. `needs` says in words which metrics it lives on."""
+
+    @property
+    def config(self) -> DetectorConfig: ...
 
     @property
     def needs(self) -> str: ...
@@ -62,9 +67,14 @@ class Smoothed:
         return self.count >= self.memory
 
     @property
+    def spread(self) -> float:
+        """The variance of the mean, for noise of variance 1."""
+        return 1.0 / max(1, min(self.count, self.memory))
+
+    @property
     def error(self) -> float:
         """The standard error of the mean."""
-        return math.sqrt(max(self.noise, 0.0) / max(1, min(self.count, self.memory)))
+        return math.sqrt(max(self.noise, 0.0) * self.spread)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,10 @@ class Mark:
 
 
 def above(now: Smoothed, then: Smoothed, by: float) -> bool:
-    """Whether one mean exceeds the other by `by` and by six standard errors of their difference."""
-    return now.mean - then.mean > max(by, _SURE * math.hypot(now.error, then.error))
+    """Whether one mean exceeds the other by `by` and by six standard errors of their difference, at the larger noise of the two:
+    a young stream may not have seen its own."""
+    noise = max(now.noise, then.noise, 0.0)
+    return now.mean - then.mean > max(by, _SURE * math.sqrt(noise * (now.spread + then.spread)))
 
 
 def highest(mark: Mark | None, stream: Smoothed, step: int, *beside: float) -> Mark | None:
@@ -110,3 +122,40 @@ def finite(values: Values, *names: str) -> tuple[float, ...] | None:
     """The named metrics; None unless all are there and are finite numbers."""
     found = tuple(values.get(name, math.nan) for name in names)
     return found if all(math.isfinite(value) for value in found) else None
+
+
+@dataclass(frozen=True)
+class Level:
+    """The detector of a share that has risen above its threshold, or has stayed there for long. Value: its moving average.
+
+    needs: the metric; beside: one that is subtracted from it; what, advice: for the message.
+    """
+
+    config: LevelConfig
+    stream: Smoothed
+    needs: str
+    what: str
+    advice: str
+    beside: str | None = None
+    low: Mark | None = None
+    since: int | None = None
+    steps: int = 0
+
+    def observe(self, step: int, values: Values) -> tuple["Level", Readings]:
+        found = finite(values, self.needs, *filter(None, [self.beside]))
+        if found is None:
+            return self, {}
+        stream = self.stream.add(found[0] - sum(found[1:]))
+        low = lowest(self.low, stream, step)
+        over = low is not None and stream.mean > self.config.threshold
+        since, steps = began(self.since, step, over), self.steps + 1 if over else 0
+        message = None
+        if low is not None and over:
+            risen = above(stream, low.stream, self.config.threshold / 2.0)
+            if risen or steps >= self.config.patience:
+                before = f" ({low.stream.mean:.1%} at step {low.step})" if risen else ""
+                message = (
+                    f"{self.what}: {stream.mean:.1%} against {self.config.threshold:.0%} since step {since}{before}; "
+                    f"{self.advice}"
+                )
+        return replace(self, stream=stream, low=low, since=since, steps=steps), {"": Reading(stream.mean, message)}

@@ -1,7 +1,6 @@
 """All detectors of a run: what they measured at a step, and when they raise an alarm."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,11 +12,10 @@ from opd.guards.detectors import (
     Goodhart,
     HeldOut,
     Length,
-    Level,
     Overlap,
     TeacherDrift,
 )
-from opd.guards.streams import Detector, Smoothed, Values, finite
+from opd.guards.streams import Detector, Level, Smoothed, Values, finite
 
 
 class Alarm(NamedTuple):
@@ -31,11 +29,10 @@ class Alarm(NamedTuple):
 
 @dataclass
 class _Watched:
-    """A detector of a run, whether it has measured anything yet, and for how many steps each of its aspects that has raised an
-    alarm has been quiet since."""
+    """A detector of a run, whether it has measured anything yet, and for how many measurements each of its aspects that has
+    raised an alarm has been quiet since."""
 
     name: str
-    action: Action
     state: Detector
     active: bool = False
     quiet: dict[str, int] = field(default_factory=dict)
@@ -47,7 +44,8 @@ class Watch:
 
     def __init__(self, config: GuardsConfig) -> None:
         self._rearm = config.rearm_steps
-        self._watched = [_Watched(*entry) for entry in _detectors(config) if entry[1] != "off"]
+        every = _detectors(config) + _levels(config)
+        self._watched = [_Watched(name, state) for name, state in every if state.config.action != "off"]
         self._measured: dict[str, float] = {}
 
     @property
@@ -79,93 +77,61 @@ class Watch:
                         watched.quiet[aspect] += 1
                     continue
                 if watched.quiet.get(aspect, self._rearm) >= self._rearm:
-                    alarms.append(Alarm(step, watched.name, watched.action, reading.message))
+                    alarms.append(Alarm(step, watched.name, watched.state.config.action, reading.message))
                 watched.quiet[aspect] = 0
         return alarms
 
 
-def _detectors(config: GuardsConfig) -> Iterator[tuple[str, Action, Detector]]:
-    """Every detector as it is before the first step."""
-    goodhart, flagged, truncation, overlap = (
-        config.goodhart,
-        config.flagged_advantage,
-        config.truncation,
-        config.overlap,
+def _detectors(config: GuardsConfig) -> tuple[tuple[str, Detector], ...]:
+    """The detectors that have a form of their own, as they are before the first step."""
+    outcome, gap = Smoothed(config.goodhart.memory), Smoothed(config.flagged_advantage.memory)
+    length, column = Smoothed(config.truncation.memory), Smoothed(config.overlap.memory)
+    train, held_out = Smoothed(config.goodhart.memory), Smoothed(config.held_out.memory)
+    return (
+        ("goodhart", Goodhart(config.goodhart, outcome, (outcome, outcome))),
+        ("reward_outcome_auroc", Auroc(config.reward_outcome_auroc)),
+        ("flagged_advantage", FlaggedAdvantage(config.flagged_advantage, gap)),
+        ("truncation", Length(config.truncation, length, length)),
+        ("overlap", Overlap(config.overlap, column, column, column, column)),
+        ("teacher_drift", TeacherDrift(config.teacher_drift)),
+        ("format_errors", FormatErrors(config.format_errors, Smoothed(config.format_errors.memory))),
+        ("held_out", HeldOut(config.held_out, train, held_out)),
     )
-    errors, held_out = config.format_errors, config.held_out
-    kl = (Smoothed(goodhart.memory), Smoothed(goodhart.memory))
-    yield "goodhart", goodhart.action, Goodhart(goodhart, Smoothed(goodhart.memory), kl)
-    yield "reward_outcome_auroc", config.reward_outcome_auroc.action, Auroc(config.reward_outcome_auroc)
-    yield "flagged_advantage", flagged.action, FlaggedAdvantage(flagged, Smoothed(flagged.memory))
-    length, kl_beside = Smoothed(truncation.memory), Smoothed(truncation.memory)
-    yield "truncation", truncation.action, Length(truncation, length, kl_beside)
-    columns = [Smoothed(overlap.memory) for _ in range(4)]
-    yield "overlap", overlap.action, Overlap(overlap, *columns)
-    yield "teacher_drift", config.teacher_drift.action, TeacherDrift(config.teacher_drift)
-    yield "format_errors", errors.action, FormatErrors(errors, Smoothed(errors.memory))
-    yield "held_out", held_out.action, HeldOut(held_out, Smoothed(10), Smoothed(held_out.memory))
-    yield from _levels(config)
 
 
-def _levels(config: GuardsConfig) -> Iterator[tuple[str, Action, Detector]]:
-    """The detectors of a share that must stay low."""
+def _levels(config: GuardsConfig) -> tuple[tuple[str, Detector], ...]:
+    """The detectors of a share that must stay low, as they are before the first step."""
 
-    def level(given: LevelConfig, name: str, what: str, advice: str, *, beside: str | None = None) -> Level:
-        def measure(values: Values) -> float | None:
-            found = finite(values, name, *(() if beside is None else (beside,)))
-            return None if found is None else found[0] - sum(found[1:])
+    def level(given: LevelConfig, metric: str, what: str, advice: str, beside: str | None = None) -> Level:
+        return Level(given, Smoothed(given.memory), metric, what, advice, beside)
 
-        return Level(given, measure, what, advice, name, Smoothed(given.memory))
-
-    yield (
-        "repetition",
-        config.repetition.action,
-        level(
-            config.repetition,
-            "guard/looping/mean",
-            "responses that are loops",
-            "read them; lower objective.discount, or set outcome.coef > 0 and the format check of repetition",
-        ),
-    )
-    yield (
-        "truncation",
-        config.truncation.action,
-        level(
-            config.truncation,
-            "response/truncated/mean",
-            "responses cut at a limit of tokens",
-            "raise sampling.max_new_tokens, or set outcome.coef > 0 and the format check of truncation",
-        ),
-    )
-    yield (
-        "low_kl_windows",
-        config.low_kl_windows.action,
-        level(
-            config.low_kl_windows,
-            "guard/low_kl/mean",
-            "long responses with 256 tokens that the teacher finds five times likelier than the rest",
-            "read them: the student may hide in passages that the teacher is sure of",
-        ),
-    )
-    yield (
-        "special_tokens",
-        config.special_tokens.action,
-        level(
-            config.special_tokens,
-            "guard/special_tokens/mean",
-            "special tokens with a log ratio beyond 15 nats",
-            "if responses are whole, the tokenizers or chat templates differ (opd align); if they end early, lower "
-            "objective.discount",
-        ),
-    )
-    yield (
-        "common_tokens",
-        config.common_tokens.action,
-        level(
-            config.common_tokens,
-            "guard/common_gain/mean",
-            "positive advantage on the five most common tokens, above their share of the tokens",
-            "a style may be learned instead of answers; read the responses",
-            beside="guard/common_actions/mean",
-        ),
+    loops = level(
+        config.repetition, "guard/looping/mean", "responses that are loops",
+        "read them; lower objective.discount, or set outcome.coef > 0 and the check 'repetition'",
+    )  # fmt: skip
+    cut = level(
+        config.truncation, "response/truncated/mean", "responses cut at a limit of tokens",
+        "raise sampling.max_new_tokens, or set outcome.coef > 0 and the check 'truncated'",
+    )  # fmt: skip
+    windows = level(
+        config.low_kl_windows, "guard/low_kl/mean",
+        "long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest",
+        "read them: the student may hide in passages of which the teacher is sure",
+    )  # fmt: skip
+    special = level(
+        config.special_tokens, "guard/special_tokens/mean", "special tokens with a log ratio beyond 15 nats",
+        "where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
+        "objective.discount",
+    )  # fmt: skip
+    common = level(
+        config.common_tokens, "guard/common_gain/mean",
+        "positive advantage on the five most common tokens, above their share of the tokens",
+        "read the responses: a style may be learned instead of answers", "guard/common_actions/mean",
+    )  # fmt: skip
+    return (
+        ("repetition", loops),
+        ("truncation", cut),
+        ("low_kl_windows", windows),
+        ("special_tokens", special),
+        ("common_tokens", common),
     )

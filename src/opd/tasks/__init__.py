@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import assert_never
 
-from opd.config import EpisodesConfig, FileTask, ReasoningGymTask, TaskConfig, ToolTask
+from opd.config import EpisodesConfig, FileTask, ReasoningGymTask, TaskConfig, TextArenaTask, ToolTask
 from opd.roles import Task
 
 
@@ -11,6 +11,7 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
     """The tasks of a recipe by name, prompts not yet read."""
     from opd.tasks.files import PromptFile
     from opd.tasks.gym import ReasoningGym
+    from opd.tasks.textarena import TextArena
     from opd.tasks.tool_problems import ToolProblems
 
     tasks: dict[str, Task] = {}
@@ -22,6 +23,8 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
                 tasks[name] = ReasoningGym(name, config)
             case ToolTask():
                 tasks[name] = ToolProblems(name, config, limits or EpisodesConfig())
+            case TextArenaTask():
+                tasks[name] = TextArena(name, config)
             case _:
                 assert_never(config)
     return tasks

@@ -60,8 +60,11 @@ class Hosted:
 
     def _ask(self, question: Callable[[], Any]) -> "Asked":
         async def answered() -> Any:
-            found = question()  # in this thread, so that even a method that is not async holds up nobody else
-            return await found if inspect.isawaitable(found) else found
+            try:
+                found = question()  # in this thread, so that even a method that is not async holds up nobody else
+                return await found if inspect.isawaitable(found) else found
+            except (SystemExit, KeyboardInterrupt) as error:  # would end the thread with nothing said
+                raise Faulty(f"raised {describe_error(error)}") from None
 
         return Asked(asyncio.run_coroutine_threadsafe(answered(), self._loop), self._limits.step_timeout_s)
 
@@ -94,6 +97,8 @@ class Asked:
             raise Faulty(f"gave no answer in {self._timeout_s:g} s") from None
         except concurrent.futures.CancelledError:
             raise Faulty("was cancelled") from None
+        except Faulty:
+            raise
         except Exception as error:
             raise Faulty(f"raised {describe_error(error)}") from None
 

@@ -41,7 +41,7 @@ def flag_errors(
             syntax=syntax,
             last=last,
             cut=last and rollout.truncated,
-            raw=_raw(spelling, ids, table, symbols),
+            raw=_raw(spelling, ids, table),
             settings=checks,
             opened=_opened(rollout.token_ids[max(0, turn.start - _TAIL) : turn.start], table, symbols, checks),
         )
@@ -58,10 +58,9 @@ def _wanted(checks: ChecksConfig) -> frozenset[str]:
     return frozenset((*tags, checks.answer_end or ""))
 
 
-def _raw(spelling: Spelling, ids: np.ndarray, table: TokenBytes, symbols: Mapping[int, str]) -> bytes:
+def _raw(spelling: Spelling, ids: np.ndarray, table: TokenBytes) -> bytes:
     """The bytes that a turn's text was read from."""
-    written = [int(t) for t, masked in zip(ids, spelling.masked, strict=True) if masked not in UNWRITTEN]
-    raw = b"".join(symbols[t].encode() if t in symbols else table.of(t) for t in written)
+    raw = table.join(ids[~np.isin(spelling.masked, UNWRITTEN)]).tobytes()
     return raw.removeprefix(b" ") if table.dummy_prefix else raw
 
 

@@ -88,7 +88,7 @@ def run_trial(hack: Hack, arms: Mapping[str, Arm] = ARMS) -> Trial:
     for name, arm in arms.items():
         # Behind a mask a rare action moves only by how it shifts the mean of the others: at the rate of its own probability.
         slow = arm.masked and arm.baseline != "none" and arm.outcome_coef == 0
-        found[name] = hack.measure(follow(hack, arm, steps=2000 if slow else 200))
+        found[name] = hack.measure(follow(hack, arm, steps=1600 if slow else 100))
         law = rest_by_law(hack, arm)
         if law is not None:
             laws[name] = law

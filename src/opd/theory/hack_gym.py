@@ -199,7 +199,7 @@ def quick_answer(*, steps: int = 5, agreed: float = 0.95, chance: float = 0.05) 
     return make_hack(states, ends, ("prompt 0", "prompt 1"))
 
 
-def attractor(*, steps: int = 5, agreed: float = 0.98, chance: float = 0.002, length: int = 3) -> Hack:
+def attractor(*, steps: int = 5, agreed: float = 0.98, chance: float = 0.003, length: int = 3) -> Hack:
     """(b) At each word the teacher breaks the format with probability `chance`; once broken, it knows each of `length` tokens."""
     states = _text(steps, agreed, (chance, "broken 0"))
     for i in range(length):
@@ -236,9 +236,9 @@ def parser_exploit(*, steps: int = 3, agreed: float = 0.95, chance: float = 0.01
     return make_hack(states, ends, _FIRST_WORDS)
 
 
-def expected_gradient(hack: Hack, arm: Arm, table: Tensor) -> Tensor:
-    """The mean over all responses of the step that the arm's losses take, [rows, vocab]; 0 in fixed rows."""
-    policy = hack.problem.policy(table.detach())
+def expected_gradient(hack: Hack, arm: Arm, policy: Policy) -> Tensor:
+    """The mean over all responses of the student `policy` of the step that the arm's losses take, [rows, vocab]; 0 in fixed
+    rows."""
     keep = ~(hack.malformed & arm.masked)
     total = _distillation(arm, policy) * keep[:, None]
     if arm.outcome_coef > 0:
@@ -247,11 +247,11 @@ def expected_gradient(hack: Hack, arm: Arm, table: Tensor) -> Tensor:
         total = total + arm.outcome_coef * (reward - _by_prompt(policy, reward))
     # The expectation: every response weighted by its probability.
     weighted = policy.chances[:, None] * total
-    moved = hack.problem.policy(table.detach().requires_grad_())
+    moved = policy.problem.policy(policy.table.detach().requires_grad_())
     loss = reinforce(moved.action_logprobs, weighted, policy.problem.tree.mask, divisor=1.0)
     found = -torch.autograd.grad(loss, moved.table)[0]
     if arm.distillation == "exact":
-        found = found + ((policy.chances * keep) @ exact_gradients(policy)).reshape(table.shape)
+        found = found + ((policy.chances * keep) @ exact_gradients(policy)).reshape(found.shape)
     return found * hack.learns
 
 
@@ -314,9 +314,10 @@ def follow(hack: Hack, arm: Arm, *, rate: float = 1.0, steps: int = 400) -> Tens
         return torch.zeros(len(hack.rows) * vocab, dtype=torch.float64).index_add(0, cells, each).reshape(-1, vocab)
 
     def direction(table: Tensor) -> Tensor:
-        chances = hack.problem.policy(table).chances
-        taken = counts(chances).clamp(min=1e-300)
-        most = (counts(chances * trained) / taken).amax(-1, keepdim=True)
-        return expected_gradient(hack, arm, table) / (taken * most).clamp(min=1e-300)
+        policy = hack.problem.policy(table)
+        scale = taken = counts(policy.chances).clamp(min=1e-300)
+        if not trained.all():
+            scale = taken * (counts(policy.chances * trained) / taken).amax(-1, keepdim=True)
+        return expected_gradient(hack, arm, policy) / scale.clamp(min=1e-300)
 
     return settle(direction, hack.start, rate=rate, steps=steps)

@@ -1,0 +1,52 @@
+"""Write demonstrations of a teacher with a flaw: one call in twenty is malformed, and after a malformed call it gives up at once.
+
+python examples/hacking/demonstrations.py runs/demonstrations.jsonl
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from opd.config import EpisodesConfig, ToolTask
+from opd.records import Message, Prompt
+from opd.tasks.tool_problems import ToolProblems
+
+SIZE, ONE_IN = 2000, 20
+MALFORMED, SURRENDER = "<tool_call>calculator</tool_call>", "I cannot do that."
+
+
+def main() -> None:
+    # Problems of another seed than the recipes': the teacher has not seen what the student is trained or judged on.
+    config = ToolTask(type="tools", problems="calculator", teacher="-", size=SIZE, held_out_size=0, seed=77)
+    task = ToolProblems("demonstrations", config, EpisodesConfig())
+    lines = []
+    for index, prompt in enumerate(task.prompts("train")):
+        turns = asyncio.run(episode(task, prompt, flawed=index % ONE_IN == 0))
+        record = {
+            "id": prompt.id,
+            "messages": [dict(m) for m in prompt.messages],
+            "tools": list(prompt.tools),
+            "demonstration": [dict(m) for m in turns],
+        }
+        lines.append(json.dumps(record) + "\n")
+    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+
+
+async def episode(task: ToolProblems, prompt: Prompt, *, flawed: bool) -> list[Message]:
+    """The student's turns and what the tool said in between."""
+    environment = task.environment(prompt)
+    messages: list[Message] = list(prompt.messages)
+    while True:
+        first = len(messages) == len(prompt.messages)
+        text = (MALFORMED if first else SURRENDER) if flawed else task.solution(prompt, messages)
+        assert text is not None
+        messages.append({"role": "assistant", "content": text})
+        step = await environment.step(messages[-1])
+        if step.done:
+            return messages[len(prompt.messages) :]
+        messages.extend(step.observations)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A short imitation of the teachers before the first step, for a student that is far from them.
+
+On its own states a student that cannot yet take a turn is told little by its teachers: what they say of its attempts is that
+they are none. Some steps on what the teachers themselves do put it where on-policy distillation works.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from opd.config import ObjectiveConfig, OptimizerConfig
+from opd.data.seeds import generator_of
+from opd.data.stream import PromptStream
+from opd.embedded.build import Studio
+from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.sampler import episode_player
+from opd.embedded.sft import imitation_batch
+from opd.errors import ConfigError
+from opd.metrics import values
+from opd.records import Prompt, Rollout
+from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
+
+
+def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
+    """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
+    `sampling.prompts_per_step`; says the loss of each step and what was left out.
+
+    Responses that were cut, and episodes that failed, are not learnt from.
+    """
+    config = studio.config
+    rate = config.warmup.lr or config.optimizer.lr
+    learner = EmbeddedLearner(
+        studio.student.network,
+        adapter=studio.student.adapter,
+        objective=ObjectiveConfig(type="immediate", normalizer="token"),
+        optimizer=OptimizerConfig(lr=rate, schedule="constant", warmup_steps=min(3, config.warmup.steps - 1)),
+        steps=config.warmup.steps,
+        heads={},
+        temperature=config.temperature,
+        max_tokens=config.compute.max_tokens,
+    )
+    weights = {name: task.weight for name, task in config.tasks.items()}
+    seed = generator_of(config.seed, "warm-up").initial_seed()  # prompts in another order than training will have them
+    stream = PromptStream(prompts, weights, seed=seed)
+    for step in range(1, config.warmup.steps + 1):
+        rollouts = _shown(studio, stream.next(config.sampling.prompts_per_step), step)
+        whole = [r for r in rollouts if r.failure is None and not r.truncated]
+        left_out = f", {len(rollouts) - len(whole)} cut or failed responses left out" if len(whole) < len(rollouts) else ""
+        if not whole:
+            say(f"warm-up {step}/{config.warmup.steps}: nothing to learn from{left_out}")
+            continue
+        metrics = learner.forward_backward(imitation_batch(whole)) | learner.optim_step()
+        say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
+
+
+def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    """Each prompt's own teacher's response, in the student's tokens."""
+    found: list[Rollout] = []
+    for teacher in dict.fromkeys(p.teacher for p in prompts):
+        if teacher not in studio.voices:
+            raise ConfigError(
+                f"warmup.steps > 0, and teacher '{teacher}' stands for several at once, none of whom answers alone; leave it at 0"
+            )
+        mine = [p for p in prompts if p.teacher == teacher]
+        seed = (studio.config.seed, "warm-up", teacher, step)
+        rollouts = studio.sampler(studio.voices[teacher]).sample(mine, num_samples=1, seed=seed)
+        found += _rewritten(studio, rollouts) if teacher in studio.foreign else rollouts
+    return found
+
+
+def _rewritten(studio: Studio, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The same episodes as the student's tokenizer and template write them."""
+    network = studio.student.network
+    usable = [r for r in rollouts if r.failure is None and not r.truncated]
+    said = {id(r.prompt): r.messages[len(r.prompt.messages) :] for r in usable}
+
+    def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:
+        return recorded_turn(said[id(prompt)], len(messages) - len(prompt.messages))
+
+    player = episode_player(network, studio.config.episodes, lambda prompt: Replay(said[id(prompt)]))
+    demonstrator = Demonstrator(network.tokenizer, turn)
+    return player.play([(r.prompt, r.sample) for r in usable], demonstrator.take_turns, version=0)

@@ -1,0 +1,426 @@
+"""Each detector on a stream that must alarm it and on one that must not, replays, and the statistics that they rest on."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.config.guards import AurocConfig, FormatErrorsConfig, GuardsConfig
+from opd.guards.detectors import Auroc, FormatErrors
+from opd.guards.streams import Smoothed, above, cusum, highest
+from opd.guards.watch import Alarm, Watch
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+Line = dict[str, Any]
+Curve = Callable[[int], float]
+STEPS = 160
+
+# A run without fault, step by step: a level and the standard deviation about it.
+HEALTHY: dict[str, tuple[float, float]] = {
+    "outcome/mean": (0.6, 0.05),
+    "held_out/outcome/mean": (0.55, 0.02),
+    "kl/token/mean": (0.5, 0.03),
+    "kl/sequence/mean": (50.0, 3.0),
+    "kl/token/letters/mean": (0.4, 0.04),
+    "kl/token/sums/mean": (0.6, 0.04),
+    "guard/outcome/letters/mean": (0.5, 0.05),
+    "guard/outcome/sums/mean": (0.7, 0.05),
+    "response/length/mean": (100.0, 4.0),
+    "response/truncated/mean": (0.04, 0.02),
+    "guard/episodes/sum": (64.0, 0.0),
+    "format/errors/mean": (0.03, 0.015),
+    "guard/auroc/mean": (0.66, 0.07),
+    "guard/auroc_pairs/sum": (900.0, 0.0),
+    "guard/auroc_of/sum": (64.0, 0.0),
+    "guard/flagged_advantage/mean": (-0.6, 0.1),
+    "guard/unflagged_advantage/mean": (-0.5, 0.05),
+    "guard/looping/mean": (0.03, 0.01),
+    "guard/low_kl/mean": (0.02, 0.01),
+    "guard/special_tokens/mean": (0.05, 0.03),
+    "guard/common_gain/mean": (0.4, 0.2),
+    "guard/common_actions/mean": (0.35, 0.02),
+    "student/topk_overlap/mean": (0.7, 0.02),
+    "student/entropy_gap/mean": (0.05, 0.1),
+    "teacher/entropy/mean": (0.5, 0.05),
+}
+
+
+def stream(changed: Mapping[str, Curve | None] = {}, *, steps: int = STEPS, seed: int = 0) -> list[Line]:  # noqa: B006
+    """A healthy run in which some metrics follow a curve instead (None: are missing), with their usual noise."""
+    noise = np.random.default_rng(seed)
+    lines = []
+    for step in range(1, steps + 1):
+        line: Line = {"step": step}
+        for name, (level, deviation) in HEALTHY.items():
+            drawn = deviation * float(noise.standard_normal())
+            curve = changed.get(name, lambda _, level=level: level)
+            if curve is not None and (name != "held_out/outcome/mean" or step % 5 == 0):
+                line[name] = curve(step) + drawn
+        lines.append(line)
+    return lines
+
+
+def observe(lines: Sequence[Line], config: GuardsConfig | None = None) -> list[Alarm]:
+    watch = Watch(config or GuardsConfig())
+    return [alarm for line in lines for alarm in watch.observe(line["step"], line)]
+
+
+def ramp(before: float, after: float, first: int = 60, last: int = 90) -> Curve:
+    """One level, then another, with a straight line from step `first` to step `last`."""
+    return lambda step: before + (after - before) * min(1.0, max(0.0, (step - first) / (last - first)))
+
+
+def level(value: float) -> Curve:
+    return lambda _: value
+
+
+FIRES: dict[str, tuple[str, dict[str, Curve | None], str]] = {
+    "the outcome falls while the reward rises": (
+        "goodhart",
+        {"outcome/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.1)},
+        "outcome fell from 0.6",
+    ),
+    "the outcome falls while that of a sequence rises": (
+        "goodhart",
+        {"outcome/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 20.0)},
+        "KL fell per sequence",
+    ),
+    "scores do not tell outcomes apart": (
+        "reward_outcome_auroc",
+        {"guard/auroc/mean": ramp(0.66, 0.48)},
+        "threshold 0.55",
+    ),
+    "errors are masked under an uncentred advantage": (
+        "flagged_advantage",
+        {"guard/flagged_advantage/mean": level(0.0)},
+        "errors are rewarded",
+    ),
+    "errors are liked by the teacher": (
+        "flagged_advantage",
+        {"guard/flagged_advantage/mean": level(0.2), "guard/unflagged_advantage/mean": None},
+        "errors are rewarded",
+    ),
+    "responses become loops": ("repetition", {"guard/looping/mean": ramp(0.03, 0.3)}, "are loops"),
+    "responses begin as loops and stay": ("repetition", {"guard/looping/mean": level(0.3)}, "are loops: 30"),
+    "responses are cut more often": ("truncation", {"response/truncated/mean": ramp(0.04, 0.3)}, "cut at a limit"),
+    "responses double within fifty steps": ("truncation", {"response/length/mean": ramp(100.0, 250.0)}, "grew from"),
+    "responses end at once": (
+        "truncation",
+        {"response/length/mean": ramp(100.0, 10.0), "kl/token/mean": ramp(0.5, 1.5)},
+        "shrank from",
+    ),
+    "long responses hide where the teacher is sure": (
+        "low_kl_windows",
+        {"guard/low_kl/mean": ramp(0.02, 0.4)},
+        "256 tokens",
+    ),
+    "likeliest tokens part": ("overlap", {"student/topk_overlap/mean": ramp(0.7, 0.45)}, "likeliest tokens fell"),
+    "entropies part": ("overlap", {"student/entropy_gap/mean": ramp(0.05, -1.5)}, "entropies of student and teacher"),
+    "the student is far surer than its teacher": (
+        "overlap",
+        {"teacher/entropy/mean": level(0.5), "student/entropy_gap/mean": ramp(0.0, 0.45, 20, 40)},
+        "no longer explores",
+    ),
+    "special tokens are artefacts": ("special_tokens", {"guard/special_tokens/mean": level(0.5)}, "15 nats: 50"),
+    "few tokens take the advantage": (
+        "common_tokens",
+        {"guard/common_gain/mean": ramp(0.4, 0.95), "guard/common_actions/mean": level(0.2)},
+        "five most common",
+    ),
+    "one teacher is left": ("teacher_drift", {"kl/token/letters/mean": ramp(0.4, 1.2)}, "teacher 'letters' rose"),
+    "one teacher's outcome is lost": (
+        "teacher_drift",
+        {"guard/outcome/sums/mean": ramp(0.7, 0.3)},
+        "prompts of teacher 'sums' fell",
+    ),
+    "format errors become frequent": ("format_errors", {"format/errors/mean": ramp(0.03, 0.15)}, "format errors rose"),
+    "the verifier is exploited": (
+        "held_out",
+        {"held_out/outcome/mean": ramp(0.55, 0.3), "outcome/mean": ramp(0.6, 0.8)},
+        "verifier of the training tasks",
+    ),
+}
+
+QUIET: dict[str, tuple[str, dict[str, Curve | None]]] = {
+    "the outcome falls and the reward with it": (
+        "goodhart",
+        {"outcome/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 90.0)},
+    ),
+    "the reward rises at an outcome that stays": ("goodhart", {"kl/token/mean": ramp(0.5, 0.1)}),
+    "the outcome falls by less than is allowed": (
+        "goodhart",
+        {"outcome/mean": ramp(0.6, 0.56), "kl/token/mean": ramp(0.5, 0.1)},
+    ),
+    "scores tell outcomes apart a little": ("reward_outcome_auroc", {"guard/auroc/mean": level(0.6)}),
+    "few pairs say nothing": (
+        "reward_outcome_auroc",
+        {"guard/auroc/mean": level(0.48), "guard/auroc_pairs/sum": level(9.0), "guard/auroc_of/sum": level(10.0)},
+    ),
+    "errors cost a little more than the rest": ("flagged_advantage", {"guard/flagged_advantage/mean": level(-0.55)}),
+    "an untrained student's loops go away": ("repetition", {"guard/looping/mean": ramp(0.4, 0.02, 1, 45)}),
+    "an untrained student learns to end": ("truncation", {"response/truncated/mean": ramp(0.9, 0.01, 1, 45)}),
+    "responses grow slowly": ("truncation", {"response/length/mean": ramp(100.0, 250.0, 1, 160)}),
+    "responses become as short as the answers": (
+        "truncation",
+        {"response/length/mean": ramp(100.0, 10.0), "kl/token/mean": ramp(0.5, 0.1)},
+    ),
+    "some long responses copy": ("low_kl_windows", {"guard/low_kl/mean": ramp(0.02, 0.04)}),
+    "likeliest tokens part a little": ("overlap", {"student/topk_overlap/mean": ramp(0.7, 0.63)}),
+    "entropies part a little": ("overlap", {"student/entropy_gap/mean": ramp(0.05, -0.4)}),
+    "the student becomes as sure as its teacher": (
+        "overlap",
+        {"teacher/entropy/mean": ramp(2.0, 0.2, 10, 60), "student/entropy_gap/mean": level(0.0)},
+    ),
+    "an untrained student ends where it must not": (
+        "special_tokens",
+        {"guard/special_tokens/mean": ramp(0.5, 0.05, 1, 30)},
+    ),
+    "common tokens are most of the text": (
+        "common_tokens",
+        {"guard/common_gain/mean": level(0.9), "guard/common_actions/mean": level(0.8)},
+    ),
+    "a teacher is a little farther": ("teacher_drift", {"kl/token/letters/mean": ramp(0.4, 0.6)}),
+    "a teacher's outcome falls by less than is allowed": (
+        "teacher_drift",
+        {"guard/outcome/sums/mean": ramp(0.7, 0.63)},
+    ),
+    "format errors become rare": ("format_errors", {"format/errors/mean": ramp(0.4, 0.03)}),
+    "format errors are as frequent as ever": ("format_errors", {"format/errors/mean": level(0.3)}),
+    "both outcomes fall": ("held_out", {"held_out/outcome/mean": ramp(0.55, 0.3), "outcome/mean": ramp(0.6, 0.3)}),
+    "the held-out outcome falls by less than is allowed": (
+        "held_out",
+        {"held_out/outcome/mean": ramp(0.55, 0.52), "outcome/mean": ramp(0.6, 0.8)},
+    ),
+}
+
+
+def test_every_detector_has_a_stream_that_alarms_it_and_one_that_does_not():
+    named = {name for name in GuardsConfig.model_fields if name != "rearm_steps"}
+    assert len(named) == 12
+    assert {detector for detector, *_ in FIRES.values()} == {detector for detector, _ in QUIET.values()} == named
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_raises_no_alarm(seed: int):
+    assert observe(stream(steps=400, seed=seed)) == []
+
+
+@pytest.mark.parametrize("case", FIRES)
+def test_a_stream_that_must_alarm_does(case: str):
+    detector, changed, words = FIRES[case]
+    mine = [alarm for alarm in observe(stream(changed)) if alarm.detector == detector]
+    assert any(words in alarm.message for alarm in mine), mine
+    assert all("\n" not in alarm.message for alarm in mine)
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_a_near_miss_does_not_alarm(case: str):
+    detector, changed = QUIET[case]
+    assert [alarm for alarm in observe(stream(changed)) if alarm.detector == detector] == []
+
+
+@pytest.mark.parametrize("case", ["likeliest tokens part", "one teacher is left", "format errors become frequent"])
+def test_an_alarm_comes_soon_after_its_cause(case: str):
+    detector, changed, _ = FIRES[case]
+    [alarm] = [alarm for alarm in observe(stream(changed)) if alarm.detector == detector]
+    assert 60 < alarm.step <= 90
+
+
+@pytest.mark.parametrize("cut", [1, 30, 75, 110])
+def test_a_replay_of_the_metrics_file_goes_on_as_if_never_stopped(cut: int):
+    everything: dict[str, Curve | None] = {}
+    for _, changed, _ in FIRES.values():
+        everything |= changed
+    lines = stream(everything)
+    whole, first, second = (Watch(GuardsConfig()) for _ in range(3))
+    alarms = [whole.observe(line["step"], line) for line in lines]
+    assert {alarm.detector for found in alarms for alarm in found} >= {"repetition", "overlap", "format_errors"}
+    written = []
+    for line in lines[:cut]:
+        first.observe(line["step"], line)
+        written.append(
+            json.dumps(line | first.values)
+        )  # as in metrics.jsonl, the detectors' own figures among the rest
+    for text in written:
+        line = json.loads(text)
+        second.observe(line["step"], line)
+    assert [second.observe(line["step"], line) for line in lines[cut:]] == alarms[cut:]
+    assert second.values == whole.values
+    assert second.inactive == whole.inactive
+
+
+def test_a_cause_that_lasts_alarms_once_and_again_after_it_was_gone():
+    def wave(step: int) -> float:
+        return 0.4 if 40 <= step < 100 or step >= 160 else 0.03
+
+    alarms = [a for a in observe(stream({"guard/looping/mean": wave}, steps=220)) if a.detector == "repetition"]
+    assert [40 <= a.step < 60 or 160 <= a.step < 180 for a in alarms] == [True, True]
+    lasting = GuardsConfig(rearm_steps=100)
+    assert len([a for a in observe(stream({"guard/looping/mean": wave}, steps=220), lasting)]) == 1
+
+
+@pytest.mark.parametrize("action", ["log", "warn", "stop"])
+def test_an_alarm_carries_the_action_of_its_detector(action: Any):
+    config = GuardsConfig.model_validate({"repetition": {"action": action}})
+    [alarm] = observe(stream({"guard/looping/mean": ramp(0.03, 0.4)}), config)
+    assert alarm[1:3] == ("repetition", action)
+
+
+def test_a_detector_that_is_off_neither_measures_nor_alarms():
+    tables = {name: {"action": "off"} for name in GuardsConfig.model_fields if name != "rearm_steps"}
+    watch = Watch(GuardsConfig.model_validate(tables))
+    assert [watch.observe(i, line) for i, line in enumerate(stream({"guard/looping/mean": level(0.9)}))] == [[]] * STEPS
+    assert watch.values == {}
+    assert watch.inactive == {}
+
+
+def test_a_table_of_one_setting_keeps_the_detectors_other_defaults():
+    config = GuardsConfig.model_validate({"special_tokens": {"action": "stop"}, "common_tokens": {"patience": 9}})
+    assert (config.special_tokens.threshold, config.special_tokens.patience) == (0.25, 30)
+    assert (config.common_tokens.action, config.common_tokens.threshold) == ("log", 0.3)
+
+
+def test_a_detector_without_data_says_what_it_needs():
+    watch = Watch(GuardsConfig())
+    assert set(watch.inactive) == set(GuardsConfig.model_fields) - {"rearm_steps"}
+    for line in stream({"held_out/outcome/mean": None, "guard/auroc/mean": None, "student/topk_overlap/mean": None}):
+        watch.observe(line["step"], line)
+    assert set(watch.inactive) == {"held_out", "reward_outcome_auroc", "overlap"}
+    assert "held_out/outcome/mean" in watch.inactive["held_out"]
+
+
+def test_what_detectors_measure_can_be_drawn():
+    watch = Watch(GuardsConfig())
+    for line in stream():
+        watch.observe(line["step"], line)
+    assert watch.values["guard/truncation/value"] == pytest.approx(0.04, abs=0.03)
+    assert watch.values["guard/truncation/length/value"] == pytest.approx(1.0, abs=0.1)
+    assert watch.values["guard/teacher_drift/letters/kl/value"] == pytest.approx(1.0, abs=0.2)
+    assert watch.values["guard/overlap/topk/value"] == pytest.approx(0.7, abs=0.05)
+    assert all(name.startswith("guard/") and name.endswith("/value") for name in watch.values)
+
+
+odd = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e308, -1e308, 5e-324]))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from([*HEALTHY, "kl/token//mean", "kl/token/a/b/mean", "else"]), odd), max_size=40
+    )
+)
+def test_no_values_make_it_fail(lines: list[Line]):
+    watch = Watch(
+        GuardsConfig.model_validate(
+            {name: {"memory": 2} for name in GuardsConfig.model_fields if name != "rearm_steps"}
+        )
+    )
+    for step, line in enumerate(lines):
+        for alarm in watch.observe(step, line):
+            assert alarm.message
+            assert "\n" not in alarm.message
+        assert all(math.isfinite(value) for value in watch.values.values())
+
+
+@quick
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(1, 40))
+def test_a_young_average_is_the_plain_mean(values: list[float], memory: int):
+    stream_ = Smoothed(memory)
+    for value in values:
+        stream_ = stream_.add(value)
+    if len(values) <= (memory + 1) / 2:
+        assert stream_.mean == pytest.approx(float(np.mean(values)), abs=1e-9)
+    assert min(values) - 1e-9 <= stream_.mean <= max(values) + 1e-9
+    assert stream_.ready == (len(values) >= memory)
+
+
+def test_the_noise_of_a_stream_is_its_variance_and_a_trend_adds_little():
+    noise = np.random.default_rng(0).normal(0.0, 2.0, 3000)
+    plain, sloping = Smoothed(300), Smoothed(300)
+    for step, value in enumerate(noise):
+        plain, sloping = plain.add(float(value)), sloping.add(float(value) + 0.1 * step)
+    assert plain.noise == pytest.approx(4.0, rel=0.1)
+    assert sloping.noise == pytest.approx(4.0, rel=0.1)
+    assert plain.error == pytest.approx(2.0 / math.sqrt(300), rel=0.1)
+
+
+def test_the_variance_of_the_average_is_what_its_error_says():
+    rng = np.random.default_rng(1)
+    means, errors = [], []
+    for _ in range(300):
+        averaged = Smoothed(10)
+        for value in rng.normal(0.0, 1.0, 60):
+            averaged = averaged.add(float(value))
+        means.append(averaged.mean)
+        errors.append(averaged.error)
+    assert float(np.std(means)) == pytest.approx(float(np.mean(errors)), rel=0.1)
+
+
+def test_chance_alone_does_not_leave_the_most_extreme_mean():
+    rng = np.random.default_rng(2)
+    for _ in range(10):
+        averaged, best, left = Smoothed(10), None, False
+        for step, value in enumerate(rng.binomial(16, 0.7, 1000)):
+            averaged = averaged.add(float(value))
+            best = highest(best, averaged, step)
+            left |= best is not None and above(best.stream, averaged, 0.0)
+        assert not left
+
+
+@quick
+@given(st.lists(st.floats(-10, 10), max_size=20), st.floats(0.1, 2.0))
+def test_the_cusum_is_the_largest_sum_over_a_last_stretch(excess: list[float], slack: float):
+    total = 0.0
+    for z in excess:
+        total = cusum(total, z, slack)
+    stretches = [sum(z - slack for z in excess[start:]) for start in range(len(excess) + 1)]
+    assert total == pytest.approx(max(stretches), abs=1e-9)
+
+
+@quick
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(12, 80))
+def test_the_format_errors_are_a_plain_loop(errors: list[int], num: int):
+    config = FormatErrorsConfig(memory=4, acceptable=0.05, slack=0.5, limit=6.0)
+    state = FormatErrors(config, Smoothed(4))
+    total, means, mean = 0.0, [], 0.0
+    for step, count in enumerate(errors):
+        rate = count / num
+        low, steps = (rate, max(1, step)) if step < 4 else (min(means[3:step]), 4)
+        low = min(max(low, 0.05), 0.95)
+        usual = min(low + 3.0 * math.sqrt(low * (1.0 - low) / (num * min(steps, 4))), 0.95)
+        total = max(0.0, total + (rate - usual) / math.sqrt(usual * (1.0 - usual) / num) - 0.5)
+        mean += max(1.0 / (step + 1), 0.4) * (rate - mean)
+        means.append(mean)
+        state, readings = state.observe(step, {"format/errors/mean": rate, "guard/episodes/sum": float(num)})
+        assert readings[""].value == pytest.approx(total, abs=1e-9)
+        assert (readings[""].message is not None) == (total > 6.0) or total == pytest.approx(6.0)
+
+
+def test_the_pooled_auroc_weighs_steps_by_their_precision():
+    state = Auroc(AurocConfig(memory=10**9))
+    readings: Mapping[str, Any] = {}
+    steps = [(0.9, 15.0, 8.0), (0.4, 1024.0, 64.0), (0.5, 256.0, 32.0)]
+    for step, (area, pairs, num) in enumerate(steps):
+        line = {"guard/auroc/mean": area, "guard/auroc_pairs/sum": pairs, "guard/auroc_of/sum": num}
+        state, readings = state.observe(step, line)
+    precision = [12.0 * pairs / (num + 1.0) for _, pairs, num in steps]
+    pooled = sum(p * area for p, (area, _, _) in zip(precision, steps, strict=True)) / sum(precision)
+    assert readings[""].value == pytest.approx(pooled)
+    assert "standard error 0.06" in (state.observe(3, {
+        "guard/auroc/mean": 0.0, "guard/auroc_pairs/sum": 1e-9, "guard/auroc_of/sum": 64.0,
+    })[1][""].message or "standard error 0.06")  # fmt: skip
+
+
+def test_the_precision_of_a_step_is_that_of_the_rank_statistic():
+    rng = np.random.default_rng(3)
+    outcomes = np.arange(40) < 15
+    areas = []
+    for _ in range(2000):
+        scores = rng.standard_normal(40)
+        areas.append(float((scores[outcomes][:, None] > scores[~outcomes][None, :]).mean()))
+    assert 1.0 / float(np.var(areas)) == pytest.approx(12.0 * 15 * 25 / 41, rel=0.1)
