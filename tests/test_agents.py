@@ -60,8 +60,10 @@ def test_a_run_with_tools_trains_evaluates_and_reads_back(tmp_path: Path):
 
 
 def several_turns(folder: Path, **changes: Any) -> Any:
-    """A student that ends its turns, so that episodes go on."""
-    return opd.parse_config(toy_recipe(folder, **changes) | {"temperature": 3.0, "evaluation": {"num_prompts": 2}})
+    """A student that ends some of its turns, so that episodes go on."""
+    sampling = {"prompts_per_step": 16, "group_size": 2, "max_new_tokens": 30}
+    tree = toy_recipe(folder, sampling=sampling, **changes)
+    return opd.parse_config(tree | {"temperature": 3.0, "evaluation": {"num_prompts": 2}})
 
 
 def test_an_environment_of_ones_own_speaks_between_the_turns(tmp_path: Path):
@@ -74,7 +76,7 @@ def test_an_environment_of_ones_own_speaks_between_the_turns(tmp_path: Path):
         authors = [t.author for t in item.rollout.turns]
         assert authors[0] == "prompt"
         assert authors[-1] == "student"
-        assert item.rollout.events.get("heard", 0) == authors.count("student") - item.rollout.truncated
+        assert item.rollout.events.get("heard", 0) == authors.count("student") - (item.rollout.finish == "length")
         assert len(item.score.logprobs) == len(item.rollout.token_ids)  # type: ignore[union-attr]  # none failed
     with pytest.raises(opd.OpdError, match="environments of its own"):
         opd.resume(result.run)
@@ -134,11 +136,11 @@ def test_a_killed_run_of_agents_goes_on_as_if_it_had_not_been(tmp_path: Path):
 
 
 def test_warming_up_moves_the_student_to_its_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    plain = toy_recipe(tmp_path / "plain", steps=1, evaluation={"num_prompts": 0})
-    warm = toy_recipe(tmp_path / "warm", steps=1, evaluation={"num_prompts": 0}, warmup={"steps": 12, "lr": 3e-2})
+    plain = toy_recipe(tmp_path / "plain", steps=2, evaluation={"num_prompts": 0})
+    warm = toy_recipe(tmp_path / "warm", steps=2, evaluation={"num_prompts": 0}, warmup={"steps": 50, "lr": 3e-2})
     first = [opd.read_metrics(opd.train(opd.parse_config(t)).run)[0]["kl/token/mean"] for t in (plain, warm)]
     assert first[1] < 0.8 * first[0]
-    assert "warm-up 12/12: nll/token" in capsys.readouterr().out
+    assert "warm-up 50/50: nll/token" in capsys.readouterr().out
 
 
 def test_a_warm_run_that_was_stopped_is_not_warmed_up_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -259,10 +259,20 @@ def test_arguments_outside_the_schema_say_where_and_what_was_expected(arguments:
     assert (error.reason, error.detail) == ("arguments", detail)
 
 
-def test_a_path_into_an_array_and_json_kinds_are_told_apart():
-    listed = tool("listed", {"x": {"type": "array", "items": {"type": "string"}}})
-    error = only_error(tagged('{"name": "listed", "arguments": {"x": ["a", {}]}}'), tools=(listed,))
-    assert error.detail == "arguments.x[1]: expected string, got object"
+@pytest.mark.parametrize(
+    ("schema", "value", "detail"),
+    [
+        ({"type": "array", "items": {"type": "string"}}, '["a", {}]', "arguments.x[1]: expected string, got object"),
+        ({"type": ["string", "null"]}, "[]", "arguments.x: expected string or null, got array"),
+        ({"enum": ["a", 1]}, "2", 'arguments.x: expected enum ["a", 1]'),
+        ({"anyOf": [{"const": 1}]}, "2", 'arguments.x: expected anyOf [{"const": 1}]'),
+        ({"properties": {"y": {"minItems": 1}}}, '{"y": []}', "arguments.x.y: expected minItems 1"),
+        (False, "2", "arguments: a value that the schema forbids"),
+    ],
+)
+def test_the_path_leads_into_arrays_and_objects(schema: Any, value: str, detail: str):
+    call = tagged(f'{{"name": "f", "arguments": {{"x": {value}}}}}')
+    assert only_error(call, tools=(tool("f", {"x": schema}),)).detail == detail
 
 
 @pytest.mark.parametrize(

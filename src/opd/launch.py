@@ -195,7 +195,8 @@ class _Run:
             teachers = CachedTeacher(teachers, size=config.compute.score_cache)
         sampler = self.studio.sampler()
         sampler.load_weights(self.learner.weights(), policy_version=start)
-        parts = Parts(self.stream, sampler, teachers, self.learner, self.judge)
+        special_ids = frozenset(self.studio.student.network.tokenizer.all_special_ids)
+        parts = Parts(self.stream, sampler, teachers, self.learner, self.judge, special_ids)
         writers = make_writers(config, self.folder.path, start=start)
         done, saved, stopped = start, start, False
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
+from opd.guards.evidence import evidence
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
 from opd.roles import Learner, Sampler, Teacher
@@ -23,13 +24,14 @@ from opd.text.pairing import LARGEST, total
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run is made of; special_ids: the student's special tokens."""
 
     stream: PromptStream
     sampler: Sampler
     teachers: Teacher
     learner: Learner
     judge: Judge
+    special_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     if config.compute.score_cache:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
+    metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=config.objective.integrated)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
 

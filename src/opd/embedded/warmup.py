@@ -23,7 +23,8 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
-    Responses that were cut, and episodes that failed, are not learnt from.
+    Episodes that failed are not learnt from, nor, of a teacher with another tokenizer, responses that were cut: rewritten, they
+    would seem to end where they were cut.
     """
     config = studio.config
     rate = config.warmup.lr or config.optimizer.lr
@@ -41,18 +42,19 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
     seed = generator_of(config.seed, "warm-up").initial_seed()  # prompts in another order than training will have them
     stream = PromptStream(prompts, weights, seed=seed)
     for step in range(1, config.warmup.steps + 1):
-        rollouts = _shown(studio, stream.next(config.sampling.prompts_per_step), step)
-        whole = [r for r in rollouts if r.failure is None and not r.truncated]
-        left_out = f", {len(rollouts) - len(whole)} cut or failed responses left out" if len(whole) < len(rollouts) else ""
-        if not whole:
+        chosen = stream.next(config.sampling.prompts_per_step)
+        rollouts = _shown(studio, chosen, step)
+        missing = len(chosen) - sum(r.part == 0 for r in rollouts)
+        left_out = f", {missing} responses left out" if missing else ""
+        if not rollouts:
             say(f"warm-up {step}/{config.warmup.steps}: nothing to learn from{left_out}")
             continue
-        metrics = learner.forward_backward(imitation_batch(whole)) | learner.optim_step()
+        metrics = learner.forward_backward(imitation_batch(rollouts)) | learner.optim_step()
         say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
 
 
 def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-    """Each prompt's own teacher's response, in the student's tokens."""
+    """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
     for teacher in dict.fromkeys(p.teacher for p in prompts):
         if teacher not in studio.voices:
@@ -62,6 +64,7 @@ def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout
         mine = [p for p in prompts if p.teacher == teacher]
         seed = (studio.config.seed, "warm-up", teacher, step)
         rollouts = studio.sampler(studio.voices[teacher]).sample(mine, num_samples=1, seed=seed)
+        rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         found += _rewritten(studio, rollouts) if teacher in studio.foreign else rollouts
     return found
 
@@ -69,7 +72,7 @@ def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout
 def _rewritten(studio: Studio, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same episodes as the student's tokenizer and template write them."""
     network = studio.student.network
-    usable = [r for r in rollouts if r.failure is None and not r.truncated]
+    usable = [r for r in rollouts if not r.truncated and r.part == 0]
     said = {id(r.prompt): r.messages[len(r.prompt.messages) :] for r in usable}
 
     def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:

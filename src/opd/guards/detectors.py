@@ -98,9 +98,9 @@ class Auroc:
         message = None
         if low:
             message = (
-                f"the log ratio of a response tells right from wrong with AUROC {pooled:.2f} (standard error {error:.2f}; "
-                f"threshold {self.config.threshold:.2f}) since step {since}: what the teacher likes is not what is right; check the teacher "
-                "on these tasks, set outcome.coef > 0"
+                f"log ratios tell right from wrong with an AUROC of {pooled:.2f} (standard error {error:.2f}; threshold "
+                f"{self.config.threshold:.2f}) since step {since}: what the teacher likes is not what is right; check it on these "
+                "tasks, set outcome.coef > 0"
             )
         state = replace(self, total=total, precision=precision, squares=squares, since=since)
         return state, {"": Reading(pooled, message)}

@@ -10,14 +10,14 @@ import numpy as np
 from opd.batch import Batch
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of
 from opd.records import Rollout, ScoredRollout
+from opd.text.pairing import ALARM
 
 _WINDOW = 64  # units of a low-KL window
 _WINDOWS_IN_A_ROW = 4
 _LOW = 0.2  # of the step's mean |log ratio|: repetition loops are 4 to 9 times closer to zero than ordinary text
-_ARTEFACT = 15.0  # nats; what the student chose and its teacher all but rules out
 _NUM_COMMON = 5
 # A loop runs until its response is cut. Over a whole response the share of repeated 3-grams grows with the length (0.76 in 12 kB
-# of derivations), over 128 tokens of prose, code or formulas it stays below 0.5.
+# of derivations), over 128 tokens of prose, code or formulas it stays below 0.6.
 _TAIL = 128
 _REPEATED = 0.7
 _MIN_TAIL = 16  # a shorter response may well be one phrase twice
@@ -73,11 +73,11 @@ def auroc(scores: np.ndarray, outcomes: np.ndarray) -> Mean:
 def repeated_trigrams(token_ids: np.ndarray) -> float:
     """The share of 3-grams that occurred before in the same sequence: 1 - distinct / all; 0 with none."""
     ids = token_ids.astype(np.int64)
-    num = len(ids) - 2
-    if num <= 0:
+    if len(ids) < 3:
         return 0.0
     size = int(ids.max()) + 1
-    return 1.0 - len(np.unique((ids[:-2] * size + ids[1:-1]) * size + ids[2:])) / num
+    grams = np.sort((ids[:-2] * size + ids[1:-1]) * size + ids[2:])
+    return float((grams[1:] == grams[:-1]).sum()) / len(grams)
 
 
 def compression(text: str) -> float:
@@ -187,7 +187,7 @@ def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metric
     size = np.abs(units.ratio[special])
     if not len(size):
         return {}
-    beyond = float((size > _ARTEFACT).sum())
+    beyond = float((size > -ALARM).sum())
     return {
         "guard/special_tokens/mean": Mean(beyond, len(size)),
         "guard/special_tokens/sum": Sum(beyond),
@@ -223,14 +223,14 @@ def _advantages(batch: Batch, integrated: float) -> Metrics:
     if integrated or batch.advantages is None:
         over_vocabulary = batch.distill_mask if batch.compared is None else batch.distill_mask & batch.compared
         whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), _log_ratio(batch), 0.0)
-    sampled, whole = np.nan_to_num(sampled[actions]), np.nan_to_num(whole[actions])
+    sampled, whole = (np.where(np.isfinite(x), x, 0.0)[actions] for x in (sampled, whole))
     flagged = batch.flagged.numpy()[actions]
     metrics: Metrics = {}
     if flagged.any():
-        metrics["guard/flagged_advantage/mean"] = mean_of(whole[flagged])
+        metrics["guard/flagged_advantage/mean"] = Mean(float(whole[flagged].sum()), int(flagged.sum()))
         if batch.advantages is not None:
             # A sampled advantage counts against the others; what is integrated over the vocabulary is centred by itself.
-            metrics["guard/unflagged_advantage/mean"] = mean_of(sampled[~flagged])
+            metrics["guard/unflagged_advantage/mean"] = Mean(float(sampled[~flagged].sum()), int((~flagged).sum()))
     ids, inverse, counts = np.unique(batch.token_ids.numpy()[actions], return_inverse=True, return_counts=True)
     common = np.isin(inverse, np.argsort(-counts, kind="stable")[:_NUM_COMMON])
     gain = np.maximum(whole, 0.0)

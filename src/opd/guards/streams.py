@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 from opd.config.guards import DetectorConfig, LevelConfig
 
 Values: TypeAlias = Mapping[str, float]
-# Standard errors by which a mean must exceed the most extreme one of its run. A moving average wanders three or four of them from
-# its mean within a run either way: of 40 stationary streams of 2,000 steps, bounds of 3, 5 and 6 found a change in 40, 10 and 0.
+# Standard errors by which a mean must leave the most extreme one of its run. By chance alone a moving average comes three or four
+# of them off to either side: of 40 stationary streams of 2,000 steps, bounds of 3, 5 and 6 found a change in 40, 7 and 0.
 _SURE = 6.0
 
 

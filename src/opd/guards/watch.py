@@ -15,7 +15,7 @@ from opd.guards.detectors import (
     Overlap,
     TeacherDrift,
 )
-from opd.guards.streams import Detector, Level, Smoothed, Values, finite
+from opd.guards.streams import Detector, Level, Smoothed, Values
 
 
 class Alarm(NamedTuple):

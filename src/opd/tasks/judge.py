@@ -38,7 +38,8 @@ class Judge:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts in their order; raises DataError for a reward that is no number in [0, 1]."""
-        return [self._flagged(self._rewarded(rollout)) for rollout in rollouts]
+        last = {(r.prompt.id, r.sample): r.part for r in rollouts}  # parts of an episode come in order
+        return [self._flagged(self._rewarded(r), final=r.part == last[r.prompt.id, r.sample]) for r in rollouts]
 
     def _rewarded(self, rollout: Rollout) -> Rollout:
         if rollout.failure is not None or (rollout.reward is not None and not self._own):
@@ -51,8 +52,8 @@ class Judge:
             )
         return replace(rollout, reward=value)
 
-    def _flagged(self, rollout: Rollout) -> Rollout:
+    def _flagged(self, rollout: Rollout, *, final: bool) -> Rollout:
         checks = self._checks.get(rollout.prompt.task)
         if checks is None or self._table is None or rollout.failure is not None:
             return rollout
-        return flag_errors(rollout, checks, self._table, syntax=self._tool_syntax)
+        return flag_errors(rollout, checks, self._table, syntax=self._tool_syntax, final=final)

@@ -5,7 +5,6 @@ left, a second invalid move in a row) the share that the game gives, such as how
 A game that `episodes.max_turns` ends has no reward of TextArena's and is worth 0.
 """
 
-import copy
 import importlib
 import importlib.util
 import random
@@ -25,7 +24,7 @@ from opd.tasks.environment import describe_error
 from opd.text.chat import user_message
 
 _NUM_SEEDS = 2**31
-# The end of a turn, where the move is. The games' patterns take time quadratic in a run of spaces and hold the interpreter meanwhile.
+# The end of a turn, where the move is. The games' patterns take time quadratic in a run of spaces, and hold everybody up meanwhile.
 _MAX_MOVE_CHARS = 4000
 _UNFIT = {
     "Bandit": "it rewards a wrong choice by how wrong it is",
@@ -115,13 +114,13 @@ class Game:
         import textarena
         from textarena.envs.registration import ENV_REGISTRY
 
-        spec = ENV_REGISTRY[config.game]
-        importlib.import_module(str(spec.entry_point).partition(":")[0])
+        spec: Any = ENV_REGISTRY[config.game]
+        if isinstance(entry := spec.entry_point, str):
+            importlib.import_module(entry.partition(":")[0])
         _replace_random()
         self._numbers = random.Random(seed)
         with self._own_numbers():
-            # A game may change what it is made with, and the registry's own values are everybody's.
-            self._wrapped = textarena.make(config.game, **copy.deepcopy({**spec.kwargs, **config.params}))
+            self._wrapped = textarena.make(config.game, **config.params)
             self._wrapped.reset(num_players=1, seed=seed)
         self._bare: Any = self._wrapped
         while isinstance(self._bare, textarena.Wrapper):
@@ -185,7 +184,9 @@ def _replace_random() -> None:
 def _family(name: str, config: TextArenaTask) -> str:
     """The game without its variant; raises where it is not known, not installed, or unfit as an outcome."""
     if importlib.util.find_spec("textarena") is None:
-        raise ConfigError(f"tasks.{name}.type = 'textarena' needs a package that is not installed: pip install 'opd[textarena]'")
+        raise ConfigError(
+            f"tasks.{name}.type = 'textarena' needs a package that is not installed: pip install 'opd[textarena]'"
+        )
     from textarena.envs.registration import ENV_REGISTRY
 
     if config.game not in ENV_REGISTRY:
@@ -238,7 +239,9 @@ def _bisect(messages: Sequence[Message]) -> str | None:
 
 def _move_disk(messages: Sequence[Message]) -> str | None:
     """The first move of the shortest way to tower C."""
-    boards = [re.findall(r"^([ABC]): \[([\d, ]*)\]", m["content"], re.MULTILINE) for m in messages if m["role"] == "user"]
+    boards = [
+        re.findall(r"^([ABC]): \[([\d, ]*)\]", m["content"], re.MULTILINE) for m in messages if m["role"] == "user"
+    ]
     seen = [board for board in boards if board]
     if not seen:
         return None

@@ -57,9 +57,13 @@ class Toolbox:
             return ""
         path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part[:40]}" for part in error.absolute_path)
         match error.validator:
+            case None:
+                return f"{path}: a value that the schema forbids"
             case "type":
-                return f"{path}: expected {error.validator_value}, got {kind(error.instance)}"
-            case "required" | "additionalProperties" | "dependentRequired":
+                allowed = error.validator_value
+                expected = allowed if isinstance(allowed, str) else " or ".join(allowed)
+                return f"{path}: expected {expected}, got {kind(error.instance)}"
+            case "required" | "dependentRequired" | "additionalProperties" | "unevaluatedProperties":
                 return f"{path}: {error.message}"
             case _:
                 return f"{path}: expected {error.validator} {json.dumps(error.validator_value)}"
