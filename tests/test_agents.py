@@ -203,3 +203,33 @@ def test_files_may_have_tools_and_demonstrations(tmp_path: Path):
     path.write_text(json.dumps({"id": 1, "prompt": "q", "demonstration": recorded[1:]}) + "\n")
     with pytest.raises(opd.OpdError, match="must begin and end with a message of role 'assistant'"):
         read_tasks(opd.parse_config(tree), None)
+
+
+def test_an_alarm_that_stops_saves_the_run_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Every response of a toy is cut, from the first step on: the detector of truncation has its case."""
+    guards = {"truncation": {"action": "stop", "patience": 2, "memory": 1}}
+    tree = toy_recipe(tmp_path, steps=6, guards=guards, evaluation={"num_prompts": 0})
+    tree["sampling"]["max_new_tokens"] = 2
+    result = opd.train(opd.parse_config(tree))
+    assert not result.finished
+    assert result.steps_done < 6
+    shown = capsys.readouterr().out
+    assert "stopping: step" in shown
+    assert f"continue with: opd train --resume {result.run}" in shown
+    alarms = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
+    assert [a["detector"] for a in alarms if a["action"] == "stop"] == ["truncation"]
+    assert "guard/truncation/value" in opd.read_metrics(result.run)[-1]
+    resumed = opd.resume(result.run)
+    assert resumed.finished
+    again = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
+    assert again[: len(alarms)] == alarms
+
+
+def test_a_held_out_outcome_by_another_grader(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=4)
+    tree["tasks"]["second"] |= {"verifier": "none", "grader": "exact"}
+    tree["evaluation"] = {"num_prompts": 0, "every": 2, "held_out_prompts": 3}
+    lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
+    assert ["held_out/outcome/second/mean" in line for line in lines] == [False, True, False, True]
+    assert "outcome/second/mean" not in lines[0]
+    assert lines[1]["held_out/outcome/mean"] == lines[1]["held_out/outcome/second/mean"]

@@ -155,10 +155,10 @@ def test_a_response_that_ends_in_a_loop_is_one():
     start = list(range(100, 300))
     looping = scored(made(0, ids=[*start, *([3, 4, 5] * 60)]), [-1.0] * 380)
     plain = scored(made(0, ids=[*start, *range(400, 580)], sample=1), [-1.0] * 380)
-    phrase = scored(made(0, ids=[3, 4, 5] * 4, sample=2), [-1.0] * 12)
+    phrase = scored(made(0, ids=[3, 4, 5] * 5, sample=2), [-1.0] * 15)
     metrics = found([looping, plain, phrase])
     assert metrics["guard/looping/mean"] == pytest.approx(1 / 3)
-    assert metrics["guard/repeated/mean"] == pytest.approx((175 / 378 + 0.0 + 7 / 10) / 3)
+    assert metrics["guard/repeated/mean"] == pytest.approx((175 / 378 + 0.0 + 10 / 13) / 3)
 
 
 def test_the_students_own_words_are_compressed():

@@ -95,6 +95,18 @@ def test_the_tower_is_moved_from_wherever_it_stands():
     assert (found.reward, found.finish, dict(found.events)) == (1.0, "end", {})
 
 
+def test_of_the_boards_of_one_turn_the_last_one_counts():
+    played = task(HANOI)
+    prompt = played.prompts("train")[0]
+
+    def write(prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        return "[A C] [A B] [C B]" if len(messages) == 1 else played.solution(prompt, messages)
+
+    [found] = play(played, [prompt], write)
+    assert (found.reward, found.finish, dict(found.events)) == (1.0, "end", {})
+    assert [t.author for t in found.turns].count("student") == 5  # of seven moves, three in the first turn
+
+
 def test_a_tower_that_stands_has_no_next_move():
     board: Message = {"role": "user", "content": "Current Board: \nA: []\nB: []\nC: [2, 1]\n."}
     assert task(HANOI).solution(task(HANOI).prompts("train")[0], [board]) is None

@@ -86,7 +86,8 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
 
         findings = run_checks(config)
     for finding in findings:
-        typer.echo(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
+        verdict = ("warn" if finding.warning else "ok  ") if finding.passed else "FAIL"
+        typer.echo(f"{verdict}  {finding.name}: {finding.detail}")
     if not all(f.passed for f in findings):
         raise typer.Exit(2)
 

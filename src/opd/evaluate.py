@@ -161,16 +161,14 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         text = f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
         return text if cell.kl_byte is None else f"{text} ({cell.kl_byte:.3f} a byte)"
 
-    head = (
-        "task",
-        "prompts",
-        "student before",
-        "teacher",
-        "student after",
-        "after / teacher",
-        "KL before",
-        "KL after",
-    )
+    def faults(row: ParityRow) -> str:
+        shares = [f"{100 * c.flagged / c.total:.1f}" for c in (row.before, row.expert, row.after) if c is not None]
+        return " / ".join(shares) + " %"
+
+    head = ["task", "prompts", "student before", "teacher", "student after", "after / teacher", "KL before", "KL after"]
+    checked = any(c is not None and c.flagged for row in rows for c in (row.before, row.expert, row.after))
+    if checked:
+        head.append("format errors")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         parity = "-" if row.parity is None else f"{100 * row.parity:.1f} %"
@@ -180,11 +178,15 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
             accuracy(row.before),
             accuracy(row.expert),
         )
-        cells += (accuracy(row.after), parity, kl(row.before), kl(row.after))
+        cells += (accuracy(row.after), parity, kl(row.before), kl(row.after), *([faults(row)] if checked else []))
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     if any(c is not None and c.kl_byte is not None for row in rows for c in (row.before, row.after)):
         lines.append("A KL with a figure a byte is estimated from the responses: that teacher has another tokenizer.")
+    if checked:
+        lines.append(
+            "Format errors: the share of episodes with one, of the student before, its teacher and the student after."
+        )
     lines.append(
         "Right answers in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )

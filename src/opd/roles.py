@@ -93,6 +93,10 @@ class Task(Protocol):
         """The verifier's score in [0, 1], or None where the task has no verifier."""
         ...
 
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        """The score of another grader where the task has one, else `reward`."""
+        ...
+
     def environment(self, prompt: Prompt) -> Environment | None:
         """A new environment for one episode on this prompt; None where one turn is all."""
         ...

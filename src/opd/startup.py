@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from opd.batch import pack
 from opd.config import Config
 from opd.embedded.build import Studio
 from opd.embedded.teacher import Part
@@ -10,7 +11,7 @@ from opd.errors import DataError
 from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
-from opd.records import Prompt
+from opd.records import FailedScore, Prompt, Rollout
 from opd.roles import Environment
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
@@ -60,16 +61,30 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     scored += studio.teachers(keep_hidden=False, targets=alone).score(asked)
     sizes = {name: voice.network.vocab_size for name, voice in studio.foreign.items()}
     findings += preflight.informative(scored, vocab_size=studio.vocab_size, foreign=sizes)
-    return findings + preflight.lined_up(scored)
+    return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
+
+
+def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
+    """How far the student is from each teacher that gives distributions over its tokens, on its own responses."""
+    own = [r for r in rollouts if r.prompt.teacher not in studio.foreign and r.num_actions]
+    if not own:
+        return []
+    scored = [s for s in studio.teachers(keep_hidden=True).score(own) if not isinstance(s.score, FailedScore)]
+    if not scored:
+        return []
+    batch, _ = pack(scored, logprob_floor=studio.config.objective.teacher_logprob_floor)
+    found = studio.learner().distances(batch)
+    return [preflight.near_enough(teacher, *found[teacher]) for teacher in dict.fromkeys(batch.teachers)]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a recipe's tasks give: prompts by task and split, the reward of a response, environments, and whether the reward is
-    the user's own."""
+    """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
+    whether the reward is the user's own."""
 
     prompts: PromptSets
     reward: Reward
+    grade: Reward
     make_environment: MakeEnvironment
     own_reward: bool = False
 
@@ -82,6 +97,10 @@ class Material:
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
         )
+
+    def grader(self) -> Judge:
+        """Outcomes by another grader, where there is one."""
+        return Judge(self.grade, own=self.own_reward)
 
 
 def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
@@ -114,7 +133,10 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
     def environment(prompt: Prompt) -> Environment | None:
         return tasks[prompt.task].environment(prompt)
 
-    return Material(prompts, reward or verify, make_environment or environment, own_reward=reward is not None)
+    def grade(prompt: Prompt, response: str) -> float | None:
+        return tasks[prompt.task].grade(prompt, response)
+
+    return Material(prompts, reward or verify, reward or grade, make_environment or environment, reward is not None)
 
 
 def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:

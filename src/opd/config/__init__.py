@@ -6,6 +6,7 @@ name the nearest known key. Importing this package needs no torch.
 
 from opd.config.checks import ChecksConfig
 from opd.config.episodes import EpisodesConfig
+from opd.config.guards import GuardsConfig
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
@@ -38,6 +39,7 @@ __all__ = [
     "EpisodesConfig",
     "EvaluationConfig",
     "FileTask",
+    "GuardsConfig",
     "LoggingConfig",
     "LoraConfig",
     "MaskConfig",

@@ -76,6 +76,8 @@ class ChecksConfig(Node):
             value = getattr(self, setting)
             if rule in self.rules and not value:
                 raise ValueError(f"rule '{rule}' needs the setting {setting}: write {advice}, or drop the rule")
-            if rule not in self.rules and value != type(self).model_fields[setting].get_default(call_default_factory=True):
+            if rule not in self.rules and value != type(self).model_fields[setting].get_default(
+                call_default_factory=True
+            ):
                 raise ValueError(f"{setting} belongs to the rule '{rule}': add '{rule}' to rules, or drop {setting}")
         return self

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from opd.config.checks import ChecksConfig
 from opd.config.episodes import EpisodesConfig
+from opd.config.guards import GuardsConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
 from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
 
@@ -44,7 +45,8 @@ class TeacherConfig(Node):
 class FileTask(Node):
     """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?, "tools"?, "demonstration"?} a line.
 
-    demonstration: for fine-tuning, the messages that follow the prompt, the student's first and last.
+    demonstration: for fine-tuning, the messages that follow the prompt, the student's first and last. grader: another verifier, for
+    the held-out outcome in training (`evaluation.every`).
     """
 
     type: Literal["file"]
@@ -52,6 +54,7 @@ class FileTask(Node):
     held_out_path: str | None = None
     teacher: str | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
+    grader: Literal["exact", "math", "number"] | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     checks: ChecksConfig = ChecksConfig()
 
@@ -171,11 +174,14 @@ class CheckpointConfig(Node):
 class EvaluationConfig(Node):
     """The parity table: `num_prompts` prompts of each task and split (0: no table).
 
-    The untrained student is measured on the first `before_prompts` of them (0: not at all): its long responses cost most.
+    The untrained student is measured on the first `before_prompts` of them (0: not at all): its long responses cost most. Every
+    `every` steps (0: never) training measures the held-out outcome on `held_out_prompts` of each task.
     """
 
     num_prompts: NonNegative = 128
     before_prompts: NonNegative = 32
+    every: NonNegative = 0
+    held_out_prompts: Positive = 32
 
 
 class SftEvaluationConfig(Node):
@@ -187,11 +193,14 @@ class SftEvaluationConfig(Node):
 class AlignmentConfig(Node):
     """With a teacher of another tokenizer. credit: a token of a chunk gets what of the chunk is still open ("causal"), or the
     whole ("full"). non_canonical: what becomes of tokens that the student's tokenizer would not have written; "mask" leaves
-    them out, because the log-probability of one spelling of a text is below that of the text.
+    them out, because the log-probability of one spelling of a text is below that of the text. tool_calls: the teacher reads a
+    call as the student wrote it, or as its own chat template writes that call ("own_syntax"), in earlier turns as in the one
+    that it scores; what the student wrote in another way around the call's name and arguments is then left out.
     """
 
     credit: Literal["causal", "full"] = "causal"
     non_canonical: Literal["keep", "mask"] = "keep"
+    tool_calls: Literal["as_written", "own_syntax"] = "as_written"
 
 
 class LoggingConfig(Node):
@@ -239,6 +248,7 @@ class Config(RunNode):
     mask: MaskConfig = MaskConfig()
     episodes: EpisodesConfig = EpisodesConfig()
     warmup: WarmupConfig = WarmupConfig()
+    guards: GuardsConfig = GuardsConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -13,9 +13,16 @@ from opd.batch import Batch
 from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.micro import micro_batches
 from opd.embedded.network import Network
-from opd.embedded.terms import Pass, integrated_term, policy_term, student_scores, vocabulary_settings
+from opd.embedded.terms import (
+    Pass,
+    agreement_metrics,
+    integrated_term,
+    policy_term,
+    student_scores,
+    vocabulary_settings,
+)
 from opd.errors import ScoreError
-from opd.metrics import Max, Metrics, Sum, mean_of, merge
+from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.objectives.vocabulary import TeacherHead
 from opd.signal import divisor
 
@@ -64,9 +71,22 @@ class EmbeddedLearner:
         wanted = self._objective.baseline == "score_weighted"
         columns: dict[str, Tensor] = {}
         for given in self.passes(batch):
-            for name, values in student_scores(given, self._how, score_weighted=wanted).items():
-                columns.setdefault(name, values.new_zeros(len(batch.token_ids)))[given.flat] = values
+            for name, column in student_scores(given, self._how, score_weighted=wanted).items():
+                columns.setdefault(name, column.new_zeros(len(batch.token_ids)))[given.flat] = column
         return replace(batch, **columns)
+
+    @torch.no_grad()
+    def distances(self, batch: Batch) -> dict[str, tuple[float, float]]:
+        """Of each teacher: the reverse KL in nats per token, and the top-k overlap."""
+        found = values(merge([agreement_metrics(g, self._how) for g in self.passes(batch)]))
+        kl = self.score_student(batch).reverse_kl
+        assert kl is not None
+        distances: dict[str, tuple[float, float]] = {}
+        owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
+        for teacher in dict.fromkeys(batch.teachers):
+            mine = torch.tensor([name == teacher for name in batch.teachers])[owners] & batch.loss_mask
+            distances[teacher] = float(kl[mine].mean()), found[f"student/topk_overlap/{teacher}/mean"]
+        return distances
 
     def forward_backward(self, batch: Batch) -> Metrics:
         """Add the gradient of the whole batch's loss, pass by pass."""

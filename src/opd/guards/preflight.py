@@ -13,16 +13,18 @@ from opd.roles import Teacher
 from opd.text.lineup import describe
 from opd.text.pairing import total
 
+_NEAR_OVERLAP, _NEAR_KL = 0.6, 1.0  # nats a token
 _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, and the figures."""
+    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures."""
 
     name: str
     passed: bool
     detail: str
+    warning: bool = False
 
 
 def require(findings: Sequence[Finding]) -> None:
@@ -143,6 +145,21 @@ def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
         name = f"teacher '{teacher}' reads the student's text"
         findings.append(Finding(name, facts.get("chunks", 0) > 0, describe(facts)))
     return findings
+
+
+def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
+    """How far the student is from a teacher on its own responses: the reverse KL in nats a token, and the share of their 16
+    likeliest tokens that both have. Far is no fault, but what a far teacher says of the student's attempts is little to go by."""
+    far = overlap < _NEAR_OVERLAP or reverse_kl > _NEAR_KL
+    advice = (
+        f"; far (overlap below {_NEAR_OVERLAP} or KL above {_NEAR_KL:g}): a short warmup.steps helps" if far else ""
+    )
+    return Finding(
+        f"distance to teacher '{teacher}'",
+        True,
+        f"KL {reverse_kl:.2f} nats per token, top-16 overlap {overlap:.2f}{advice}",
+        far,
+    )
 
 
 def packed_equals_plain(name: str, difference: float, *, tolerance: float) -> Finding:

@@ -15,6 +15,9 @@ from opd.records import FailedScore, ScoredRollout
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+_SHORT = {"mask/rollouts/sum": "masked", "episode/failed/sum": "episodes failed"}
+
+
 def printable(text: str, limit: int = 160) -> str:
     """Model output made safe for a terminal: controls shown as escapes, long text cut, markup taken literally."""
     shown = _CONTROL.sub(lambda m: m.group().encode("unicode_escape").decode(), text)
@@ -28,6 +31,8 @@ def summary(values: Mapping[str, float]) -> str:
         parts.append(f"nll/token {values['student/nll/mean']:.4f}")
     if "outcome/mean" in values:
         parts.append(f"outcome {values['outcome/mean']:.3f}")
+    if values.get("format/errors/mean"):
+        parts.append(f"format errors {100 * values['format/errors/mean']:.0f} %")
     if "time/tokens_per_s/mean" in values:
         parts.append(f"{values['time/tokens_per_s/mean']:.0f} tok/s")
     phases = [
@@ -37,8 +42,8 @@ def summary(values: Mapping[str, float]) -> str:
     ]
     if phases:
         parts.append(" + ".join(phases) + " s")
-    counted = ("batch/dropped/sum", "batch/floored/sum")
-    parts += [f"{name.split('/')[1]} {values[name]:.0f}" for name in counted if values.get(name)]
+    counted = ("batch/dropped/sum", "batch/floored/sum", "mask/rollouts/sum", "episode/failed/sum")
+    parts += [f"{_SHORT.get(name, name.split('/')[1])} {values[name]:.0f}" for name in counted if values.get(name)]
     return "  ".join(parts)
 
 

@@ -4,6 +4,7 @@ config.json        the resolved configuration
 metrics.jsonl      one line a step
 rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
 checkpoints/       what `opd train --resume` continues from
+alarms.jsonl       what the detectors of reward hacking raised
 before.json        the student's evaluation before the first step
 parity.json        the parity table; parity.md the same to read
 curves.png         the picture

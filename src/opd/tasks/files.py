@@ -40,6 +40,10 @@ class PromptFile:
     def reward(self, prompt: Prompt, response: str) -> float | None:
         return None if prompt.answer is None else self._verify(response, prompt.answer)
 
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        grader = self._config.grader
+        return None if prompt.answer is None else VERIFIERS[grader or self._config.verifier](response, prompt.answer)
+
     def environment(self, prompt: Prompt) -> Replay | None:
         """What was said in a demonstration; training needs an environment of its own for a prompt with tools."""
         recorded = prompt.meta.get(_DEMONSTRATION)

@@ -30,6 +30,9 @@ class ReasoningGym:
         """1 for the right answer, otherwise the data set's partial credit."""
         return float(self._dataset.score_answer(response.strip(), dict(prompt.meta["entry"])))
 
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return self.reward(prompt, response)
+
     def environment(self, prompt: Prompt) -> None:
         return None
 

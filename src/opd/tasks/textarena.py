@@ -55,6 +55,9 @@ class TextArena:
         """None: the game says what an episode is worth."""
         return None
 
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return self.reward(prompt, response)
+
     def environment(self, prompt: Prompt) -> "GameEnvironment":
         return GameEnvironment(self._config, prompt.meta["seed"], prompt.messages[0]["content"])
 

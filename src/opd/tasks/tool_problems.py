@@ -94,6 +94,9 @@ class ToolProblems:
         """1 for the answer alone, white space around it apart."""
         return float(response.strip() == prompt.answer)
 
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return self.reward(prompt, response)
+
     def environment(self, prompt: Prompt) -> ToolEnvironment:
         tool = _TOOLS[self._config.problems](prompt.meta)
         return ToolEnvironment([tool], lambda response: self.reward(prompt, response), self._limits)

@@ -65,3 +65,42 @@ def _places(ends: np.ndarray, cuts_before: np.ndarray, num_chunks: int) -> np.nd
         starts_one = np.append(cuts_before, num_chunks)[ends + 1]  # cuts up to and with this byte
         found = np.where(empty, np.minimum(starts_one, num_chunks - 1), found)
     return found
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The tokens of a text of which blocks of bytes alone are compared, the blocks put one behind the other.
+
+    ends [tokens]: where each token ends in the blocks together, not falling; inside [tokens] bool: whether it has a part in
+    them; torn [tokens] bool: whether it also has bytes outside, or crosses from one block to the next.
+    """
+
+    ends: np.ndarray
+    inside: np.ndarray
+    torn: np.ndarray
+
+
+def fold(ends: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Folded:
+    """Tokens that end at these bytes, over the blocks [starts, starts + sizes), which are in order and do not overlap.
+
+    A token without bytes is inside where the byte that its place starts is, or, at the very end, the last one.
+    """
+    if not len(starts) or not len(ends):
+        nothing = np.zeros(len(ends), dtype=bool)
+        return Folded(np.zeros(len(ends), dtype=np.int64), nothing, nothing)
+    before = np.concatenate([[0], np.cumsum(sizes)])
+
+    def block(places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(starts, places, side="right") - 1
+
+    def folded(places: np.ndarray) -> np.ndarray:
+        k = block(places)
+        return np.where(k < 0, 0, before[k] + np.minimum(places - starts[k], sizes[k]))
+
+    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    lengths, covered = ends - begins, folded(ends) - folded(begins)
+    within = (block(begins) >= 0) & (begins < starts[block(begins)] + sizes[block(begins)])
+    last = (begins == ends[-1]) & (starts[-1] + sizes[-1] == ends[-1])
+    inside = np.where(lengths == 0, within | last, covered > 0)
+    torn = inside & ((covered < lengths) | ((lengths > 0) & (block(begins) != block(ends - 1))))
+    return Folded(folded(ends), inside, torn)

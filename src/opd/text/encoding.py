@@ -41,6 +41,17 @@ class Quotes:
     def restore(self, marked: str) -> str:
         return re.sub(_PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
 
+    def unquoted(self, marked: str) -> tuple[tuple[int, int], ...]:
+        """The characters [start, end) of the restored text that are no quotes."""
+        found: list[tuple[int, int]] = []
+        position = 0
+        for part in re.split(f"({_PLANE})", marked):
+            end = position + len(self.restore(part))
+            if part and not re.fullmatch(_PLANE, part):
+                found.append((position, end))
+            position = end
+        return tuple(found)
+
     def neutral(self, marked: str) -> str:
         """The marked text with an ordinary letter for every quote."""
         return re.sub(_PLANE, "x", marked)

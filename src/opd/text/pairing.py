@@ -8,10 +8,12 @@ import numpy as np
 
 from opd.errors import DataError
 from opd.records import ChunkScore, Rollout
-from opd.text.align import Chunks, align
+from opd.text.align import Chunks, align, fold
 from opd.text.cells import Cells
+from opd.text.own_syntax import OwnSyntax, Seen
 from opd.text.reading import Reader, Reading
 from opd.text.spelling import UNWRITTEN, Masked, Spelling, Writer, spell
+from opd.text.tool_calls import Syntax
 
 # nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
 ALARM = -15.0
@@ -21,7 +23,8 @@ LARGEST = "largest_chunk"  # the one fact that is a maximum, in bytes; the other
 @dataclass(frozen=True)
 class Pairing:
     """chunks: over the student's tokens and the teacher's, the end of the turn on both sides included when the student chose
-    it; masked [student tokens], faulty [chunks]: `Masked`, the latter for every token of a chunk that has a masked one."""
+    it, -1 for tokens of a call's wrapper that stand in none; masked [student tokens], faulty [chunks]: `Masked`, the latter for
+    every token of a chunk that has a masked one."""
 
     chunks: Chunks
     masked: np.ndarray
@@ -63,26 +66,59 @@ class Pairing:
         return self.totals(teacher_logprobs)[self.faulty == Masked.NOT]
 
 
-def pair(spelling: Spelling, reading: Reading, *, ends_turn: bool) -> Pairing:
-    """Line up a response with itself. With `ends_turn` both sides get one more token of one unit, the end of the turn."""
-    end = np.array([spelling.num_bytes + 1] if ends_turn else [], dtype=np.int64)
-    ours = np.concatenate([spelling.ends, end]).astype(np.int64)
-    theirs = np.concatenate([reading.ends, end]).astype(np.int64)
-    masked = np.concatenate([spelling.masked, np.zeros(len(end), dtype=np.uint8)])
-    if len(ours) == 0 or ours[-1] == 0:
+def pair(spelling: Spelling, reading: Reading, *, ends_turn: bool, blocks: np.ndarray | None = None) -> Pairing:
+    """Line up a response with itself. With `ends_turn` both sides get one more token of one unit, the end of the turn.
+
+    blocks: where the teacher reads another text (`Transcript`), the bytes that both have; nothing else is compared.
+    """
+    ours = _side(spelling.ends, spelling.masked, blocks, 0)
+    theirs = _side(reading.ends, reading.masked, blocks, 1)
+    size = spelling.num_bytes if blocks is None else int(blocks[:, 2].sum())
+    end = np.array([size + 1] if ends_turn else [], dtype=np.int64)
+    not_masked = np.zeros(len(end), dtype=np.uint8)
+    masked, bad = (np.concatenate([side.masked, not_masked]) for side in (ours, theirs))
+    lined_up = [np.concatenate([side.ends[side.inside], end]).astype(np.int64) for side in (ours, theirs)]
+    if len(lined_up[0]) == 0 or lined_up[0][-1] == 0:
         nothing = np.zeros(0, dtype=np.int64)
-        chunks = Chunks(np.full(len(ours), -1, dtype=np.int64), np.full(len(theirs), -1, dtype=np.int64), nothing)
+        chunks = Chunks(np.full(len(masked), -1), np.full(len(bad), -1), nothing)
         # nothing but, say, the first space of a text, which the student's own decoder takes away
         alone = np.where(masked == Masked.NOT, np.uint8(Masked.NO_COUNTERPART), masked)
         return Pairing(chunks, alone, np.zeros(0, dtype=np.uint8), ends_turn=False)
-    chunks = align(ours, theirs)
+    found = align(*lined_up)
+    chunks = Chunks(_spread(found.student, ours.inside), _spread(found.teacher, theirs.inside), found.ends)
     faulty = np.zeros(len(chunks), dtype=np.uint8)
-    bad = np.concatenate([reading.masked, np.zeros(len(end), dtype=np.uint8)])
-    np.maximum.at(faulty, chunks.teacher, bad)
+    read = chunks.teacher >= 0
+    np.maximum.at(faulty, chunks.teacher[read], bad[read])
     # A control token that is not written has no bytes: it is masked alone, the chunk in which it stands is whole without it.
-    written = np.isin(masked, UNWRITTEN, invert=True)
+    written = np.isin(masked, UNWRITTEN, invert=True) & (chunks.student >= 0)
     np.maximum.at(faulty, chunks.student[written], masked[written])
-    return Pairing(chunks, np.maximum(masked, faulty[chunks.student]), faulty, ends_turn)
+    of_chunk = np.append(faulty, np.uint8(Masked.NOT))[chunks.student]
+    return Pairing(chunks, np.maximum(masked, of_chunk), faulty, ends_turn)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's tokens: where they end, why they are masked, whether they have a part in what is compared, [tokens] each."""
+
+    ends: np.ndarray
+    masked: np.ndarray
+    inside: np.ndarray
+
+
+def _side(ends: np.ndarray, masked: np.ndarray, blocks: np.ndarray | None, column: int) -> _Side:
+    if blocks is None:
+        return _Side(ends, masked, np.ones(len(ends), dtype=bool))
+    folded = fold(ends, blocks[:, column], blocks[:, 2])
+    foreign = folded.torn | ~folded.inside
+    reasons = np.where(foreign & (masked == Masked.NOT), np.uint8(Masked.SYNTAX), masked)
+    return _Side(folded.ends, reasons, folded.inside)
+
+
+def _spread(chunks: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The chunks of all tokens of a side, -1 for those that are not inside; behind them, the end of the turn keeps its own."""
+    found = np.full(len(inside) + len(chunks) - int(inside.sum()), -1, dtype=np.int64)
+    found[np.append(np.flatnonzero(inside), np.arange(len(inside), len(found)))] = chunks
+    return found
 
 
 @dataclass(frozen=True)
@@ -91,6 +127,7 @@ class TurnPair:
 
     ends_turn: the student chose to end it, which is its last token. rewritten: the teacher's template shows the turns before
     otherwise than it showed them when they were written. canonical: the student's own tokenizer would write the text so.
+    untranscribed: calls in it or before it are read as they were written, though the teacher's own syntax was asked for.
     """
 
     start: int
@@ -101,13 +138,22 @@ class TurnPair:
     ends_turn: bool
     rewritten: bool
     canonical: bool
+    untranscribed: bool = False
 
 
-def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_canonical: bool = False) -> list[TurnPair]:
+def pair_turns(
+    rollout: Rollout,
+    writer: Writer,
+    reader: Reader,
+    *,
+    mask_non_canonical: bool = False,
+    own_syntax: Syntax | None = None,
+) -> list[TurnPair]:
     """Line up every turn of the student with the teacher's reading of it.
 
-    Each turn is read behind the conversation as the teacher's own template renders it at that point. Raises DataError when
-    the teacher cannot read the conversation.
+    Each turn is read behind the conversation as the teacher's own template renders it at that point. With `own_syntax`, how
+    the student writes calls, the teacher reads them as its own template writes them. Raises DataError when the teacher cannot
+    read the conversation.
     """
     turns = [t for t in rollout.turns if t.author == "student"]
     answers = [
@@ -115,6 +161,7 @@ def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_can
     ]
     assert len(turns) == len(answers), rollout.id
     shared = reader.counterparts(writer.table)
+    own = OwnSyntax(rollout, writer.table, reader, own_syntax) if own_syntax and rollout.prompt.tools else None
     found: list[TurnPair] = []
     written = ""
     for turn, answer in zip(turns, answers, strict=True):
@@ -128,16 +175,23 @@ def pair_turns(rollout: Rollout, writer: Writer, reader: Reader, *, mask_non_can
                 strange & (spelling.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), spelling.masked
             )
             spelling = replace(spelling, masked=reason)
-        before = reader.render(rollout.messages[:answer], rollout.prompt.tools)
-        reading = reader.read(before, spelling)
+        if own is None:
+            seen = Seen(reader.render(rollout.messages[:answer], rollout.prompt.tools), None, untranscribed=False)
+        else:
+            seen = own.see(answer, body, spelling)
+        reading = reader.read(seen.before, spelling, seen.transcript)
         if reading.first == 0:
             raise DataError(f"teacher '{reader.name}': the response begins within the first token of its rendering")
-        pairing = pair(spelling, reading, ends_turn=ends_turn)
-        rewritten = not before.text.startswith(written)
+        blocks = None if seen.transcript is None else seen.transcript.blocks
+        pairing = pair(spelling, reading, ends_turn=ends_turn, blocks=blocks)
+        rewritten = not seen.before.text.startswith(written)
         found.append(
-            TurnPair(turn.start, turn.end, spelling, reading, pairing, ends_turn, rewritten, not strange.any())
-        )
-        written = before.text + spelling.text
+            TurnPair(
+                turn.start, turn.end, spelling, reading, pairing, ends_turn, rewritten, not strange.any(),
+                seen.untranscribed,
+            )
+        )  # fmt: skip
+        written = seen.before.text + (spelling.text if seen.transcript is None else seen.transcript.text)
     return found
 
 
@@ -185,7 +239,7 @@ def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
 
     tokens: the student's; teacher_tokens; bytes, of which bytes/kept lie in chunks that are kept and bytes/one_to_one in chunks
     of one token on each side; chunks of text, kept; largest_chunk: bytes; alarms: one-to-one chunks below -15 nats; straddles;
-    rewritten and non_canonical turns; masked/REASON tokens.
+    rewritten, non_canonical and untranscribed turns; masked/REASON tokens.
     """
     pairing = turn.pairing
     text = len(pairing.chunks) - pairing.ends_turn
@@ -210,6 +264,7 @@ def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
         "straddles": int((turn.reading.masked == Masked.STRADDLE).sum()),
         "rewritten": int(turn.rewritten),
         "non_canonical": int(not turn.canonical),
+        "untranscribed": int(turn.untranscribed),
         **masked,
     }
 

@@ -7,7 +7,7 @@ special token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError, ModelError
 from opd.records import Message
+from opd.text.call_template import CallTemplate, call_template
 from opd.text.chat import apply_template, template_shows_tools
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.spelling import Masked, Spelling
 from opd.text.symbols import TAGS, counterparts, opened_thinking
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tokenizer import end_token_ids
+from opd.text.transcribe import Transcript
 
 _PROBE = "aXbYcZ"
 
@@ -83,24 +85,37 @@ class Reader:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Rendering:
         """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
-        apart from the template's own."""
+        apart from the template's own. Calls that are data ("tool_calls") are for a template that writes them (`calls`)."""
         quotes = self._encoder.quotes()
         quoted = [{**m, "content": quotes.mark(m["content"])} for m in messages]
+        for message in quoted:
+            if self.calls is not None and "tool_calls" in message:
+                message["tool_calls"] = self.calls.shaped(message["tool_calls"], quotes)
         if not self._templated:
             return Rendering("\n\n".join(m["content"] for m in quoted), quotes)
         return Rendering(self._apply(quoted, tools, generate=True), quotes)
 
-    def read(self, before: Rendering, spelling: Spelling) -> Reading:
-        """The spelled text behind the rendering, in the teacher's tokens.
+    @cached_property
+    def calls(self) -> CallTemplate | None:
+        """How the template writes tool calls; None where it writes none."""
+        if not self._templated:
+            return None
+        ends = [self.table.added[i] for i in self.end_ids if i in self.table.added]
+        return call_template(partial(self._apply, generate=False), ends)
+
+    def read(self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None) -> Reading:
+        """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.
 
         Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
         """
-        opening = opened_thinking(before.marked, spelling.text)
+        written = spelling if transcript is None else transcript
+        opening = opened_thinking(before.marked, written.text)
         shown = before.marked[: len(before.marked) - len(opening)]
-        gap = self._gap if spelling.text and not opening else ""
+        led = transcript is None or transcript.led
+        gap = self._gap if written.text and not opening and led else ""
         quotes = before.quotes
         prompt = len(quotes.restore(shown).encode())
-        encoded = self._encoder.encode(shown + gap + quotes.mark(spelling.text, outside=spelling.tags), quotes)
+        encoded = self._encoder.encode(shown + gap + quotes.mark(written.text, outside=written.tags), quotes)
         ends, lossy = _spans(encoded, self.table)
         boundary = prompt + len(gap.encode())
         first = int(np.searchsorted(ends, prompt, side="right"))

@@ -26,6 +26,7 @@ class Masked(IntEnum):
     STRADDLE = 4  # the teacher's token begins before the response
     LOSSY = 5  # the teacher's tokenizer changes the text
     NON_CANONICAL = 6  # the student spelled a text in other tokens than its tokenizer would
+    SYNTAX = 7  # around a tool call's name and arguments, where the teacher's template writes something else
 
 
 UNWRITTEN = (Masked.NO_COUNTERPART, Masked.UNKNOWN_ID)  # no part of the text that the teacher reads

@@ -60,8 +60,8 @@ class Toolbox:
             case None:
                 return f"{path}: a value that the schema forbids"
             case "type":
-                allowed = error.validator_value
-                expected = allowed if isinstance(allowed, str) else " or ".join(allowed)
+                allowed: Any = error.validator_value
+                expected = " or ".join([allowed] if isinstance(allowed, str) else allowed)
                 return f"{path}: expected {expected}, got {kind(error.instance)}"
             case "required" | "dependentRequired" | "additionalProperties" | "unevaluatedProperties":
                 return f"{path}: {error.message}"

@@ -1,0 +1,265 @@
+"""How a chat template writes tool calls: it is given calls as data, and what it makes of them is read off its text.
+
+Nothing here knows a syntax. Calls of made-up names and arguments show which pieces of the text are the template's own, and a
+text that does not consist of just those pieces around the calls is not taken apart.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from opd.errors import DataError
+from opd.records import Message
+from opd.text.encoding import Quotes
+from opd.text.tool_calls import Syntax, parse_calls
+
+Apply: TypeAlias = Callable[[Sequence[Message], Sequence[Mapping[str, Any]]], str]
+"""A conversation and its tools as a template writes them, no generation prompt behind. Raises DataError, or what it runs into."""
+
+REFUSALS = (DataError, TypeError, ValueError)  # what templates raise, jinja's own errors as DataError
+
+_QUESTION: Message = {"role": "user", "content": "?"}
+_TEXT = "aXbYcZ"
+_NAME, _KEY, _VALUE = "dUeVfW", "gRhSiT", "jOkPlQ"
+_MADE_UP = re.compile(rf'{_NAME}(?P<name>\d+)x|\{{\s*"{_KEY}(?P<arguments>\d+)x"\s*:\s*"{_VALUE}"\s*\}}')
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What every syntax writes of a call: its name, without quotation marks, or its arguments as a JSON object.
+
+    call: its number in the turn; characters [start, end) of the text.
+    """
+
+    call: int
+    part: Literal["name", "arguments"]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CallText:
+    """Calls as a template writes them.
+
+    text: special tokens quoted in it as they are; own: the characters [start, end) that are no quotes, where special tokens are
+    the template's; payloads: in the text's order, as far as they were found. joined: it is what the template writes behind the
+    text of an answer; otherwise it stands alone, and `led` says whether the white space before an answer stands before it too.
+    """
+
+    text: str
+    own: tuple[tuple[int, int], ...]
+    payloads: tuple[Payload, ...]
+    joined: bool
+    led: bool
+
+
+def tool_call(number: int, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as data. Some templates ask for ids of nine letters or digits, and none for others."""
+    return {"id": f"{number:09d}", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def with_calls(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, syntax: Syntax
+) -> tuple[Message, ...]:
+    """The conversation with the assistant's calls as data: "tool_calls", and the text outside them as "content".
+
+    A turn in which anything is no call though it was meant as one stays the text that it is. Each tool's answer gets the id
+    and the name of the call that it answers, in order; where there is none, an id of its own.
+    """
+    found: list[Message] = []
+    waiting: list[Mapping[str, Any]] = []
+    number = 0
+    for message in messages:
+        if message["role"] == "assistant":
+            parsed = parse_calls(message["content"], tools, syntax=syntax)
+            waiting = []
+            if parsed.calls and not parsed.errors:
+                waiting = [tool_call(number + k, c.name, c.arguments) for k, c in enumerate(parsed.calls)]
+                number += len(waiting)
+                message = {**message, "content": parsed.content, "tool_calls": tuple(waiting)}
+        elif message["role"] == "tool":
+            if waiting:
+                answered = waiting.pop(0)
+                message = {**message, "tool_call_id": answered["id"], "name": answered["function"]["name"]}
+            else:
+                message = {**message, "tool_call_id": f"{number:09d}"}
+                number += 1
+        found.append(message)
+    return tuple(found)
+
+
+class CallTemplate:
+    """One template, and how it takes a call's arguments: as an object, or as the text of one (`as_text`)."""
+
+    def __init__(self, apply: Apply, ends: Sequence[str], *, as_text: bool) -> None:
+        """ends: the special tokens that end a turn, as the template writes them."""
+        self._apply = apply
+        self._ends = sorted(ends, key=len, reverse=True)
+        self._as_text = as_text
+
+    def shaped(self, calls: Sequence[Mapping[str, Any]], quotes: Quotes) -> list[dict[str, Any]]:
+        """Calls as the template takes them, quoted special tokens as placeholders.
+
+        Raises DataError where there are some and the template would escape the placeholders.
+        """
+        marked = [_marked(call, quotes) for call in calls]
+        if marked != [dict(call) for call in calls] and self._escapes:
+            raise DataError("its chat template escapes what is not ASCII, and a call quotes a special token")
+        return [self._shape(call) for call in marked]
+
+    def write(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        quotes: Quotes,
+        *,
+        behind_text: bool,
+    ) -> CallText | None:
+        """What the template writes for these calls, between what opens the turn, or the text before them, and what ends it.
+
+        None where it refuses them, does not end the turn behind them, or shows none of them there.
+        """
+        made_up = [
+            self._shape(tool_call(k, f"{_NAME}{k}x", {f"{_KEY}{k}x": _VALUE}) | {"id": call["id"]})
+            for k, call in enumerate(calls)
+        ]
+        try:
+            written = self._written(self.shaped(calls, quotes), tools, behind_text=behind_text)
+            skeleton = self._written(made_up, tools, behind_text=behind_text)
+        except REFUSALS:
+            return None
+        if written is None or skeleton is None:
+            return None
+        marked, joined, led = written
+        found = _found(skeleton[0], marked, [_marked(c, quotes)["function"] for c in calls])
+        if not found:
+            return None
+        payloads = tuple(
+            Payload(p.call, p.part, *(len(quotes.restore(marked[:edge])) for edge in (p.start, p.end))) for p in found
+        )
+        return CallText(quotes.restore(marked), quotes.unquoted(marked), payloads, joined, led)
+
+    def _written(
+        self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, behind_text: bool
+    ) -> tuple[str, bool, bool] | None:
+        """(text, joined, led) of `CallText`."""
+        probe = _TEXT
+        while probe in json.dumps(list(calls), ensure_ascii=False):
+            probe += _TEXT
+        plain = self._apply([_QUESTION, {"role": "assistant", "content": probe}], tools)
+        head, _, after = plain.partition(probe)
+        content = probe if behind_text else ""
+        whole = self._apply([_QUESTION, {"role": "assistant", "content": content, "tool_calls": list(calls)}], tools)
+        joined = behind_text and probe in whole
+        led = joined or whole.startswith(head)
+        if joined:
+            rest = whole.partition(probe)[2]
+        elif led:
+            rest = whole[len(head) :]
+        elif whole.startswith(head.rstrip()):
+            rest = whole[len(head.rstrip()) :].lstrip()
+        else:
+            return None
+        text = self._without_end(rest, after)
+        return None if text is None else (text, joined, led)
+
+    def _without_end(self, rest: str, after: str) -> str | None:
+        """The text without what ends a turn: what follows any answer (`after`), or another token that ends turns."""
+        if rest.endswith(after):
+            return rest.removesuffix(after)
+        shown = rest.rstrip()
+        end = next((end for end in self._ends if shown.endswith(end)), None)
+        return None if end is None else shown.removesuffix(end)
+
+    def _shape(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        if self._as_text:
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        return {**call, "function": function}
+
+    @cached_property
+    def _escapes(self) -> bool:
+        """Whether a character outside ASCII in an argument is not written as it is."""
+        call = self._shape(tool_call(0, _NAME, {_KEY: "\U00100000"}))
+        return "\U00100000" not in self._apply(
+            [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], [_tool(_NAME)]
+        )
+
+
+def call_template(apply: Apply, ends: Sequence[str]) -> CallTemplate | None:
+    """How a template is given calls; None where it does not write them.
+
+    One that writes the arguments as JSON is given them in the way in which it does.
+    """
+    found: CallTemplate | None = None
+    for as_text in (False, True):
+        template = CallTemplate(apply, ends, as_text=as_text)
+        written = template.write([tool_call(0, _TEXT, {_TEXT: 1})], [_tool(_TEXT)], _UNQUOTED, behind_text=False)
+        parts = {payload.part for payload in written.payloads} if written else set()
+        if parts == {"name", "arguments"}:
+            return template
+        if "name" in parts:
+            found = found or template
+    return found
+
+
+_UNQUOTED = Quotes(re.compile(r"(?!)"))
+
+
+def _tool(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+def _marked(call: Mapping[str, Any], quotes: Quotes) -> dict[str, Any]:
+    return {**call, "function": _marked_value(call["function"], quotes)}
+
+
+def _marked_value(value: Any, quotes: Quotes) -> Any:
+    match value:
+        case str():
+            return quotes.mark(value)
+        case list():
+            return [_marked_value(item, quotes) for item in value]
+        case dict():
+            return {quotes.mark(key): _marked_value(item, quotes) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _found(skeleton: str, text: str, functions: Sequence[Mapping[str, Any]]) -> list[Payload]:
+    """Where the payloads stand in a text that the template wrote as it wrote the skeleton, whose calls are made up.
+
+    The text is followed piece by piece; where it goes another way than the skeleton, nothing more is found.
+    """
+    found: list[Payload] = []
+    place = position = 0
+    for made_up in _MADE_UP.finditer(skeleton):
+        piece = skeleton[place : made_up.start()]
+        if not text.startswith(piece, position):
+            break
+        position += len(piece)
+        part: Literal["name", "arguments"] = "arguments" if made_up["name"] is None else "name"
+        number = int(made_up[part])
+        end = _end_of(functions[number][part], text, position)
+        if end is None:
+            break
+        if all((p.call, p.part) != (number, part) for p in found):
+            found.append(Payload(number, part, position, end))
+        place, position = made_up.end(), end
+    return found
+
+
+def _end_of(wanted: Any, text: str, start: int) -> int | None:
+    """Where the payload that begins here ends, where it is this name, or this object in JSON."""
+    if isinstance(wanted, str):
+        return start + len(wanted) if text.startswith(wanted, start) else None
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except ValueError:
+        return None
+    return end if value == wanted else None

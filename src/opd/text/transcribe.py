@@ -1,0 +1,237 @@
+"""A turn with tool calls as another template writes it, and the bytes that both texts have in common.
+
+What is common follows from what the texts are, never from how they happen to look: the text outside calls, the names, the
+arguments piece by piece of their JSON, and of the rest whole words and signs where it begins or ends alike.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from opd.text.call_template import CallText, Payload
+from opd.text.tool_calls import Call
+
+Write: TypeAlias = Callable[[int, int, bool], CallText | None]
+"""The teacher's text of the calls [first, last) of a turn, behind text or not (`CallTemplate.write`)."""
+
+Block: TypeAlias = tuple[int, int, int]
+"""(place in the student's text, place in the teacher's, length) of what both have."""
+
+_SIGNS = re.compile(r"\w+|\W")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_JSON = re.compile(r'([ \t\n\r]*+)("[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+0-9.eE]+|true|false|null|.)', re.DOTALL)
+_CHARACTER = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|.", re.DOTALL
+)
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A turn as the teacher's template writes it.
+
+    text: what the teacher reads in place of what the student wrote; tags: the characters [start, end) of it in which special
+    tokens are the teacher's own rather than text that looks so. blocks [blocks, 3] int64: (byte of the student's text, byte of
+    this one, bytes) of what both have, in order. led: whether the white space that the template writes before an answer is
+    before this one.
+    """
+
+    text: str
+    tags: tuple[tuple[int, int], ...]
+    blocks: np.ndarray
+    led: bool
+
+
+def transcribe(
+    text: str, tags: Sequence[tuple[int, int]], calls: Sequence[Call], payloads: Sequence[Payload], write: Write
+) -> Transcript | None:
+    """The student's turn with every run of calls as the teacher writes it; None where it writes one of them in no way.
+
+    text, tags: as in `Spelling`; calls and payloads: of the turn, in its order. Text outside calls stays as it is, but for
+    white space where the template has its own: between an answer's text and the calls behind it, and behind the last call.
+    """
+    whole = _Whole(text, tags)
+    position, led = 0, True
+    for first, last in _runs(text, calls):
+        begin, end = calls[first].start, calls[last - 1].end
+        between = text[position:begin]
+        written = write(first, last, bool(between.strip()))
+        if written is None:
+            return None
+        if between.strip():
+            start = position + len(between.rstrip()) if written.joined else begin
+            whole.copy(position, start)
+        else:
+            start = position
+            led = written.led if first == 0 else led
+        own = [Payload(p.call - first, p.part, p.start, p.end) for p in payloads if first <= p.call < last]
+        whole.add(written, _common((text, start, end), own, written))
+        position = end
+    if text[position:].strip():
+        whole.copy(position, len(text))
+    found = "".join(whole.parts)
+    return Transcript(found, tuple(whole.tags), _in_bytes(_merged(whole.blocks), text, found), led)
+
+
+class _Whole:
+    """A transcript while it grows: its text, and in characters its tags and what it has in common with the student's text."""
+
+    def __init__(self, text: str, tags: Sequence[tuple[int, int]]) -> None:
+        self._text, self._tags = text, tags
+        self._length = 0
+        self.parts: list[str] = []
+        self.tags: list[tuple[int, int]] = []
+        self.blocks: list[Block] = []
+
+    def copy(self, start: int, end: int) -> None:
+        """The student's own text."""
+        tags = [(a - start, b - start) for a, b in self._tags if start <= a and b <= end]
+        self._append(self._text[start:end], tags, [(start, 0, end - start)])
+
+    def add(self, written: CallText, common: Sequence[Block]) -> None:
+        """The teacher's text of calls; `common`: places in the student's whole text and in this one."""
+        self._append(written.text, written.own, common)
+
+    def _append(self, text: str, tags: Sequence[tuple[int, int]], blocks: Sequence[Block]) -> None:
+        self.tags += [(a + self._length, b + self._length) for a, b in tags]
+        self.blocks += [(ours, theirs + self._length, size) for ours, theirs, size in blocks]
+        self.parts.append(text)
+        self._length += len(text)
+
+
+def payloads_of(text: str, calls: Sequence[Call]) -> list[Payload]:
+    """Where each call's name and its arguments stand in a text that `parse_calls` has read, in the text's order."""
+    found: list[Payload] = []
+    for number, call in enumerate(calls):
+        for key, start, end in _members(text, text.index("{", call.start)):
+            if key == "name":
+                found.append(Payload(number, "name", start + 1, end - 1))
+            else:
+                found.append(Payload(number, "arguments", start, end))
+    return found
+
+
+def _members(text: str, start: int) -> Iterator[tuple[str, int, int]]:
+    """(key, start, end of the value) of each member of the JSON object that begins here."""
+    position = start
+    while text[position] != "}":
+        key, end = _DECODER.raw_decode(text, _past_space(text, position + 1))
+        begin = _past_space(text, _past_space(text, end) + 1)
+        _, end = _DECODER.raw_decode(text, begin)
+        yield key, begin, end
+        position = _past_space(text, end)
+
+
+def _past_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
+    """[first, last) of calls with nothing but white space between them."""
+    edges = [k for k in range(1, len(calls)) if text[calls[k - 1].end : calls[k].start].strip()]
+    yield from pairwise([0, *edges, len(calls)])
+
+
+def _common(student: tuple[str, int, int], own: Sequence[Payload], written: CallText) -> list[Block]:
+    """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it."""
+    text, position, end = student
+    found: list[Block] = []
+    place = 0
+    for ours, theirs in _in_one_order(own, written.payloads):
+        found += _wrapper(text[position : ours.start], written.text[place : theirs.start], position, place)
+        one, other = text[ours.start : ours.end], written.text[theirs.start : theirs.end]
+        pieces = _characters if ours.part == "name" else _pieces
+        found += _corresponding(one, other, list(pieces(one)), list(pieces(other)), ours.start, theirs.start)
+        position, place = ours.end, theirs.end
+    return found + _wrapper(text[position:end], written.text[place:], position, place)
+
+
+def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tuple[Payload, Payload]]:
+    """The payloads of both texts; of a call whose parts stand in another order, the arguments alone."""
+    theirs = {(p.call, p.part): p for p in written}
+    pairs = [(p, theirs[p.call, p.part]) for p in own if (p.call, p.part) in theirs]
+    crossed = {a.call for (a, b), (_, d) in pairwise(pairs) if d.start < b.start}
+    found: list[tuple[Payload, Payload]] = []
+    for a, b in pairs:
+        if (a.part == "arguments" or a.call not in crossed) and (not found or found[-1][1].end <= b.start):
+            found.append((a, b))
+    return found
+
+
+def _wrapper(ours: str, theirs: str, start: int, place: int) -> list[Block]:
+    """What two wrappers begin and end with, in whole words and signs."""
+    one, other = _SIGNS.findall(ours), _SIGNS.findall(theirs)
+    head = _alike(one, other)
+    tail = _alike(one[head:][::-1], other[head:][::-1])
+    before, behind = len("".join(one[:head])), len("".join(one[len(one) - tail :]))
+    return [(start, place, before), (start + len(ours) - behind, place + len(theirs) - behind, behind)]
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many items both begin with."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+_Piece: TypeAlias = tuple[Any, int, int, int]
+"""(value, start, start behind the white space, end) of a sign or a character of JSON."""
+
+
+def _pieces(text: str) -> Iterator[_Piece]:
+    """JSON sign by sign, its strings character by character."""
+    for found in _JSON.finditer(text):
+        sign = found[2]
+        if sign[0] != '"':
+            value = json.loads(sign) if sign[0] in "-0123456789" else sign
+            yield value, found.start(), found.start(2), found.end()
+            continue
+        inside = found.start(2) + 1
+        yield sign[0], found.start(), found.start(2), inside
+        for value, _, start, end in _characters(sign[1:-1]):
+            yield value, start + inside, start + inside, end + inside
+        yield sign[0], found.end() - 1, found.end() - 1, found.end()
+
+
+def _characters(text: str) -> Iterator[_Piece]:
+    """The inside of a JSON string, each character or escape with what it stands for."""
+    for found in _CHARACTER.finditer(text):
+        value = json.loads(f'"{found[0]}"') if found[0][0] == "\\" else found[0]
+        yield ("character", value), found.start(), found.start(), found.end()
+
+
+def _corresponding(
+    ours: str, theirs: str, one: Sequence[_Piece], other: Sequence[_Piece], start: int, place: int
+) -> list[Block]:
+    """The pieces that are written alike, with the white space before them where that is; none where the values differ."""
+    if [p[0] for p in one] != [p[0] for p in other]:
+        return []
+    found: list[Block] = []
+    for (_, a, b, c), (_, x, y, z) in zip(one, other, strict=True):
+        if ours[a:b] == theirs[x:y]:
+            found.append((start + a, place + x, b - a))
+        if ours[b:c] == theirs[y:z]:
+            found.append((start + b, place + y, c - b))
+    return found
+
+
+def _merged(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks that touch on both sides as one; none that is empty."""
+    found: list[Block] = []
+    for ours, theirs, size in blocks:
+        if found and (ours, theirs) == (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]):
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + size)
+        elif size:
+            found.append((ours, theirs, size))
+    return found
+
+
+def _in_bytes(blocks: Sequence[Block], ours: str, theirs: str) -> np.ndarray:
+    one, other = (np.cumsum([0, *(len(c.encode()) for c in text)]) for text in (ours, theirs))
+    plain = np.array(blocks, dtype=np.int64).reshape(-1, 3)
+    starts, places, stops = one[plain[:, 0]], other[plain[:, 1]], one[plain[:, 0] + plain[:, 2]]
+    return np.stack([starts, places, stops - starts], axis=1)
