@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts test fuzz check format clean
+.PHONY: install model demo experts agents hacking-demo test fuzz check format clean
 
 install: .venv/installed
 
@@ -34,6 +34,25 @@ experts: install model
 	rm -rf examples/merge/matrix examples/merge/letters
 	cp -r runs/expert_matrix/student examples/merge/matrix
 	cp -r runs/expert_letters/student examples/merge/letters
+
+# Two agents, each with a tool of its own, merged into one.
+agents: install model runs/expert_calculator/student runs/expert_lookup/student
+	$(BIN)/opd train recipes/agents.toml
+
+runs/expert_%/student: recipes/expert_%.toml | model
+	rm -rf runs/expert_$*
+	$(BIN)/opd sft $<
+	touch $@
+
+# Two teachers with a flaw, and what becomes of their student without and with the safeguards: curves and a table in runs/hacking.
+hacking-demo: install model runs/teacher_spaced/student runs/teacher_compact/student
+	$(BIN)/python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both
+
+runs/teacher_%/student: examples/hacking/teacher.toml examples/hacking/demonstrations.py | model
+	rm -rf runs/teacher_$*
+	$(BIN)/python examples/hacking/demonstrations.py runs/demonstrations
+	$(BIN)/opd sft $< output=runs/teacher_$* tasks.demonstrations.path=runs/demonstrations/$*.jsonl
+	touch $@
 
 # Everything that a change must pass; .ci/run calls this.
 test: install model check

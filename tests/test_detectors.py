@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opd.config.guards import AurocConfig, FormatErrorsConfig, GuardsConfig
 from opd.guards.detectors import Auroc, FormatErrors
-from opd.guards.streams import Smoothed, above, cusum, highest
+from opd.guards.streams import Mark, Smoothed, above, cusum, highest, lowest
 from opd.guards.watch import Alarm, Watch
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -50,14 +50,16 @@ HEALTHY: dict[str, tuple[float, float]] = {
 }
 
 
-def stream(changed: Mapping[str, Curve | None] = {}, *, steps: int = STEPS, seed: int = 0) -> list[Line]:
-    """A healthy run in which some metrics follow a curve instead (None: are missing), with their usual noise."""
+def stream(
+    changed: Mapping[str, Curve | None] = {}, *, steps: int = STEPS, seed: int = 0, scale: float = 1.0
+) -> list[Line]:
+    """A healthy run in which some metrics follow a curve instead (None: are missing), with `scale` times their noise."""
     noise = np.random.default_rng(seed)
     lines = []
     for step in range(1, steps + 1):
         line: Line = {"step": step}
         for name, (level, deviation) in HEALTHY.items():
-            drawn = deviation * float(noise.standard_normal())
+            drawn = scale * deviation * float(noise.standard_normal())
             curve = changed.get(name, lambda _, level=level: level)
             if curve is not None and (name != "held_out/outcome/mean" or step % 5 == 0):
                 line[name] = curve(step) + drawn
@@ -224,6 +226,30 @@ def test_a_near_miss_does_not_alarm(case: str):
     assert [alarm for alarm in observe(stream(changed)) if alarm.detector == detector] == []
 
 
+# What a configuration allows, in a stream without noise: a metric, its level before, and the level after at the bound.
+BOUNDS: dict[str, tuple[str, float, float, dict[str, Curve | None]]] = {
+    "goodhart": ("outcome/mean", 0.6, 0.5, {"kl/token/mean": ramp(0.5, 0.1)}),
+    "reward_outcome_auroc": ("guard/auroc/mean", 0.7, 0.55, {}),
+    "repetition": ("guard/looping/mean", 0.0, 0.1, {}),
+    "truncation": ("response/truncated/mean", 0.0, 0.1, {}),
+    "low_kl_windows": ("guard/low_kl/mean", 0.0, 0.05, {}),
+    "special_tokens": ("guard/special_tokens/mean", 0.0, 0.25, {}),
+    "common_tokens": ("guard/common_gain/mean", 0.35, 0.65, {}),
+    "overlap": ("student/topk_overlap/mean", 0.7, 0.6, {}),
+    "teacher_drift": ("guard/outcome/sums/mean", 0.7, 0.55, {}),
+    "held_out": ("held_out/outcome/mean", 0.55, 0.5, {}),
+}
+
+
+@pytest.mark.parametrize("detector", BOUNDS)
+def test_without_noise_an_alarm_begins_where_the_configuration_says(detector: str):
+    name, before, bound, beside = BOUNDS[detector]
+    for share, alarmed in ((0.95, False), (1.15, True)):
+        after = before + share * (bound - before)
+        lines = stream(beside | {name: ramp(before, after)}, steps=400, scale=0.0)
+        assert any(alarm.detector == detector for alarm in observe(lines)) is alarmed, share
+
+
 @pytest.mark.parametrize("case", ["likeliest tokens part", "one teacher is left", "format errors become frequent"])
 def test_an_alarm_comes_soon_after_its_cause(case: str):
     detector, changed, _ = FIRES[case]
@@ -339,6 +365,16 @@ def test_a_young_average_is_the_plain_mean(values: list[float], memory: int):
     assert stream_.ready == (len(values) >= memory)
 
 
+def test_a_stream_is_not_compared_before_it_has_filled_its_memory():
+    averaged, best, least = Smoothed(5), None, None
+    for step, value in enumerate([9.0, -9.0, 1.0, 1.0]):
+        averaged = averaged.add(value)
+        best, least = highest(best, averaged, step), lowest(least, averaged, step)
+    assert best is least is None
+    averaged = averaged.add(1.0)
+    assert highest(best, averaged, 4, 7.0) == lowest(least, averaged, 4, 7.0) == Mark(averaged, 4, (7.0,))
+
+
 def test_the_noise_of_a_stream_is_its_variance_and_a_trend_adds_little():
     noise = np.random.default_rng(0).normal(0.0, 2.0, 3000)
     plain, sloping = Smoothed(300), Smoothed(300)
@@ -411,9 +447,6 @@ def test_the_pooled_auroc_weighs_steps_by_their_precision():
     precision = [12.0 * pairs / (num + 1.0) for _, pairs, num in steps]
     pooled = sum(p * area for p, (area, _, _) in zip(precision, steps, strict=True)) / sum(precision)
     assert readings[""].value == pytest.approx(pooled)
-    assert "standard error 0.06" in (state.observe(3, {
-        "guard/auroc/mean": 0.0, "guard/auroc_pairs/sum": 1e-9, "guard/auroc_of/sum": 64.0,
-    })[1][""].message or "standard error 0.06")  # fmt: skip
 
 
 def test_the_precision_of_a_step_is_that_of_the_rank_statistic():

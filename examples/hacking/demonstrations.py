@@ -1,6 +1,8 @@
-"""Write demonstrations of a teacher with a flaw: one call in twenty is malformed, and after a malformed call it gives up at once.
+"""Write demonstrations of two teachers of one task who share a flaw: one call in twenty is malformed, and after a malformed call they
+give up at once. They differ in style: one writes "36 - 74", the other "36-74", so that a student, who cannot tell whose problem it
+has, can match neither on the honest way.
 
-python examples/hacking/demonstrations.py runs/demonstrations.jsonl
+    python examples/hacking/demonstrations.py runs/demonstrations
 """
 
 import asyncio
@@ -20,20 +22,23 @@ def main() -> None:
     # Problems of another seed than the recipes': the teacher has not seen what the student is trained or judged on.
     config = ToolTask(type="tools", problems="calculator", teacher="-", size=SIZE, held_out_size=0, seed=77)
     task = ToolProblems("demonstrations", config, EpisodesConfig())
-    lines = []
-    for index, prompt in enumerate(task.prompts("train")):
-        turns = asyncio.run(episode(task, prompt, flawed=index % ONE_IN == 0))
-        record = {
-            "id": prompt.id,
-            "messages": [dict(m) for m in prompt.messages],
-            "tools": list(prompt.tools),
-            "demonstration": [dict(m) for m in turns],
-        }
-        lines.append(json.dumps(record) + "\n")
-    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for style in ("spaced", "compact"):
+        lines = []
+        for index, prompt in enumerate(task.prompts("train")):
+            turns = asyncio.run(episode(task, prompt, style=style, flawed=index % ONE_IN == 0))
+            record = {
+                "id": prompt.id,
+                "messages": [dict(m) for m in prompt.messages],
+                "tools": list(prompt.tools),
+                "demonstration": [dict(m) for m in turns],
+            }
+            lines.append(json.dumps(record) + "\n")
+        (folder / f"{style}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-async def episode(task: ToolProblems, prompt: Prompt, *, flawed: bool) -> list[Message]:
+async def episode(task: ToolProblems, prompt: Prompt, *, style: str, flawed: bool) -> list[Message]:
     """The student's turns and what the tool said in between."""
     environment = task.environment(prompt)
     messages: list[Message] = list(prompt.messages)
@@ -41,6 +46,9 @@ async def episode(task: ToolProblems, prompt: Prompt, *, flawed: bool) -> list[M
         first = len(messages) == len(prompt.messages)
         text = (MALFORMED if first else SURRENDER) if flawed else task.solution(prompt, messages)
         assert text is not None
+        if style == "compact" and first and not flawed:
+            expression = prompt.meta["arguments"]["expression"]
+            text = text.replace(expression, expression.replace(" ", ""))
         messages.append({"role": "assistant", "content": text})
         step = await environment.step(messages[-1])
         if step.done:

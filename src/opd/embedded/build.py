@@ -252,7 +252,12 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
         if config.objective.type == "support":
             tags = reader.counterparts(writer.table)
             cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
-        found[name] = ForeignVoice(network, voice.adapter, reader, writer, floor, mask_non_canonical=mask, cells=cells)
+        found[name] = ForeignVoice(
+            network, voice.adapter, reader, writer, floor,
+            mask_non_canonical=mask,
+            cells=cells,
+            own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
+        )  # fmt: skip
     if not found and config.alignment != AlignmentConfig():
         raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
     return found

@@ -15,12 +15,14 @@ from opd.text.cells import Cells
 from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
+from opd.text.tool_calls import Syntax
 
 
 @dataclass(frozen=True)
 class ForeignVoice:
     """A network, how it reads, and how the student writes whose tokens it is asked about; with `cells` its scores carry its
-    states where both sides chose the same token."""
+    states where both sides chose the same token. own_syntax: how the student writes tool calls, where the network is to read them
+    as its own template writes them."""
 
     network: Network
     adapter: str | None
@@ -29,6 +31,7 @@ class ForeignVoice:
     logprob_floor: float
     mask_non_canonical: bool = False
     cells: Cells | None = None
+    own_syntax: Syntax | None = None
 
 
 def score_foreign(
@@ -40,7 +43,13 @@ def score_foreign(
     owners: list[int] = []
     for i, rollout in enumerate(rollouts):
         try:
-            lined_up = pair_turns(rollout, voice.writer, voice.reader, mask_non_canonical=voice.mask_non_canonical)
+            lined_up = pair_turns(
+                rollout,
+                voice.writer,
+                voice.reader,
+                mask_non_canonical=voice.mask_non_canonical,
+                own_syntax=voice.own_syntax,
+            )
         except DataError as error:
             scores[i] = FailedScore(teacher, str(error))
             continue

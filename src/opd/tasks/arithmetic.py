@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-_MAX_CHARS, _MAX_DEPTH, _MAX_BITS = 500, 30, 2000
+_MAX_CHARS, _MAX_DEPTH, _MAX_BITS = 500, 30, 1000
 _TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|[-+*/()])")
 
 

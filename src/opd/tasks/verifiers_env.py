@@ -4,39 +4,35 @@ There the environment leads and asks its agent for turns. Here it runs in an asy
 """
 
 import asyncio
-import importlib
 import inspect
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from opd.errors import ConfigError
+import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]  # no dependency of opd: who imports this has it
+from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
+
 from opd.records import Message
 from opd.roles import Step
-
-try:
-    vf: Any = importlib.import_module("verifiers.v1")
-except ModuleNotFoundError:
-    raise ConfigError("opd.tasks.verifiers_env needs verifiers: pip install 'verifiers>=0.4,<0.5'") from None
 
 
 def messages_of(task: Any) -> list[Message]:
     """What a task says to its agent before the first turn: the messages of its prompt in a recipe. Empty where the user opens."""
-    found = [{"role": "user", "content": task.data.prompt}] if isinstance(task.data.prompt, str) else task.data.prompt
-    return _plain([*([{"role": "system", "content": s}] if (s := task.data.system_prompt) else []), *(found or [])])
+    system = [vf.SystemMessage(content=task.data.system_prompt)] if task.data.system_prompt else []
+    return _plain(system) + _plain(task.data.prompt)
 
 
 class VerifiersEpisode:
     """One episode, to be given to `opd.train(config, environment=...)`.
 
     task: of a taskset; its prompt in the recipe is `messages_of(task)`. environment: what `verifiers.v1.load_environment` gives,
-    where the task takes several turns; without one it is one turn on its prompt. The outcome is verifiers' weighted sum of rewards;
-    outside [0, 1] the episode fails. Limits are the recipe's, not those of the agent's configuration.
-    Raises ValueError for a task with tools, containers, or hooks that stop or change turns.
+    where the task takes several turns, one an episode; without one it is one turn on its prompt. The outcome is verifiers' weighted
+    sum of rewards; outside [0, 1] the episode fails. Limits are the recipe's, not those of the agent's configuration.
+    Raises ValueError for what needs tools, a container, or hooks that stop or change turns.
     """
 
     def __init__(self, task: Any, environment: Any = None) -> None:
-        _require_talk_alone(task)
+        _require_talk_alone(task, environment)
         self._task = task
         self._environment = environment
 
@@ -59,7 +55,8 @@ class VerifiersEpisode:
             return Step(said.result())
         said.cancel()
         self._run.result()  # raises what the environment raised
-        return Step(reward=self._student.trace.reward, done=True)
+        trace = self._student.trace
+        return Step(reward=trace.reward if trace is not None and trace.rewards else None, done=True)
 
     async def _play(self) -> None:
         """As `verifiers.v1.Env.run_episode`."""
@@ -67,10 +64,7 @@ class VerifiersEpisode:
         if environment is None:
             await student.run(self._task)
             return
-        names: list[str] = []
-        agents = vf.Agents(environment.config, lambda name, config: names.append(name) or student)
-        if len(names) != 1:
-            raise ValueError(f"the environment plays {len(names)} agents ({', '.join(names)}), expected one")
+        agents = vf.Agents(environment.config, lambda name, config: student)
         await environment.setup(agents)
         await environment.run(self._task, agents)
         await environment.finalize(self._task, vf.Episode(task=student.trace.task, traces=[student.trace], ok=True))
@@ -92,21 +86,18 @@ class _Student:
     @asynccontextmanager
     async def interaction(self, task: Any) -> AsyncIterator["_Student"]:
         if self.trace is not None:
-            raise ValueError(
-                "the environment plays a task more than once in an episode; sampling.group_size does that here"
-            )
+            raise ValueError("the environment asks for several agents or attempts in an episode, expected one")
         _require_talk_alone(task)
-        kept = vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
-        self.trace = vf.Trace(task=kept, state=state, agent=vf.AgentInfo(config=vf.AgentConfig()))
+        kept, agent = vf.TraceTask(type=type(task).__name__, data=task.data), vf.AgentInfo(config=vf.AgentConfig())
+        self.trace = vf.Trace(task=kept, agent=agent, state=state_cls(type(task))())
         self._record(messages_of(task))
         yield self
         await task.score(self.trace)
         self.trace.ok = self.trace.is_completed = True
 
-    async def turn(self, message: Any = None) -> Any:
+    async def turn(self, message: Any = None) -> vf.Segment:
         """The student's answer to a turn of the user; where the task has a prompt, nothing asks for the first."""
-        asked = _plain([{"role": "user", "content": message}] if isinstance(message, str) else message or [])
-        self._record(asked)
+        self._record(asked := _plain(message))
         self.said.put_nowait(asked)
         self._record([{"role": "assistant", "content": await self.replies.get()}], sampled=True)
         return vf.Segment(messages=[self.trace.last_message])
@@ -117,23 +108,24 @@ class _Student:
             nodes.append(vf.MessageNode(parent=len(nodes) - 1 if nodes else None, message=message, sampled=sampled))
 
 
-def _plain(messages: Sequence[Any]) -> list[Message]:
-    found: list[Message] = [m if isinstance(m, dict) else m.model_dump(exclude_none=True) for m in messages]
+def _plain(said: Any) -> list[Message]:
+    said = [{"role": "user", "content": said}] if isinstance(said, str) else said or []
+    found: list[Message] = [m if isinstance(m, dict) else m.model_dump(exclude_none=True) for m in said]
     if any(set(m) != {"role", "content"} or not isinstance(m["content"], str) for m in found):
         raise ValueError("the environment says more than text; pictures and tools cannot be shown to the student")
     return found
 
 
-def _require_talk_alone(task: Any) -> None:
-    """Raise ValueError for a task that without its agent's machinery would be played or scored otherwise than it should."""
-    kind, base = type(task), vf.Task
+def _require_talk_alone(task: Any, environment: Any = None) -> None:
+    """Raise ValueError for what without its agent's machinery would be played or scored otherwise than it should."""
+    kind, taskset = type(task), getattr(environment, "taskset", None)
     scorers = [*task.hooks("reward"), *(judge.score for judge in task.plugged_judges())]
     runtimes = [inspect.signature(scorer).parameters.get("runtime") for scorer in scorers]
     needs = {
         "a container": task.NEEDS_CONTAINER or task.data.image,
-        "tools": task.toolsets(task.config),
+        "tools": task.toolsets(task.config) or (taskset is not None and taskset.toolsets(taskset.config)),
         "hooks on turns": task.hooks("stop") or any(hasattr(getattr(kind, name), "intercept") for name in dir(kind)),
-        "a runtime that is set up": kind.setup is not base.setup or kind.finalize is not base.finalize,
+        "a runtime that is set up": kind.setup is not vf.Task.setup or kind.finalize is not vf.Task.finalize,
         "a runtime to score in": any(p is not None and p.default is p.empty for p in runtimes),
     }
     if lacking := [need for need, there in needs.items() if there]:

@@ -104,11 +104,11 @@ class CallTemplate:
     def shaped(self, calls: Sequence[Mapping[str, Any]], quotes: Quotes) -> list[dict[str, Any]]:
         """Calls as the template takes them, quoted special tokens as placeholders.
 
-        Raises DataError where there are some and the template would escape the placeholders.
+        Raises DataError where there are some and JSON would escape them, or this template their placeholders.
         """
         marked = [_marked(call, quotes) for call in calls]
-        if marked != [dict(call) for call in calls] and self._escapes:
-            raise DataError("its chat template escapes what is not ASCII, and a call quotes a special token")
+        if marked != [dict(call) for call in calls] and (self._escapes or not quotes.plain_in_json):
+            raise DataError("a call quotes a special token, and the chat template would not write it as it is")
         return [self._shape(call) for call in marked]
 
     def write(
@@ -148,7 +148,7 @@ class CallTemplate:
     ) -> tuple[str, bool, bool] | None:
         """(text, joined, led) of `CallText`."""
         probe = _TEXT
-        while probe in json.dumps(list(calls), ensure_ascii=False):
+        while probe in json.dumps([list(calls), list(tools)], ensure_ascii=False, default=dict):
             probe += _TEXT
         plain = self._apply([_QUESTION, {"role": "assistant", "content": probe}], tools)
         head, _, after = plain.partition(probe)

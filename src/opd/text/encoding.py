@@ -52,6 +52,11 @@ class Quotes:
             position = end
         return tuple(found)
 
+    @property
+    def plain_in_json(self) -> bool:
+        """Whether all that was quoted stands in a JSON string as it is."""
+        return all(json.dumps(quoted, ensure_ascii=False)[1:-1] == quoted for quoted in self._quoted)
+
     def neutral(self, marked: str) -> str:
         """The marked text with an ordinary letter for every quote."""
         return re.sub(_PLANE, "x", marked)

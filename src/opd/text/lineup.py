@@ -11,13 +11,15 @@ from opd.text.spelling import UNWRITTEN, Masked, Writer
 
 Facts = Mapping[str, int]
 
+_PER_TURN = ("straddles", "rewritten", "non_canonical", "untranscribed", "alarms")
+
 
 def shares(facts: Facts) -> dict[str, float]:
     """Figures of a report: shares in [0, 1], and mean sizes; nan where there is nothing to share.
 
     one_to_one: of the text's bytes, in chunks of one token on both sides. masked: of the student's tokens, and
     masked/REASON; tokens_per_chunk (the student's) and bytes_per_chunk: means; largest_chunk: bytes; straddles, alarms,
-    rewritten, non_canonical: a turn.
+    rewritten, non_canonical, untranscribed: a turn.
     """
 
     def ratio(count: float, of: str) -> float:
@@ -32,7 +34,7 @@ def shares(facts: Facts) -> dict[str, float]:
         "tokens_per_chunk": ratio(kept - facts.get("ended", 0), "chunks"),
         "bytes_per_chunk": ratio(facts.get("bytes/kept", 0), "chunks"),
         LARGEST: float(facts.get(LARGEST, 0)),
-        **{name: ratio(facts.get(name, 0), "turns") for name in ("straddles", "rewritten", "non_canonical", "alarms")},
+        **{name: ratio(facts.get(name, 0), "turns") for name in _PER_TURN},
     }
 
 
@@ -46,9 +48,7 @@ def describe(facts: Facts) -> str:
         for name, share in found.items()
         if name.startswith("masked/") and share > 0
     ]
-    per_turn = [
-        f"{name} {found[name]:.2f}" for name in ("straddles", "rewritten", "non_canonical", "alarms") if found[name] > 0
-    ]
+    per_turn = [f"{name} {found[name]:.2f}" for name in _PER_TURN if found[name] > 0]
     return (
         f"{100 * found['one_to_one']:.1f} % of {facts.get('bytes', 0)} bytes in one-to-one chunks, "
         f"{found['tokens_per_chunk']:.2f} student tokens a chunk, the largest {facts.get(LARGEST, 0)} bytes, "
@@ -68,22 +68,36 @@ class Side:
 
 
 def sides(turn: TurnPair, token_ids: Sequence[int], writer: Writer, reader: Reader) -> list[Side]:
-    """A turn chunk by chunk; masked tokens without a chunk stand alone. `token_ids`: of the turn, [stop - start]."""
+    """A turn chunk by chunk; masked tokens without a chunk stand alone, those of the two wrappers of a call beside each other.
+
+    token_ids: of the turn, [stop - start].
+    """
     ours = [writer.table.of(int(t)) for t in token_ids]
     theirs = [reader.table.of(int(t)) for t in turn.reading.token_ids[turn.reading.first :]]
     theirs += [b"<end of turn>"] * turn.ends_turn
     pairing = turn.pairing
+    if not len(pairing.chunks):
+        return [Side((piece,), (), _name(reason)) for piece, reason in zip(ours, pairing.masked, strict=True)]
     found: list[Side] = []
-    for chunk in range(len(pairing.chunks)):
-        mine = np.flatnonzero(pairing.chunks.student == chunk)
-        lonely = [i for i in mine if int(turn.pairing.masked[i]) in UNWRITTEN]
+    places = [_places(side, len(pairing.chunks)) for side in (pairing.chunks.student, pairing.chunks.teacher)]
+    for place in range(2 * len(pairing.chunks) + 1):
+        mine, other = (np.flatnonzero(side == place) for side in places)
+        lonely = [i for i in mine if int(pairing.masked[i]) in UNWRITTEN]
         found += [Side((ours[i],), (), _name(pairing.masked[i])) for i in lonely]
         student = tuple(ours[i] for i in mine if i not in lonely)
-        teacher = tuple(theirs[j] for j in np.flatnonzero(pairing.chunks.teacher == chunk))
-        found.append(Side(student, teacher, _name(pairing.faulty[chunk])))
-    if not len(pairing.chunks):
-        found += [Side((piece,), (), _name(reason)) for piece, reason in zip(ours, pairing.masked, strict=True)]
+        teacher = tuple(theirs[j] for j in other)
+        if place % 2:
+            found.append(Side(student, teacher, _name(pairing.faulty[place // 2])))
+        elif student or teacher:
+            found.append(Side(student, teacher, _name(Masked.SYNTAX)))
     return found
+
+
+def _places(chunks: np.ndarray, num: int) -> np.ndarray:
+    """Where each token is shown, [tokens]: 2 c + 1 in chunk c of `num`, 2 c before it where it is in none."""
+    before = np.maximum.accumulate(np.where(chunks < 0, -1, chunks))
+    behind = np.minimum.accumulate(np.where(chunks < 0, num, chunks)[::-1])[::-1]
+    return np.where(before == behind, 2 * behind + 1, 2 * behind)
 
 
 def _name(reason: int) -> str | None:

@@ -93,7 +93,8 @@ def parse_calls(text: str, tools: Sequence[Mapping[str, Any]], *, syntax: Syntax
     a known tool, and has arguments within that tool's schema (Draft 2020-12; `format` is not asserted).
 
     Calls are taken out of `content`, and the white space around it; a turn without calls keeps its text as it is. In the
-    "json" syntax an object that neither has arguments nor names a known tool is an answer, not a call.
+    "json" syntax an object that neither has arguments nor names a known tool is an answer, not a call. What follows the 256th
+    call of a turn is one error.
 
     Raises DataError where `tools` themselves are no tools, as `check_tools` does; no text makes it raise.
     """

@@ -139,17 +139,33 @@ def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
 
 
 def _common(student: tuple[str, int, int], own: Sequence[Payload], written: CallText) -> list[Block]:
-    """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it."""
+    """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it.
+
+    Wrappers are compared between the same two payloads; around one that is found on one side alone, at the run's own edges.
+    """
     text, position, end = student
+    pairs = _in_one_order(own, written.payloads)
+    lonely = {p.start for p in own} - {p.start for p, _ in pairs}
+    lonely_there = {p.start for p in written.payloads} - {p.start for _, p in pairs}
     found: list[Block] = []
     place = 0
-    for ours, theirs in _in_one_order(own, written.payloads):
-        found += _wrapper(text[position : ours.start], written.text[place : theirs.start], position, place)
-        one, other = text[ours.start : ours.end], written.text[theirs.start : theirs.end]
-        pieces = _characters if ours.part == "name" else _pieces
-        found += _corresponding(one, other, list(pieces(one)), list(pieces(other)), ours.start, theirs.start)
-        position, place = ours.end, theirs.end
-    return found + _wrapper(text[position:end], written.text[place:], position, place)
+    stops = [(ours.start, theirs.start) for ours, theirs in pairs] + [(end, len(written.text))]
+    for k, (stop, stop_there) in enumerate(stops):
+        same = all(not position <= p < stop for p in lonely) and all(not place <= p < stop_there for p in lonely_there)
+        found += _wrapper(
+            text[position:stop],
+            written.text[place:stop_there],
+            (position, place),
+            head=same or k == 0,
+            tail=same or k == len(pairs),
+        )
+        if k < len(pairs):
+            ours, theirs = pairs[k]
+            one, other = text[ours.start : ours.end], written.text[theirs.start : theirs.end]
+            pieces = _characters if ours.part == "name" else _pieces
+            found += _corresponding(one, other, (ours.start, theirs.start), pieces)
+            position, place = ours.end, theirs.end
+    return found
 
 
 def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tuple[Payload, Payload]]:
@@ -164,12 +180,13 @@ def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tu
     return found
 
 
-def _wrapper(ours: str, theirs: str, start: int, place: int) -> list[Block]:
-    """What two wrappers begin and end with, in whole words and signs."""
+def _wrapper(ours: str, theirs: str, at: tuple[int, int], *, head: bool, tail: bool) -> list[Block]:
+    """What two wrappers that stand at these places begin with (`head`) and end with (`tail`), in whole words and signs."""
     one, other = _SIGNS.findall(ours), _SIGNS.findall(theirs)
-    head = _alike(one, other)
-    tail = _alike(one[head:][::-1], other[head:][::-1])
-    before, behind = len("".join(one[:head])), len("".join(one[len(one) - tail :]))
+    first = _alike(one, other) if head else 0
+    last = _alike(one[first:][::-1], other[first:][::-1]) if tail else 0
+    before, behind = len("".join(one[:first])), len("".join(one[len(one) - last :]))
+    start, place = at
     return [(start, place, before), (start + len(ours) - behind, place + len(theirs) - behind, behind)]
 
 
@@ -179,7 +196,7 @@ def _alike(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 _Piece: TypeAlias = tuple[Any, int, int, int]
-"""(value, start, start behind the white space, end) of a sign or a character of JSON."""
+"""(what it is, start, start behind the white space, end) of a sign or a character of JSON."""
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
@@ -187,13 +204,13 @@ def _pieces(text: str) -> Iterator[_Piece]:
     for found in _JSON.finditer(text):
         sign = found[2]
         if sign[0] != '"':
-            value = json.loads(sign) if sign[0] in "-0123456789" else sign
-            yield value, found.start(), found.start(2), found.end()
+            what = "a number" if sign[0] in "-0123456789" else sign
+            yield what, found.start(), found.start(2), found.end()
             continue
         inside = found.start(2) + 1
         yield sign[0], found.start(), found.start(2), inside
-        for value, _, start, end in _characters(sign[1:-1]):
-            yield value, start + inside, start + inside, end + inside
+        for what, _, start, end in _characters(sign[1:-1]):
+            yield what, start + inside, start + inside, end + inside
         yield sign[0], found.end() - 1, found.end() - 1, found.end()
 
 
@@ -205,9 +222,14 @@ def _characters(text: str) -> Iterator[_Piece]:
 
 
 def _corresponding(
-    ours: str, theirs: str, one: Sequence[_Piece], other: Sequence[_Piece], start: int, place: int
+    ours: str, theirs: str, at: tuple[int, int], pieces: Callable[[str], Iterator[_Piece]]
 ) -> list[Block]:
-    """The pieces that are written alike, with the white space before them where that is; none where the values differ."""
+    """Of one value written twice, at these places, the pieces that are written alike, with the white space before them where
+    that is; none where the pieces stand in another order."""
+    start, place = at
+    if ours == theirs:
+        return [(start, place, len(ours))]
+    one, other = list(pieces(ours)), list(pieces(theirs))
     if [p[0] for p in one] != [p[0] for p in other]:
         return []
     found: list[Block] = []
