@@ -1,6 +1,7 @@
 """Games of TextArena: the same game for the same seed, whoever else plays or draws, and the outcome that the game says."""
 
 import importlib.util
+import itertools
 import random
 import re
 import threading
@@ -200,8 +201,15 @@ def test_a_reward_above_one_is_a_failure_and_no_outcome(monkeypatch: pytest.Monk
     assert "gave the reward 3.0, expected a number in [0, 1]" in str(found.failure)
 
 
-def outcome(state: Any, reward: float) -> None:
-    state.rewards, state.done = {0: reward}, True
+def outcome(state: Any, reward: float | None) -> None:
+    state.rewards, state.done = None if reward is None else {0: reward}, True
+
+
+def test_a_game_that_ends_without_a_reward_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SinglePlayerState, "set_outcome", lambda self, reward, reason=None: outcome(self, None))
+    played = task(HANOI)
+    [found] = play(played, played.prompts("train")[:1])
+    assert (found.reward, found.finish, found.failure) == (None, "end", None)
 
 
 # --- prompts and seeds ---
@@ -241,6 +249,12 @@ def test_more_training_prompts_leave_the_held_out_ones_as_they_were():
 
 def test_nothing_held_out_is_nothing():
     assert task(held_out_size=0).prompts("held_out") == []
+
+
+def test_a_prompt_has_no_lines_left_blank_at_its_ends():
+    raw = bare(MASTERMIND, 0).get_observation()[1][0][1]
+    assert raw.endswith("\n")
+    assert Game(config(MASTERMIND), 0).opening == raw.rstrip("\n")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -409,11 +423,15 @@ def test_a_game_whose_words_are_not_here_names_them(monkeypatch: pytest.MonkeyPa
         task("Hangman-v0")
 
 
-def test_a_game_that_draws_from_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "board",
+    [lambda self: str(random.random())[:0], lambda self, times=itertools.count(): str(next(times))],
+    ids=["it draws Python's own numbers", "it opens otherwise each time"],
+)
+def test_a_game_that_does_not_follow_from_its_seed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, board: Callable[..., str]
+):
     from textarena.envs.TowerOfHanoi.env import TowerOfHanoiEnv
-
-    def board(self: Any) -> str:
-        return str(random.random())  # this file's: Python's own
 
     state = random.getstate()
     monkeypatch.setattr(TowerOfHanoiEnv, "_render_board", board)

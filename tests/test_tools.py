@@ -62,10 +62,18 @@ def test_a_turn_without_a_call_is_the_answer():
         assert (found.done, found.reward, heard(found)) == (True, reward, [])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [call(name="g"), call('{"x": "3"}'), call("{}"), call('{"x": 3, "y": 4}'), "<tool_call>f(3)</tool_call>", "<tool_call>{", '{"name": "f"}'],
-)  # fmt: skip
+MALFORMED = (
+    call(name="g"),
+    call('{"x": "3"}'),
+    call("{}"),
+    call('{"x": 3, "y": 4}'),
+    "<tool_call>f(3)</tool_call>",
+    "<tool_call>{",
+    '{"name": "f"}',
+)
+
+
+@pytest.mark.parametrize("text", MALFORMED)
 def test_what_cannot_be_called_is_told_and_the_episode_goes_on(text: str):
     called: list[int] = []
     found = step(make(called.append), text)
@@ -146,11 +154,13 @@ def test_the_calculator_agrees_with_pythons_arithmetic(expression: str):
 
 @given(st.text(max_size=80) | st.text("0123456789.+-*/() eE_jx", max_size=600))
 def test_the_calculator_answers_or_says_what_it_cannot_read(text: str):
+    reason = ""
     try:
         calculate(text)
     except ValueError as error:
-        assert str(error).isascii()
-        assert len(str(error)) < 120
+        reason = str(error)
+    assert reason.isascii()
+    assert len(reason) < 120
 
 
 @pytest.mark.parametrize(

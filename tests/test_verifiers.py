@@ -69,7 +69,11 @@ class NumbersConfig(vf.EnvConfig):
 
 
 class NumbersEnv(vf.Env[NumbersConfig]):
+    async def setup(self, agents):
+        self.seen = [agents.player]
+
     async def run(self, task, agents):
+        assert self.seen == [agents.player]
         async with agents.player.interaction(task) as talk:
             said = await talk.turn({first})
             for _ in range(4):
