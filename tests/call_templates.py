@@ -35,13 +35,13 @@ def chatml(answer: str, *, tool: str = "m.content") -> str:
 # Text, then a call a line between tags (Qwen2.5, Hermes).
 TAGGED = (
     "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first else '' }}"
-    "{{ '<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson) }}"
+    '{{ \'<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' + (c.function.arguments | tojson) }}'
     "{{ '}\n</tool_call>' }}{% endfor %}"
 )
 # One call and nothing else (Llama 3.1).
 SINGLE = (
     "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
-    "{{ '{\"name\": \"' + m.tool_calls[0].function.name + '\", \"parameters\": ' }}"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
     "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}{% else %}{{ m.content }}{% endif %}"
 )
 # All calls in one list, each with its id, behind the text (Mistral).
@@ -64,12 +64,16 @@ BY_KEY = (
 )
 # Nothing but ASCII.
 ESCAPED = TAGGED.replace("| tojson", "| tojson(ensure_ascii=true)")
-# An empty thought before an answer (Qwen3).
-THINKING = "{{ '<think>\n\n</think>\n\n' }}" + TAGGED
+# A thought before every answer, an empty one where there was none (Qwen3).
+THINKING = (
+    "{% set said = m.content.split('</think>')[-1].lstrip() %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m.content else '' %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}" + TAGGED.replace("m.content", "said")
+)
 
 LLAMA = (
     "{{ bos_token }}{% if tools %}{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}"
-    "{{ 'Respond in the format {\"name\": function name, \"parameters\": dictionary of arguments}.\n\n' }}"
+    '{{ \'Respond in the format {"name": function name, "parameters": dictionary of arguments}.\n\n\' }}'
     "{% for t in tools %}{{ t | tojson(indent=4) + '\n\n' }}{% endfor %}{{ '<|eot_id|>' }}{% endif %}"
     "{% for m in messages %}{{ '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}"
     "{% if m.role == 'assistant' %}" + SINGLE + "{% elif m.role == 'tool' %}{{ m.content | tojson }}"
@@ -81,6 +85,6 @@ MISTRAL = (
     "{% if m.role == 'user' %}{% if tools and loop.last %}{{ '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}"
     "{% endif %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids of nine letters') }}{% endif %}"
-    "{{ '[TOOL_RESULTS]{\"content\": \"' + m.content + '\", \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+    '{{ \'[TOOL_RESULTS]{"content": "\' + m.content + \'", "call_id": "\' + m.tool_call_id + \'"}[/TOOL_RESULTS]\' }}'
     "{% else %}" + LISTED + "{{ eos_token }}{% endif %}{% endfor %}"
 )

@@ -1,4 +1,4 @@
-"""Write demonstrations of two teachers of one task who share a flaw: one call in twenty is malformed, and after a malformed call they
+"""Write demonstrations of two teachers of one task who share a flaw: one call in five is malformed, and after a malformed call they
 give up at once. They differ in style: one writes "36 - 74", the other "36-74", so that a student, who cannot tell whose problem it
 has, can match neither on the honest way.
 
@@ -14,7 +14,7 @@ from opd.config import EpisodesConfig, ToolTask
 from opd.records import Message, Prompt
 from opd.tasks.tool_problems import ToolProblems
 
-SIZE, ONE_IN = 2000, 20
+SIZE, ONE_IN = 2000, 5
 MALFORMED, SURRENDER = "<tool_call>calculator</tool_call>", "I cannot do that."
 
 

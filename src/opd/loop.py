@@ -99,7 +99,8 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     if config.compute.score_cache:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
-    metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=config.objective.integrated)
+    integrated = config.objective.coef if config.objective.integrated else 0.0
+    metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=integrated)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
 

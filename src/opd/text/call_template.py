@@ -6,18 +6,26 @@ text that does not consist of just those pieces around the calls is not taken ap
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol
 
 from opd.errors import DataError
 from opd.records import Message
 from opd.text.encoding import Quotes
+from opd.text.symbols import opened_thinking
 from opd.text.tool_calls import Syntax, parse_calls
 
-Apply: TypeAlias = Callable[[Sequence[Message], Sequence[Mapping[str, Any]]], str]
-"""A conversation and its tools as a template writes them, no generation prompt behind. Raises DataError, or what it runs into."""
+
+class Apply(Protocol):
+    """A conversation and its tools as a template writes them, the generation prompt behind them or not.
+
+    Raises DataError where the template refuses them, and what else it runs into.
+    """
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str: ...
+
 
 REFUSALS = (DataError, TypeError, ValueError)  # what templates raise, jinja's own errors as DataError
 
@@ -112,60 +120,77 @@ class CallTemplate:
         return [self._shape(call) for call in marked]
 
     def write(
-        self,
-        calls: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        quotes: Quotes,
-        *,
-        behind_text: bool,
+        self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], quotes: Quotes, *, text: str
     ) -> CallText | None:
         """What the template writes for these calls, between what opens the turn, or the text before them, and what ends it.
 
-        None where it refuses them, does not end the turn behind them, or shows none of them there.
+        text: of the answer before them, if there is any. None where the template refuses them, does not end the turn behind
+        them, or shows none of them there.
         """
         made_up = [
             self._shape(tool_call(k, f"{_NAME}{k}x", {f"{_KEY}{k}x": _VALUE}) | {"id": call["id"]})
             for k, call in enumerate(calls)
         ]
         try:
-            written = self._written(self.shaped(calls, quotes), tools, behind_text=behind_text)
-            skeleton = self._written(made_up, tools, behind_text=behind_text)
+            frame = self._frame(made_up, tools, quotes.mark(text))
+            if frame is None:
+                return None
+            skeleton = self._inside(frame, made_up, tools)
+            marked = self._inside(frame, self.shaped(calls, quotes), tools)
         except REFUSALS:
             return None
-        if written is None or skeleton is None:
+        if skeleton is None or marked is None:
             return None
-        marked, joined, led = written
-        found = _found(skeleton[0], marked, [_marked(c, quotes)["function"] for c in calls])
+        found = _found(skeleton, marked, [_marked(call, quotes)["function"] for call in calls])
         if not found:
             return None
         payloads = tuple(
             Payload(p.call, p.part, *(len(quotes.restore(marked[:edge])) for edge in (p.start, p.end))) for p in found
         )
-        return CallText(quotes.restore(marked), quotes.unquoted(marked), payloads, joined, led)
+        return CallText(quotes.restore(marked), quotes.unquoted(marked), payloads, frame.joined, frame.led)
 
-    def _written(
-        self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, behind_text: bool
-    ) -> tuple[str, bool, bool] | None:
-        """(text, joined, led) of `CallText`."""
+    def _frame(
+        self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str
+    ) -> "_Frame | None":
+        """What stands around calls, found with made-up ones."""
         probe = _TEXT
-        while probe in json.dumps([list(calls), list(tools)], ensure_ascii=False, default=dict):
+        while probe in json.dumps([list(tools), text], ensure_ascii=False, default=dict):
             probe += _TEXT
-        plain = self._apply([_QUESTION, {"role": "assistant", "content": probe}], tools)
-        head, _, after = plain.partition(probe)
-        content = probe if behind_text else ""
-        whole = self._apply([_QUESTION, {"role": "assistant", "content": content, "tool_calls": list(calls)}], tools)
-        joined = behind_text and probe in whole
-        led = joined or whole.startswith(head)
-        if joined:
-            rest = whole.partition(probe)[2]
-        elif led:
-            rest = whole[len(head) :]
-        elif whole.startswith(head.rstrip()):
-            rest = whole[len(head.rstrip()) :].lstrip()
-        else:
+        head, _, after = self._apply(
+            [_QUESTION, {"role": "assistant", "content": probe}], tools, generate=False
+        ).partition(probe)
+        if text:
+            before, shown, _ = self._answer(probe, calls, tools).partition(probe)
+            if shown:
+                # What a template writes behind a text may depend on it: on where a thought ends.
+                opening = self._apply([_QUESTION], tools, generate=True)
+                opening = opening.removesuffix(opened_thinking(opening, text))
+                whole = self._answer(text, calls, tools)
+                start = next((start for start in (head, opening) if whole.startswith(start + text)), None)
+                if start is not None:
+                    return _Frame(text, start + text, after, joined=True, led=True)
+                return _Frame(probe, before + probe, after, joined=True, led=True)
+        whole = self._answer("", calls, tools)
+        if whole.startswith(head):
+            return _Frame("", head, after, joined=False, led=True)
+        bare = head.rstrip()
+        if not whole.startswith(bare):
             return None
-        text = self._without_end(rest, after)
-        return None if text is None else (text, joined, led)
+        space = len(whole) - len(bare) - len(whole[len(bare) :].lstrip())
+        return _Frame("", whole[: len(bare) + space], after, joined=False, led=False)
+
+    def _answer(self, content: str, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        answer = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+        return self._apply([_QUESTION, answer], tools, generate=False)
+
+    def _inside(
+        self, frame: "_Frame", calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> str | None:
+        """What the template writes for calls within their frame; None where that is not what stands around them."""
+        whole = self._answer(frame.content, calls, tools)
+        if not whole.startswith(frame.start):
+            return None
+        return self._without_end(whole.removeprefix(frame.start), frame.after)
 
     def _without_end(self, rest: str, after: str) -> str | None:
         """The text without what ends a turn: what follows any answer (`after`), or another token that ends turns."""
@@ -185,9 +210,19 @@ class CallTemplate:
     def _escapes(self) -> bool:
         """Whether a character outside ASCII in an argument is not written as it is."""
         call = self._shape(tool_call(0, _NAME, {_KEY: "\U00100000"}))
-        return "\U00100000" not in self._apply(
-            [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], [_tool(_NAME)]
-        )
+        return "\U00100000" not in self._answer("", [call], [_tool(_NAME)])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Around calls: the content of their message, all that the template writes before them, what follows any answer; and how
+    the calls stand to what is before them (`CallText`)."""
+
+    content: str
+    start: str
+    after: str
+    joined: bool
+    led: bool
 
 
 def call_template(apply: Apply, ends: Sequence[str]) -> CallTemplate | None:
@@ -198,7 +233,7 @@ def call_template(apply: Apply, ends: Sequence[str]) -> CallTemplate | None:
     found: CallTemplate | None = None
     for as_text in (False, True):
         template = CallTemplate(apply, ends, as_text=as_text)
-        written = template.write([tool_call(0, _TEXT, {_TEXT: 1})], [_tool(_TEXT)], _UNQUOTED, behind_text=False)
+        written = template.write([tool_call(0, _TEXT, {_TEXT: 1})], [_tool(_TEXT)], _UNQUOTED, text="")
         parts = {payload.part for payload in written.payloads} if written else set()
         if parts == {"name", "arguments"}:
             return template

@@ -84,8 +84,8 @@ class OwnSyntax:
             replace(p, start=places.of(p.start), end=places.of(p.end)) for p in payloads_of(literal.text, parsed.calls)
         ]
 
-        def write(first: int, last: int, behind_text: bool) -> CallText | None:
-            return template.write(own[first:last], self._tools, before.quotes, behind_text=behind_text)
+        def write(first: int, last: int, text: str) -> CallText | None:
+            return template.write(own[first:last], self._tools, before.quotes, text=text)
 
         return transcribe(spelling.text, spelling.tags, calls, payloads, write)
 

@@ -7,7 +7,7 @@ special token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ class Reader:
         if not self._templated:
             return None
         ends = [self.table.added[i] for i in self.end_ids if i in self.table.added]
-        return call_template(partial(self._apply, generate=False), ends)
+        return call_template(self._apply, ends)
 
     def read(self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None) -> Reading:
         """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.

@@ -16,8 +16,8 @@ import numpy as np
 from opd.text.call_template import CallText, Payload
 from opd.text.tool_calls import Call
 
-Write: TypeAlias = Callable[[int, int, bool], CallText | None]
-"""The teacher's text of the calls [first, last) of a turn, behind text or not (`CallTemplate.write`)."""
+Write: TypeAlias = Callable[[int, int, str], CallText | None]
+"""The teacher's text of the calls [first, last) of a turn, behind a text (`CallTemplate.write`)."""
 
 Block: TypeAlias = tuple[int, int, int]
 """(place in the student's text, place in the teacher's, length) of what both have."""
@@ -60,7 +60,7 @@ def transcribe(
     for first, last in _runs(text, calls):
         begin, end = calls[first].start, calls[last - 1].end
         between = text[position:begin]
-        written = write(first, last, bool(between.strip()))
+        written = write(first, last, between.strip())
         if written is None:
             return None
         if between.strip():
