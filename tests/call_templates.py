@@ -81,8 +81,8 @@ LLAMA = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'user' %}{% if tools and loop.last %}{{ '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}"
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools and m == asked[-1] %}{{ '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}"
     "{% endif %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids of nine letters') }}{% endif %}"
     '{{ \'[TOOL_RESULTS]{"content": "\' + m.content + \'", "call_id": "\' + m.tool_call_id + \'"}[/TOOL_RESULTS]\' }}'

@@ -289,3 +289,21 @@ def test_threads_of_environments_end_with_their_episodes():
     play(lambda p: Scripted(lambda turn, text: Step(done=True)), prompts=[prompt(f"p{i}") for i in range(20)])
     time.sleep(0.3)
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("kind", ["async", "plain", "raises"])
+def test_an_environment_that_can_be_closed_is_closed_when_its_episode_is_over(kind: str):
+    closed: list[str] = []
+
+    class Closing(Scripted):
+        def close(self) -> Any:
+            closed.append(kind)
+            if kind == "raises":
+                raise OSError("gone")
+            return asyncio.sleep(0) if kind == "async" else None
+
+    play(lambda p: Closing(lambda turn, text: Step(done=True)))
+    deadline = time.monotonic() + 2
+    while not closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert closed == [kind]

@@ -391,8 +391,10 @@ def test_a_tool_without_parameters_takes_none():
 
 
 def test_a_schema_of_an_older_draft_is_read_as_the_present_one():
-    old = tool("old", {"x": {"type": "string"}}, **{"$schema": "http://json-schema.org/draft-07/schema#"})
-    assert only_error(tagged('{"name": "old", "arguments": {"x": 1}}'), tools=(old,)).reason == "arguments"
+    draft = {"$schema": "http://json-schema.org/draft-07/schema#", "dependentRequired": {"a": ["b"]}}
+    old = tool("old", {"child": {"$ref": "#"}}, **draft)
+    error = only_error(tagged('{"name": "old", "arguments": {"child": {"a": 1}}}'), tools=(old,))
+    assert error.detail == "arguments.child: 'b' is a dependency of 'a'"
 
 
 def test_the_text_about_tools_has_a_line_each_and_shows_a_call():

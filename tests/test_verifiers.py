@@ -313,6 +313,17 @@ def test_what_needs_more_than_a_conversation_is_refused(task: Any, need: str):
         VerifiersEpisode(task)
 
 
+def test_a_task_that_the_environment_makes_is_looked_at_too(load: Callable[..., Any]):
+    [task, _], environment = load()
+
+    async def run(task: Any, agents: Any) -> None:
+        await agents.player.run(sum_task(Boxed))
+
+    environment.run = run
+    found = play(lambda p: VerifiersEpisode(task, environment), ["2"], messages=messages_of(task))
+    assert "task 7 of verifiers needs a container" in str(found.failure)
+
+
 def test_tools_of_a_whole_taskset_are_refused(load: Callable[..., Any]):
     [task, _], environment = load()
     environment.taskset.toolsets = lambda config: [object()]

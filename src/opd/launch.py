@@ -298,7 +298,9 @@ class _Run:
         if self.studio.student.adapter is not None:
             named["the student's base"] = self.studio.student.network.fingerprint()
         for task, splits in self.prompts.items():
-            content = repr([(p.id, [dict(m) for m in p.messages], p.teacher, p.answer, p.tools) for p in splits["train"]])
+            content = repr(
+                [(p.id, [dict(m) for m in p.messages], p.teacher, p.answer, p.tools) for p in splits["train"]]
+            )
             named[f"the training prompts of tasks.{task}"] = hashlib.sha256(content.encode()).hexdigest()[:32]
         return named
 

@@ -27,7 +27,7 @@ class Step:
 
 
 class Environment(Protocol):
-    """One episode's counterpart of the student."""
+    """One episode's counterpart of the student. A `close` method, if it has one, is called when the episode is over."""
 
     async def reset(self) -> Sequence[Message]:
         """The messages that follow the prompt before the student's first turn; often none."""

@@ -12,7 +12,7 @@ from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.records import FailedScore, Prompt, Rollout
-from opd.roles import Environment
+from opd.roles import Environment, Task
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
@@ -122,7 +122,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     _require_foreign_reference(config, every)
-    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
+    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, tasks, every):
         raise DataError(
             "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
         )
@@ -139,9 +139,12 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
     return Material(prompts, reward or verify, reward or grade, make_environment or environment, reward is not None)
 
 
-def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:
-    """Whether anything says what a response is worth: an answer, or a check for format errors."""
-    return any(p.answer is not None for p in prompts) or any(t.checks.rules for t in config.tasks.values())
+def _verdicts(config: Config, tasks: Mapping[str, Task], prompts: Sequence[Prompt]) -> bool:
+    """Whether anything says what a response is worth: an answer, an environment, or a check for format errors."""
+    if any(p.answer is not None for p in prompts) or any(t.checks.rules for t in config.tasks.values()):
+        return True
+    some = {p.task: p for p in prompts}
+    return any(tasks[name].environment(prompt) is not None for name, prompt in some.items())
 
 
 def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:

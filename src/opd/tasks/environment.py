@@ -69,8 +69,18 @@ class Hosted:
         return Asked(asyncio.run_coroutine_threadsafe(answered(), self._loop), self._limits.step_timeout_s)
 
     def close(self) -> None:
-        """Let the thread end; one that hangs in the environment's own code is left behind."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Close the environment where it can be closed, and let the thread end; one that hangs in the environment's own code is
+        left behind."""
+
+        async def closed() -> None:
+            try:
+                found = self._environment.close() if hasattr(self._environment, "close") else None  # type: ignore[attr-defined]  # may be there
+                if inspect.isawaitable(found):
+                    await asyncio.wait_for(found, self._limits.step_timeout_s)
+            finally:
+                self._loop.stop()
+
+        asyncio.run_coroutine_threadsafe(closed(), self._loop)
 
     @property
     def hangs(self) -> bool:

@@ -5,6 +5,7 @@ left, a second invalid move in a row) the share that the game gives, such as how
 A game that `episodes.max_turns` ends has no reward of TextArena's and is worth 0.
 """
 
+import functools
 import importlib
 import importlib.util
 import random
@@ -119,8 +120,7 @@ class Game:
 
         spec: Any = ENV_REGISTRY[config.game]
         if isinstance(entry := spec.entry_point, str):
-            importlib.import_module(entry.partition(":")[0])
-        _replace_random()
+            _import_game(entry.partition(":")[0])
         self._numbers = random.Random(seed)
         with self._own_numbers():
             self._wrapped = textarena.make(config.game, **config.params)
@@ -178,7 +178,9 @@ class _RandomOfTheGame:
 _RANDOM = _RandomOfTheGame()
 
 
-def _replace_random() -> None:
+@functools.cache
+def _import_game(home: str) -> None:
+    importlib.import_module(home)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "textarena" and vars(module).get("random") is random:
             vars(module)["random"] = _RANDOM

@@ -19,15 +19,11 @@ from opd.text.tool_calls import Syntax, parse_calls
 
 
 class Apply(Protocol):
-    """A conversation and its tools as a template writes them, the generation prompt behind them or not.
-
-    Raises DataError where the template refuses them, and what else it runs into.
-    """
+    """A conversation and its tools as a template writes them, the generation prompt behind them or not; raises DataError where
+    the template refuses them."""
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str: ...
 
-
-REFUSALS = (DataError, TypeError, ValueError)  # what templates raise, jinja's own errors as DataError
 
 _QUESTION: Message = {"role": "user", "content": "?"}
 _TEXT = "aXbYcZ"
@@ -137,7 +133,7 @@ class CallTemplate:
                 return None
             skeleton = self._inside(frame, made_up, tools)
             marked = self._inside(frame, self.shaped(calls, quotes), tools)
-        except REFUSALS:
+        except DataError:
             return None
         if skeleton is None or marked is None:
             return None

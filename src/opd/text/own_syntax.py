@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from opd.errors import DataError
 from opd.records import Rollout
-from opd.text.call_template import REFUSALS, CallTemplate, CallText, with_calls
+from opd.text.call_template import CallTemplate, CallText, with_calls
 from opd.text.reading import Reader, Rendering
 from opd.text.spelling import Spelling, spell
 from opd.text.token_bytes import TokenBytes
@@ -37,8 +38,8 @@ class OwnSyntax:
         self._messages = with_calls(rollout.messages, self._tools, syntax=syntax)
         # Ids of what a tool said stay, which some templates require.
         self._as_written = tuple(
-            {**rollout.messages[i], **{k: m[k] for k in ("tool_call_id", "name") if k in m}}
-            for i, m in enumerate(self._messages)
+            {**said, "tool_call_id": m["tool_call_id"]} if "tool_call_id" in m else said
+            for said, m in zip(rollout.messages, self._messages, strict=True)
         )
 
     def see(self, answer: int, token_ids: np.ndarray, spelling: Spelling) -> Seen:
@@ -63,7 +64,7 @@ class OwnSyntax:
         """The conversation before a turn with its calls as data; None where the template cannot be given them."""
         try:
             return self._reader.render(self._messages[:answer], self._tools)
-        except REFUSALS:
+        except DataError:
             return None
 
     def _transcript(

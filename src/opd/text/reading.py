@@ -136,7 +136,7 @@ class Reader:
     def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, generate: bool) -> str:
         try:
             return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # what an expression in a template runs into, too
             raise DataError(f"teacher '{self.name}': its chat template refuses the conversation: {error}") from None
 
     @cached_property

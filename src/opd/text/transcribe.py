@@ -6,7 +6,7 @@ arguments piece by piece of their JSON, and of the rest whole words and signs wh
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ Write: TypeAlias = Callable[[int, int, str], CallText | None]
 Block: TypeAlias = tuple[int, int, int]
 """(place in the student's text, place in the teacher's, length) of what both have."""
 
-_SIGNS = re.compile(r"\w+|\W")
+_SIGN = re.compile(r"(\s*+)(\w+|\S)")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _JSON = re.compile(r'([ \t\n\r]*+)("[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+0-9.eE]+|true|false|null|.)', re.DOTALL)
 _CHARACTER = re.compile(
@@ -182,21 +182,31 @@ def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tu
 
 def _wrapper(ours: str, theirs: str, at: tuple[int, int], *, head: bool, tail: bool) -> list[Block]:
     """What two wrappers that stand at these places begin with (`head`) and end with (`tail`), in whole words and signs."""
-    one, other = _SIGNS.findall(ours), _SIGNS.findall(theirs)
+    one, other = list(_signs(ours)), list(_signs(theirs))
     first = _alike(one, other) if head else 0
     last = _alike(one[first:][::-1], other[first:][::-1]) if tail else 0
-    before, behind = len("".join(one[:first])), len("".join(one[len(one) - last :]))
-    start, place = at
-    return [(start, place, before), (start + len(ours) - behind, place + len(theirs) - behind, behind)]
-
-
-def _alike(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many items both begin with."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    pairs = [*zip(one[:first], other[:first], strict=True)]
+    pairs += zip(one[len(one) - last :], other[len(other) - last :], strict=True)
+    return _equal_parts(ours, theirs, at, pairs)
 
 
 _Piece: TypeAlias = tuple[Any, int, int, int]
-"""(what it is, start, start behind the white space, end) of a sign or a character of JSON."""
+"""(what it is, start, start behind the white space, end) of a word, a sign or a character."""
+
+
+def _alike(one: Sequence[_Piece], other: Sequence[_Piece]) -> int:
+    """How many pieces both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((k for k, (a, b) in pairs if a[0] != b[0]), min(len(one), len(other)))
+
+
+def _signs(text: str) -> Iterator[_Piece]:
+    """A text by words and other signs; what comes last is its end."""
+    position = 0
+    for found in _SIGN.finditer(text):
+        yield found[2], position, found.start(2), found.end()
+        position = found.end()
+    yield None, position, len(text), len(text)
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
@@ -224,16 +234,21 @@ def _characters(text: str) -> Iterator[_Piece]:
 def _corresponding(
     ours: str, theirs: str, at: tuple[int, int], pieces: Callable[[str], Iterator[_Piece]]
 ) -> list[Block]:
-    """Of one value written twice, at these places, the pieces that are written alike, with the white space before them where
-    that is; none where the pieces stand in another order."""
-    start, place = at
+    """What is written alike of one value that is written twice, at these places; nothing where its pieces stand in another
+    order."""
     if ours == theirs:
-        return [(start, place, len(ours))]
+        return [(*at, len(ours))]
     one, other = list(pieces(ours)), list(pieces(theirs))
     if [p[0] for p in one] != [p[0] for p in other]:
         return []
+    return _equal_parts(ours, theirs, at, zip(one, other, strict=True))
+
+
+def _equal_parts(ours: str, theirs: str, at: tuple[int, int], pairs: Iterable[tuple[_Piece, _Piece]]) -> list[Block]:
+    """Of pieces that correspond, what is written alike, and the white space before them where that is."""
+    start, place = at
     found: list[Block] = []
-    for (_, a, b, c), (_, x, y, z) in zip(one, other, strict=True):
+    for (_, a, b, c), (_, x, y, z) in pairs:
         if ours[a:b] == theirs[x:y]:
             found.append((start + a, place + x, b - a))
         if ours[b:c] == theirs[y:z]:
