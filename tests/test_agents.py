@@ -233,3 +233,17 @@ def test_a_held_out_outcome_by_another_grader(tmp_path: Path):
     assert ["held_out/outcome/second/mean" in line for line in lines] == [False, True, False, True]
     assert "outcome/second/mean" not in lines[0]
     assert lines[1]["held_out/outcome/mean"] == lines[1]["held_out/outcome/second/mean"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [("f", "must be a list of JSON schemas, got str"), ([{"type": "function"}], "'tools': "), (["f"], "must be a list of JSON schemas")],
+)  # fmt: skip
+def test_tools_that_are_none_are_refused_with_their_line(tools: Any, reason: str, tmp_path: Path):
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"id": 1, "prompt": "q", "tools": tools}) + "\n")
+    tree = toy_recipe(tmp_path)
+    tree["tasks"]["first"]["path"] = str(path)
+    with pytest.raises(opd.OpdError, match=r"tools\.jsonl, line 1: ") as caught:
+        read_tasks(opd.parse_config(tree), None)
+    assert reason in str(caught.value)

@@ -190,3 +190,12 @@ def test_messages_before_the_first_turn_belong_to_the_prompt():
     [stretch] = conversation.stretches
     assert stretch.turns == [Turn("prompt", 0, len(stretch.token_ids))]
     assert [m["content"] for m in conversation.prompt_of(stretch).messages] == ["Q", "more"]
+
+
+def test_tags_of_calls_are_text_where_they_are_special_tokens_too():
+    own = byte_tokenizer()
+    own.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    text = '<tool_call>{"name": "add"}</tool_call>'
+    ids = [*own(text, add_special_tokens=False).input_ids, own.bos_token_id, own.eos_token_id]
+    assert len(ids) == len('{"name": "add"}') + 4
+    assert Chat(own).decode(ids) == text

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from call_templates import (
 from factories import CHATML
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_foreign_teacher import toy_without
 from test_tokenizer_pairs import check_chunks
 from zoo import real, toy, toy_bpe
 
@@ -313,6 +315,39 @@ def test_a_turn_that_was_cut_has_no_end_and_may_hold_a_call(ended: bool):
     assert found.ends_turn is ended
     assert told(found, theirs) == tagged()
     check_laws(found, own, theirs, call())
+
+
+def with_control(text: str, place: int) -> Rollout:
+    """A control token of the student's in the middle of a turn; its message does not show it."""
+    own = writer("bytes")
+    item = turn_of(text, own)
+    ids = np.insert(item.token_ids, 1 + place, own.tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    return replace(
+        item,
+        token_ids=ids,
+        loss_mask=np.arange(len(ids)) > 0,
+        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+        turns=(Turn("prompt", 0, 1), Turn("student", 1, len(ids))),
+    )
+
+
+def test_a_call_with_a_control_token_in_it_stays_as_written():
+    """The environment has not seen the token, the teacher would."""
+    item, theirs = with_control(call(), call().index("1 + 2")), toy_reader(TAGGED)
+    own, written = (pair_turns(item, writer("bytes"), theirs, own_syntax=syntax)[0] for syntax in ("hermes", None))
+    assert own.untranscribed
+    assert same(own, written)
+
+
+def test_a_control_token_that_the_teacher_lacks_is_left_out_by_itself():
+    tokenizer = toy_without(toy_bpe(390), "<|im_start|>")
+    tokenizer.chat_template = chatml(TAGGED).replace("<|im_start|>", "<other>")
+    theirs, place = Reader(tokenizer, name="t"), call().index("1 + 2")
+    [found] = pair_turns(with_control(call(), place), writer("bytes"), theirs, own_syntax="hermes")
+    usual = read(call(), writer("bytes"), theirs)
+    assert told(found, theirs) == tagged()
+    assert found.pairing.masked[place] == Masked.NO_COUNTERPART
+    assert np.delete(found.pairing.chunk_ids, place).tolist() == usual.pairing.chunk_ids.tolist()
 
 
 # What stands in arguments

@@ -201,6 +201,11 @@ def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
         [found[how], _] = opd.read_metrics(result.run)
     assert found["as_written"]["align/even/masked/syntax/mean"] == 0.0
     share = found["own_syntax"]["align/even/masked/syntax/mean"]
+    print(
+        "SHARE",
+        share,
+        found["own_syntax"]["align/even/turns/mean"] if "align/even/turns/mean" in found["own_syntax"] else "",
+    )
     assert share == pytest.approx(len("<tool_call>" + "}</tool_call>") / (len(SAYS) + 1), abs=0.2)
     assert found["own_syntax"]["align/even/untranscribed/mean"] == 0.0
     assert np.isfinite(found["own_syntax"]["kl/token/even/mean"])

@@ -68,7 +68,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             tree["teachers"][tables[1]].pop(other, None)  # a teacher has one source: the override's
 
 
-_TEXT_KEYS = ("student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference")
+_TEXT_KEYS = (
+    "student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference", "game",
+    "answer_pattern", "answer_end",
+)  # fmt: skip
 
 
 def _parse_value(text: str) -> Any:

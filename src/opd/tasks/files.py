@@ -12,6 +12,7 @@ from opd.records import Message, Prompt
 from opd.tasks.demonstrate import Replay, recorded_turn
 from opd.tasks.verify import VERIFIERS, is_number
 from opd.text.chat import user_message
+from opd.text.tool_calls import check_tools
 
 _KEYS = ("id", "messages", "prompt", "teacher", "answer", "meta", "tools", "demonstration")
 _DEMONSTRATION = "demonstration"
@@ -112,6 +113,10 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         raise DataError(f"{where}: 'meta' must be an object, got {type(meta).__name__}")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: 'tools' must be a list of JSON schemas, got {type(tools).__name__}")
+    try:
+        check_tools(tools)
+    except DataError as error:
+        raise DataError(f"{where}: 'tools': {error}") from None
     if _DEMONSTRATION in record:
         meta = {**meta, _DEMONSTRATION: _demonstration(record[_DEMONSTRATION], where)}
     return Prompt(

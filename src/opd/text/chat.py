@@ -70,8 +70,11 @@ class Chat:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response, its special tokens (end of turn) left out."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a response, its special tokens (end of turn) left out, but for tags of thinking and of tool calls."""
+        if not self._special_tags:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [i for i in token_ids if i not in self._hidden]
+        return self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def literal(self, token_id: int) -> str:
         """A special token as a template writes it."""
@@ -88,6 +91,18 @@ class Chat:
         template = getattr(self.tokenizer, "chat_template", None) or ""
         structural = {t for t in added if t.strip() and t in str(template)}
         return (frozenset(self.tokenizer.all_special_tokens) | structural) - TAGS
+
+    @cached_property
+    def _hidden(self) -> frozenset[int]:
+        """The special tokens that are no part of a text."""
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(special - self._special_tags)
+
+    @cached_property
+    def _special_tags(self) -> frozenset[int]:
+        """The tags of thinking and of tool calls that this tokenizer has as special tokens."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return frozenset(i for i, token in added.items() if token.special and str(token) in TAGS)
 
     @cached_property
     def _encoder(self) -> Encoder:

@@ -55,10 +55,7 @@ class OwnSyntax:
         if not own:
             return Seen(before, None, untranscribed=False)
         transcript = self._transcript(token_ids, spelling, own, before)
-        if transcript is None:
-            return Seen(before, None, untranscribed=True)
-        marks = [before.quotes.mark(side.text, outside=side.tags) for side in (spelling, transcript)]
-        return Seen(before, None if marks[0] == marks[1] else transcript, untranscribed=False)
+        return Seen(before, transcript, untranscribed=transcript is None)
 
     def _told(self, answer: int) -> Rendering | None:
         """The conversation before a turn with its calls as data; None where the template cannot be given them."""
