@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/hacking"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["none", "mask", "outcome", "both"])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe for every arm")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe for every arm"
+    )
     given = parser.parse_args()
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for seed in given.seeds:
@@ -104,7 +106,9 @@ def main() -> None:
     print(table)
     num = sum(line["batch/rollouts/sum"] for line in found[given.arms[0]][0][-LAST:])
     low, high = wilson_interval(int(num / 2), int(num))
-    print(f"First step -> mean of the last {LAST}; one run's share has a 95 % interval of at most +-{(high - low) / 2:.2f}.")
+    print(
+        f"First step -> mean of the last {LAST}; one run's share has a 95 % interval of at most +-{(high - low) / 2:.2f}."
+    )
     print(f"Curves: {given.output / 'hacking.png'}")
 
 

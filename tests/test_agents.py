@@ -237,8 +237,12 @@ def test_a_held_out_outcome_by_another_grader(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("tools", "reason"),
-    [("f", "must be a list of JSON schemas, got str"), ([{"type": "function"}], "'tools': "), (["f"], "must be a list of JSON schemas")],
-)  # fmt: skip
+    [
+        ("f", "must be a list of JSON schemas, got str"),
+        ([{"type": "function"}], "'tools': "),
+        (["f"], "must be a list of JSON schemas"),
+    ],
+)
 def test_tools_that_are_none_are_refused_with_their_line(tools: Any, reason: str, tmp_path: Path):
     path = tmp_path / "tools.jsonl"
     path.write_text(json.dumps({"id": 1, "prompt": "q", "tools": tools}) + "\n")
