@@ -62,6 +62,12 @@ BY_KEY = (
     "{% for k, v in c.function.arguments.items() %}{{ '<parameter=' + k + '>' + (v | string) + '</parameter>\n' }}{% endfor %}"
     "{{ '</function>\n</tool_call>' }}{% endfor %}"
 )
+# The arguments before the name.
+TURNED = (
+    "{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>{\"arguments\": ' + (c.function.arguments | tojson) + ', \"name\": \"' + c.function.name + '\"}</tool_call>' }}"
+    "{% endfor %}"
+)
 # Nothing but ASCII.
 ESCAPED = TAGGED.replace("| tojson", "| tojson(ensure_ascii=true)")
 # A thought before every answer, an empty one where there was none (Qwen3).

@@ -22,10 +22,11 @@ from call_templates import (
     SINGLE,
     TAGGED,
     THINKING,
+    TURNED,
     asked,
     chatml,
 )
-from factories import CHATML
+from factories import CHATML, byte_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_foreign_teacher import toy_without
@@ -34,11 +35,12 @@ from zoo import real, toy, toy_bpe
 
 from opd.errors import DataError
 from opd.records import Message, Prompt, Rollout, Turn
+from opd.text.align import fold
 from opd.text.call_template import tool_call
 from opd.text.lineup import describe, shares, sides
-from opd.text.pairing import TurnPair, chunk_score, pair_turns, turn_facts
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Writer
+from opd.text.pairing import TurnPair, chunk_score, pair, pair_turns, turn_facts
+from opd.text.reading import Reader, Reading
+from opd.text.spelling import Masked, Spelling, Writer
 from opd.text.tool_calls import Syntax, parse_calls
 
 Segment = tuple[str, str]
@@ -74,6 +76,14 @@ def reader(name: str) -> Reader:
 @functools.cache
 def toy_reader(answer: str) -> Reader:
     return Reader(toy_bpe(390, template=chatml(answer)), name="t")
+
+
+@functools.cache
+def bytes_reader(answer: str) -> Reader:
+    """A teacher that writes bytes, so that no token has a part in two things."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chatml(answer)
+    return Reader(tokenizer, name="t")
 
 
 def turn_of(text: str, own: Writer, prompt: Prompt | None = None, *, ended: bool = True) -> Rollout:
@@ -424,13 +434,20 @@ def test_numbers_and_order_that_the_template_writes_otherwise_are_left_out():
     assert "name" in kept_text(found, own, text)
 
 
-def test_parts_in_another_order_leave_the_arguments_alone():
-    own, theirs = writer("bytes"), toy_reader(TAGGED)
-    text = f'<tool_call>{{"arguments": {ARGUMENTS}, "name": "calculator"}}</tool_call>'
+@pytest.mark.parametrize(
+    ("answer", "text", "kept"),
+    [
+        (TAGGED, f'{{"arguments": {ARGUMENTS}, "name": "calculator"}}', f'<tool_call>{{"{ARGUMENTS}}}</tool_call>'),
+        (LISTED, f'{{"arguments": {ARGUMENTS}, "name": "calculator"}}', ARGUMENTS),
+        (TURNED, f'{{"name": "calculator", "arguments": {ARGUMENTS}}}', f'<tool_call>{{"{ARGUMENTS}}}</tool_call>'),
+    ],
+)
+def test_parts_in_another_order_leave_the_arguments_alone(answer: str, text: str, kept: str):
+    """And of what stands around the call, what both begin and end with: a comma before a name is none before an id."""
+    own, theirs = writer("bytes"), bytes_reader(answer)
+    text = f"<tool_call>{text}</tool_call>"
     found = read(text, own, theirs)
-    assert told(found, theirs) == tagged()
-    assert ARGUMENTS[2:-2] in kept_text(found, own, text)
-    assert "calculator" in "".join(left_out(found, own, text))
+    assert kept_text(found, own, text) == kept
     check_laws(found, own, theirs, text)
 
 
@@ -667,14 +684,21 @@ def test_any_turn_with_calls_keeps_the_laws(answer: str, turn: tuple[str, list[s
                 assert position >= 0, (said, kept)
 
 
+def test_tokens_without_bytes_belong_to_what_their_place_starts():
+    """Two blocks, [0, 2) and [3, 5) of 6 bytes."""
+    ends = np.array([0, 1, 2, 2, 3, 3, 5, 5, 6])
+    found = fold(ends, np.array([0, 3]), np.array([2, 2]))
+    assert found.inside.tolist() == [True, True, True, False, False, True, True, False, False]
+    assert found.ends.tolist() == [0, 1, 2, 2, 2, 2, 4, 4, 4]
+    assert not found.torn.any()
+    last = fold(np.array([2, 2]), np.array([0]), np.array([2]))
+    assert last.inside.tolist() == [True, True]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_blocks_of_any_two_texts_line_up_as_by_hand(data: st.DataObject):
     """The pairing alone, against `kept_by_hand`: any blocks, any two tokenisations."""
-    from opd.text.pairing import pair
-    from opd.text.reading import Reading
-    from opd.text.spelling import Spelling
-
     kinds = st.sampled_from(["both", "student", "teacher"])
     segments = data.draw(st.lists(st.tuples(kinds, st.integers(1, 4)), max_size=6))
     segments = [(who, "x" * size) for who, size in segments]

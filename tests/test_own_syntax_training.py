@@ -200,13 +200,13 @@ def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
         result = opd.train(opd.parse_config(tree), environment=lambda prompt: Answers())
         [found[how], _] = opd.read_metrics(result.run)
     assert found["as_written"]["align/even/masked/syntax/mean"] == 0.0
-    share = found["own_syntax"]["align/even/masked/syntax/mean"]
-    print(
-        "SHARE",
-        share,
-        found["own_syntax"]["align/even/turns/mean"] if "align/even/turns/mean" in found["own_syntax"] else "",
-    )
-    assert share == pytest.approx(len("<tool_call>" + "}</tool_call>") / (len(SAYS) + 1), abs=0.2)
+    scored = list(opd.read_rollouts(result.run, 1))
+    assert any(SAYS in m["content"] for item in scored for m in item.rollout.messages)
+    facts = [item.score.facts for item in scored if isinstance(item.score, ChunkScore)]
+    assert len(facts) == 4
+    share = sum(f["masked/syntax"] for f in facts) / sum(f["tokens"] for f in facts)
+    assert found["own_syntax"]["align/even/masked/syntax/mean"] == pytest.approx(share)
+    assert share > 0.1
     assert found["own_syntax"]["align/even/untranscribed/mean"] == 0.0
     assert np.isfinite(found["own_syntax"]["kl/token/even/mean"])
 
