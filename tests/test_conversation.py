@@ -199,3 +199,20 @@ def test_tags_of_calls_are_text_where_they_are_special_tokens_too():
     ids = [*own(text, add_special_tokens=False).input_ids, own.bos_token_id, own.eos_token_id]
     assert len(ids) == len('{"name": "add"}') + 4
     assert Chat(own).decode(ids) == text
+
+
+def test_placeholders_of_quotes_are_text_themselves():
+    """Characters of the plane from which placeholders are taken, beside a special token that is quoted."""
+    conversation = Conversation(chat(), prompt(text="Q"))
+    take(conversation, "x")
+    said = "a \U0010fffd \U00100000 <|im_end|>"
+    observe(conversation, said)
+    assert said in shown(conversation)
+
+
+def test_an_environment_cannot_rewrite_what_the_student_said():
+    conversation = Conversation(chat(), prompt())
+    eos = conversation.chat.tokenizer.eos_token_id
+    message = conversation.answer([eos], [-1.0], frozenset({eos}))
+    with pytest.raises(TypeError):
+        message["content"] = "other"  # type: ignore[index]  # what is tested

@@ -17,6 +17,7 @@ from opd.roles import Step
 from opd.tasks import episodes as playing
 from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
 from opd.tasks.episodes import EpisodePlayer, Taken
+from opd.tasks.judge import Judge
 from opd.text.chat import Chat
 
 
@@ -235,6 +236,8 @@ def test_an_episode_split_by_its_template_is_trained_on_once():
     assert [r.reward for r in rollouts] == [1.0, 1.0]
     assert [dict(r.events) for r in rollouts] == [{"rewritten": 1}, {}]
     assert [r.response for r in rollouts] == ["<think>a</think>one", "three"]
+    judged = Judge(lambda p, response: float(response == "three"), own=True)(rollouts)
+    assert [r.reward for r in judged] == [1.0, 1.0]
 
 
 def test_a_cut_turn_ends_the_episode_without_asking_the_environment():
@@ -307,3 +310,31 @@ def test_an_environment_that_can_be_closed_is_closed_when_its_episode_is_over(ki
     while not closed and time.monotonic() < deadline:
         time.sleep(0.01)
     assert closed == [kind]
+
+
+def test_a_template_that_refuses_an_observation_fails_that_episode_alone():
+    tokenizer = byte_tokenizer()
+    strict = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    tokenizer.chat_template = strict + str(tokenizer.chat_template)
+    player = EpisodePlayer(
+        Chat(tokenizer),
+        EpisodesConfig(),
+        end_ids=[tokenizer.eos_token_id],
+        make_environment=lambda p: Scripted(lambda turn, text: say(p.id, reward=1.0, done=turn == 2)),
+    )
+    scripted = Demonstrator(tokenizer, lambda p, m: "turn").take_turns
+    refused, fine = player.play([(prompt("no"), 0), (prompt("yes"), 0)], scripted, version=0)
+    assert refused.failure is not None
+    assert "said what the student cannot be shown" in refused.failure
+    assert "roles must alternate" in refused.failure
+    assert (fine.failure, fine.reward) == (None, 1.0)
+
+
+def test_an_environment_that_stops_its_own_loop_ends_nothing_else():
+    class Stopping(Scripted):
+        async def step(self, message: Message) -> Step:
+            asyncio.get_running_loop().stop()
+            return Step(done=True)
+
+    [found] = play(lambda p: Stopping(raising), step_timeout_s=0.3)
+    assert found.finish in ("end", "failed")

@@ -222,7 +222,9 @@ def test_the_metrics_of_a_support_show_what_it_leaves_out(bench: Bench):
 
 
 def test_a_group_of_equal_samples_still_packs(bench: Bench):
-    batch, _ = pack([bench.scored[0], bench.scored[0]], logprob_floor=-50.0)
+    first = bench.scored[0]
+    again = replace(first, rollout=replace(first.rollout, sample=first.rollout.sample + 1))
+    batch, _ = pack([first, again], logprob_floor=-50.0)
     scored = bench.learner(**TO_GO).score_student(batch)
     found, _ = follow(config_of(bench, TO_GO), scored)
     assert found.advantages is not None

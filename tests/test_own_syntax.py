@@ -477,6 +477,19 @@ def test_a_thought_before_a_call_is_followed_by_what_the_template_writes_behind_
     assert told(read(call(), own, theirs), theirs) == tagged()
 
 
+@pytest.mark.parametrize("gap", ["", " "])
+def test_white_space_before_an_answer_stands_before_a_call_where_the_template_writes_it_there(gap: str):
+    own = writer("bytes")
+    calls = LISTED.removeprefix("{{ m.content }}")
+    theirs = bytes_reader(
+        f"{{% if m.tool_calls %}}{{{{ '{gap}' }}}}{calls}{{% else %}}{{{{ ' ' + m.content }}}}{{% endif %}}"
+    )
+    found = read(call(), own, theirs)
+    wanted = f'{gap}[TOOL_CALLS][{{"name": "calculator", "arguments": {ARGUMENTS}, "id": "000000000"}}]'
+    assert (before(found, theirs) + told(found, theirs)).endswith(f"<|im_start|>assistant\n{wanted}")
+    check_laws(found, own, theirs, call())
+
+
 def test_a_template_that_has_no_place_for_text_gets_it_as_it_was_written():
     own, theirs = writer("bytes"), toy_reader(SINGLE)
     found = read(f"Hm.\n{call()} ok", own, theirs)
@@ -494,6 +507,28 @@ def test_the_students_own_tag_is_the_teachers_by_role():
     assert found.reading.token_ids[found.reading.first] == tag
     assert found.pairing.chunks.teacher[0] == 0
     assert "".join(left_out(found, own, text)) == '\n"}}\n</tool_call>'
+
+
+def test_tags_that_are_special_tokens_of_the_student_are_read_as_it_wrote_them():
+    """A teacher without tags has nothing for them: they are left out by themselves, the call is transcribed all the same."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    own, theirs = Writer(tokenizer), bytes_reader(SINGLE)
+    item = turn_of(call(), own)
+    ids = [0, *tokenizer(call(), add_special_tokens=False).input_ids, own.end_ids[-1]]
+    item = replace(
+        item,
+        token_ids=np.array(ids, dtype=np.int32),
+        loss_mask=np.arange(len(ids)) > 0,
+        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+        turns=(Turn("prompt", 0, 1), Turn("student", 1, len(ids))),
+    )
+    [found] = pair_turns(item, own, theirs, own_syntax="hermes")
+    assert told(found, theirs) == f'{{"name": "calculator", "parameters": {ARGUMENTS}}}'
+    reasons = found.pairing.masked.tolist()
+    assert [reasons[0], reasons[-2]] == [Masked.NO_COUNTERPART] * 2
+    assert reasons.count(Masked.SYNTAX) == len("arguments")
+    assert not found.untranscribed
 
 
 # Templates
@@ -558,6 +593,18 @@ def test_a_template_that_escapes_cannot_quote_a_special_token():
     assert "\\u00e9" in told(read(call("\u00e9", ensure_ascii=False), own, theirs), theirs)
 
 
+def test_words_that_the_template_is_probed_with_may_be_anybodys():
+    tool = {
+        "type": "function",
+        "function": {"name": "aXbYcZ", "description": "aXbYcZ", "parameters": {"type": "object"}},
+    }
+    own, theirs = writer("bytes"), toy_reader(TAGGED)
+    text = 'aXbYcZ <tool_call>{"name": "aXbYcZ", "arguments": {"gRhSiT0x": "jOkPlQ"}}</tool_call>'
+    found = read(text, own, theirs, prompt=asked("aXbYcZ", tools=(tool,)))
+    wanted = '<tool_call>\n{"name": "aXbYcZ", "arguments": {"gRhSiT0x": "jOkPlQ"}}\n</tool_call>'
+    assert told(found, theirs) == f"aXbYcZ\n{wanted}"
+
+
 # Earlier turns
 
 
@@ -614,6 +661,12 @@ def test_a_conversation_that_the_template_refuses_is_read_as_written_and_counted
     assert call("1") + call("2") in before(found, theirs)
     assert told(found, theirs) == call("3")
     assert not read("No call.", own, theirs, prompt=history(("assistant", call()), ("tool", "3"))).untranscribed
+    # a template that asks for ids gets them there, too
+    asking = chatml(SINGLE, tool="(m.content if m.tool_call_id else raise_exception('no id'))")
+    theirs = Reader(toy_bpe(390, template=asking), name="t")
+    found = read(call("3"), own, theirs, prompt=prompt)
+    assert found.untranscribed
+    assert call("1") + call("2") in before(found, theirs)
 
 
 def test_a_template_that_breaks_on_what_it_is_given_refuses_it():

@@ -224,6 +224,19 @@ def test_the_parts_of_an_episode_share_one_outcome():
     found, _ = follow(config(objective={"coef": 0.0}, outcome={"coef": 1.0}), batch)
     assert found.advantages is not None
     assert found.advantages[found.loss_mask].tolist() == [1.0, 1.0, -1.0]
+    assert divisor(config(objective={"coef": 0.0}, outcome={"coef": 1.0}).objective, found) == 2.0
+
+
+def test_the_parts_of_an_episode_are_no_baseline_for_each_other():
+    items = []
+    for sample, part, logprob in ((0, 0, -2.0), (0, 1, -6.0), (1, 0, -3.0)):
+        item = rollout([1, 2, 3], 2, prompt=PROMPTS["p0"], sample=sample, logprobs=[-1.0])
+        items.append(scored(replace(item, part=part), [logprob]))
+    batch, _ = pack(items, logprob_floor=-50.0)
+    found, _ = follow(config(objective={"type": "immediate", "baseline": "leave_one_out"}), batch)
+    assert found.advantages is not None
+    # log ratios -1 and -5, and -2 of the other sample's first part; nobody else has a second
+    assert found.advantages[found.loss_mask].tolist() == [1.0, -5.0, -1.0]
 
 
 def test_truncated_weights_multiply_and_are_counted():

@@ -129,6 +129,6 @@ class _School:
                     low, high = cell.interval
                     faults = f", {cell.flagged} with format errors" if cell.flagged else ""
                     line.say(
-                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.total}{faults}"
+                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}{faults}"
                     )
         return found

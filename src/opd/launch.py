@@ -199,7 +199,7 @@ class _Run:
 
     def evaluate_only(self) -> list[ParityRow]:
         with ProgressLine(self.config.steps) as line:
-            if not self._restore(line.say):
+            if self._restore(line.say) is None:
                 raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
             path = self.folder.path / "before.json"
             return self._parity(_cells(path) if path.exists() else {}, line)

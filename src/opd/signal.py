@@ -51,7 +51,10 @@ def divisor(objective: ObjectiveConfig, batch: Batch) -> float:
 
 
 def _normalizer(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> float:
-    return denominator(batch.padded(mask), objective.normalizer, constant=objective.constant)
+    padded = batch.padded(mask)
+    if objective.normalizer == "trajectory":  # an episode that its template split is one
+        return max(1.0, float(len(batch.episodes[padded.any(-1)].unique())))
+    return denominator(padded, objective.normalizer, constant=objective.constant)
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
@@ -115,7 +118,10 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
         case "none":
             return torch.zeros_like(advantages)
         case "leave_one_out":
-            return baselines.leave_one_out(advantages, mask, batch.group_ids)
+            # The parts of one episode depend on each other: a part is compared with the same part of other samples.
+            first = torch.searchsorted(batch.episodes, batch.episodes)
+            part = torch.arange(len(batch)) - first
+            return baselines.leave_one_out(advantages, mask, batch.group_ids * (int(part.max()) + 1) + part)
         case "kl":
             return baselines.negative_kl(_needed(batch, "reverse_kl"), mask)
         case "score_weighted":

@@ -80,7 +80,8 @@ class Hosted:
             finally:
                 self._loop.stop()
 
-        asyncio.run_coroutine_threadsafe(closed(), self._loop)
+        if self._thread.is_alive() and not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(closed(), self._loop)
 
     @property
     def hangs(self) -> bool:

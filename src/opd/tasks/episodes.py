@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from opd.config import EpisodesConfig
-from opd.errors import OpdError, RunError
+from opd.errors import DataError, OpdError, RunError
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
 from opd.tasks.environment import Asked, Faulty, Hosted, checked_messages, checked_step, describe_error
@@ -151,7 +151,10 @@ class EpisodePlayer:
             elif episode.turn >= self._limits.max_turns:
                 episode.finish = "turns"
             else:
-                episode.conversation.observe(step.observations)
+                try:
+                    episode.conversation.observe(step.observations)
+                except DataError as error:
+                    episode.fail(Faulty(f"said what the student cannot be shown: {error}"))
 
     def _end(self, episode: Episode) -> None:
         hosted = episode.hosted

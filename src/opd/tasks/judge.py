@@ -39,7 +39,11 @@ class Judge:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts in their order; raises DataError for a reward that is no number in [0, 1]."""
         last = {(r.prompt.id, r.sample): r.part for r in rollouts}  # parts of an episode come in order
-        return [self._flagged(self._rewarded(r), final=r.part == last[r.prompt.id, r.sample]) for r in rollouts]
+        judged = [self._rewarded(r) for r in rollouts]
+        # An episode that its template split is worth what its last part is.
+        worth = {(r.prompt.id, r.sample): r.reward for r in judged}
+        judged = [replace(r, reward=worth[r.prompt.id, r.sample]) for r in judged]
+        return [self._flagged(r, final=r.part == last[r.prompt.id, r.sample]) for r in judged]
 
     def _rewarded(self, rollout: Rollout) -> Rollout:
         if rollout.failure is not None or (rollout.reward is not None and not self._own):

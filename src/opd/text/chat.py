@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError
 from opd.records import Message, Prompt, Turn
-from opd.text.encoding import Encoder, Quotes
+from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.symbols import TAGS
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tool_calls import tools_text
@@ -23,7 +24,6 @@ _PROBE_TOOL = {
     "type": "function",
     "function": {"name": "aXbYcZ", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
-_NOTHING = re.compile(r"(?!)")
 
 
 class Chat:
@@ -45,7 +45,7 @@ class Chat:
     def quotes(self) -> Quotes:
         """Placeholders for what looks like one of this tokenizer's special tokens in somebody's text."""
         literals = sorted(self._literals, key=len, reverse=True)
-        return Quotes(re.compile("|".join(map(re.escape, literals))) if literals else _NOTHING)
+        return Quotes(re.compile("|".join([*map(re.escape, literals), PLANE])))
 
     def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes) -> str:
         """The conversation with the generation prompt, quoted special tokens as placeholders."""
@@ -199,7 +199,7 @@ class Conversation:
     def answer(self, token_ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> Message:
         """Take the student's turn as it was sampled; returns the message that it means."""
         stretch = self.stretches[-1]
-        message: Message = {"role": "assistant", "content": self.chat.decode(token_ids)}
+        message: Message = MappingProxyType({"role": "assistant", "content": self.chat.decode(token_ids)})
         start = len(stretch.token_ids)
         stretch.token_ids.extend(token_ids)
         stretch.logprobs.extend(logprobs)

@@ -19,7 +19,7 @@ from opd.text.token_bytes import TokenBytes
 from opd.text.tokenizer import encode_text
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
-_PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
 
 
 class Quotes:
@@ -39,15 +39,15 @@ class Quotes:
         return "".join([*found, self._pattern.sub(self._placeholder, text[position:])])
 
     def restore(self, marked: str) -> str:
-        return re.sub(_PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
+        return re.sub(PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
 
     def unquoted(self, marked: str) -> tuple[tuple[int, int], ...]:
         """The characters [start, end) of the restored text that are no quotes."""
         found: list[tuple[int, int]] = []
         position = 0
-        for part in re.split(f"({_PLANE})", marked):
+        for part in re.split(f"({PLANE})", marked):
             end = position + len(self.restore(part))
-            if part and not re.fullmatch(_PLANE, part):
+            if part and not re.fullmatch(PLANE, part):
                 found.append((position, end))
             position = end
         return tuple(found)
@@ -59,7 +59,7 @@ class Quotes:
 
     def neutral(self, marked: str) -> str:
         """The marked text with an ordinary letter for every quote."""
-        return re.sub(_PLANE, "x", marked)
+        return re.sub(PLANE, "x", marked)
 
     def _placeholder(self, match: re.Match[str]) -> str:
         if match[0] not in self._quoted:
@@ -103,7 +103,7 @@ class Encoder:
         self._id_of = {literal: index for index, literal in table.added.items()}
         self._literals = sorted(set(literals), key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, self._literals)) + ")") if self._literals else None
-        self._quotable = re.compile("|".join([*map(re.escape, self._literals), _PLANE]))
+        self._quotable = re.compile("|".join([*map(re.escape, self._literals), PLANE]))
         self._name = name
 
     def quotes(self) -> Quotes:

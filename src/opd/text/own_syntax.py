@@ -11,6 +11,7 @@ from opd.records import Rollout
 from opd.text.call_template import CallTemplate, CallText, with_calls
 from opd.text.reading import Reader, Rendering
 from opd.text.spelling import Spelling, spell
+from opd.text.symbols import TAGS
 from opd.text.token_bytes import TokenBytes
 from opd.text.tool_calls import Syntax, parse_calls
 from opd.text.transcribe import Transcript, payloads_of, transcribe
@@ -69,10 +70,9 @@ class OwnSyntax:
     ) -> Transcript | None:
         template: CallTemplate | None = self._reader.calls
         assert template is not None
-        # The teacher's tags may be spelled otherwise than the student's, in which its calls are written.
-        shared = self._reader.counterparts(self._table)
-        tags = {i: tag if self._table.control[i] else self._table.added[i] for i, tag in shared.items()}
-        literal = spell(self._table, token_ids, tags)
+        # The student's calls are written in its own tags, which the teacher may spell otherwise, or have none for.
+        own_tags = {i: literal for i, literal in self._table.added.items() if literal in TAGS}
+        literal = spell(self._table, token_ids, {**self._reader.counterparts(self._table), **own_tags})
         parsed = parse_calls(literal.text, self._tools, syntax=self._syntax)
         if parsed.errors or [(c.name, c.arguments) for c in parsed.calls] != [_as_pair(call) for call in own]:
             return None  # control tokens within a call, of which the message knows nothing
@@ -100,6 +100,8 @@ class _Places:
     other: Spelling
 
     def of(self, place: int) -> int:
-        """The same place, in characters; neither lies within a tag."""
-        ends = [(a, b) for (_, a), (_, b) in zip(self.one.tags, self.other.tags, strict=True) if a <= place]
-        return place + (ends[-1][1] - ends[-1][0] if ends else 0)
+        """The same place, in characters; it lies within no tag."""
+        byte = len(self.one.text[:place].encode())
+        before = int(np.searchsorted(self.one.ends, byte, side="right"))  # tokens that end here or earlier
+        start, start_there = (int(side.ends[before - 1]) if before else 0 for side in (self.one, self.other))
+        return len(self.other.text.encode()[: start_there + byte - start].decode())
