@@ -175,18 +175,18 @@ def with_control(text: str, place: int) -> Rollout:
 
 
 def kept_text(turn: TurnPair, own: Writer, text: str) -> str:
+    """What the student's tokens spell that are compared."""
     ids = own.encode(text)
     kept = [own.table.of(i) for i, why in zip(ids, turn.pairing.masked, strict=False) if not why]
     return b"".join(kept).decode(errors="replace")
 
 
-# Earlier turns
-
-
 def history(*messages: tuple[str, str]) -> Prompt:
+    """A prompt in which this has been said, (role, text) each."""
     said = [{"role": role, "content": content} for role, content in messages]
     return Prompt("p", (*asked().messages, *said), teacher="t", task="task", tools=asked().tools)
 
 
 def before(turn: TurnPair, theirs: Reader) -> str:
+    """What the teacher reads before a turn."""
     return theirs.table.join(turn.reading.token_ids[: turn.reading.first]).tobytes().decode()
