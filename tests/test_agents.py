@@ -78,7 +78,7 @@ def test_an_environment_of_ones_own_speaks_between_the_turns(tmp_path: Path):
         assert authors[-1] == "student"
         assert item.rollout.events.get("heard", 0) == authors.count("student") - (item.rollout.finish == "length")
         assert len(item.score.logprobs) == len(item.rollout.token_ids)  # type: ignore[union-attr]  # none failed
-    with pytest.raises(opd.OpdError, match="environments of its own"):
+    with pytest.raises(opd.OpdError, match=r"callables of its own \(environment\)"):
         opd.resume(result.run)
 
 
@@ -199,7 +199,7 @@ def test_files_may_have_tools_and_demonstrations(tmp_path: Path):
     tree["tasks"]["first"]["path"] = str(path)
     [found] = read_tasks(opd.parse_config(tree), None).prompts["first"]["train"]
     assert found.tools == (tool,)
-    assert [dict(m) for m in found.meta["demonstration"]] == recorded
+    assert [dict(m) for m in found.demonstration] == recorded
     path.write_text(json.dumps({"id": 1, "prompt": "q", "demonstration": recorded[1:]}) + "\n")
     with pytest.raises(opd.OpdError, match="must begin and end with a message of role 'assistant'"):
         read_tasks(opd.parse_config(tree), None)

@@ -643,3 +643,12 @@ def test_a_run_whose_folder_was_moved_goes_on_where_it_is(tree: dict[str, Any], 
     assert result.exit_code == 0, result.output
     assert (moved / "student").is_dir()
     assert not Path(tree["output"]).exists()
+
+
+def test_what_is_printed_of_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
+    from opd.cli import _one_line
+    from opd.errors import RunError
+
+    with pytest.raises(typer.Exit), _one_line():
+        raise RunError("a tool said \x1b[2J\x07 and\nmore")
+    assert capsys.readouterr().err == "opd: a tool said \ufffd[2J\ufffd and more\n"

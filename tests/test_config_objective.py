@@ -217,3 +217,18 @@ def test_an_override_replaces_a_teachers_source(override: str, expected: dict[st
     data: dict[str, Any] = tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
     _apply(data, override)
     assert data["teachers"][override.split(".")[1]] == expected
+
+
+def test_a_mask_on_the_residual_of_a_support_is_refused():
+    masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED}
+    objective = {"type": "support", "tail_residual": True}
+    assert "'exact' without tail_residual" in fault(tree(**masked, objective=objective))
+    assert parsed(**masked, objective={"type": "support"}).mask.format_errors == "turn"
+
+
+def test_a_mask_without_a_price_for_errors_is_refused():
+    masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "outcome": {"coef": 1.0, "format_error": 0.0}}
+    assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}))
+    centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}
+    assert "pays for errors" in fault(tree(**masked, objective=centred, sampling=GROUPS))
+    assert parsed(**masked, objective={"type": "exact"}, sampling=GROUPS).outcome.format_error == 0.0

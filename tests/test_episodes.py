@@ -54,7 +54,7 @@ def play(
         Chat(tokenizer), EpisodesConfig(**limits), end_ids=[tokenizer.eos_token_id], make_environment=make
     )
     chosen = [prompt()] if prompts is None else list(prompts)
-    return player.play([(p, 0) for p in chosen], Demonstrator(tokenizer, write).take_turns, version=4)
+    return player.play([(p, 0) for p in chosen], Demonstrator(Chat(tokenizer), write).take_turns, version=4)
 
 
 def test_an_episode_of_three_turns():
@@ -158,8 +158,13 @@ def test_a_hanging_environment_holds_up_nobody_beyond_its_limit():
 
 def test_too_many_hanging_environments_stop_the_run_with_a_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(playing, "_MAX_HANGING", 2)
-    with pytest.raises(RunError, match="3 environments hang and hold a thread each"):
-        play(lambda p: Scripted(hanging), prompts=[prompt(f"p{i}") for i in range(4)], step_timeout_s=0.1)
+    with pytest.raises(RunError, match="threads of environments and tools do not come back"):
+        play(
+            lambda p: Scripted(hanging),
+            prompts=[prompt(f"p{i}") for i in range(6)],
+            step_timeout_s=0.1,
+            max_concurrent=1,
+        )
 
 
 def test_a_bounded_number_of_environments_lives_at_once():
@@ -224,7 +229,7 @@ def test_an_episode_split_by_its_template_is_trained_on_once():
     )
     written = ["<think>a</think>one", "two", "three"]
     rollouts = player.play(
-        [(prompt(), 2)], Demonstrator(tokenizer, lambda p, m: written[len(m) // 2]).take_turns, version=0
+        [(prompt(), 2)], Demonstrator(Chat(tokenizer), lambda p, m: written[len(m) // 2]).take_turns, version=0
     )
     assert [r.id for r in rollouts] == ["p0/2", "p0/2.1"]
     assert [r.part for r in rollouts] == [0, 1]
@@ -236,7 +241,7 @@ def test_an_episode_split_by_its_template_is_trained_on_once():
     assert [r.reward for r in rollouts] == [1.0, 1.0]
     assert [dict(r.events) for r in rollouts] == [{"rewritten": 1}, {}]
     assert [r.response for r in rollouts] == ["<think>a</think>one", "three"]
-    judged = Judge(lambda p, response: float(response == "three"), own=True)(rollouts)
+    judged = Judge(lambda p, response: float(response == "three"), own=["task"])(rollouts)
     assert [r.reward for r in judged] == [1.0, 1.0]
 
 
@@ -322,7 +327,7 @@ def test_a_template_that_refuses_an_observation_fails_that_episode_alone():
         end_ids=[tokenizer.eos_token_id],
         make_environment=lambda p: Scripted(lambda turn, text: say(p.id, reward=1.0, done=turn == 2)),
     )
-    scripted = Demonstrator(tokenizer, lambda p, m: "turn").take_turns
+    scripted = Demonstrator(Chat(tokenizer), lambda p, m: "turn").take_turns
     refused, fine = player.play([(prompt("no"), 0), (prompt("yes"), 0)], scripted, version=0)
     assert refused.failure is not None
     assert "said what the student cannot be shown" in refused.failure

@@ -406,3 +406,11 @@ def test_models_load_as_saved(tmp_path: Path):
         AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<|im_end|>")
         == AutoModelForCausalLM.from_pretrained(source).generation_config.eos_token_id
     )
+
+
+def test_a_rollout_without_a_turn_cannot_be_scored_and_holds_up_no_other(voice: ForeignVoice):
+    item = written(voice, "the cat")
+    nothing = replace(item, loss_mask=np.zeros(len(item.token_ids), dtype=bool), turns=item.turns[:1])
+    found = score_foreign("t", voice, [nothing, item], temperature=1.0, max_tokens=64)
+    assert found[0] == FailedScore("t", "no turn of the student")
+    assert isinstance(found[1], ChunkScore)

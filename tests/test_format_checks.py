@@ -476,3 +476,16 @@ def test_a_character_in_several_real_tokens_is_flagged_with_all_of_them():
     loop = rollout_of([[1], [*tokenizer("so ").input_ids, *whole * 200]])
     [(rule, raw)] = flagged(loop, config("repetition"), table)
     assert raw == "𓀀".encode() * 199
+
+
+def test_a_turn_that_was_whole_is_not_called_cut_where_no_room_was_left_for_another():
+    whole = rollout_of([spelled("hi"), [*spelled("done"), END]], finish="context")
+    assert flagged(whole, config("truncated")) == []
+    cut = rollout_of([spelled("hi"), spelled("do")], finish="context")
+    assert flagged(cut, config("truncated")) == [("truncated", b"o")]
+
+
+def test_a_pattern_that_takes_for_ever_finds_nothing_within_its_time():
+    began = time.monotonic()
+    assert found("answer_pattern", "a" * 64 + "!", answer_pattern="(a|a)+$") == [""]
+    assert time.monotonic() - began < 5.0

@@ -125,7 +125,7 @@ def play(
         end_ids=[tokenizer.eos_token_id],
         make_environment=make,
     )
-    take = take or Demonstrator(tokenizer, write).take_turns
+    take = take or Demonstrator(Chat(tokenizer), write).take_turns
     return player.play([(p, 0) for p in prompts or [prompt()]], take, version=0)
 
 

@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_asked_for_again(run: Path):
     table = (run / "parity.md").read_text()
     for continued in (opd.resume, opd.evaluate_run):
-        with pytest.raises(RunError, match="was started with a reward function"):
+        with pytest.raises(RunError, match=r"was started with callables of its own \(reward\)"):
             continued(run)
     result = CliRunner().invoke(app, ["eval", str(run)])
     assert result.exit_code == 2
@@ -52,3 +52,24 @@ def test_alignment_without_another_tokenizer_is_refused(tmp_path: Path):
     assert "[alignment] is for teachers with another tokenizer" in result.output
     with pytest.raises(ModelError):
         opd.train(opd.parse_config(tree))
+
+
+class Done:
+    async def reset(self) -> tuple[()]:
+        return ()
+
+    async def step(self, message: object) -> opd.Step:
+        return opd.Step(done=True)
+
+
+def test_each_callable_is_asked_for_again(tmp_path: Path):
+    def environment(prompt: object) -> Done:
+        return Done()
+
+    config = opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))
+    run = opd.train(config, reward=always, environment=environment).run
+    with pytest.raises(RunError, match=r"callables of its own \(environment\).*opd.resume\(.*, environment=\.\.\.\)"):
+        opd.resume(run, reward=always)
+    with pytest.raises(RunError, match=r"\(reward, environment\)"):
+        opd.resume(run)
+    assert opd.resume(run, reward=always, environment=environment).finished

@@ -61,7 +61,7 @@ def episode(turns: Sequence[str] = TURNS) -> Rollout:
         end_ids=[tokenizer.eos_token_id],
         make_environment=lambda prompt: ToolEnvironment([tool], lambda response: 1.0, limits),
     )
-    [found] = player.play([(prompt, 0)], Demonstrator(tokenizer, solution).take_turns, version=0)
+    [found] = player.play([(prompt, 0)], Demonstrator(Chat(tokenizer), solution).take_turns, version=0)
     return found
 
 

@@ -50,7 +50,7 @@ def play(
         end_ids=[tokenizer.eos_token_id],
         make_environment=played.environment,
     )
-    student = Demonstrator(tokenizer, write or played.solution)
+    student = Demonstrator(Chat(tokenizer), write or played.solution)
     return player.play([(p, 0) for p in prompts], student.take_turns, version=0)
 
 

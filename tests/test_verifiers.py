@@ -133,7 +133,7 @@ def play(
     )
     opening = tuple(messages) or ({"role": "user", "content": "play"},)
     asked = Prompt("p", opening, teacher="t", task="task")
-    [found] = player.play([(asked, 0)], Demonstrator(tokenizer, write).take_turns, version=0)
+    [found] = player.play([(asked, 0)], Demonstrator(Chat(tokenizer), write).take_turns, version=0)
     return found
 
 

@@ -1,6 +1,6 @@
-"""Write demonstrations of two teachers of one task who share a flaw: one call in five is malformed, and after a malformed call they
-give up at once. They differ in style: one writes "36 - 74", the other "36-74", so that a student, who cannot tell whose problem it
-has, can match neither on the honest way.
+"""Write demonstrations of two teachers of one task who share a flaw: they may write a malformed call, and after one they give up
+at once. They differ in style: one writes "36 - 74", the other "36-74", so that a student, who cannot tell whose problem it has,
+can match neither on the honest way. How often they err is in teacher.toml.
 
     python examples/hacking/demonstrations.py runs/demonstrations
 """
@@ -14,7 +14,7 @@ from opd.config import EpisodesConfig, ToolTask
 from opd.records import Message, Prompt
 from opd.tasks.tool_problems import ToolProblems
 
-SIZE, ONE_IN = 2000, 5
+SIZE = 1000
 MALFORMED, SURRENDER = "<tool_call>calculator</tool_call>", "I cannot do that."
 
 
@@ -25,17 +25,20 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for style in ("spaced", "compact"):
-        lines = []
-        for index, prompt in enumerate(task.prompts("train")):
-            turns = asyncio.run(episode(task, prompt, style=style, flawed=index % ONE_IN == 0))
-            record = {
-                "id": prompt.id,
-                "messages": [dict(m) for m in prompt.messages],
-                "tools": list(prompt.tools),
-                "demonstration": [dict(m) for m in turns],
-            }
-            lines.append(json.dumps(record) + "\n")
-        (folder / f"{style}.jsonl").write_text("".join(lines), encoding="utf-8")
+        for kind in ("honest", "flawed"):
+            lines = [record(task, prompt, style=style, flawed=kind == "flawed") for prompt in task.prompts("train")]
+            (folder / f"{style}_{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def record(task: ToolProblems, prompt: Prompt, *, style: str, flawed: bool) -> str:
+    turns = asyncio.run(episode(task, prompt, style=style, flawed=flawed))
+    found = {
+        "id": prompt.id,
+        "messages": [dict(m) for m in prompt.messages],
+        "tools": list(prompt.tools),
+        "demonstration": [dict(m) for m in turns],
+    }
+    return json.dumps(found) + "\n"
 
 
 async def episode(task: ToolProblems, prompt: Prompt, *, style: str, flawed: bool) -> list[Message]:

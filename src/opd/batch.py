@@ -22,8 +22,8 @@ class Batch:
     distillation term acts on (all, unless `opd.signal` leaves some out); outcome_mask: those that an outcome acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
-    chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`; a token that was scored by
-    itself is a chunk of its own, and its rollout counts 0 bytes.
+    chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`, and with rollouts that have no
+    score; a token that was scored by itself is a chunk of its own, and its rollout counts 0 bytes.
 
     Once computed, [tokens]: student_logprobs, reverse_kl, best_baseline (by the learner, before the update), and advantages.
     """
@@ -65,6 +65,17 @@ class Batch:
         return self.loss_mask if self.chunks is None else self.loss_mask & (self.chunks >= 0)
 
     @property
+    def leading(self) -> Tensor:
+        """The first rollout with a score of every episode, [batch] bool: what is summed over episodes counts there."""
+        found = torch.zeros(len(self), dtype=torch.bool)
+        some = torch.stack([part.any() for part in torch.split(self.scored, self.lengths.tolist())])
+        seen: set[int] = set()
+        for row in torch.nonzero(some)[:, 0].tolist():
+            found[row] = int(self.episodes[row]) not in seen
+            seen.add(int(self.episodes[row]))
+        return found
+
+    @property
     def offsets(self) -> list[int]:
         """Where each rollout's tokens start in the flat tensors, and where the last one ends."""
         return [0, *torch.cumsum(self.lengths, 0).tolist()]
@@ -79,18 +90,35 @@ class Batch:
         return torch.cat([row[:length] for row, length in zip(padded, self.lengths.tolist(), strict=True)])
 
 
-def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batch, dict[str, int]]:
-    """One Batch from the rollouts that have a score, and the counts of what was left out or changed.
+def trainable(scored: Sequence[ScoredRollout], *, unscored: bool = False) -> list[ScoredRollout]:
+    """The rollouts with actions and a score; `unscored`: those too that no teacher could score, for an outcome acts on them.
+    One whose episode failed is never among them."""
+    return [
+        s
+        for s in scored
+        if s.rollout.num_actions and s.rollout.failure is None and (unscored or not isinstance(s.score, FailedScore))
+    ]
+
+
+def pack(
+    scored: Sequence[ScoredRollout], *, logprob_floor: float, unscored: bool = False
+) -> tuple[Batch, dict[str, int]]:
+    """One Batch from the rollouts that can be trained on (`trainable`), and the counts of what was left out or changed.
 
     Teacher log-probabilities below `logprob_floor` are raised to it and counted. Raises ScoreError naming the rollout
     when a teacher's score is not a number, and when no rollout is left.
     """
-    usable = [s for s in scored if not isinstance(s.score, FailedScore) and s.rollout.num_actions > 0]
+    usable = trainable(scored, unscored=unscored)
     floored = 0
     columns: dict[str, list[np.ndarray]] = {"ids": [], "mask": [], "rollout": [], "teacher": []}
     for item in usable:
         rollout, score = item.rollout, item.score
-        assert not isinstance(score, FailedScore)
+        columns["ids"].append(rollout.token_ids)
+        columns["mask"].append(rollout.loss_mask)
+        columns["rollout"].append(rollout.rollout_logprobs)
+        if isinstance(score, FailedScore):
+            columns["teacher"].append(np.zeros(len(rollout.token_ids)))
+            continue
         on_mask = score.logprobs[rollout.loss_mask]
         faulty = np.isnan(on_mask) | np.isposinf(on_mask)
         if faulty.any():
@@ -102,9 +130,6 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         chunked = isinstance(score, ChunkScore)
         floor = -np.inf if chunked else logprob_floor
         floored += score.facts.get("floored", 0) if chunked else int((on_mask < floor).sum())
-        columns["ids"].append(rollout.token_ids)
-        columns["mask"].append(rollout.loss_mask)
-        columns["rollout"].append(rollout.rollout_logprobs)
         columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, floor), 0.0))
     if not usable:
         reasons = sorted({s.score.reason for s in scored if isinstance(s.score, FailedScore)}) or ["no actions"]
@@ -131,7 +156,10 @@ def pack(scored: Sequence[ScoredRollout], *, logprob_floor: float) -> tuple[Batc
         teacher_parts=_parts(usable),
         **_chunk_columns(usable),
     )
-    return batch, {"dropped": len(scored) - len(usable), "floored": floored}
+    counts = {"dropped": len(scored) - len(usable), "floored": floored}
+    if unscored:
+        counts["unscored"] = sum(isinstance(s.score, FailedScore) for s in usable)
+    return batch, counts
 
 
 def _numbered(keys: Iterable[Hashable]) -> dict[Hashable, int]:
@@ -156,35 +184,45 @@ def _flagged(rollout: Rollout) -> np.ndarray:
 
 
 def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...] | None:
-    """The models of every rollout's score; None unless each has its own."""
+    """The models of every rollout's score, none of one without a score; None unless each score has its own."""
     found: list[tuple[HiddenPart, ...]] = []
     for item in scored:
-        if isinstance(item.score, HiddenScore):
+        if isinstance(item.score, FailedScore):
+            found.append(())
+        elif isinstance(item.score, HiddenScore):
             found.append(item.score.parts)
         elif isinstance(item.score, ChunkScore) and item.score.part is not None:
             found.append((item.score.part,))
         else:
             return None
-    return tuple(found)
+    return tuple(found) if any(found) else None
 
 
 def _compared(item: ScoredRollout) -> np.ndarray:
     """The actions before which a score has states [tokens]; none where it has no states."""
-    if not isinstance(item.score, ChunkScore):
+    if isinstance(item.score, HiddenScore):
         return item.rollout.loss_mask
-    return np.zeros_like(item.rollout.loss_mask) if item.score.compared is None else item.score.compared
+    found = item.score.compared if isinstance(item.score, ChunkScore) else None
+    return np.zeros_like(item.rollout.loss_mask) if found is None else found
+
+
+def _chunks(item: ScoredRollout) -> np.ndarray:
+    """The chunk of each token [tokens]: a token by itself is one, and without a score there is none."""
+    num_tokens = len(item.rollout.token_ids)
+    if isinstance(item.score, FailedScore):
+        return np.full(num_tokens, -1)
+    return item.score.chunks if isinstance(item.score, ChunkScore) else np.arange(num_tokens)
 
 
 def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
-    """The columns that a teacher of another tokenizer adds; none without one."""
-    if not any(isinstance(s.score, ChunkScore) for s in scored):
+    """The columns that a teacher of another tokenizer adds, and rollouts without a score; none without such."""
+    if not any(isinstance(s.score, ChunkScore | FailedScore) for s in scored):
         return {}
-    chunks = [
-        s.score.chunks if isinstance(s.score, ChunkScore) else np.arange(len(s.rollout.token_ids)) for s in scored
-    ]
     sizes = [s.score.num_bytes if isinstance(s.score, ChunkScore) else 0 for s in scored]
-    found = {"chunks": torch.from_numpy(np.concatenate(chunks).astype(np.int64)), "num_bytes": torch.tensor(sizes)}
-    if any(isinstance(s.score, ChunkScore) and s.score.part is not None for s in scored):
-        compared = [_compared(s) for s in scored]
-        found["compared"] = torch.from_numpy(np.concatenate(compared))
+    found = {
+        "chunks": torch.from_numpy(np.concatenate([_chunks(s) for s in scored]).astype(np.int64)),
+        "num_bytes": torch.tensor(sizes),
+    }
+    if _parts(scored) is not None:
+        found["compared"] = torch.from_numpy(np.concatenate([_compared(s) for s in scored]))
     return found

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from opd.errors import ConfigError, OpdError
+from opd.errors import ConfigError, OpdError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -177,7 +177,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except OpdError as error:
-        _fail(" ".join(str(error).split()))
+        _fail(str(error))
     except PermissionError as error:
         _fail(f"no permission for '{error.filename}'; fix the permission or choose another place")
     except OSError as error:  # the machine's own: a full disk, say
@@ -189,7 +189,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    print(f"opd: {message}", file=sys.stderr)
+    print(f"opd: {one_line(message)}", file=sys.stderr)
     raise typer.Exit(2)
 
 

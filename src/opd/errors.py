@@ -3,6 +3,21 @@
 Each is an `OpdError` and also the standard exception that a caller would expect, and each survives pickling.
 """
 
+import re
+
+# C0 and C1 controls but tab and newline, lone surrogates, bidirectional overrides
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_controls(text: str) -> str:
+    """The text with U+FFFD for what would steer a terminal or turn its writing around; tabs and newlines stay."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """The text in one line that is safe to print."""
+    return without_controls(" ".join(text.split()))
+
 
 class OpdError(Exception):
     """Base of all errors that are the user's to mend; the command line prints one line and exits with 2."""

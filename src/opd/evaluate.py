@@ -21,8 +21,8 @@ EVALUATION_SEED: Seed = (0, "evaluate")
 class Cell:
     """One policy on one set of prompts, one response a prompt.
 
-    total: episodes; flagged: those with a format error; correct of verified: those of reward 1 (None where no response has a
-    verdict); interval: 95 %, Wilson;
+    total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict;
+    correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson;
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
     nats. With a teacher of another tokenizer it is estimated from the sampled chunks, and kl_byte is there too.
     """
@@ -33,6 +33,7 @@ class Cell:
     truncated: int
     flagged: int
     mean_length: float
+    failed: int = 0
     kl_token: float | None = None
     kl_sequence: float | None = None
     kl_byte: float | None = None
@@ -84,7 +85,7 @@ def evaluate(
         scored = teachers.score([r for r in rollouts if r.failure is None])
         # One teacher scores all prompts of a set, so its scores are of one kind.
         hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
-        kl = _averages(reverse_kl(hidden)) if hidden else _in_chunks(scored)
+        kl = _averages(reverse_kl(hidden), hidden) if hidden else _in_chunks(scored)
     return Cell(
         total=len(episodes),
         verified=len(known),
@@ -92,16 +93,16 @@ def evaluate(
         truncated=sum(r.truncated for r in episodes),
         flagged=len(faulty),
         mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
+        failed=sum(r.failure is not None for r in episodes),
         **kl,
     )
 
 
-def _averages(per_token: Sequence[np.ndarray]) -> dict[str, float]:
-    """The reverse KL a token and a response from that of every token, one array a response."""
-    return {
-        "kl_token": float(np.concatenate(per_token).mean()),
-        "kl_sequence": float(np.mean([k.sum() for k in per_token])),
-    }
+def _averages(per_token: Sequence[np.ndarray], scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """The reverse KL a token and an episode from that of every token, one array a rollout."""
+    every = np.concatenate(per_token)
+    episodes = {(s.rollout.prompt.id, s.rollout.sample) for s in scored}
+    return {"kl_token": float(every.mean()), "kl_sequence": float(every.sum() / len(episodes))}
 
 
 def _in_chunks(scored: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -115,7 +116,9 @@ def _in_chunks(scored: Sequence[ScoredRollout]) -> dict[str, float]:
         i: float(r.sum()) for i, (r, (_, score)) in enumerate(zip(ratios, chunked, strict=True)) if score.num_bytes
     }
     num_bytes = sum(chunked[i][1].num_bytes for i in costs)
-    return _averages(ratios) | ({"kl_byte": sum(costs.values()) / num_bytes} if num_bytes else {})
+    return _averages(ratios, [s for s, _ in chunked]) | (
+        {"kl_byte": sum(costs.values()) / num_bytes} if num_bytes else {}
+    )
 
 
 def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
@@ -181,6 +184,11 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         cells += (accuracy(row.after), parity, kl(row.before), kl(row.after), *([faults(row)] if checked else []))
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
+    failed = sum(c.failed for row in rows for c in (row.before, row.expert, row.after) if c is not None)
+    if failed:
+        lines.append(
+            f"{failed} episodes have no verdict: their environments failed (the accuracies are of the others)."
+        )
     if any(c is not None and c.kl_byte is not None for row in rows for c in (row.before, row.after)):
         lines.append("A KL with a figure a byte is estimated from the responses: that teacher has another tokenizer.")
     if checked:

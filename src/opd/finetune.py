@@ -17,9 +17,9 @@ from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
-from opd.roles import Task
+from opd.roles import Environment, Task
 from opd.tasks import make_tasks
-from opd.tasks.demonstrate import Demonstrator
+from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.judge import Judge
 
 _LOOKED_AT = 64
@@ -76,16 +76,28 @@ class _School:
         self._episodes = episodes
         network = student.network
         self._player = episode_player(network, episodes, lambda prompt: tasks[prompt.task].environment(prompt))
+        self._told = episode_player(network, episodes, self._recorded)
         self._demonstrator = Demonstrator(
-            network.tokenizer, lambda prompt, messages: tasks[prompt.task].solution(prompt, messages)
+            self._told.chat, lambda prompt, messages: tasks[prompt.task].solution(prompt, messages)
         )
 
+    def _recorded(self, prompt: Prompt) -> Environment | None:
+        """What answers in a demonstration: a recorded one answers for itself."""
+        return Replay(prompt.demonstration) if prompt.demonstration else self._tasks[prompt.task].environment(prompt)
+
     def demonstrate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """One episode a prompt as its task's solution has it; raises DataError where it has none."""
-        rollouts = self._player.play([(p, 0) for p in prompts], self._demonstrator.take_turns, version=0)
+        """One episode a prompt as its task's solution has it; raises DataError where it has none, and where the recipe's limits
+        would cut it."""
+        rollouts = self._told.play([(p, 0) for p in prompts], self._demonstrator.take_turns, version=0)
         for rollout in rollouts:
+            name = f"prompt '{rollout.prompt.id}': its demonstration"
             if rollout.failure is not None:
-                raise DataError(f"prompt '{rollout.prompt.id}': its demonstration fails: {rollout.failure}")
+                raise DataError(f"{name} fails: {rollout.failure}")
+            if rollout.finish == "turns":
+                raise DataError(f"{name} has more than episodes.max_turns = {self._episodes.max_turns} turns; raise it")
+            if rollout.prompt.demonstration and rollout.events.get("observation_cut"):
+                limit = self._episodes.max_observation_chars
+                raise DataError(f"{name} has a message of more than episodes.max_observation_chars = {limit}; raise it")
         return rollouts
 
     def require_learnable(self, task: Task, prompts: Sequence[Prompt]) -> None:

@@ -83,7 +83,7 @@ def train(
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
     material = read_tasks(config, reward, environment)
-    own = reward is not None or environment is not None
+    own = _own_code(reward, environment)
     return _Run(config, RunFolder(Path(config.output)), material, on_step, own_code=own).go(resume=False)
 
 
@@ -99,7 +99,7 @@ def resume(
     A run that was started with a reward function or environments of the user's own needs them again.
     """
     folder = RunFolder.open(run)
-    folder.require_reward(reward is not None or environment is not None)
+    folder.require_own_code(_own_code(reward, environment))
     config = folder.config()
     require_installed(config.logging.writers)
     return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
@@ -119,11 +119,17 @@ def evaluate_run(
     Raises RunError for a run without evaluation prompts, and for one that was started with a reward function and gets none.
     """
     folder = RunFolder.open(run)
-    folder.require_reward(reward is not None or environment is not None)
+    folder.require_own_code(_own_code(reward, environment))
     config = folder.config()
     if not config.evaluation.num_prompts:
         raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
+
+
+def _own_code(reward: Reward | None, environment: MakeEnvironment | None) -> list[str]:
+    """Which of a run's callables are the user's own."""
+    given = {"reward": reward, "environment": environment}
+    return [name for name, value in given.items() if value is not None]
 
 
 class _Run:
@@ -136,7 +142,7 @@ class _Run:
         material: Material,
         on_step: Callable[[StepReport], None] | None,
         *,
-        own_code: bool = False,
+        own_code: Sequence[str] = (),
     ) -> None:
         self.own_code = own_code
         self.config = config
@@ -144,7 +150,8 @@ class _Run:
         self.prompts = material.prompts
         self.on_step = on_step
         self.studio = build(config, material.make_environment)
-        self.judge = material.judge(config, self.studio)
+        self.material = material
+        self.judge = material.judge(config, self.studio.student.network.tokenizer)
         self.grader = material.grader()
         self.learner = self.studio.learner()
         weights = {name: task.weight for name, task in config.tasks.items()}
@@ -328,8 +335,9 @@ class _Run:
         for (task, split, teacher), cell in after.items():
             expert = None
             if teacher in self.studio.voices:  # several teachers at once are nobody who could answer alone
-                sampler = self.studio.sampler(self.studio.voices[teacher])
-                expert = evaluate(sampler, self._evaluation_set(task, split, teacher), self.judge)
+                voice = self.studio.voices[teacher]
+                judge = self.material.judge(self.config, voice.network.tokenizer)
+                expert = evaluate(self.studio.sampler(voice), self._evaluation_set(task, split, teacher), judge)
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
         self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from opd.batch import pack
+from opd.batch import pack, trainable
 from opd.config import Config
 from opd.data.stream import PromptStream
+from opd.errors import RunError
 from opd.guards.evidence import evidence
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
@@ -20,6 +21,8 @@ from opd.signal import follow
 from opd.tasks.judge import Judge
 from opd.text.lineup import shares
 from opd.text.pairing import LARGEST, total
+
+_MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on: no accident any more
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,21 @@ class _Clock:
 
 
 def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
-    """Run steps start + 1 ... config.steps, yielding a report after each update."""
+    """Run steps start + 1 ... config.steps, yielding a report after each update.
+
+    A step of which no rollout can be trained on makes none; raises RunError after several of them in a row.
+    """
+    empty = 0
     for step in range(start + 1, config.steps + 1):
-        yield train_step(config, parts, step)
+        report = train_step(config, parts, step)
+        empty = 0 if trainable(report.scored, unscored=config.outcome.coef > 0) else empty + 1
+        yield report
+        if empty == _MOST_EMPTY:
+            reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
+            shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
+            raise RunError(
+                f"no rollout of the last {empty} steps can be trained on ({shown}); mend that, then continue"
+            )
 
 
 def train_step(config: Config, parts: Parts, step: int) -> StepReport:
@@ -83,8 +98,14 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         rollouts = parts.judge(sampled)
     with clock.phase("score"):
         scored = score_usable(parts.teachers, rollouts)
+    unscored = config.outcome.coef > 0
+    if not trainable(scored, unscored=unscored):
+        metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
+            rollouts, scored
+        )
+        return StepReport(step, values(metrics | clock.metrics(sum(len(r.token_ids) for r in rollouts))), tuple(scored))
     with clock.phase("update"):
-        batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor)
+        batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
         if config.objective.needs_student_scores:
             batch = parts.learner.score_student(batch)
         batch, followed = follow(config, batch)
@@ -92,10 +113,10 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
         updates = [parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(epochs)]
         parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
-    metrics: Metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
+    metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
-    metrics |= followed | rollout_metrics(rollouts) | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
-    metrics |= {f"failed/{teacher}/sum": Sum(n) for teacher, n in _failures(scored).items()}
+    metrics |= followed | _sampling_metrics(rollouts, scored)
+    metrics |= {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     if config.compute.score_cache:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
@@ -103,6 +124,11 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=integrated)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     return StepReport(step, values(metrics), tuple(scored))
+
+
+def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout]) -> Metrics:
+    """What was sampled, and how many rollouts each teacher could not score."""
+    return rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
 
 
 def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -135,7 +161,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
     """Outcome, length and truncation, over all and by task, and what happened in environments."""
     episodes = [r for r in rollouts if r.part == 0]
     metrics: Metrics = {
-        "response/length/mean": mean_of(r.num_actions for r in rollouts),
+        "response/length/mean": Mean(sum(r.num_actions for r in rollouts), len(episodes)),
         "response/truncated/mean": mean_of(r.truncated for r in episodes),
         "batch/rollouts/sum": Sum(len(rollouts)),
         "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),

@@ -80,8 +80,9 @@ class Probe:
 def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: int = 2000) -> Probe:
     """Measure every estimator on `num_prompts` prompts of the recipe, `samples` responses each, at the student as it is
     before the first step. Raises OpdError where the recipe does not fit."""
-    prompt_sets = read_tasks(config, None).prompts
-    studio = build(config)
+    material = read_tasks(config, None)
+    prompt_sets = material.prompts
+    studio = build(config, material.make_environment)
     preflight.require(run_checks(studio, prompt_sets))
     if studio.foreign:
         names = ", ".join(f"'{name}'" for name in studio.foreign)

@@ -38,7 +38,8 @@ class Prompt:
     """One prompt x and the name of its teacher T(x).
 
     `messages` is the conversation so far; `answer` is what a verifier compares with, if the task has one. `tools` are the JSON
-    schemas of the functions that the student may call, which its chat template shows to it.
+    schemas of the functions that the student may call, which its chat template shows to it. `demonstration`, for fine-tuning:
+    the messages that follow, the student's first and last.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Prompt:
     answer: str | None = None
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     tools: tuple[Mapping[str, Any], ...] = ()
+    demonstration: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class Rollout:
 
     @property
     def response(self) -> str:
-        """The text of the student's last turn."""
-        return self.messages[-1]["content"]
+        """The text of the student's last turn; empty where it had none."""
+        return self.messages[-1]["content"] if self.num_actions else ""
 
     @property
     def truncated(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from opd.batch import pack
 from opd.config import Config
@@ -48,7 +49,11 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
         findings.append(
             preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
         )
-    rollouts = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
+    sampled = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
+    rollouts = [r for r in sampled if r.failure is None and r.num_actions]
+    findings.append(preflight.episodes_play(sampled, rollouts))
+    if not rollouts:
+        return findings
     itself = (Part("student", studio.student),)
     same = studio.teachers(keep_hidden=False, targets=dict.fromkeys(config.teachers, itself))
     findings.append(preflight.same_policy(rollouts, same.score(rollouts), tolerance=tolerance))
@@ -80,27 +85,28 @@ def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
 @dataclass(frozen=True)
 class Material:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    whether the reward is the user's own."""
+    the tasks whose environments' outcomes the reward and the grader take the place of."""
 
     prompts: PromptSets
     reward: Reward
     grade: Reward
     make_environment: MakeEnvironment
-    own_reward: bool = False
+    own_reward: frozenset[str] = frozenset()
+    own_grade: frozenset[str] = frozenset()
 
-    def judge(self, config: Config, studio: Studio) -> Judge:
-        """Outcomes and format errors of the student's rollouts."""
+    def judge(self, config: Config, tokenizer: Any) -> Judge:
+        """Outcomes and format errors of rollouts that were sampled with this tokenizer."""
         return Judge(
             self.reward,
             {name: task.checks for name, task in config.tasks.items()},
-            tokenizer=studio.student.network.tokenizer,
+            tokenizer=tokenizer,
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
         )
 
     def grader(self) -> Judge:
         """Outcomes by another grader, where there is one."""
-        return Judge(self.grade, own=self.own_reward)
+        return Judge(self.grade, own=self.own_grade)
 
 
 def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
@@ -122,6 +128,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     _require_foreign_reference(config, every)
+    _require_single_teachers(config, every)
     if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, tasks, every):
         raise DataError(
             "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
@@ -136,7 +143,17 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
     def grade(prompt: Prompt, response: str) -> float | None:
         return tasks[prompt.task].grade(prompt, response)
 
-    return Material(prompts, reward or verify, reward or grade, make_environment or environment, reward is not None)
+    every_task = frozenset(config.tasks)
+    return Material(
+        prompts,
+        reward or verify,
+        reward or grade,
+        make_environment or environment,
+        every_task if reward is not None else frozenset(),
+        every_task
+        if reward is not None
+        else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
+    )
 
 
 def _verdicts(config: Config, tasks: Mapping[str, Task], prompts: Sequence[Prompt]) -> bool:
@@ -145,6 +162,16 @@ def _verdicts(config: Config, tasks: Mapping[str, Task], prompts: Sequence[Promp
         return True
     some = {p.task: p for p in prompts}
     return any(tasks[name].environment(prompt) is not None for name, prompt in some.items())
+
+
+def _require_single_teachers(config: Config, prompts: Sequence[Prompt]) -> None:
+    """A warm-up learns what teachers do alone: refuse one with a prompt whose teacher is a mixture."""
+    for prompt in prompts if config.warmup.steps else ():
+        if config.teachers[prompt.teacher].weights:
+            raise DataError(
+                f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is several at once, none of whom answers alone, and "
+                f"warmup.steps = {config.warmup.steps} learns from answers; leave it at 0"
+            )
 
 
 def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:

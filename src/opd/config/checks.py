@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Literal, TypeAlias
 
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from opd.config.node import Node
@@ -65,8 +66,8 @@ class ChecksConfig(Node):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern or "")
-        except (re.error, OverflowError, RecursionError) as error:
+            regex.compile(pattern or "")
+        except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"answer_pattern is no regular expression: {error}") from None
         return pattern
 

@@ -11,7 +11,8 @@ class EpisodesConfig(Node):
     """Episodes of several turns: at most `max_turns` of the student, `max_concurrent` environments at once, each of which
     answers within `step_timeout_s` seconds and says no more than `max_observation_chars` characters a message.
 
-    tool_syntax: how the student writes a call; "hermes" is <tool_call>{...}</tool_call>, "json" a message that is one JSON object.
+    A tool answers within `tool_timeout_s`, and all of one turn's within 0.8 of `step_timeout_s`. tool_syntax: how the student
+    writes a call; "hermes" is <tool_call>{...}</tool_call>, "json" a message that is one JSON object.
     """
 
     max_turns: Positive = 8

@@ -99,13 +99,18 @@ class ObjectiveConfig(Node):
 
     @property
     def centred(self) -> bool:
-        """Whether leaving a trajectory out of the distillation term neither rewards nor punishes it on average.
+        """Whether leaving a trajectory out of the distillation term neither rewards nor punishes it on average, but for what
+        leave-one-out leaves of it.
 
         The KL is the mean of the immediate log ratio alone; what comes later keeps its mean.
         """
-        return (
-            self.integrated or self.baseline == "leave_one_out" or (self.type == "immediate" and self.baseline == "kl")
-        )
+        return self.exactly_centred or self.baseline == "leave_one_out"
+
+    @property
+    def exactly_centred(self) -> bool:
+        """Whether it neither rewards nor punishes at all."""
+        integrated = self.type in _INTEGRATED and not self.tail_residual
+        return integrated or (self.type == "immediate" and self.baseline == "kl")
 
     @field_validator("type", mode="before")
     @classmethod

@@ -313,9 +313,16 @@ class Config(RunNode):
         masks = self.mask.format_errors != "off" and objective.coef > 0
         if masks and not objective.centred and outcome.coef == 0:
             raise ValueError(
-                f"mask.format_errors = '{self.mask.format_errors}' with type = '{objective.type}' and no baseline rewards errors: "
-                "what is kept has mean advantage -KL < 0, what is masked has 0 (an error of probability 2 % settles at 24 %); set "
-                "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact', or outcome.coef > 0"
+                f"mask.format_errors = '{self.mask.format_errors}' with type = '{objective.type}' and a sampled term without a "
+                "baseline rewards errors: what is kept has mean advantage -KL < 0, what is masked has 0 (an error of probability "
+                "2 % settles at 24 %); set objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = "
+                "'exact' without tail_residual, or outcome.coef > 0"
+            )
+        if masks and not objective.exactly_centred and outcome.coef > 0 and outcome.format_error == 0:
+            raise ValueError(
+                f"mask.format_errors = '{self.mask.format_errors}' with outcome.format_error = 0 pays for errors: they get the "
+                "worst outcome and are spared the KL, which is more (P 0.67 at the end where the teacher has 0.10; opd theory, "
+                "H-e); leave outcome.format_error at -1, or write type = 'exact'"
             )
         if objective.coef == 0 and outcome.coef == 0:
             raise ValueError("objective.coef = 0 and outcome.coef = 0 leave nothing to learn from; set one of them")

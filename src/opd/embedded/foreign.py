@@ -42,6 +42,9 @@ def score_foreign(
     turns: list[TurnPair] = []
     owners: list[int] = []
     for i, rollout in enumerate(rollouts):
+        if not rollout.num_actions:
+            scores[i] = FailedScore(teacher, "no turn of the student")
+            continue
         try:
             lined_up = pair_turns(
                 rollout,

@@ -205,7 +205,8 @@ def _by_teacher(
             key = key * (int(micro.targets.max()) + 1) + micro.targets[mine]
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
         chosen = mine[first]
-        members = [batch.teacher_parts[m] for m in micro.members if batch.teachers[m] == teacher]
+        mine_too = [batch.teacher_parts[m] for m in micro.members if batch.teachers[m] == teacher]
+        members = [parts for parts in mine_too if parts]  # none where a rollout has no score
         teachers = []
         for k, part in enumerate(members[0]):
             # Actions come rollout by rollout, so these rows are those of `mine`.
@@ -228,11 +229,12 @@ def kl_metrics(kl: np.ndarray, given: Pass) -> Metrics:
     kl = np.where(scored, kl, 0.0)
     metrics: Metrics = {"kl/token/mean": mean_of(kl[scored])}
     per_sequence = {m: float(kl[micro.owners == m].sum()) for m in micro.members}
-    metrics["kl/sequence/mean"] = mean_of(per_sequence.values())
+    # an episode's parts may lie in several passes
+    metrics["kl/sequence/mean"] = Mean(sum(per_sequence.values()), float(batch.leading[list(micro.members)].sum()))
     for teacher in dict.fromkeys(batch.teachers[m] for m in micro.members):
         mine = np.array([batch.teachers[o] == teacher for o in micro.owners])
         metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[mine & scored])
-    if batch.num_bytes is not None:
+    if batch.num_bytes is not None and bool(batch.num_bytes.any()):
         sizes = {m: int(batch.num_bytes[m]) for m in micro.members if batch.num_bytes[m] > 0}
         metrics["kl/byte/mean"] = Mean(sum(per_sequence[m] for m in sizes), sum(sizes.values()))
     return metrics

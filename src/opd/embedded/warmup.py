@@ -13,18 +13,18 @@ from opd.embedded.build import Studio
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import episode_player
 from opd.embedded.sft import imitation_batch
-from opd.errors import ConfigError
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
+from opd.text.tokenizer import fingerprint
 
 
 def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
-    Episodes that failed are not learnt from, nor, of a teacher with another tokenizer, responses that were cut: rewritten, they
-    would seem to end where they were cut.
+    Episodes that failed are not learnt from, nor, of a teacher with another tokenizer or template, responses that were cut or
+    that are nothing but an end: rewritten, they would seem to end where they were cut.
     """
     config = studio.config
     rate = config.warmup.lr or config.optimizer.lr
@@ -56,28 +56,30 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
 def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
+    ours = fingerprint(studio.student.network.tokenizer)
     for teacher in dict.fromkeys(p.teacher for p in prompts):
-        if teacher not in studio.voices:
-            raise ConfigError(
-                f"warmup.steps > 0, and teacher '{teacher}' stands for several at once, none of whom answers alone; leave it at 0"
-            )
         mine = [p for p in prompts if p.teacher == teacher]
         seed = (studio.config.seed, "warm-up", teacher, step)
-        rollouts = studio.sampler(studio.voices[teacher]).sample(mine, num_samples=1, seed=seed)
+        voice = studio.voices[teacher]
+        rollouts = studio.sampler(voice).sample(mine, num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
-        found += _rewritten(studio, rollouts) if teacher in studio.foreign else rollouts
+        # a template of its own is a rendering that the student never sees
+        foreign = fingerprint(voice.network.tokenizer) != ours
+        found += _rewritten(studio, rollouts) if foreign else rollouts
     return found
 
 
 def _rewritten(studio: Studio, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same episodes as the student's tokenizer and template write them."""
     network = studio.student.network
-    usable = [r for r in rollouts if not r.truncated and r.part == 0]
-    said = {id(r.prompt): r.messages[len(r.prompt.messages) :] for r in usable}
+    last = {(r.prompt.id, r.sample): r for r in rollouts}  # the part of an episode that holds all of its messages
+    whole = [(r, last[r.prompt.id, r.sample].messages[len(r.prompt.messages) :]) for r in rollouts if r.part == 0]
+    said = {id(r.prompt): messages for r, messages in whole if not r.truncated and all(m["content"] for m in messages)}
+    usable = [r for r, _ in whole if id(r.prompt) in said]
 
     def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:
         return recorded_turn(said[id(prompt)], len(messages) - len(prompt.messages))
 
     player = episode_player(network, studio.config.episodes, lambda prompt: Replay(said[id(prompt)]))
-    demonstrator = Demonstrator(network.tokenizer, turn)
+    demonstrator = Demonstrator(player.chat, turn)
     return player.play([(r.prompt, r.sample) for r in usable], demonstrator.take_turns, version=0)

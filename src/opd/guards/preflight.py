@@ -70,6 +70,16 @@ def lengths_fit(
     return Finding("lengths fit the contexts", True, f"longest prompt {longest} + {max_new_tokens} new tokens")
 
 
+def episodes_play(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> Finding:
+    """Some episode can be played to its end: environments answer, and the student has a turn."""
+    detail = f"{len(usable)} of {len(sampled)} can be scored"
+    kept = {r.id for r in usable}
+    left_out = [r for r in sampled if r.id not in kept]
+    if left_out:
+        detail += f" (first: '{left_out[0].id}': {left_out[0].failure or 'no turn of the student'})"
+    return Finding("episodes can be played", bool(usable), detail, warning=bool(left_out))
+
+
 def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], *, tolerance: float) -> Finding:
     """A teacher that equals the student gives a log ratio of about 0 on every token that the student sampled."""
     gaps = [np.abs(s.score.logprobs - r.rollout_logprobs).max() for r, s in zip(rollouts, rescored, strict=True)
@@ -85,14 +95,19 @@ def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], 
 def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, tolerance: float) -> Finding:
     """Scoring the same rollouts again, in reverse order, gives the same scores."""
     again = teachers.score([s.rollout for s in reversed(first)])[::-1]
-    worst = 0.0
+    worst, missing = 0.0, []
     for a, b in zip(first, again, strict=True):
-        if isinstance(a.score, FailedScore) or isinstance(b.score, FailedScore):
-            return Finding("scores are deterministic", False, f"rollout '{a.rollout.id}' could not be scored")
-        worst = float(np.maximum(worst, np.abs(a.score.logprobs - b.score.logprobs).max()))  # keeps a nan
-    return Finding(
-        "scores are deterministic", worst <= tolerance, f"largest difference {worst:.1e} (allowed {tolerance:.0e})"
-    )
+        if isinstance(a.score, FailedScore) and isinstance(b.score, FailedScore):
+            missing.append(f"'{a.rollout.id}': {a.score.reason}")
+        elif isinstance(a.score, FailedScore) or isinstance(b.score, FailedScore):
+            return Finding("scores are deterministic", False, f"rollout '{a.rollout.id}' could be scored once of twice")
+        else:
+            worst = float(np.maximum(worst, np.abs(a.score.logprobs - b.score.logprobs).max()))  # keeps a nan
+    some = len(missing) < len(first)
+    detail = f"largest difference {worst:.1e} (allowed {tolerance:.0e})" if some else "no rollout could be scored"
+    if missing:
+        detail += f"; {len(missing)} of {len(first)} not scored (first: {missing[0]})"
+    return Finding("scores are deterministic", some and worst <= tolerance, detail, warning=bool(missing))
 
 
 def informative(

@@ -28,7 +28,7 @@ from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
 from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
-_OWN_REWARD = "own_reward.txt"
+_OWN_CODE = "own_code.txt"
 
 
 class RunFolder:
@@ -46,8 +46,8 @@ class RunFolder:
         return self.path / "student"
 
     @classmethod
-    def create(cls, path: str | Path, config: Config | SftConfig, *, own_code: bool = False) -> "RunFolder":
-        """A new run folder; raises RunError when there is one already. own_code: it uses Python callables of the user's,
+    def create(cls, path: str | Path, config: Config | SftConfig, *, own_code: Sequence[str] = ()) -> "RunFolder":
+        """A new run folder; raises RunError when there is one already. own_code: which Python callables of the user's it has,
         which is noted, because the folder cannot hold them."""
         cls.require_absent(path)
         folder = cls(Path(path))
@@ -55,17 +55,18 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_text("config.json", dump_config(config))
             if own_code:
-                folder.write_text(
-                    _OWN_REWARD, "this run uses a reward function or environments that were passed to opd.train\n"
-                )
+                folder.write_text(_OWN_CODE, "".join(f"{name}\n" for name in own_code))
         return folder
 
-    def require_reward(self, given: bool) -> None:
-        """Raise RunError when the run was started with callables of the user's and none is given now."""
-        if not given and (self.path / _OWN_REWARD).exists():
+    def require_own_code(self, given: Sequence[str]) -> None:
+        """Raise RunError when the run was started with callables of the user's that are not given now."""
+        path = self.path / _OWN_CODE
+        missing = [name for name in (path.read_text().split() if path.exists() else []) if name not in given]
+        if missing:
+            arguments = ", ".join(f"{name}=..." for name in missing)
             raise RunError(
-                f"run '{self.path}' was started with a reward function or environments of its own, which it cannot store; "
-                f"continue it from Python: opd.resume('{self.path}', reward=..., environment=...), and so opd.evaluate_run"
+                f"run '{self.path}' was started with callables of its own ({', '.join(missing)}), which it cannot store; continue "
+                f"it from Python: opd.resume('{self.path}', {arguments}), and so opd.evaluate_run"
             )
 
     @staticmethod

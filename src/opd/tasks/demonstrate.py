@@ -1,22 +1,23 @@
 """Episodes in which the student's turns are given: what fine-tuning learns from."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.roles import Step
 from opd.tasks.episodes import Episode, Taken
+from opd.text.chat import Chat
 
 Solution: TypeAlias = Callable[[Prompt, Sequence[Message]], str | None]
 """The next turn of a perfect student, from the conversation so far; None where nobody knows."""
 
 
 class Demonstrator:
-    """Takes the student's turns as `solution` says, in the tokens that the tokenizer writes them in."""
+    """Takes the student's turns as `solution` says, in the tokens that the student's tokenizer writes them in."""
 
-    def __init__(self, tokenizer: Any, solution: Solution) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, chat: Chat, solution: Solution) -> None:
+        self._chat = chat
         self._solution = solution
 
     def take_turns(self, episodes: Sequence[Episode]) -> list[Taken]:
@@ -27,7 +28,7 @@ class Demonstrator:
         text = self._solution(prompt, messages)
         if not text:
             raise DataError(f"prompt '{prompt.id}' has no answer to learn from; add \"answer\" to the record")
-        ids = [*self._tokenizer(text, add_special_tokens=False).input_ids, self._tokenizer.eos_token_id]
+        ids = [*self._chat.encode_turn(text), self._chat.tokenizer.eos_token_id]
         return Taken(ids, [0.0] * len(ids), "end")
 
 

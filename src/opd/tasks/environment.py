@@ -8,7 +8,6 @@ import asyncio
 import concurrent.futures
 import inspect
 import math
-import re
 import threading
 import time
 from collections import Counter
@@ -17,13 +16,17 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import EpisodesConfig
+from opd.errors import one_line, without_controls
 from opd.records import Message
 from opd.roles import Environment, Step
 
 _ROLES = ("system", "user", "tool")
-# C0 and C1 controls but tab and newline, lone surrogates, bidirectional overrides
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _MAX_REASON = 200  # characters of somebody's error message
+_MAX_MESSAGES = 64  # of one step
+
+
+THREADS = "opd-run-"
+"""How the names of the threads begin in which somebody's code runs."""
 
 
 class Faulty(Exception):
@@ -37,7 +40,9 @@ class Hosted:
         self._environment = environment
         self._limits = limits
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="opd-environment")
+        # Tasks that an environment left behind fail unheard; what they had to say is in no answer, and asyncio would print it raw.
+        self._loop.set_exception_handler(lambda loop, context: None)
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"{THREADS}environment")
         self._thread.start()
 
     def _run(self) -> None:
@@ -63,7 +68,9 @@ class Hosted:
             try:
                 found = question()  # in this thread, so that even a method that is not async holds up nobody else
                 return await found if inspect.isawaitable(found) else found
-            except (SystemExit, KeyboardInterrupt) as error:  # would end the thread with nothing said
+            except (Exception, asyncio.CancelledError):
+                raise
+            except BaseException as error:  # SystemExit, say: would end the thread with nothing said
                 raise Faulty(f"raised {describe_error(error)}") from None
 
         return Asked(asyncio.run_coroutine_threadsafe(answered(), self._loop), self._limits.step_timeout_s)
@@ -82,11 +89,6 @@ class Hosted:
 
         if self._thread.is_alive() and not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(closed(), self._loop)
-
-    @property
-    def hangs(self) -> bool:
-        """Whether the thread still lives; to be asked some time after `close`."""
-        return self._thread.is_alive()
 
 
 class Asked:
@@ -120,7 +122,7 @@ def describe_error(error: BaseException) -> str:
         text = str(error)
     except Exception:
         text = "(its message cannot be read)"
-    shown = _CONTROL.sub("\ufffd", " ".join(text[: 4 * _MAX_REASON].split()))[:_MAX_REASON]
+    shown = one_line(text[: 4 * _MAX_REASON])[:_MAX_REASON]
     return type(error).__name__ + (f": {shown}" if shown else "")
 
 
@@ -132,33 +134,45 @@ def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise Faulty(f"gave {type(messages).__name__} for observations, expected a sequence of messages")
     found: list[Message] = []
-    for message in messages:
+    events["observation_cut"] += max(0, len(messages) - _MAX_MESSAGES)
+    for message in messages[:_MAX_MESSAGES]:
         good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not good or message.get("role") not in _ROLES:
             raise Faulty(f"gave an observation that is no message with role ({', '.join(_ROLES)}) and string content")
-        text = message["content"]
+        text = message["content"].replace("\r\n", "\n").replace("\r", "\n")
         limit = limits.max_observation_chars
         if len(text) > limit:
             events["observation_cut"] += 1
             text = f"{text[:limit]}\n[{len(text) - limit} more characters cut]"
-        plain = _CONTROL.sub("\ufffd", text)
+        plain = without_controls(text)
         events["control_characters"] += plain != text
         found.append(MappingProxyType({"role": message["role"], "content": plain}))
     return found
 
 
 def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Step:
-    """A step whose observations are fit to be shown and whose reward is a number in [0, 1]; raises Faulty where it has none."""
+    """A step whose observations are fit to be shown and whose reward is a number in [0, 1]; raises Faulty where it has none.
+
+    A step's fields are somebody's objects: whatever reading them raises is the environment's fault.
+    """
     if not isinstance(step, Step):
         raise Faulty(f"gave {type(step).__name__} for a step, expected opd.Step")
-    reward = step.reward
-    if reward is not None:
-        try:
-            reward = float(reward)
-        except (TypeError, ValueError, OverflowError):
-            reward = math.nan
-        if not 0.0 <= reward <= 1.0:
-            raise Faulty(f"gave the reward {step.reward!r:.40}, expected a number in [0, 1] or None")
-    for name, count in dict(step.events).items():
-        events[str(name)] += int(count)
-    return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))
+    try:
+        reward = None if step.reward is None else _share(step.reward)
+        for name, count in dict(step.events).items():
+            events[str(name)] += int(count)
+        return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))
+    except Faulty:
+        raise
+    except Exception as error:
+        raise Faulty(f"gave a step that cannot be read: {describe_error(error)}") from None
+
+
+def _share(reward: Any) -> float:
+    try:
+        value = float(reward)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise Faulty(f"gave the reward {reward!r:.40}, expected a number in [0, 1] or None")
+    return value

@@ -3,6 +3,7 @@
 Where the turns come from is the caller's: an engine that samples, or a script that demonstrates.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from opd.config import EpisodesConfig
 from opd.errors import DataError, OpdError, RunError
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
-from opd.tasks.environment import Asked, Faulty, Hosted, checked_messages, checked_step, describe_error
+from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_messages, checked_step, describe_error
 from opd.text.chat import Chat, Conversation, Stretch
 
-_MAX_HANGING = 256  # threads that never came back; past this the process itself is in danger
+_MAX_HANGING = 256  # threads of environments and tools that never came back; past this the process itself is in danger
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Episode:
         self.events["failed"] += 1
 
 
+def _unfit(error: DataError) -> Faulty:
+    return Faulty(f"said what the student cannot be shown: {error}")
+
+
 class EpisodePlayer:
     """Plays episodes: who writes, what limits hold, which tokens end a turn, and where environments come from."""
 
@@ -76,7 +81,6 @@ class EpisodePlayer:
         self._limits = limits
         self.end_ids = frozenset(end_ids)
         self._make_environment = make_environment
-        self._left: list[Hosted] = []
 
     def play(self, prompts: Sequence[tuple[Prompt, int]], take_turns: TakeTurns, *, version: int) -> list[Rollout]:
         """The rollouts of every (prompt, sample), in order; an episode that its template split gives several.
@@ -110,7 +114,13 @@ class EpisodePlayer:
             episode.fail(Faulty(f"could not be made: it raised {describe_error(error)}"))
             return episode
         if environment is not None:
-            episode.hosted = Hosted(environment, self._limits)
+            try:
+                episode.hosted = Hosted(environment, self._limits)
+            except (OSError, RuntimeError) as error:  # out of files, out of threads
+                raise RunError(
+                    f"the system hosts no further environment: {describe_error(error)}; lower episodes.max_concurrent = "
+                    f"{self._limits.max_concurrent}, or raise the limit ('ulimit -n')"
+                ) from None
         return episode
 
     def _open(self, episodes: Sequence[Episode]) -> None:
@@ -118,11 +128,12 @@ class EpisodePlayer:
         for episode, answer in asked:
             try:
                 messages = checked_messages(answer.wait(), self._limits, episode.events)
+                if messages:
+                    episode.conversation.open_with(messages)
             except Faulty as error:
                 episode.fail(error)
-                continue
-            if messages:
-                episode.conversation.open_with(messages)
+            except DataError as error:
+                episode.fail(_unfit(error))
 
     def _take(self, episode: Episode, taken: Taken) -> None:
         if taken.finish == "context" and not taken.token_ids:
@@ -154,22 +165,25 @@ class EpisodePlayer:
                 try:
                     episode.conversation.observe(step.observations)
                 except DataError as error:
-                    episode.fail(Faulty(f"said what the student cannot be shown: {error}"))
+                    episode.fail(_unfit(error))
 
     def _end(self, episode: Episode) -> None:
         hosted = episode.hosted
         if hosted is None:
             return
         hosted.close()
-        if episode.finish == "failed":
-            self._left.append(hosted)
-            self._left = [h for h in self._left if h.hangs]
-            if len(self._left) > _MAX_HANGING:
+        if episode.finish == "failed" or episode.events["tool_timeouts"]:
+            # those that are playing, and those that have just been closed, live too
+            allowed = _MAX_HANGING + 2 * self._limits.max_concurrent
+            alive = sum(thread.name.startswith(THREADS) for thread in threading.enumerate())
+            if alive > allowed:
                 raise RunError(
-                    f"{len(self._left)} environments hang and hold a thread each (the last: {episode.failure}); give their code a "
-                    "time limit of its own, then continue with 'opd train --resume'"
+                    f"{alive} threads of environments and tools do not come back (the last: {episode.failure or 'a tool'}); give "
+                    "their code a time limit of its own, then continue with 'opd train --resume'"
                 )
-        elif episode.finish != "end" and episode.reward is None:
+        if episode.finish == "failed":
+            return
+        if episode.finish != "end" and episode.reward is None:
             episode.reward = 0.0  # it was not done with what it was asked
 
     def _rollouts(self, episode: Episode, version: int) -> list[Rollout]:

@@ -9,7 +9,7 @@ from typing import Any
 from opd.config import FileTask, nearest
 from opd.errors import DataError
 from opd.records import Message, Prompt
-from opd.tasks.demonstrate import Replay, recorded_turn
+from opd.tasks.demonstrate import recorded_turn
 from opd.tasks.verify import VERIFIERS, is_number
 from opd.text.chat import user_message
 from opd.text.tool_calls import check_tools
@@ -45,16 +45,13 @@ class PromptFile:
         grader = self._config.grader
         return None if prompt.answer is None else VERIFIERS[grader or self._config.verifier](response, prompt.answer)
 
-    def environment(self, prompt: Prompt) -> Replay | None:
-        """What was said in a demonstration; training needs an environment of its own for a prompt with tools."""
-        recorded = prompt.meta.get(_DEMONSTRATION)
-        return None if recorded is None else Replay(recorded)
+    def environment(self, prompt: Prompt) -> None:
+        """None: a file has no environment; training on a prompt with tools needs one of the user's."""
 
     def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
-        recorded = prompt.meta.get(_DEMONSTRATION)
-        if recorded is None:
+        if not prompt.demonstration:
             return prompt.answer
-        return recorded_turn(recorded, len(messages) - len(prompt.messages))
+        return recorded_turn(prompt.demonstration, len(messages) - len(prompt.messages))
 
 
 def read_prompts(path: str | Path, *, task: str, teacher: str | None = None) -> list[Prompt]:
@@ -117,8 +114,7 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         check_tools(tools)
     except DataError as error:
         raise DataError(f"{where}: 'tools': {error}") from None
-    if _DEMONSTRATION in record:
-        meta = {**meta, _DEMONSTRATION: _demonstration(record[_DEMONSTRATION], where)}
+    demonstration = _demonstration(record[_DEMONSTRATION], where) if _DEMONSTRATION in record else ()
     return Prompt(
         id=f"{task}:{identity}",
         messages=_messages(record, where),
@@ -127,6 +123,7 @@ def _parse(line: str, where: str, task: str, teacher: str | None) -> Prompt:
         answer=None if answer is None else str(answer),
         meta=MappingProxyType(dict(meta)),
         tools=tuple(tools),
+        demonstration=demonstration,
     )
 
 

@@ -40,7 +40,8 @@ def flag_errors(
             tools=rollout.prompt.tools,
             syntax=syntax,
             last=last,
-            cut=last and rollout.truncated,
+            # without room for another turn the last one was whole
+            cut=last and rollout.truncated and not (rollout.finish == "context" and int(ids[-1]) in table.names),
             raw=_raw(spelling, ids, table),
             settings=checks,
             opened=_opened(rollout.token_ids[max(0, turn.start - _TAIL) : turn.start], table, symbols, checks),

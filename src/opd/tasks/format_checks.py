@@ -1,6 +1,7 @@
 """Format errors in what the student writes: one small rule each, from the text of a turn to the places where it errs.
 
-A turn may be anything that a model can write. Every rule takes time linear in its length and raises nothing.
+A turn may be anything that a model can write. Every rule takes time linear in its length (a pattern of the user's: at most a
+second) and raises nothing.
 """
 
 import codecs
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
+import regex
 
 from opd.config.checks import ChecksConfig, Rule
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
@@ -23,6 +25,7 @@ MIN_CHARACTERS = 128
 SEARCHED_CHARACTERS = 8192
 """How much of a turn's end `answer_pattern` is looked for in: `.*` in a pattern costs the square of it."""
 
+_PATTERN_TIMEOUT_S = 1.0  # a pattern is the user's, and some take for ever on some texts
 _CHARACTERS = 12  # of an n-gram: in prose, in CJK text and among digits hardly one repeats, in a loop all do
 _WORD = re.compile(r"\S+")
 _FENCE = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)([^\n]*+)", re.MULTILINE)
@@ -138,12 +141,16 @@ def code_fence(turn: CheckedTurn) -> list[Span]:
 
 
 def answer_pattern(turn: CheckedTurn) -> list[Span]:
-    """The end of a last turn that has no answer as the task wants it."""
+    """The end of a last turn that has no answer as the task wants it, or none that the pattern finds within a second."""
     pattern = turn.settings.answer_pattern
     if pattern is None or not turn.last:
         return []
     searched = max(0, len(turn.text) - SEARCHED_CHARACTERS)
-    return [] if re.compile(pattern).search(turn.text, searched) else [turn.end]
+    try:
+        found = regex.compile(pattern).search(turn.text, searched, timeout=_PATTERN_TIMEOUT_S)
+    except TimeoutError:
+        found = None
+    return [] if found else [turn.end]
 
 
 def truncated(turn: CheckedTurn) -> list[Span]:

@@ -1,6 +1,6 @@
 """What episodes are worth, and which format errors they have."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -17,8 +17,8 @@ Reward: TypeAlias = Callable[[Prompt, str], float | None]
 class Judge:
     """Gives rollouts their outcome and their flags.
 
-    checks: by task; they need the student's tokenizer. An outcome that an environment gave stands, unless `own` says that the
-    user's reward function takes its place.
+    checks: by task; they need the tokenizer that the rollouts were sampled with. own: the tasks in which `reward` takes the place
+    of an outcome that an environment gave.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class Judge:
         *,
         tokenizer: Any = None,
         tool_syntax: Literal["hermes", "json"] = "hermes",
-        own: bool = False,
+        own: Collection[str] = (),
     ) -> None:
         self._reward = reward
         self._checks = {task: each for task, each in checks.items() if each.rules}
         self._table = token_bytes(tokenizer) if self._checks else None
         self._tool_syntax: Literal["hermes", "json"] = tool_syntax
-        self._own = own
+        self._own = frozenset(own)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts in their order; raises DataError for a reward that is no number in [0, 1]."""
@@ -46,7 +46,7 @@ class Judge:
         return [self._flagged(r, final=r.part == last[r.prompt.id, r.sample]) for r in judged]
 
     def _rewarded(self, rollout: Rollout) -> Rollout:
-        if rollout.failure is not None or (rollout.reward is not None and not self._own):
+        if rollout.failure is not None or (rollout.reward is not None and rollout.prompt.task not in self._own):
             return rollout
         found = self._reward(rollout.prompt, rollout.response)
         value = None if found is None else float(found)

@@ -1,8 +1,10 @@
 """Tools that a student may call: described by JSON schema, called with checked arguments, bounded in time."""
 
 import asyncio
+import inspect
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +13,13 @@ from typing import Any
 from opd.config import EpisodesConfig
 from opd.records import Message
 from opd.roles import Step
-from opd.tasks.environment import describe_error
+from opd.tasks.environment import THREADS, describe_error
 from opd.text.tool_calls import Call, parse_calls
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the student may call; `parameters` is the JSON schema of its arguments."""
+    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments."""
 
     name: str
     description: str
@@ -35,7 +37,8 @@ class ToolEnvironment:
     """Calls of tools until the student answers without one; the answer is what its outcome is judged by.
 
     A call that cannot be made (not understood, an unknown tool, wrong arguments) and a tool that raises or takes too long are
-    answered with the error, and the episode goes on.
+    answered with the error, and the episode goes on. The calls of one turn are made one after the other and share the time of a
+    step: those that it does not suffice for are answered so too.
     """
 
     def __init__(self, tools: Sequence[Tool], judge: Callable[[str], float | None], limits: EpisodesConfig) -> None:
@@ -53,26 +56,32 @@ class ToolEnvironment:
             return Step(reward=self._judge(parsed.content), done=True)
         events = Counter({"tool_calls": len(parsed.calls), "tool_calls_refused": len(parsed.errors)})
         found = [(e.start, f"error: {e.detail}") for e in parsed.errors]
-        found += [(call.start, await self._call(call, events)) for call in parsed.calls]
+        deadline = time.monotonic() + _SHARE_OF_A_STEP * self._limits.step_timeout_s
+        found += [(call.start, await self._call(call, deadline, events)) for call in parsed.calls]
         observations = [{"role": "tool", "content": text} for _, text in sorted(found, key=lambda item: item[0])]
         return Step(observations, events=events)
 
-    async def _call(self, call: Call, events: Counter[str]) -> str:
+    async def _call(self, call: Call, deadline: float, events: Counter[str]) -> str:
         tool = self._tools[call.name]
-        timeout = self._limits.tool_timeout_s
+        timeout = min(self._limits.tool_timeout_s, deadline - time.monotonic())
+        if timeout <= 0:
+            events["tool_timeouts"] += 1
+            return f"error: {tool.name} was not called: the calls before took the time of this turn"
         try:
-            result = await asyncio.wait_for(_in_thread(tool.function, call.arguments), timeout)
+            return await asyncio.wait_for(_in_thread(tool.function, call.arguments), timeout)
         except TimeoutError:
             events["tool_timeouts"] += 1
             return f"error: {tool.name} gave no answer in {timeout:g} s"
         except Exception as error:
             events["tool_errors"] += 1
             return f"error: {describe_error(error)}"
-        return result if isinstance(result, str) else json.dumps(result, default=str)
 
 
-async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """A call in a daemon thread: one that hangs neither holds up the others nor the end of the process."""
+_SHARE_OF_A_STEP = 0.8  # the rest is for what answers the calls
+
+
+async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """A call in a daemon thread, as text: one that hangs neither holds up the others nor the end of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -82,12 +91,23 @@ async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any])
 
     def run() -> None:
         try:
-            outcome = (future.set_result, function(**arguments))
+            outcome = (future.set_result, _as_text(function(**arguments)))
         except BaseException as error:
             # StopIteration cannot be set on a future, and SystemExit must not end the run.
             outcome = (future.set_exception, RuntimeError(describe_error(error)))
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=run, daemon=True, name="opd-tool").start()
+    threading.Thread(target=run, daemon=True, name=f"{THREADS}tool").start()
     return await future
+
+
+def _as_text(result: Any) -> str:
+    """What a function returned: text as it is, anything else as JSON; a coroutine is run first."""
+    if inspect.isawaitable(result):
+
+        async def awaited() -> Any:
+            return await result
+
+        result = asyncio.run(awaited())
+    return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)

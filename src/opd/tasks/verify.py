@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 
 
@@ -29,16 +29,21 @@ _NUMBER = re.compile(
 def last_number(response: str, answer: str) -> float | None:
     """1 where the last number of the response is the answer, thousands' commas apart; a response without one is worth 0."""
     found = _NUMBER.findall(response)
-    return float(bool(found) and _value(found[-1]) == _value(answer.strip()))
+    value = _value(found[-1]) if found else None
+    return float(value is not None and value == _value(answer.strip()))
 
 
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").replace("\u2212", "-"))
+def _value(number: str) -> Decimal | None:
+    """None for a number whose exponent is too large for any."""
+    try:
+        return Decimal(number.replace(",", "").replace("\u2212", "-"))
+    except InvalidOperation:
+        return None
 
 
 def is_number(answer: str) -> bool:
     """Whether `last_number` can compare with it."""
-    return _NUMBER.fullmatch(answer.strip()) is not None
+    return _NUMBER.fullmatch(answer.strip()) is not None and _value(answer.strip()) is not None
 
 
 def nothing(response: str, answer: str) -> float | None:

@@ -5,7 +5,7 @@ observation) is text even where it looks like a special token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -44,30 +44,44 @@ class Chat:
 
     def quotes(self) -> Quotes:
         """Placeholders for what looks like one of this tokenizer's special tokens in somebody's text."""
-        literals = sorted(self._literals, key=len, reverse=True)
-        return Quotes(re.compile("|".join([*map(re.escape, literals), PLANE])))
+        return Quotes(_any_of(self._literals - TAGS))
+
+    def quoted(self, message: Message, quotes: Quotes) -> Message:
+        """A message with placeholders. Tags of calls and of thinking are the student's and a system message's own; where a user
+        or a tool writes them they are text."""
+        own = message["role"] in ("assistant", "system")
+        return {
+            "role": message["role"],
+            "content": quotes.mark(message["content"], pattern=None if own else self._foreign),
+        }
 
     def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes) -> str:
         """The conversation with the generation prompt, quoted special tokens as placeholders."""
-        quoted = [{"role": m["role"], "content": quotes.mark(m["content"])} for m in messages]
+        quoted = [self.quoted(m, quotes) for m in messages]
+        tools = [_marked(tool, quotes, self._foreign) for tool in prompt.tools]
         if not self._templated:
-            return "\n\n".join(m["content"] for m in quoted)
+            return "\n\n".join(m["content"] for m in (_with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
-            return apply_template(self.tokenizer, quoted, prompt.tools, natively=self._shows_tools)
+            return apply_template(self.tokenizer, quoted, tools, natively=self._shows_tools)
         except TemplateError as error:
             raise DataError(f"prompt '{prompt.id}': the model's chat template refuses it: {error}") from None
 
-    def encode(self, marked: str, quotes: Quotes, prompt: Prompt) -> list[int]:
-        """The token ids of a rendering; raises DataError when there are none."""
-        text = quotes.restore(marked)
-        if text != marked:
-            leading = [] if self._templated else list(self.tokenizer("").input_ids)
+    def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
+        """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
+        alone = not self._templated and opens  # a base model's text begins as its tokenizer begins texts
+        if quotes.restore(marked) != marked:
+            leading = list(self.tokenizer("").input_ids) if alone else []
             ids = leading + self._encoder.encode(marked, quotes).ids
         else:
-            ids = list(self.tokenizer(text, add_special_tokens=not self._templated).input_ids)
+            ids = list(self.tokenizer(marked, add_special_tokens=alone).input_ids)
         if not ids:
             raise DataError(f"prompt '{prompt.id}': no tokens after tokenization; expected at least one")
         return ids
+
+    def encode_turn(self, text: str) -> list[int]:
+        """The token ids of a turn that somebody wrote for the student, its end token left out."""
+        quotes = self.quotes()
+        return self._encoder.encode(quotes.mark(text), quotes).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, its special tokens (end of turn) left out, but for tags of thinking and of tool calls."""
@@ -86,11 +100,16 @@ class Chat:
 
     @cached_property
     def _literals(self) -> frozenset[str]:
-        """What may not be typed: the special tokens, and the added tokens that the template itself writes, tags apart."""
+        """What may not be typed: the special tokens, and the added tokens that the template itself writes."""
         added = {str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()}
         template = getattr(self.tokenizer, "chat_template", None) or ""
         structural = {t for t in added if t.strip() and t in str(template)}
-        return (frozenset(self.tokenizer.all_special_tokens) | structural) - TAGS
+        return frozenset(self.tokenizer.all_special_tokens) | structural | (TAGS & added)
+
+    @cached_property
+    def _foreign(self) -> re.Pattern[str]:
+        """What may not be typed by anybody but the student."""
+        return _any_of(self._literals)
 
     @cached_property
     def _hidden(self) -> frozenset[int]:
@@ -111,6 +130,20 @@ class Chat:
     @cached_property
     def _shows_tools(self) -> bool:
         return template_shows_tools(self.tokenizer)
+
+
+def _any_of(literals: Collection[str]) -> re.Pattern[str]:
+    """Any of these, the longest first, and the placeholders' own characters."""
+    return re.compile("|".join([*map(re.escape, sorted(literals, key=len, reverse=True)), PLANE]))
+
+
+def _marked(value: Any, quotes: Quotes, pattern: re.Pattern[str]) -> Any:
+    """A JSON value with placeholders in its strings."""
+    if isinstance(value, str):
+        return quotes.mark(value, pattern=pattern)
+    if isinstance(value, Mapping):
+        return {_marked(key, quotes, pattern): _marked(item, quotes, pattern) for key, item in value.items()}
+    return [_marked(item, quotes, pattern) for item in value] if isinstance(value, list | tuple) else value
 
 
 def apply_template(
@@ -219,7 +252,7 @@ class Conversation:
             self._begin()
             return
         stretch = self.stretches[-1]
-        ids = self.chat.encode(added, self._quotes, self.prompt) if added else []
+        ids = self.chat.encode(added, self._quotes, self.prompt, opens=False) if added else []
         start = len(stretch.token_ids)
         stretch.token_ids.extend(ids)
         stretch.logprobs.extend([0.0] * len(ids))

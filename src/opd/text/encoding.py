@@ -30,13 +30,17 @@ class Quotes:
         self._pattern = pattern
         self._quoted: list[str] = []
 
-    def mark(self, text: str, *, outside: Sequence[tuple[int, int]] = ()) -> str:
-        """The text with placeholders for its quotes; spans of characters `outside` are left as they are."""
+    def mark(
+        self, text: str, *, outside: Sequence[tuple[int, int]] = (), pattern: re.Pattern[str] | None = None
+    ) -> str:
+        """The text with placeholders for its quotes, or for what another `pattern` finds; spans of characters `outside` are left
+        as they are."""
+        pattern = pattern or self._pattern
         found, position = [], 0
         for start, stop in outside:
-            found += [self._pattern.sub(self._placeholder, text[position:start]), text[start:stop]]
+            found += [pattern.sub(self._placeholder, text[position:start]), text[start:stop]]
             position = stop
-        return "".join([*found, self._pattern.sub(self._placeholder, text[position:])])
+        return "".join([*found, pattern.sub(self._placeholder, text[position:])])
 
     def restore(self, marked: str) -> str:
         return re.sub(PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
@@ -127,7 +131,7 @@ class Encoder:
         apart = [i for _, run in self._runs(neutral, None) for i in run.ids]
         if apart != encode_text(self._tokenizer, neutral, parse_special=True):
             raise DataError(
-                f"teacher '{self._name}': the conversation quotes a special token, and this tokenizer does not encode what "
+                f"{self._name}: the conversation quotes a special token, and this tokenizer does not encode what "
                 "stands between special tokens by itself"
             )
         runs = self._runs(marked, quotes)

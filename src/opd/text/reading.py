@@ -71,7 +71,9 @@ class Reader:
         # Added tokens that the template writes are structure, whether they are called special or not. Not so tags, which are
         # anybody's, and white space, which some vocabularies hold as added tokens.
         structural = [t for t in self.table.added.values() if t in shown.whole and t.strip() and t not in TAGS]
-        self._encoder = Encoder(tokenizer, self.table, [*self.table.names.values(), *structural], name=name)
+        self._encoder = Encoder(
+            tokenizer, self.table, [*self.table.names.values(), *structural], name=f"teacher '{name}'"
+        )
         closing = self._encoder.opening_literal(shown.after.lstrip())
         of_template = {i for i, literal in self.table.added.items() if literal == closing}
         self._asked: tuple[TokenBytes, dict[int, str]] | None = None

@@ -1,0 +1,169 @@
+"""Environments and tools that break every rule there is: each costs its own episode or call, never the run."""
+
+import asyncio
+import math
+import threading
+import time
+from typing import Any
+
+import pytest
+from factories import prompt
+from test_episodes import Scripted, play, say
+from test_tools import call, heard, make, step
+
+from opd.errors import RunError
+from opd.roles import Step
+from opd.tasks import environment as hosting
+
+
+class Odd:
+    """A value that cannot be read."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"events": None}, "a step that cannot be read: TypeError"),
+        ({"events": {"moves": "many"}}, "a step that cannot be read: ValueError"),
+        ({"events": {"moves": math.inf}}, "a step that cannot be read: OverflowError"),
+        ({"reward": Odd()}, "a step that cannot be read: RuntimeError: no number"),
+        ({"done": Odd()}, "a step that cannot be read: RuntimeError: neither"),
+        ({"reward": math.nan}, "gave the reward nan"),
+    ],
+)
+def test_a_step_that_cannot_be_read_fails_its_episode_alone(fields: dict[str, Any], reason: str):
+    def answers(turn: int, text: str) -> Step:
+        return Step([{"role": "tool", "content": "x"}], **fields)
+
+    broken, whole = play(
+        lambda p: Scripted(answers if p.id == "p0" else lambda turn, text: say("x", done=True, reward=1.0)),
+        prompts=[prompt("p0"), prompt("p1")],
+    )
+    assert broken.finish == "failed"
+    assert reason in (broken.failure or "")
+    assert (whole.finish, whole.reward) == ("end", 1.0)
+
+
+class Leaving(BaseException):
+    """No Exception: what catches those lets it through."""
+
+
+@pytest.mark.parametrize("error", [Leaving, SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_an_environment_that_leaves_in_an_unusual_way_fails_its_episode_at_once(error: type[BaseException]):
+    def leaves(turn: int, text: str) -> Step:
+        raise error
+
+    began = time.monotonic()
+    [found] = play(lambda p: Scripted(leaves))
+    assert time.monotonic() - began < 4.0  # its time limit is 5 s
+    assert found.finish == "failed"
+    assert "raised" in (found.failure or "") or "was cancelled" in (found.failure or "")
+
+
+def test_a_thousand_messages_are_cut_and_counted():
+    [found] = play(
+        lambda p: Scripted(lambda turn, text: Step([{"role": "tool", "content": "x"}] * 1000, done=turn == 2))
+    )
+    assert found.events["observation_cut"] == 2 * (1000 - hosting._MAX_MESSAGES)
+
+
+def test_lines_may_end_as_they_do_on_windows():
+    [found] = play(lambda p: Scripted(lambda turn, text: say("one\r\ntwo\rthree", done=turn == 2)))
+    assert found.messages[-2]["content"] == "one\ntwo\nthree"
+    assert "control_characters" not in found.events
+
+
+def test_a_system_without_room_for_another_environment_says_what_to_lower(monkeypatch: pytest.MonkeyPatch):
+    def full() -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(hosting.asyncio, "new_event_loop", full)
+    with pytest.raises(RunError, match=r"Too many open files; lower episodes.max_concurrent = 64"):
+        play(lambda p: Scripted(lambda turn, text: say("x")))
+
+
+def test_an_opening_that_cannot_be_shown_fails_its_episode_alone(monkeypatch: pytest.MonkeyPatch):
+    from opd.errors import DataError
+    from opd.text.chat import Conversation
+
+    def refuses(self: Conversation, messages: Any) -> None:
+        if len(self._messages) + len(messages) > 1:
+            raise DataError("the template refuses it")
+        plain(self, messages)
+
+    plain = Conversation.open_with
+    monkeypatch.setattr(Conversation, "open_with", refuses)
+    [found] = play(lambda p: Scripted(lambda turn, text: say("x"), opening=[{"role": "user", "content": "go"}]))
+    assert found.failure == "the environment said what the student cannot be shown: the template refuses it"
+    assert found.response == ""  # it never had a turn
+
+
+def test_errors_of_tasks_that_an_environment_left_behind_are_not_printed(capfd: pytest.CaptureFixture[str]):
+    class Leaky(Scripted):
+        async def step(self, message: Any) -> Step:
+            async def late() -> None:
+                raise RuntimeError("\x1b[31mlate")
+
+            task = asyncio.ensure_future(late())
+            await asyncio.sleep(0.01)
+            del task
+            return Step(done=True)
+
+    play(lambda p: Leaky(lambda turn, text: Step()))
+    time.sleep(0.1)
+    import gc
+
+    gc.collect()
+    assert "late" not in capfd.readouterr().err
+
+
+def test_calls_that_hang_share_the_time_of_their_turn():
+    def hangs(x: int) -> int:
+        time.sleep(5.0)
+        return x
+
+    began = time.monotonic()
+    found = step(make(hangs, tool_timeout_s=0.3, step_timeout_s=1.0), call() * 6)
+    assert time.monotonic() - began < 1.0
+    assert found.events["tool_timeouts"] == 6
+    texts = heard(found)
+    assert texts[0] == "error: f gave no answer in 0.3 s"
+    assert texts[-1] == "error: f was not called: the calls before took the time of this turn"
+
+
+def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyPatch):
+    from opd.tasks import episodes as playing
+
+    release = threading.Event()
+    monkeypatch.setattr(playing, "_MAX_HANGING", 0)
+
+    def environment(p: Any) -> Any:
+        return make(lambda x: release.wait(10.0), tool_timeout_s=0.05)
+
+    try:
+        with pytest.raises(RunError, match=r"threads of environments and tools do not come back"):
+            play(environment, write=lambda p, m: call() * 4 if len(m) == 1 else "done", max_concurrent=1)
+    finally:
+        release.set()
+
+
+def test_a_result_that_cannot_be_written_is_the_tools_error():
+    circle: list[Any] = []
+    circle.append(circle)
+    found = step(make(lambda x: circle), call())
+    assert heard(found) == ["error: RuntimeError: ValueError: Circular reference detected"]
+    assert found.events["tool_errors"] == 1
+
+
+def test_an_async_tool_is_awaited():
+    async def later(x: int) -> int:
+        await asyncio.sleep(0.01)
+        return x + 1
+
+    assert heard(step(make(later), call())) == ["4"]
