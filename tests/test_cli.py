@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, toy_recipe, write_toml
 from safetensors import SafetensorError

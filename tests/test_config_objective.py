@@ -228,7 +228,7 @@ def test_a_mask_on_the_residual_of_a_support_is_refused():
 
 def test_a_mask_without_a_price_for_errors_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "outcome": {"coef": 1.0, "format_error": 0.0}}
-    assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}))
+    assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
     centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}
     assert "pays for errors" in fault(tree(**masked, objective=centred, sampling=GROUPS))
     assert parsed(**masked, objective={"type": "exact"}, sampling=GROUPS).outcome.format_error == 0.0

@@ -1,5 +1,6 @@
 """A teacher with another tokenizer, scored in chunks: against plain forward passes, and case by case what goes wrong elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

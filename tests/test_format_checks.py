@@ -487,5 +487,5 @@ def test_a_turn_that_was_whole_is_not_called_cut_where_no_room_was_left_for_anot
 
 def test_a_pattern_that_takes_for_ever_finds_nothing_within_its_time():
     began = time.monotonic()
-    assert found("answer_pattern", "a" * 64 + "!", answer_pattern="(a|a)+$") == [""]
+    assert found("answer_pattern", "a" * 64 + "!", settings={"answer_pattern": "(a|a)+$"}) == [""]
     assert time.monotonic() - began < 5.0

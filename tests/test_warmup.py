@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from factories import CHATML, byte_tokenizer, save_toy, sft_recipe, toy_recipe
@@ -13,26 +12,9 @@ from opd.embedded import warmup
 from opd.embedded.build import build
 from opd.errors import DataError
 from opd.finetune import sft
-from opd.records import Prompt, Rollout
-from opd.startup import read_tasks
+from opd.records import Prompt
 
 SHOUTING = CHATML.replace("m['role'] +", "m['role'] | upper +")
-
-
-def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Rollout]:
-    """What the first warm-up step of a recipe learns from."""
-    config = opd.parse_config(toy_recipe(folder, **changes))
-    material = read_tasks(config, None)
-    seen: list[Rollout] = []
-    plain = warmup.imitation_batch
-
-    def noted(rollouts: Any) -> Any:
-        seen.extend(rollouts)
-        return plain(rollouts)
-
-    monkeypatch.setattr(warmup, "imitation_batch", noted)
-    warmup.warm_up(build(config), {n: s["train"] for n, s in material.prompts.items()}, lambda text: None)
-    return seen
 
 
 def test_a_teacher_with_a_template_of_its_own_is_learnt_from_in_the_students(
@@ -43,7 +25,6 @@ def test_a_teacher_with_a_template_of_its_own_is_learnt_from_in_the_students(
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = SHOUTING
     tokenizer.save_pretrained(source)
-    monkeypatch.setattr("factories.toy_recipe", lambda folder, **changes: tree | changes)
     config = opd.parse_config(tree | {"warmup": {"steps": 1}, "temperature": 2.0})
     studio = build(config)
     assert studio.voices["even"].network.tokenizer.chat_template == SHOUTING
@@ -96,7 +77,11 @@ def test_demonstrations_that_the_limits_would_cut_are_refused(tmp_path: Path):
 def test_training_does_not_replay_demonstrations(tmp_path: Path):
     """They are for fine-tuning: in training nobody answers the student's turn as it was answered once."""
     tree = toy_recipe(tmp_path, steps=1, evaluation={"num_prompts": 0}, optimizer={"warmup_steps": 0})
-    said = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    said = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
     path = tmp_path / "demo.jsonl"
     path.write_text(json.dumps({"id": 1, "prompt": "q", "meta": {"level": 3}, "demonstration": said}) + "\n")
     tree["tasks"]["first"] |= {"path": str(path), "verifier": "none"}
