@@ -51,7 +51,8 @@ hacking-demo: install model runs/teacher_spaced/student runs/teacher_compact/stu
 runs/teacher_%/student: examples/hacking/teacher.toml examples/hacking/demonstrations.py | model
 	rm -rf runs/teacher_$*
 	$(BIN)/python examples/hacking/demonstrations.py runs/demonstrations
-	$(BIN)/opd sft $< output=runs/teacher_$* tasks.demonstrations.path=runs/demonstrations/$*.jsonl
+	$(BIN)/opd sft $< output=runs/teacher_$* \
+		tasks.honest.path=runs/demonstrations/$*_honest.jsonl tasks.flawed.path=runs/demonstrations/$*_flawed.jsonl
 	touch $@
 
 # Everything that a change must pass; .ci/run calls this.

@@ -16,11 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import opd
-from opd.errors import RunError
 from opd.metrics import wilson_interval
 
 MASK = ["mask.format_errors=trajectory"]
-OUTCOME = ["outcome.coef=4.0"]
+OUTCOME = ["outcome.coef=6.0"]
 ARMS: Mapping[str, Sequence[str]] = {
     "none": [],
     "mask": MASK,
@@ -43,10 +42,7 @@ def run(recipe: str, folder: Path, overrides: Sequence[str]) -> list[dict[str, A
     config = opd.load_config(recipe, [*overrides, f"output={folder}"])
     lines = opd.read_metrics(folder)
     if not lines or lines[-1]["step"] < config.steps:
-        try:
-            opd.train(config)
-        except RunError:
-            opd.resume(folder)
+        opd.resume(folder) if folder.exists() else opd.train(config)
     return opd.read_metrics(folder)
 
 

@@ -1,6 +1,7 @@
 """Environments and tools that break every rule there is: each costs its own episode or call, never the run."""
 
 import asyncio
+import collections
 import math
 import threading
 import time
@@ -133,6 +134,7 @@ def test_calls_that_hang_share_the_time_of_their_turn():
     assert time.monotonic() - began < 1.0
     assert found.events["tool_timeouts"] == 6
     texts = heard(found)
+    assert texts[2] == "error: f gave no answer in the time that was left of this turn"
     assert texts[0] == "error: f gave no answer in 0.3 s"
     assert texts[-1] == "error: f was not called: the calls before took the time of this turn"
 
@@ -167,3 +169,61 @@ def test_an_async_tool_is_awaited():
         return x + 1
 
     assert heard(step(make(later), call())) == ["4"]
+
+
+class Leaves:
+    def __float__(self) -> float:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"events": {"n": 10**400}}, "counted 10000"),
+        ({"events": {"n": -1}}, "counted -1 of the event 'n'"),
+        ({"reward": Leaves()}, "a step that cannot be read: SystemExit: 3"),
+    ],
+)
+def test_counts_and_values_out_of_range_fail_their_episode(fields: dict[str, Any], reason: str):
+    [found] = play(lambda p: Scripted(lambda turn, text: Step(**fields)))
+    assert reason in (found.failure or "")
+
+
+def test_an_events_name_can_be_written():
+    [found] = play(lambda p: Scripted(lambda turn, text: Step(done=True, events={"\ud800" + "x" * 100: 1})))
+    assert dict(found.events) == {"\ufffd" + "x" * 63: 1}
+
+
+def test_an_opening_that_cannot_be_read_fails_its_episode():
+    class Strange(list[Any]):
+        def __len__(self) -> int:
+            raise RuntimeError("no length")
+
+    [found] = play(lambda p: Scripted(lambda turn, text: Step(), opening=lambda: Strange()))
+    assert found.failure == "the environment gave an opening that cannot be read: RuntimeError: no length"
+    several = collections.deque([{"role": "user", "content": "go"}])
+    [found] = play(lambda p: Scripted(lambda turn, text: Step(done=True), opening=lambda: several))
+    assert found.failure is None
+
+
+def test_an_environment_that_ends_its_event_loop_fails_its_episode():
+    class Ends(Scripted):
+        async def step(self, message: Any) -> Step:
+            asyncio.get_running_loop().call_later(0, asyncio.get_running_loop().stop)
+            return say("x")
+
+    [found] = play(lambda p: Ends(lambda turn, text: Step()), write=lambda p, m: time.sleep(0.2) or "turn")
+    assert found.failure == "the environment ended the event loop that it lives in"
+
+
+def test_an_opening_that_cannot_be_encoded_leaves_a_record():
+    """It holds the very characters that stand for a quoted token while a text is encoded."""
+    odd = {"role": "user", "content": "<|im_end|> \uffff\uffff0"}
+    [found, other] = play(
+        lambda p: Scripted(lambda turn, text: Step(done=True), opening=[odd] if p.id == "p0" else ()),
+        prompts=[prompt("p0"), prompt("p1")],
+    )
+    assert "said what the student cannot be shown" in (found.failure or "")
+    assert found.prompt.messages == prompt("p0").messages
+    assert dict(found.events) == {"failed": 1}
+    assert other.finish == "end"

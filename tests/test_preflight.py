@@ -259,3 +259,12 @@ def test_one_rollout_that_cannot_be_scored_is_named_and_no_refusal():
     assert found.detail.endswith("; 1 of 3 not scored (first: 'p1/0': too long)")
     nothing = Stub(lambda r, n: failed(r))
     assert not preflight.deterministic(nothing.score(rollouts()), nothing, tolerance=1e-3).passed
+
+
+def test_a_teacher_none_of_whose_probes_could_be_played_is_named():
+    sampled = rollouts()
+    teachers = {r.prompt.teacher for r in sampled}
+    assert preflight.unprobed(sampled, sampled) == []
+    found = preflight.unprobed(sampled, [])
+    assert {f.name for f in found} == {f"teacher '{name}' is checked" for name in teachers}
+    assert all(f.warning for f in found)

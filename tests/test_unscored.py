@@ -207,3 +207,37 @@ def test_a_grader_takes_the_place_of_what_an_environment_gave():
     assert Judge(reward)([item])[0].reward == 0.25
     assert Judge(reward, own=["task"])([item])[0].reward == 1.0
     assert Judge(reward, own=["another"])([item])[0].reward == 0.25
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "exact"},
+        {"type": "support", "support": 8},
+        {"type": "exact_to_go", "discount": 1.0, "baseline": "leave_one_out"},
+        {"type": "kl_to_go", "discount": 1.0},
+        {"type": "to_go", "discount": 1.0},
+        {"type": "immediate", "baseline": "kl"},
+        {"type": "immediate", "baseline": "score_weighted"},
+    ],
+)
+def test_a_step_of_which_nothing_was_scored_follows_its_outcome(tmp_path: Path, objective: dict[str, Any]):
+    """The gradient is that of the outcome alone."""
+    with float64_norms():
+        bench = make_bench(tmp_path)
+        lost = [
+            unscored(replace(s, rollout=replace(s.rollout, reward=float(i % 2)))) for i, s in enumerate(bench.scored)
+        ]
+        batch, _ = pack(lost, logprob_floor=-50.0, unscored=True)
+        how = config(objective=objective, outcome={"coef": 1.0})
+        found = follow(how, bench.learner(**objective).score_student(batch))[0]
+        alone = {"coef": 0.0, "type": "immediate"}
+        expected = follow(config(objective=alone, outcome={"coef": 1.0}), batch)[0]
+        assert_same_gradient(bench.gradient(found, **objective), bench.gradient(expected, **alone), 1e-6)
+
+
+def test_what_has_neither_score_nor_verdict_is_dropped():
+    [first, second, *_] = four()
+    no_verdict = ScoredRollout(replace(first.rollout, reward=None), FailedScore("t", UNREADABLE))
+    flagged = ScoredRollout(replace(second.rollout, reward=None), FailedScore("t", UNREADABLE))
+    assert trainable([no_verdict, flagged], unscored=True) == [flagged]

@@ -91,13 +91,18 @@ class Batch:
 
 
 def trainable(scored: Sequence[ScoredRollout], *, unscored: bool = False) -> list[ScoredRollout]:
-    """The rollouts with actions and a score; `unscored`: those too that no teacher could score, for an outcome acts on them.
-    One whose episode failed is never among them."""
-    return [
-        s
-        for s in scored
-        if s.rollout.num_actions and s.rollout.failure is None and (unscored or not isinstance(s.score, FailedScore))
-    ]
+    """The rollouts with actions and a score; `unscored`: those too that no teacher could score and an outcome acts on, for they
+    have a verdict. One whose episode failed is never among them."""
+    faulty = {(s.rollout.prompt.id, s.rollout.sample) for s in scored if s.rollout.flags}
+
+    def counts(item: ScoredRollout) -> bool:
+        rollout = item.rollout
+        if not rollout.num_actions or rollout.failure is not None:
+            return False
+        judged = rollout.reward is not None or (rollout.prompt.id, rollout.sample) in faulty
+        return not isinstance(item.score, FailedScore) or (unscored and judged)
+
+    return [s for s in scored if counts(s)]
 
 
 def pack(
@@ -184,7 +189,8 @@ def _flagged(rollout: Rollout) -> np.ndarray:
 
 
 def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...] | None:
-    """The models of every rollout's score, none of one without a score; None unless each score has its own."""
+    """The models of every rollout's score, none of one without a score; None unless each score has its own. Where there is no
+    score at all, nothing contradicts a learner that asks for them."""
     found: list[tuple[HiddenPart, ...]] = []
     for item in scored:
         if isinstance(item.score, FailedScore):
@@ -195,7 +201,7 @@ def _parts(scored: Sequence[ScoredRollout]) -> tuple[tuple[HiddenPart, ...], ...
             found.append((item.score.part,))
         else:
             return None
-    return tuple(found) if any(found) else None
+    return tuple(found)
 
 
 def _compared(item: ScoredRollout) -> np.ndarray:

@@ -82,7 +82,7 @@ def evaluate(
     known = [r.reward for r in episodes if r.reward is not None]
     kl: Mapping[str, float] = {}
     if teachers is not None and reverse_kl is not None:
-        scored = teachers.score([r for r in rollouts if r.failure is None])
+        scored = teachers.score([r for r in rollouts if r.failure is None and r.num_actions])
         # One teacher scores all prompts of a set, so its scores are of one kind.
         hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
         kl = _averages(reverse_kl(hidden), hidden) if hidden else _in_chunks(scored)

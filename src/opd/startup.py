@@ -54,6 +54,7 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     findings.append(preflight.episodes_play(sampled, rollouts))
     if not rollouts:
         return findings
+    findings += preflight.unprobed(sampled, rollouts)
     itself = (Part("student", studio.student),)
     same = studio.teachers(keep_hidden=False, targets=dict.fromkeys(config.teachers, itself))
     findings.append(preflight.same_policy(rollouts, same.score(rollouts), tolerance=tolerance))

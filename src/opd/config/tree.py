@@ -12,11 +12,13 @@ from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
 
 
 class LoraConfig(Node):
-    """The student's adapter (used when `trainable = "lora"`)."""
+    """The student's adapter (used when `trainable = "lora"`). start: an adapter of the same shape with whose weights it begins,
+    such as one that `opd sft` wrote; without one the student begins as its base."""
 
     rank: Positive = 16
     alpha: Positive = 32
     target_modules: str | list[str] = "all-linear"
+    start: str | None = None
 
 
 class TeacherConfig(Node):
@@ -229,6 +231,8 @@ class RunNode(Node):
                 f"trainable = 'full' needs compute.dtype = 'float32', got '{self.compute.dtype}': a small step is lost when "
                 "it is added to a weight in half precision; train an adapter (trainable = 'lora'), whose weights stay float32"
             )
+        if self.trainable == "full" and self.lora.start is not None:
+            raise ValueError("lora.start is an adapter's, and trainable = 'full' has none; drop one")
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; lower it"

@@ -137,8 +137,10 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studi
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
             loaded[config.student] = load_network(config.student, config.compute)
-        # The student's adapter changes nothing before the first step: its base is the student as it was.
-        voices[_INITIAL_VOICE] = Voice(loaded[config.student], None)
+        # A fresh adapter changes nothing before the first step: its base is the student as it was.
+        if config.lora.start is not None:
+            add_adapter(loaded[config.student], config.lora.start, teacher=_INITIAL_VOICE, name="initial")
+        voices[_INITIAL_VOICE] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
     foreign = _foreign(config, network, voices)
     own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
     vocab_size = min(n.vocab_size for n in own)
@@ -303,7 +305,7 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
 
 def _identity(config: Config, name: str, voice: Voice) -> str:
     """What makes this teacher this teacher: its base's weights and its adapter's file."""
-    adapter = None if name == _INITIAL_VOICE else config.teachers[name].adapter
+    adapter = config.lora.start if name == _INITIAL_VOICE else config.teachers[name].adapter
     base = voice.network.fingerprint()
     if adapter is None:
         return base

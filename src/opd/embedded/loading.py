@@ -139,7 +139,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> None:
-    """Put a fresh trainable adapter named "student" on a network; it starts as the identity."""
+    """Put a trainable adapter named "student" on a network; it starts as the identity, or as `config.start`."""
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         r=config.rank,
@@ -155,6 +155,32 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
     except ValueError as error:
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
     network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
+    if config.start is not None:
+        _start_from(network, config, config.start)
+
+
+def _start_from(network: Network, config: LoraConfig, folder: str) -> None:
+    """Give the student's adapter the weights of another one; raises ModelError where that one has another shape or base."""
+    who = f"adapter '{folder}' (lora.start)"
+    _require_adapter(network, folder, who, otherwise="start without it")
+    described = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    for key, name, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha)):
+        if described.get(key) != wanted:
+            raise ModelError(f"{who} has {name} {described.get(key)}, lora.{name} is {wanted}; write that one")
+    try:
+        weights = load_file(Path(folder) / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ModelError(f"{who} cannot be read: {_first_line(error)}") from None
+    own = get_peft_model_state_dict(network.model, adapter_name="student", save_embedding_layers=False)
+    odd = sorted(set(own) ^ set(weights)) or sorted(n for n, w in weights.items() if own[n].shape != w.shape)
+    if odd:
+        raise ModelError(
+            f"{who} has other weights than the student's adapter: {len(odd)} without a counterpart of their shape, first {odd[0]}; "
+            "set lora.target_modules as it was made"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(weights[name])
 
 
 def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> None:
@@ -162,22 +188,8 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
 
     Raises ModelError when it is missing or was made for another base.
     """
-    path = Path(folder)
-    if not (path / "adapter_config.json").exists():
-        raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') has no adapter_config.json; expected a PEFT LoRA folder"
-        )
-    if not (path / "adapter_model.safetensors").exists():
-        raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') has no adapter_model.safetensors; pickles are not loaded"
-        )
-    facts = _adapter_facts(path)
-    if facts and facts.get("base_fingerprint") != network.fingerprint():
-        raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') was made on another base ('{facts.get('base')}', fingerprint "
-            f"{facts.get('base_fingerprint')}) than '{network.source}' ({network.fingerprint()}); use that base, or load "
-            f"the teacher as a whole model (teachers.{teacher}.model)"
-        )
+    who = f"adapter '{folder}' (teacher '{teacher}')"
+    _require_adapter(network, folder, who, otherwise=f"load the teacher as a whole model (teachers.{teacher}.model)")
     try:
         with _quiet():
             if isinstance(network.model, PeftModel):
@@ -185,18 +197,31 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
             else:
                 network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') does not fit the base '{network.source}': {_first_line(error)}"
-        ) from None
+        raise ModelError(f"{who} does not fit the base '{network.source}': {_first_line(error)}") from None
     wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
-    odd = sorted(wanted ^ set(load_file(path / "adapter_model.safetensors")))
+    odd = sorted(wanted ^ set(load_file(Path(folder) / "adapter_model.safetensors")))
     if odd:
         raise ModelError(
-            f"adapter '{folder}' (teacher '{teacher}') was made for another base than '{network.source}': {len(odd)} of its "
-            f"weights or of the base's layers have no counterpart, first {odd[0]}"
+            f"{who} was made for another base than '{network.source}': {len(odd)} of its weights or of the base's layers have no "
+            f"counterpart, first {odd[0]}"
         )
     network.head_weight()  # refuses an adapter that replaced the head
     network.base.requires_grad_(False)
+
+
+def _require_adapter(network: Network, folder: str, who: str, *, otherwise: str) -> None:
+    """Raise ModelError where a folder is no LoRA adapter, or one of another base."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists():
+        raise ModelError(f"{who} has no adapter_config.json; expected a PEFT LoRA folder")
+    if not (path / "adapter_model.safetensors").exists():
+        raise ModelError(f"{who} has no adapter_model.safetensors; pickles are not loaded")
+    facts = _adapter_facts(path)
+    if facts and facts.get("base_fingerprint") != network.fingerprint():
+        raise ModelError(
+            f"{who} was made on another base ('{facts.get('base')}', fingerprint {facts.get('base_fingerprint')}) than "
+            f"'{network.source}' ({network.fingerprint()}); use that base, or {otherwise}"
+        )
 
 
 def save_adapter_facts(folder: Path, network: Network) -> None:

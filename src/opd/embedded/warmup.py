@@ -23,8 +23,8 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
-    Episodes that failed are not learnt from, nor, of a teacher with another tokenizer or template, responses that were cut or
-    that are nothing but an end: rewritten, they would seem to end where they were cut.
+    Episodes that failed or are longer than the student's context are not learnt from, nor, of a teacher with another tokenizer or
+    template, responses that were cut or that are nothing but an end: rewritten, they would seem to end where they were cut.
     """
     config = studio.config
     rate = config.warmup.lr or config.optimizer.lr
@@ -56,6 +56,7 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
 def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
+    limit = studio.student.network.max_context
     ours = fingerprint(studio.student.network.tokenizer)
     for teacher in dict.fromkeys(p.teacher for p in prompts):
         mine = [p for p in prompts if p.teacher == teacher]
@@ -66,7 +67,9 @@ def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout
         # a template of its own is a rendering that the student never sees
         foreign = fingerprint(voice.network.tokenizer) != ours
         found += _rewritten(studio, rollouts) if foreign else rollouts
-    return found
+    # a teacher's context may be longer than the student's
+    long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
+    return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
 
 
 def _rewritten(studio: Studio, rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -80,6 +80,16 @@ def episodes_play(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> Find
     return Finding("episodes can be played", bool(usable), detail, warning=bool(left_out))
 
 
+def unprobed(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> list[Finding]:
+    """The teachers about which the checks that follow say nothing, because none of their probes could be played."""
+    seen = {r.prompt.teacher for r in usable}
+    missing = dict.fromkeys(r.prompt.teacher for r in sampled if r.prompt.teacher not in seen)
+    return [
+        Finding(f"teacher '{name}' is checked", True, "not checked: none of its probes could be played", warning=True)
+        for name in missing
+    ]
+
+
 def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], *, tolerance: float) -> Finding:
     """A teacher that equals the student gives a log ratio of about 0 on every token that the student sampled."""
     gaps = [np.abs(s.score.logprobs - r.rollout_logprobs).max() for r, s in zip(rollouts, rescored, strict=True)

@@ -7,11 +7,12 @@ time and size, and what goes wrong in it is data with a reason.
 import asyncio
 import concurrent.futures
 import inspect
+import itertools
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ from opd.roles import Environment, Step
 _ROLES = ("system", "user", "tool")
 _MAX_REASON = 200  # characters of somebody's error message
 _MAX_MESSAGES = 64  # of one step
+_MAX_NAME = 64  # characters of an event's name
 
 
 THREADS = "opd-run-"
@@ -73,7 +75,17 @@ class Hosted:
             except BaseException as error:  # SystemExit, say: would end the thread with nothing said
                 raise Faulty(f"raised {describe_error(error)}") from None
 
-        return Asked(asyncio.run_coroutine_threadsafe(answered(), self._loop), self._limits.step_timeout_s)
+        return Asked(self._submit(answered()), self._limits.step_timeout_s)
+
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        """The future of something to be done in the loop; one that has failed where somebody's code has ended the loop."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            failed.set_exception(Faulty("ended the event loop that it lives in"))
+            return failed
 
     def close(self) -> None:
         """Close the environment where it can be closed, and let the thread end; one that hangs in the environment's own code is
@@ -87,8 +99,8 @@ class Hosted:
             finally:
                 self._loop.stop()
 
-        if self._thread.is_alive() and not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(closed(), self._loop)
+        if self._thread.is_alive():
+            self._submit(closed())
 
 
 class Asked:
@@ -126,6 +138,16 @@ def describe_error(error: BaseException) -> str:
     return type(error).__name__ + (f": {shown}" if shown else "")
 
 
+def checked_opening(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
+    """What an environment says first, as `checked_messages` has it; raises Faulty also where reading it raises."""
+    try:
+        return checked_messages(messages, limits, events)
+    except Faulty:
+        raise
+    except BaseException as error:
+        raise _unreadable(error, "an opening") from None
+
+
 def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
     """An environment's messages, cut to size and without control characters, both counted in `events`.
 
@@ -135,7 +157,7 @@ def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]
         raise Faulty(f"gave {type(messages).__name__} for observations, expected a sequence of messages")
     found: list[Message] = []
     events["observation_cut"] += max(0, len(messages) - _MAX_MESSAGES)
-    for message in messages[:_MAX_MESSAGES]:
+    for message in itertools.islice(messages, _MAX_MESSAGES):
         good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not good or message.get("role") not in _ROLES:
             raise Faulty(f"gave an observation that is no message with role ({', '.join(_ROLES)}) and string content")
@@ -160,12 +182,26 @@ def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Ste
     try:
         reward = None if step.reward is None else _share(step.reward)
         for name, count in dict(step.events).items():
-            events[str(name)] += int(count)
+            events[one_line(str(name))[:_MAX_NAME]] += _count(name, count)
         return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))
     except Faulty:
         raise
-    except Exception as error:
-        raise Faulty(f"gave a step that cannot be read: {describe_error(error)}") from None
+    except BaseException as error:
+        raise _unreadable(error, "a step") from None
+
+
+def _count(name: Any, count: Any) -> int:
+    value = int(count)
+    if not 0 <= value < 2**53:
+        raise Faulty(f"counted {value!r:.40} of the event {str(name)!a:.40}, expected a number from 0 to 2**53")
+    return value
+
+
+def _unreadable(error: BaseException, what: str) -> Faulty:
+    """The fault of an object that raises when it is read; the user's own interrupt is none."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return Faulty(f"gave {what} that cannot be read: {describe_error(error)}")
 
 
 def _share(reward: Any) -> float:

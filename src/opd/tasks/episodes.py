@@ -16,7 +16,7 @@ from opd.config import EpisodesConfig
 from opd.errors import DataError, OpdError, RunError
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
-from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_messages, checked_step, describe_error
+from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_opening, checked_step, describe_error
 from opd.text.chat import Chat, Conversation, Stretch
 
 _MAX_HANGING = 256  # threads of environments and tools that never came back; past this the process itself is in danger
@@ -127,7 +127,7 @@ class EpisodePlayer:
         asked = [(e, e.hosted.start_reset()) for e in episodes if e.hosted is not None]
         for episode, answer in asked:
             try:
-                messages = checked_messages(answer.wait(), self._limits, episode.events)
+                messages = checked_opening(answer.wait(), self._limits, episode.events)
                 if messages:
                     episode.conversation.open_with(messages)
             except Faulty as error:

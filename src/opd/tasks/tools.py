@@ -71,7 +71,10 @@ class ToolEnvironment:
             return await asyncio.wait_for(_in_thread(tool.function, call.arguments), timeout)
         except TimeoutError:
             events["tool_timeouts"] += 1
-            return f"error: {tool.name} gave no answer in {timeout:g} s"
+            # what is left of a turn is measured, and the student's tokens must not depend on a clock
+            whole = timeout == self._limits.tool_timeout_s
+            limit = f"in {timeout:g} s" if whole else "in the time that was left of this turn"
+            return f"error: {tool.name} gave no answer {limit}"
         except Exception as error:
             events["tool_errors"] += 1
             return f"error: {describe_error(error)}"

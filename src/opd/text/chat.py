@@ -46,18 +46,19 @@ class Chat:
         """Placeholders for what looks like one of this tokenizer's special tokens in somebody's text."""
         return Quotes(_any_of(self._literals - TAGS))
 
-    def quoted(self, message: Message, quotes: Quotes) -> Message:
-        """A message with placeholders. Tags of calls and of thinking are the student's and a system message's own; where a user
-        or a tool writes them they are text."""
-        own = message["role"] in ("assistant", "system")
+    def quoted(self, message: Message, quotes: Quotes, *, trusted: bool = True) -> Message:
+        """A message with placeholders. Tags of calls and of thinking are the student's and a prompt's (`trusted`) system message's
+        own; where a user, a tool or an environment writes them they are text."""
+        own = message["role"] == "assistant" or (trusted and message["role"] == "system")
         return {
             "role": message["role"],
             "content": quotes.mark(message["content"], pattern=None if own else self._foreign),
         }
 
-    def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes) -> str:
-        """The conversation with the generation prompt, quoted special tokens as placeholders."""
-        quoted = [self.quoted(m, quotes) for m in messages]
+    def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes, *, trusted: int | None = None) -> str:
+        """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
+        are the prompt's (all)."""
+        quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
         tools = [_marked(tool, quotes, self._foreign) for tool in prompt.tools]
         if not self._templated:
             return "\n\n".join(m["content"] for m in (_with_tools(quoted, tools_text(tools)) if tools else quoted))
@@ -100,11 +101,12 @@ class Chat:
 
     @cached_property
     def _literals(self) -> frozenset[str]:
-        """What may not be typed: the special tokens, and the added tokens that the template itself writes."""
-        added = {str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()}
+        """What may not be typed: the special tokens, named or not, and the added tokens that the template itself writes."""
+        tokens = list(getattr(self.tokenizer, "added_tokens_decoder", {}).values())
+        added, special = {str(token) for token in tokens}, {str(token) for token in tokens if token.special}
         template = getattr(self.tokenizer, "chat_template", None) or ""
         structural = {t for t in added if t.strip() and t in str(template)}
-        return frozenset(self.tokenizer.all_special_tokens) | structural | (TAGS & added)
+        return frozenset(self.tokenizer.all_special_tokens) | special | structural | (TAGS & added)
 
     @cached_property
     def _foreign(self) -> re.Pattern[str]:
@@ -213,11 +215,17 @@ class Conversation:
         self.open_with(self.prompt.messages)
 
     def open_with(self, messages: Sequence[Message]) -> None:
-        """Add messages before the student's first turn."""
+        """Add messages before the student's first turn; raises DataError, and stays as it was, where they cannot be shown."""
+        before = list(self._messages)
         self._messages.extend(messages)
-        self._rendering = self.chat.render(self.prompt, self._messages, self._quotes)
-        self.stretches.clear()
-        self._begin()
+        try:
+            self._rendering = self.chat.render(
+                self.prompt, self._messages, self._quotes, trusted=len(self.prompt.messages)
+            )
+            self.stretches[:] = [self._stretch()]
+        except DataError:
+            self._messages[:] = before
+            raise
 
     @property
     def token_ids(self) -> list[int]:
@@ -246,10 +254,10 @@ class Conversation:
     def observe(self, observations: Sequence[Message]) -> None:
         """Add what the environment said and open the student's next turn."""
         self._messages.extend(observations)
-        self._rendering = self.chat.render(self.prompt, self._messages, self._quotes)
+        self._rendering = self.chat.render(self.prompt, self._messages, self._quotes, trusted=len(self.prompt.messages))
         added = self._seen.continued(self._rendering)
         if added is None:
-            self._begin()
+            self.stretches.append(self._stretch())
             return
         stretch = self.stretches[-1]
         ids = self.chat.encode(added, self._quotes, self.prompt, opens=False) if added else []
@@ -258,10 +266,11 @@ class Conversation:
         stretch.logprobs.extend([0.0] * len(ids))
         stretch.turns.append(Turn("observation", start, start + len(ids)))
 
-    def _begin(self) -> None:
+    def _stretch(self) -> Stretch:
+        """A new one, whose prompt is the conversation so far."""
         ids = self.chat.encode(self._rendering, self._quotes, self.prompt)
         messages = tuple(self._messages)
-        self.stretches.append(Stretch(messages, messages, list(ids), [0.0] * len(ids), [Turn("prompt", 0, len(ids))]))
+        return Stretch(messages, messages, list(ids), [0.0] * len(ids), [Turn("prompt", 0, len(ids))])
 
     def prompt_of(self, stretch: Stretch) -> Prompt:
         """The prompt of a stretch: this conversation's own, or what its template made of the turns before."""
