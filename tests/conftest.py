@@ -7,6 +7,9 @@ from jaxtyping import install_import_hook
 # Every call of the mathematics, by a test or by training, has its shapes and dtypes checked.
 install_import_hook("opd.objectives", "beartype.beartype")
 
+# What several files of tests share asserts too.
+pytest.register_assert_rewrite("call_texts", "commands", "config_trees", "run_folders", "toy_runs")
+
 # Nothing in the tests may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -20,8 +20,10 @@ with atheris.instrument_imports(include=["opd.text.tool_calls", "opd.text.tool_s
     importlib.import_module("opd.text.tool_calls")
     importlib.import_module("opd.tasks.format_checks")
 
-from test_format_checks import ALL, ID_OF, check_found, flagged, rollout_of, turn_of  # behind the instrumented imports
-from test_tool_calls import FRAGMENTS, NOTE, TOOLS, check_parsed
+from call_texts import FRAGMENTS, NOTE, TOOLS, check_parsed  # behind the instrumented imports
+from checked_turns import ALL, turn_of
+from test_format_checks import check_found
+from test_format_flags import ID_OF, flagged, rollout_of
 
 TOOL_SETS = (TOOLS, (NOTE,), ())
 # beginnings and ends of calls that are nearly right, and the tags of `ALL`

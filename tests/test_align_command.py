@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from factories import byte_tokenizer, toy_recipe, write_toml
-from test_foreign_teacher import save_foreign
+from foreign import save_foreign
 from typer.testing import CliRunner
 from zoo import toy_bpe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from factories import toy_recipe
-from test_foreign_teacher import save_foreign
+from foreign import save_foreign
 from torch import Tensor
 from zoo import toy, toy_ascii, toy_bpe
 

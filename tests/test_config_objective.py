@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from test_config import fault, tree
+from config_trees import fault, tree
 
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
 from opd.config.parse import _apply

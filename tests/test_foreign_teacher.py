@@ -6,42 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import CHATML, save_toy, toy_model, toy_recipe
+from factories import CHATML, save_toy, toy_recipe
+from foreign import save_foreign, toy_without, voice_of
 from test_tokenizer_pairs import rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo import real, toy, toy_bpe, toy_wordpiece
+from zoo import toy, toy_bpe
 
 import opd
-from opd.config import ComputeConfig
 from opd.embedded.foreign import ForeignVoice, score_foreign
-from opd.embedded.loading import load_network
-from opd.errors import DataError, ModelError
+from opd.errors import ModelError
 from opd.records import ChunkScore, FailedScore, Rollout, Turn
 from opd.text.pairing import chunk_score, pair_turns
 from opd.text.reading import Reader
 from opd.text.spelling import Masked, Writer
 from opd.text.symbols import counterparts
-
-COMPUTE = ComputeConfig(device="cpu", threads=1)
-
-
-def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
-    """A toy model with another tokenizer; returns its folder."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = toy_model(seed, vocab_size=max(260, len(tokenizer) + 3), **kwargs)  # rows of padding
-    model.generation_config.eos_token_id = end
-    model.config.eos_token_id = end
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def voice_of(source: str, student_tokenizer) -> ForeignVoice:
-    network = load_network(source, COMPUTE)
-    reader = Reader(
-        network.tokenizer, name="t", generation_config=network.base.generation_config, vocab_size=network.vocab_size
-    )
-    return ForeignVoice(network, None, reader, Writer(student_tokenizer), -50.0)
 
 
 def score(voice: ForeignVoice, rollouts: list[Rollout], *, temperature: float = 1.0) -> list[ChunkScore]:
@@ -172,21 +150,6 @@ def test_control_tokens_without_a_counterpart_are_masked_and_not_read(voice: For
     assert turn.pairing.kept_sizes.sum() == 4
 
 
-def toy_without(tokenizer, name: str):
-    """The same tokenizer with one special token called otherwise."""
-    import json
-
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    plain = json.loads(tokenizer.backend_tokenizer.to_str().replace(name, "<other>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
-        eos_token="<|im_end|>",
-        chat_template=CHATML.replace(name, "<other>"),
-    )
-
-
 def test_ids_beyond_the_tokenizer_are_masked(voice: ForeignVoice):
     ids = [*voice.writer.encode("ab"), 5000, *voice.writer.encode("cd")]
     [found] = score(voice, [rollout_of(ids, voice.writer, text="")])
@@ -205,31 +168,6 @@ def test_responses_of_nothing_but_control_tokens(voice: ForeignVoice, ids: list[
     assert found.logprobs.tolist() == [0.0] * (1 + len(ids)) + [-2.0] * ended
     assert found.num_bytes == 0
     assert found.facts["masked/no_counterpart"] + found.facts["masked/unknown_id"] == len(ids)
-
-
-def test_a_lossy_normaliser_masks_what_it_changes_and_counts_it():
-    """T10: a teacher that composes characters, one that lower-cases."""
-    writer, reader = Writer(real("smollm2")), Reader(real("qwen2_5"), name="t")  # Qwen composes (NFC)
-    text = "plain cafe\u0301 and then more plain text"
-    [turn] = pair_turns(rollout_of(writer.encode(text), writer, text=text), writer, reader)
-    reasons = set(turn.pairing.masked.tolist()) - {0}
-    assert reasons == {int(Masked.LOSSY)}
-    assert turn.pairing.kept_sizes.sum() == len(text.encode()) - len(" cafe\u0301".encode())
-    lower = Reader(toy_wordpiece(), name="t")
-    bytes_ = Writer(toy("bytes"))
-    [turn] = pair_turns(rollout_of(bytes_.encode("the Cat sat"), bytes_, text=""), bytes_, lower)
-    assert (turn.pairing.masked == Masked.LOSSY).any()
-    assert turn.pairing.kept_sizes.sum() > 0
-
-
-def test_a_token_across_the_boundary_is_masked_and_counted():
-    """T6: the newline of the generation prompt and those of the response become one token of the teacher's."""
-    writer, reader = Writer(real("smollm2")), Reader(real("qwen2_5"), name="t")
-    text = "\n\nHello there"
-    [turn] = pair_turns(rollout_of(writer.encode(text), writer, text=text), writer, reader)
-    assert (turn.reading.masked == Masked.STRADDLE).sum() == 1
-    assert turn.pairing.masked[0] == Masked.STRADDLE
-    assert turn.pairing.masked[-3:].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -282,46 +220,6 @@ def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
     assert found.facts["turns"] == 2
 
 
-def test_thinking_tags_are_mapped_by_role():
-    """T4: a control token here, another spelling there."""
-    ours, theirs = toy_bpe(300), toy_bpe(330)
-    ours.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    theirs.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
-    writer, reader = Writer(ours), Reader(theirs, name="t")
-    tag, close = ours.convert_tokens_to_ids(["<think>", "</think>"])
-    ids = [tag, *writer.encode("hm"), close, *writer.encode("yes")]
-    [turn] = pair_turns(rollout_of(ids, writer, text=""), writer, reader)
-    assert turn.spelling.text == "[THINK]hm[/THINK]yes"
-    assert not turn.pairing.masked.any()
-    assert turn.canonical
-    read = turn.reading.token_ids[turn.reading.first :].tolist()
-    assert [i for i in read if theirs.convert_ids_to_tokens(i).endswith("THINK]")] == theirs.convert_tokens_to_ids(
-        ["[THINK]", "[/THINK]"]
-    )
-
-
-def test_a_template_that_puts_a_space_before_an_answer():
-    """The teacher always writes it, so it is a part of the first chunk rather than missing from the prompt."""
-    spaced = CHATML.replace("'\n' + m['content']", "'\n' + (' ' if m['role'] == 'assistant' else '') + m['content']")
-    assert spaced != CHATML
-    writer, reader = Writer(toy("bytes")), Reader(toy_bpe(340, template=spaced), name="t")
-    [turn] = pair_turns(rollout_of(writer.encode("the cat"), writer, text=""), writer, reader)
-    pieces = [reader.table.of(int(i)) for i in turn.reading.token_ids[turn.reading.first :]]
-    assert b"".join(pieces) == b" the cat"
-    assert not turn.pairing.masked.any()
-    assert turn.pairing.kept_sizes.sum() == len("the cat")
-
-
-def test_a_generation_prompt_that_opens_thinking_is_not_doubled():
-    opening = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-    assert opening != CHATML
-    theirs = toy_bpe(345, template=opening)
-    writer, reader = Writer(toy("bytes")), Reader(theirs, name="t")
-    [turn] = pair_turns(rollout_of(writer.encode("<think>hm</think>yes"), writer, text=""), writer, reader)
-    assert theirs.decode(turn.reading.token_ids).count("<think>") == 1
-    assert not turn.pairing.masked.any()
-
-
 def test_the_floor_is_of_a_token_and_counted(voice: ForeignVoice):
     text = "xq zj vw kp yy"
     [free] = score(voice, [written(voice, text)])
@@ -340,22 +238,6 @@ def test_a_context_that_is_too_short_fails_that_rollout_alone(tmp_path: Path):
     assert isinstance(found[0], FailedScore)
     assert "exceed the context of teacher 't' (40)" in found[0].reason
     assert isinstance(found[1], ChunkScore)
-
-
-def test_templates_that_do_not_open_the_turn_are_refused():
-    closed = toy_bpe(
-        310, template=CHATML.replace("{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "")
-    )
-    with pytest.raises(ModelError, match="teacher 't': its chat template has no generation prompt"):
-        Reader(closed, name="t")
-    mute = toy_bpe(310, template="{{ messages[0]['content'] }}")
-    with pytest.raises(ModelError, match="does not show an assistant's answer"):
-        Reader(mute, name="t")
-    strict = toy_bpe(
-        310, template=CHATML + "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    )
-    with pytest.raises(DataError, match="its chat template refuses the conversation: no system"):
-        Reader(strict, name="t").render([{"role": "system", "content": "x"}])
 
 
 def test_training_follows_a_foreign_teacher(tmp_path: Path):

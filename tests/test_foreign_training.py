@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from factories import toy_recipe
-from test_foreign_teacher import save_foreign
+from foreign import save_foreign
 from zoo import toy_ascii
 
 import opd

@@ -32,7 +32,7 @@ from call_turns import (
     with_control,
     writer,
 )
-from test_foreign_teacher import toy_without
+from foreign import toy_without
 from zoo import toy_bpe
 
 from opd.records import Prompt

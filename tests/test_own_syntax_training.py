@@ -11,7 +11,7 @@ import torch
 from call_templates import CALCULATOR, LISTED, SINGLE, chatml
 from call_turns import Segment, call, kept_by_hand
 from factories import CHATML, byte_tokenizer, toy_model, toy_recipe
-from test_foreign_teacher import save_foreign, voice_of
+from foreign import save_foreign, voice_of
 from zoo import toy, toy_bpe
 
 import opd

@@ -1,13 +1,10 @@
-"""Tool calls in text that may be anything: what is a call, what is an error, and that nothing raises or hangs."""
+"""Tool calls in text that may be anything: what is a call, what is an error, and which tools are none."""
 
 import json
-import string
-import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from call_texts import ADD, GOOD, NOTE, SYNTAXES, TOOLS, check_parsed, tagged, tool
 
 from opd.errors import DataError
 from opd.text.tool_calls import (
@@ -22,39 +19,6 @@ from opd.text.tool_calls import (
     tools_text,
 )
 
-thorough = settings(max_examples=300, deadline=None, derandomize=True)
-SYNTAXES: tuple[Syntax, ...] = ("hermes", "json")
-
-
-def tool(name: str, properties: dict[str, Any] | None = None, **schema: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties or {}, **schema}
-    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
-
-
-ADD = tool(
-    "add",
-    {"a": {"type": "integer"}, "b": {"type": "integer", "maximum": 99}},
-    required=["a", "b"],
-    additionalProperties=False,
-)
-NOTE = tool("note")
-UNIQUE = tool("unique", {"items": {"type": "array", "uniqueItems": True}})
-# Two branches a level: a check that looks at all of them takes 2^depth steps.
-_TREE = {"properties": {"left": {"$ref": "#/$defs/tree"}, "op": {"enum": ["+"]}}, "required": ["op"]}
-TREE = {
-    "type": "function",
-    "function": {
-        "name": "tree",
-        "parameters": {"$ref": "#/$defs/tree", "$defs": {"tree": {"anyOf": [_TREE, dict(_TREE)]}}},
-    },
-}
-TOOLS = (ADD, NOTE, UNIQUE, TREE)
-GOOD = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
-
-
-def tagged(inner: str) -> str:
-    return f"<tool_call>{inner}</tool_call>"
-
 
 def note(arguments: str) -> str:
     """A call of a tool that takes anything, its arguments as they are written."""
@@ -67,30 +31,6 @@ def only_error(text: str, *, syntax: Syntax = "hermes", tools: Any = TOOLS) -> C
     assert parsed.content == text
     [error] = parsed.errors
     return error
-
-
-def check_parsed(text: str, tools: Any, syntax: Syntax) -> Parsed:
-    """What must hold for every text."""
-    parsed = parse_calls(text, tools, syntax=syntax)
-    assert parse_calls(text, tools, syntax=syntax) == parsed
-    position = 0
-    for item in sorted((*parsed.calls, *parsed.errors), key=lambda item: item.start):
-        assert position <= item.start < item.end <= len(text)
-        position = item.end
-    for items in (parsed.calls, parsed.errors):
-        assert [i.start for i in items] == sorted(i.start for i in items)
-    names = {t["function"]["name"] for t in tools}
-    for call in parsed.calls:
-        assert call.name in names
-        json.dumps(call.arguments, allow_nan=False, ensure_ascii=False).encode()
-    for error in parsed.errors:
-        assert 0 < len(error.detail) <= 200
-        assert all(" " <= c <= "~" for c in error.detail), error.detail
-    assert parse_calls(parsed.content, tools, syntax=syntax).calls == ()
-    assert len(parsed.calls) + sum(e.reason != "dropped" for e in parsed.errors) <= MAX_CALLS + 1
-    if not parsed.calls:
-        assert parsed.content == text
-    return parsed
 
 
 # calls
@@ -404,106 +344,3 @@ def test_the_text_about_tools_has_a_line_each_and_shows_a_call():
     shown = last[last.index("<tool_call>") : last.index("</tool_call>")].replace("NAME", '"note"').replace("...", "")
     assert len(parse_calls(shown + "</tool_call>", (NOTE,), syntax="hermes").calls) == 1
     assert tools_text(()) == ""
-
-
-# laws
-
-FRAGMENTS = (
-    "<tool_call>", "</tool_call>", "<tool_cal>", "<function=add>", GOOD, tagged(GOOD), "{", "}", "[", "]", '"', ",", ":",
-    "\\", '"name": "add"', '{"name": "note", "arguments": {', "}}", "add(", "\n", "```json", " ", "1e999", "NaN",
-    "9" * 80, "\ud800", "\x00", "\x1b[2J", "<script>", "🙂", "[TOOL_CALLS]", '{"name": "tree", "arguments": {"left": ',
-)  # fmt: skip
-hostile = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=24).map("".join)
-numbers = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
-values = st.recursive(
-    st.none() | st.booleans() | numbers | st.text() | st.sampled_from(["</tool_call>", "<tool_call>", '"}}']),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=12,
-)
-
-
-@thorough
-@given(st.text() | hostile, st.sampled_from(SYNTAXES), st.sampled_from([TOOLS, (NOTE,), ()]))
-def test_no_text_raises_and_what_is_found_lies_in_it(text: str, syntax: Syntax, tools: Any):
-    check_parsed(text, tools, syntax)
-
-
-@thorough
-@given(values, st.sampled_from(SYNTAXES), st.booleans())
-def test_no_json_raises(value: Any, syntax: Syntax, in_tags: bool):
-    raw = json.dumps(value)
-    check_parsed(tagged(raw) if in_tags else raw, TOOLS, syntax)
-
-
-@settings(thorough, max_examples=60)
-@given(
-    st.lists(st.dictionaries(st.text(), values, max_size=4), max_size=4),
-    st.booleans(),
-    st.sampled_from([None, 1]),
-    st.text(string.ascii_letters + " .", max_size=20),
-)
-def test_well_formed_calls_come_back_as_they_were(
-    arguments: list[dict[str, Any]], escape: bool, indent: int | None, prose: str
-):
-    rendered = [
-        json.dumps({"name": "note", "arguments": each}, ensure_ascii=escape, indent=indent) for each in arguments
-    ]
-    parsed = check_parsed(prose + "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in rendered), TOOLS, "hermes")
-    assert [call.arguments for call in parsed.calls] == arguments
-    assert (parsed.errors, parsed.content.strip()) == ((), prose.strip())
-    for each, text in zip(arguments, rendered, strict=True):
-        [call] = check_parsed(text, TOOLS, "json").calls
-        assert call.arguments == each
-
-
-@thorough
-@given(st.integers(), st.integers(max_value=99), st.sampled_from(SYNTAXES))
-def test_arguments_within_a_typed_schema_come_back(a: int, b: int, syntax: Syntax):
-    raw = json.dumps({"name": "add", "arguments": {"a": a, "b": b}})
-    [call] = check_parsed(tagged(raw) if syntax == "hermes" else raw, TOOLS, syntax).calls
-    assert call.arguments == {"a": a, "b": b}
-
-
-# time
-
-
-def filled(fragment: str, size: int = 1_000_000) -> str:
-    return fragment * (size // len(fragment))
-
-
-_NESTED = '{"op": "-", "left": ' * 28 + '"' + "x" * 50_000 + '"' + "}" * 28
-_MIXED = ",".join(f'{i}, "{i}", {{"{i}": []}}' for i in range(1_500))
-ADVERSARIAL = {
-    "opening tags": filled("<tool_call>"),
-    "closing tags": filled("</tool_call> x"),
-    "opened objects": filled('<tool_call>{"'),
-    "opened arrays": filled('<tool_call>{"x": ["<tool_call>["","'),
-    "brackets": "[" * 1_000_000,
-    "braces": "{" * 1_000_000,
-    "objects in objects": filled('{"a":'),
-    "backticks": "`" * 1_000_000,
-    "spaces": " " * 1_000_000,
-    "lines": "\n" * 1_000_000,
-    "quotes": filled('\\"'),
-    "names": filled('{"name": "add", '),
-    "names and brackets": filled('{"name": "add",' * 31 + "[]," * 20_000),
-    "unknown tools": filled(tagged(GOOD.replace("add", "adx"))),
-    "calls": filled(tagged(GOOD)),
-    "written calls": filled("add(\n"),
-    "tags like it": filled("<tool_cal> x"),
-    "angles": filled("<ab "),
-    "recursive schema": filled(tagged(f'{{"name": "tree", "arguments": {_NESTED}}}')),
-    "unsortable items": filled(tagged(f'{{"name": "unique", "arguments": {{"items": [{_MIXED}]}}}}')),
-    "surrogates": "\ud800" * 1_000_000,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "syntax"),
-    [(name, "hermes") for name in ADVERSARIAL]
-    + [(name, "json") for name in ("opening tags", "braces", "objects in objects", "names and brackets", "calls")],
-)
-def test_a_million_characters_take_seconds(name: str, syntax: Syntax):
-    start = time.process_time()
-    parse_calls(ADVERSARIAL[name], TOOLS, syntax=syntax)
-    assert time.process_time() - start < 20.0  # a tenth to two seconds here; what is not linear takes minutes

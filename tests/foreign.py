@@ -1,0 +1,47 @@
+"""Toy models with another tokenizer than the student's, as folders and as teachers."""
+
+from pathlib import Path
+
+from factories import CHATML, toy_model
+
+from opd.config import ComputeConfig
+from opd.embedded.foreign import ForeignVoice
+from opd.embedded.loading import load_network
+from opd.text.reading import Reader
+from opd.text.spelling import Writer
+
+COMPUTE = ComputeConfig(device="cpu", threads=1)
+
+
+def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
+    """A toy model with another tokenizer; returns its folder."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = toy_model(seed, vocab_size=max(260, len(tokenizer) + 3), **kwargs)  # rows of padding
+    model.generation_config.eos_token_id = end
+    model.config.eos_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def voice_of(source: str, student_tokenizer) -> ForeignVoice:
+    network = load_network(source, COMPUTE)
+    reader = Reader(
+        network.tokenizer, name="t", generation_config=network.base.generation_config, vocab_size=network.vocab_size
+    )
+    return ForeignVoice(network, None, reader, Writer(student_tokenizer), -50.0)
+
+
+def toy_without(tokenizer, name: str):
+    """The same tokenizer with one special token called otherwise."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = json.loads(tokenizer.backend_tokenizer.to_str().replace(name, "<other>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
+        eos_token="<|im_end|>",
+        chat_template=CHATML.replace(name, "<other>"),
+    )
