@@ -1,6 +1,7 @@
 """The ranges of a configuration's values and the rules across its keys, each with its message."""
 
 import json
+from typing import Any
 
 import pytest
 from config_trees import fault, put, tree
@@ -182,3 +183,23 @@ def test_rules_across_keys_say_what_to_write_instead(changes, message):
 def test_combinations_that_make_sense_are_accepted(changes):
     config = parse_config(tree(**changes))
     assert parse_config(json.loads(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"type": "exakt"}}, "; did you mean 'exact'?"),
+        (
+            {"guards": {"goodhart": "stop"}},
+            "guards.goodhart is a table of keys (action, memory, drop, gain), got 'stop'",
+        ),
+        ({"logging": {"writers": "trackio"}}, 'valid list, such as ["trackio"]'),
+    ],
+)
+def test_a_value_of_another_kind_is_told_what_to_write(changes: dict[str, Any], message: str):
+    assert message in fault(tree(**changes))
+
+
+def test_a_rule_that_is_none_names_the_nearest():
+    task = {"type": "file", "path": "p", "teacher": "even"}
+    assert "did you mean 'tool_call'?" in fault(tree(tasks={"first": task | {"checks": {"rules": ["toolcall"]}}}))

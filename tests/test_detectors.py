@@ -348,3 +348,10 @@ def test_no_values_make_it_fail(lines: list[Line]):
             assert alarm.message
             assert "\n" not in alarm.message
         assert all(math.isfinite(value) for value in watch.values.values())
+
+
+def test_a_detector_that_has_its_metrics_and_too_few_steps_says_so():
+    watch = Watch(GuardsConfig())
+    watch.observe(1, {"kl/token/first/mean": 0.1, "kl/token/mean": 0.1})
+    assert watch.inactive["teacher_drift"] == "more steps"
+    assert watch.inactive["goodhart"].startswith("needs outcome/mean")

@@ -12,9 +12,11 @@ from factories import prompt
 from test_episodes import Scripted, play, say
 from test_tools import call, heard, make, step
 
-from opd.errors import RunError
+from opd.config import EpisodesConfig
+from opd.errors import DataError, RunError
 from opd.roles import Step
 from opd.tasks import environment as hosting
+from opd.tasks.tools import Tool, ToolEnvironment
 
 
 class Odd:
@@ -31,8 +33,7 @@ class Odd:
     ("fields", "reason"),
     [
         ({"events": None}, "a step that cannot be read: TypeError"),
-        ({"events": {"moves": "many"}}, "a step that cannot be read: ValueError"),
-        ({"events": {"moves": math.inf}}, "a step that cannot be read: OverflowError"),
+        ({"events": {"moves": math.inf}}, "counted inf of the event 'moves'"),
         ({"reward": Odd()}, "a step that cannot be read: RuntimeError: no number"),
         ({"done": Odd()}, "a step that cannot be read: RuntimeError: neither"),
         ({"reward": math.nan}, "gave the reward nan"),
@@ -159,7 +160,7 @@ def test_a_result_that_cannot_be_written_is_the_tools_error():
     circle: list[Any] = []
     circle.append(circle)
     found = step(make(lambda x: circle), call())
-    assert heard(found) == ["error: RuntimeError: ValueError: Circular reference detected"]
+    assert heard(found) == ["error: ValueError: Circular reference detected"]
     assert found.events["tool_errors"] == 1
 
 
@@ -227,3 +228,27 @@ def test_an_opening_that_cannot_be_encoded_leaves_a_record():
     assert found.prompt.messages == prompt("p0").messages
     assert dict(found.events) == {"failed": 1}
     assert other.finish == "end"
+
+
+@pytest.mark.parametrize("count", [0.25, "3", None])
+def test_an_event_that_is_no_count_is_named(count: Any):
+    [found] = play(lambda p: Scripted(lambda turn, text: Step(events={"distance": count})))
+    assert f"counted {count!r} of the event 'distance', expected a whole number" in (found.failure or "")
+
+
+def test_a_tool_that_is_none_is_refused_where_it_is_made():
+    with pytest.raises(DataError, match="tool 'f': its function is int, expected a callable"):
+        Tool("f", "", {"type": "object"}, 3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="tool 'f': parameters is str, expected a JSON schema"):
+        Tool("f", "", "object", print)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="parameters"):
+        Tool("f", "", {"type": "nothing"}, print)
+    tool = Tool("f", "", {"type": "object"}, print)
+    with pytest.raises(DataError, match="'f'"):
+        ToolEnvironment([tool, tool], lambda answer: None, EpisodesConfig())
+    with pytest.raises(DataError, match=r"limits are dict, expected config.episodes"):
+        ToolEnvironment([tool], lambda answer: None, {})  # type: ignore[arg-type]
+
+
+def test_a_tools_error_is_told_as_it_was_raised():
+    assert heard(step(make(lambda x: {}["Paris"]), call())) == ["error: KeyError: 'Paris'"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,3 +269,12 @@ def test_a_teacher_none_of_whose_probes_could_be_played_is_named():
     found = preflight.unprobed(sampled, [])
     assert {f.name for f in found} == {f"teacher '{name}' is checked" for name in teachers}
     assert all(f.warning for f in found)
+
+
+def test_prompts_with_tools_and_nobody_who_answers_are_named():
+    asked = [prompt("a"), replace(prompt("b"), tools=({"type": "function"},)), prompt("c")]
+    [found] = preflight.tools_are_answered(asked, lambda p: None)
+    assert found.warning
+    assert found.detail.startswith("prompt 'b' shows tools, and no environment answers their calls")
+    assert preflight.tools_are_answered(asked, lambda p: object()) == []
+    assert preflight.tools_are_answered([prompt("a")], lambda p: None) == []

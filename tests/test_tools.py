@@ -90,12 +90,12 @@ class Unspeakable(Exception):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (KeyError("lost"), "error: RuntimeError: KeyError: 'lost'"),
-        (SystemExit(1), "error: RuntimeError: SystemExit: 1"),
-        (StopIteration(), "error: RuntimeError: StopIteration"),
-        (KeyboardInterrupt(), "error: RuntimeError: KeyboardInterrupt"),
-        (Unspeakable(), "error: RuntimeError: Unspeakable: (its message cannot be read)"),
-        (ValueError("\x1b[2J" + "x" * 9999), "error: RuntimeError: ValueError: \ufffd[2Jxxx"),
+        (KeyError("lost"), "error: KeyError: 'lost'"),
+        (SystemExit(1), "error: SystemExit: 1"),
+        (StopIteration(), "error: StopIteration"),
+        (KeyboardInterrupt(), "error: KeyboardInterrupt"),
+        (Unspeakable(), "error: Unspeakable: (its message cannot be read)"),
+        (ValueError("\x1b[2J" + "x" * 9999), "error: ValueError: \ufffd[2Jxxx"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -15,7 +15,7 @@ from test_signal import config
 import opd
 from opd.batch import pack, trainable
 from opd.errors import RunError
-from opd.evaluate import evaluate
+from opd.evaluate import ParityRow, evaluate, parity_text
 from opd.loop import rollout_metrics
 from opd.metrics import values
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Message, Prompt, Rollout, ScoredRollout
@@ -241,3 +241,17 @@ def test_what_has_neither_score_nor_verdict_is_dropped():
     no_verdict = ScoredRollout(replace(first.rollout, reward=None), FailedScore("t", UNREADABLE))
     flagged = ScoredRollout(replace(second.rollout, reward=None), FailedScore("t", UNREADABLE))
     assert trainable([no_verdict, flagged], unscored=True) == [flagged]
+
+
+def test_rewards_in_part_have_a_mean_beside_the_accuracy():
+    made = [rollout([1, 2, 3], 2, prompt=prompt(f"p{i}")) for i in range(2)]
+
+    class Told:
+        def sample(self, prompts: Any, *, num_samples: int, seed: Any) -> list[Rollout]:
+            return made
+
+    half = evaluate(Told(), [], Judge(lambda p, r: 0.5, own=["task"]))  # type: ignore[arg-type]
+    assert (half.accuracy, half.mean_reward) == (0.0, 0.5)
+    assert "0.0 [0.0, 65.8] of 2, mean reward 0.50" in parity_text([ParityRow("t", "train", "t", None, None, half)])
+    whole = evaluate(Told(), [], Judge(lambda p, r: 1.0, own=["task"]))  # type: ignore[arg-type]
+    assert whole.mean_reward is None

@@ -10,7 +10,7 @@ import opd
 from opd.config import SftConfig
 from opd.embedded import warmup
 from opd.embedded.build import build
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.finetune import sft
 from opd.records import Prompt
 
@@ -90,3 +90,13 @@ def test_training_does_not_replay_demonstrations(tmp_path: Path):
         assert [t.author for t in item.rollout.turns] == ["prompt", "student"]
         if item.rollout.prompt.task == "first":
             assert dict(item.rollout.prompt.meta) == {"level": 3}
+
+
+def test_a_demonstration_is_not_evaluated_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert sft(demonstrated(tmp_path, 2)) == {}
+    assert "answers train: 1 prompts with a demonstration are not evaluated" in capsys.readouterr().out
+
+
+def test_a_rate_without_a_warm_up_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="lr belongs to steps > 0"):
+        opd.parse_config(toy_recipe(tmp_path, warmup={"lr": 1e-3}))

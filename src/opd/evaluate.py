@@ -22,7 +22,8 @@ class Cell:
     """One policy on one set of prompts, one response a prompt.
 
     total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict;
-    correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson;
+    correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson; mean_reward: theirs,
+    where some are worth a part;
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
     nats. With a teacher of another tokenizer it is estimated from the sampled chunks, and kl_byte is there too.
     """
@@ -34,6 +35,7 @@ class Cell:
     flagged: int
     mean_length: float
     failed: int = 0
+    mean_reward: float | None = None
     kl_token: float | None = None
     kl_sequence: float | None = None
     kl_byte: float | None = None
@@ -94,6 +96,7 @@ def evaluate(
         flagged=len(faulty),
         mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
         failed=sum(r.failure is not None for r in episodes),
+        mean_reward=float(np.mean(known)) if any(0.0 < r < 1.0 for r in known) else None,
         **kl,
     )
 
@@ -156,7 +159,8 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         if cell is None or cell.accuracy is None or cell.interval is None:
             return "-"
         low, high = cell.interval
-        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {cell.verified}"
+        partial = "" if cell.mean_reward is None else f", mean reward {cell.mean_reward:.2f}"
+        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {cell.verified}{partial}"
 
     def kl(cell: Cell | None) -> str:
         if cell is None or cell.kl_token is None or cell.kl_sequence is None:

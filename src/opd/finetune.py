@@ -133,7 +133,13 @@ class _School:
         found: dict[tuple[str, str], Cell] = {}
         for name, splits in prompts.items():
             for split in SPLITS:
-                chosen = pick(splits[split], config.evaluation.num_prompts, seed=0)
+                # nobody answers the turns of a recorded conversation
+                alone = [p for p in splits[split] if not p.demonstration]
+                if len(alone) < len(splits[split]) and config.evaluation.num_prompts:
+                    line.say(
+                        f"{name} {split}: {len(splits[split]) - len(alone)} prompts with a demonstration are not evaluated"
+                    )
+                chosen = pick(alone, config.evaluation.num_prompts, seed=0)
                 if not chosen:
                     continue
                 cell = found[name, split] = evaluate(sampler, chosen, judge)

@@ -105,9 +105,10 @@ def resume(
     return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
 
 
-def check(config: Config) -> list[Finding]:
-    """Every start-up check on a recipe, with its figures; raises for a record that no run could use."""
-    material = read_tasks(config, None)
+def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvironment | None = None) -> list[Finding]:
+    """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
+    for `train`."""
+    material = read_tasks(config, reward, environment)
     return run_checks(build(config, material.make_environment), material.prompts)
 
 

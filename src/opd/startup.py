@@ -28,6 +28,7 @@ def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
     config = studio.config
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
+    findings += preflight.tools_are_answered(every, studio.make_environment)
     chat = Chat(studio.student.network.tokenizer)
     findings.append(
         preflight.lengths_fit(
@@ -115,6 +116,9 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
 
     Raises DataError for a bad record.
     """
+    for name, own in (("reward", reward), ("environment", make_environment)):
+        if own is not None and not callable(own):
+            raise DataError(f"{name} is {type(own).__name__}, expected a function of the prompt")
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():

@@ -1,6 +1,7 @@
 """From a TOML recipe and `key=value` overrides to a checked configuration, with one clear line for the first fault."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,14 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return (f"{key}: " if key else "") + message + more
-    return f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}{more}"
+    if fault["type"] == "model_type":
+        return f"{key} is a table of keys ({', '.join(_known_keys(kind, loc))}), got {fault['input']!r}{more}"
+    hint = ""
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        hint = nearest(fault["input"], re.findall("'([^']*)'", fault.get("ctx", {}).get("expected", "")))
+    elif fault["type"] == "list_type":
+        hint = f", such as [{json.dumps(fault['input'], default=str)}]"
+    return f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}{hint}{more}"
 
 
 def _tag(table: Any) -> str:

@@ -154,6 +154,12 @@ class WarmupConfig(Node):
     steps: NonNegative = 0
     lr: Annotated[float, Field(gt=0)] | None = None
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> "WarmupConfig":
+        if self.lr is not None and not self.steps:
+            raise ValueError("lr belongs to steps > 0, got steps = 0; drop it, or set steps")
+        return self
+
 
 class ComputeConfig(Node):
     """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass, `score_cache` is how many

@@ -45,6 +45,24 @@ def teachers_exist(prompts: Sequence[Prompt], teachers: Collection[str]) -> Find
     return Finding("every prompt's teacher exists", True, f"{len(prompts)} prompts, {len(teachers)} teachers")
 
 
+def tools_are_answered(prompts: Sequence[Prompt], make_environment: Callable[[Prompt], object]) -> list[Finding]:
+    """A prompt that shows tools has somebody who answers their calls; asked of the first such prompt of each task."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.tools:
+            first.setdefault(prompt.task, prompt)
+    findings = []
+    for task, prompt in first.items():
+        try:
+            missing = make_environment(prompt) is None
+        except Exception:  # the episodes that are played show it, with its reason
+            missing = False
+        if missing:
+            detail = f"prompt '{prompt.id}' shows tools, and no environment answers their calls: one turn is all (docs/agents.md)"
+            findings.append(Finding(f"calls of tasks.{task} are answered", True, detail, warning=True))
+    return findings
+
+
 def lengths_fit(
     prompts: Sequence[Prompt],
     length: Callable[[Prompt], int],

@@ -1,6 +1,7 @@
 """All detectors of a run: what they measured at a step, and when they raise an alarm."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class Watch:
         every = _detectors(config) + _levels(config)
         self._watched = [_Watched(name, state) for name, state in every if state.config.action != "off"]
         self._measured: dict[str, float] = {}
+        self._seen: set[str] = set()
 
     @property
     def values(self) -> dict[str, float]:
@@ -55,9 +57,17 @@ class Watch:
 
     @property
     def inactive(self) -> dict[str, str]:
-        """The detectors that have measured nothing so far, and which metrics they lack."""
+        """The detectors that have measured nothing so far, and which metrics they lack, or that they need more steps."""
         active = {watched.name for watched in self._watched if watched.active}
-        return {w.name: f"needs {w.state.needs}" for w in self._watched if w.name not in active}
+        return {w.name: self._lacks(w.state.needs) for w in self._watched if w.name not in active}
+
+    def _lacks(self, needs: str) -> str:
+        """needs: metrics by name, TEACHER for any."""
+        for metric in re.findall(r"[\w/]+/(?:mean|sum)", needs):
+            pattern = re.compile(re.escape(metric).replace("TEACHER", "[^/]+"))
+            if not any(pattern.fullmatch(name) for name in self._seen):
+                return f"needs {needs}"
+        return "more steps"
 
     def observe(self, step: int, values: Values) -> list[Alarm]:
         """Advance every detector by the plain metrics of a step; returns the alarms that are new.
@@ -66,6 +76,7 @@ class Watch:
         """
         alarms = []
         self._measured = {}
+        self._seen |= values.keys()
         for watched in self._watched:
             watched.state, readings = watched.state.observe(step, values)
             watched.active |= bool(readings)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from opd.config import EpisodesConfig
 from opd.errors import one_line, without_controls
 from opd.records import Message
@@ -191,10 +193,10 @@ def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Ste
 
 
 def _count(name: Any, count: Any) -> int:
-    value = int(count)
-    if not 0 <= value < 2**53:
-        raise Faulty(f"counted {value!r:.40} of the event {str(name)!a:.40}, expected a number from 0 to 2**53")
-    return value
+    good = isinstance(count, int | np.integer) or (isinstance(count, float) and count.is_integer())
+    if not good or not 0 <= count < 2**53:
+        raise Faulty(f"counted {count!r:.40} of the event {str(name)!a:.40}, expected a whole number from 0 to 2**53")
+    return int(count)
 
 
 def _unreadable(error: BaseException, what: str) -> Faulty:

@@ -156,6 +156,7 @@ def _conversation(messages: Any, key: str, where: str) -> tuple[Message, ...]:
         good = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in _ROLES
         if not good or set(message) - {"role", "content"}:
             raise DataError(
-                f"{where}: {key}[{i}] needs 'role' (one of {', '.join(_ROLES)}), a string 'content', and nothing else"
+                f"{where}: {key}[{i}] needs 'role' (one of {', '.join(_ROLES)}), a string 'content', and nothing else; a "
+                "call is written into the content, as episodes.tool_syntax has it"
             )
     return tuple(MappingProxyType({"role": m["role"], "content": m["content"]}) for m in messages)

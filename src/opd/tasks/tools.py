@@ -11,20 +11,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.config import EpisodesConfig
+from opd.errors import DataError
 from opd.records import Message
 from opd.roles import Step
 from opd.tasks.environment import THREADS, describe_error
-from opd.text.tool_calls import Call, parse_calls
+from opd.text.tool_calls import Call, check_tools, parse_calls
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments."""
+    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments. Raises DataError where
+    it is none."""
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     function: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise DataError(f"tool '{self.name}': its function is {type(self.function).__name__}, expected a callable")
+        if not isinstance(self.parameters, Mapping):
+            raise DataError(
+                f"tool '{self.name}': parameters is {type(self.parameters).__name__}, expected a JSON schema"
+            )
+        check_tools([self.schema])
 
     @property
     def schema(self) -> Mapping[str, Any]:
@@ -42,8 +53,12 @@ class ToolEnvironment:
     """
 
     def __init__(self, tools: Sequence[Tool], judge: Callable[[str], float | None], limits: EpisodesConfig) -> None:
+        """limits: `config.episodes`. Raises DataError where two tools share a name."""
+        if not isinstance(limits, EpisodesConfig):
+            raise DataError(f"a tool environment's limits are {type(limits).__name__}, expected config.episodes")
         self._tools = {tool.name: tool for tool in tools}
         self._schemas = tuple(tool.schema for tool in tools)
+        check_tools(self._schemas)
         self._judge = judge
         self._limits = limits
 
@@ -75,9 +90,13 @@ class ToolEnvironment:
             whole = timeout == self._limits.tool_timeout_s
             limit = f"in {timeout:g} s" if whole else "in the time that was left of this turn"
             return f"error: {tool.name} gave no answer {limit}"
-        except Exception as error:
+        except _ToolError as error:
             events["tool_errors"] += 1
-            return f"error: {describe_error(error)}"
+            return f"error: {error}"
+
+
+class _ToolError(Exception):
+    """What a tool raised, in words."""
 
 
 _SHARE_OF_A_STEP = 0.8  # the rest is for what answers the calls
@@ -97,7 +116,7 @@ async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any])
             outcome = (future.set_result, _as_text(function(**arguments)))
         except BaseException as error:
             # StopIteration cannot be set on a future, and SystemExit must not end the run.
-            outcome = (future.set_exception, RuntimeError(describe_error(error)))
+            outcome = (future.set_exception, _ToolError(describe_error(error)))
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
