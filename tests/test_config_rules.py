@@ -191,7 +191,7 @@ def test_combinations_that_make_sense_are_accepted(changes):
         ({"objective": {"type": "exakt"}}, "; did you mean 'exact'?"),
         (
             {"guards": {"goodhart": "stop"}},
-            "guards.goodhart is a table of keys (action, memory, drop, gain), got 'stop'",
+            "guards.goodhart = 'stop': expected a table of keys (action, memory, drop, gain)",
         ),
         ({"logging": {"writers": "trackio"}}, 'valid list, such as ["trackio"]'),
     ],

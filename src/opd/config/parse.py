@@ -100,7 +100,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
     if fault["type"] == "value_error":
         return (f"{key}: " if key else "") + message + more
     if fault["type"] == "model_type":
-        return f"{key} is a table of keys ({', '.join(_known_keys(kind, loc))}), got {fault['input']!r}{more}"
+        return f"{key} = {fault['input']!r}: expected a table of keys ({', '.join(_known_keys(kind, loc))}){more}"
     hint = ""
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = nearest(fault["input"], re.findall("'([^']*)'", fault.get("ctx", {}).get("expected", "")))
