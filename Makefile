@@ -46,7 +46,7 @@ runs/expert_%/student: recipes/expert_%.toml | model
 
 # Two teachers with a flaw, and what becomes of their student without and with the safeguards: curves and a table in runs/hacking.
 hacking-demo: install model runs/teacher_spaced/student runs/teacher_compact/student
-	$(BIN)/python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both
+	$(BIN)/python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both --set steps=8
 
 runs/teacher_%/student: examples/hacking/teacher.toml examples/hacking/demonstrations.py | model
 	rm -rf runs/teacher_$*

@@ -25,6 +25,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "mask": MASK,
     "outcome": [*OUTCOME, "outcome.format_error=0.0"],
     "both": [*MASK, *OUTCOME],
+    "small outcome": ["outcome.coef=1.0", "outcome.format_error=0.0"],  # below the K that is saved
     # at discount 0 these are the exact immediate term, and the sampled one without a baseline
     "exact": ["objective.discount=0.0"],
     "immediate": ["objective.type=to_go", "objective.baseline=none", "objective.discount=0.0"],
@@ -67,12 +68,13 @@ def draw(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path)
             color = f"C{number}"
             for curve in curves:
                 axis.plot(steps, curve[: len(steps)], color=color, alpha=0.25, linewidth=0.8)
-            mean = np.nanmean([curve[: len(steps)] for curve in curves], axis=0)
+            # a step in which every episode was masked makes no update and has no KL
+            mean = np.ma.masked_invalid([curve[: len(steps)] for curve in curves]).mean(axis=0)
             axis.plot(steps, mean, color=color, label=arm)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class Batch:
         """The actions that have a teacher's score, [tokens] bool."""
         return self.loss_mask if self.chunks is None else self.loss_mask & (self.chunks >= 0)
 
-    @property
+    @cached_property
     def leading(self) -> Tensor:
         """The first rollout with a score of every episode, [batch] bool: what is summed over episodes counts there."""
         found = torch.zeros(len(self), dtype=torch.bool)
