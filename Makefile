@@ -45,13 +45,15 @@ runs/expert_%/student: recipes/expert_%.toml | model
 	touch $@
 
 # Two teachers with a flaw, and what becomes of their student without and with the safeguards: curves and a table in runs/hacking.
+# Half of the recipe's batch makes the teachers in half the time; docs/safeguards.md has figures of TEACHER_BATCH=20.
+TEACHER_BATCH ?= 10
 hacking-demo: install model runs/teacher_spaced/student runs/teacher_compact/student
 	$(BIN)/python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both --set steps=8
 
 runs/teacher_%/student: examples/hacking/teacher.toml examples/hacking/demonstrations.py | model
 	rm -rf runs/teacher_$*
 	$(BIN)/python examples/hacking/demonstrations.py runs/demonstrations
-	$(BIN)/opd sft $< output=runs/teacher_$* \
+	$(BIN)/opd sft $< output=runs/teacher_$* batch_size=$(TEACHER_BATCH) \
 		tasks.honest.path=runs/demonstrations/$*_honest.jsonl tasks.flawed.path=runs/demonstrations/$*_flawed.jsonl
 	touch $@
 
