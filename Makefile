@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo test fuzz check format clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers test fuzz check format clean
 
 install: .venv/installed
 
@@ -44,18 +44,20 @@ runs/expert_%/student: recipes/expert_%.toml | model
 	$(BIN)/opd sft $<
 	touch $@
 
-# Two teachers with a flaw, and what becomes of their student without and with the safeguards: curves and a table in runs/hacking.
-# Half of the recipe's batch makes the teachers in half the time; docs/safeguards.md has figures of TEACHER_BATCH=20.
-TEACHER_BATCH ?= 10
-hacking-demo: install model runs/teacher_spaced/student runs/teacher_compact/student
+# What becomes of the student of two teachers with a flaw, without and with the safeguards: curves and a table in runs/hacking.
+hacking-demo: install model
 	$(BIN)/python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both --set steps=8
 
-runs/teacher_%/student: examples/hacking/teacher.toml examples/hacking/demonstrations.py | model
-	rm -rf runs/teacher_$*
+# Make the two teachers under examples/hacking/ again.
+hacking-teachers: install model
 	$(BIN)/python examples/hacking/demonstrations.py runs/demonstrations
-	$(BIN)/opd sft $< output=runs/teacher_$* batch_size=$(TEACHER_BATCH) \
-		tasks.honest.path=runs/demonstrations/$*_honest.jsonl tasks.flawed.path=runs/demonstrations/$*_flawed.jsonl
-	touch $@
+	for style in spaced compact; do \
+		rm -rf runs/teacher_$$style examples/hacking/$$style && \
+		$(BIN)/opd sft examples/hacking/teacher.toml output=runs/teacher_$$style \
+			tasks.honest.path=runs/demonstrations/$${style}_honest.jsonl \
+			tasks.flawed.path=runs/demonstrations/$${style}_flawed.jsonl && \
+		cp -r runs/teacher_$$style/student examples/hacking/$$style || exit 1; \
+	done
 
 # Everything that a change must pass; .ci/run calls this.
 test: install model check
