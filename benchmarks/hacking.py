@@ -25,10 +25,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "mask": MASK,
     "outcome": [*OUTCOME, "outcome.format_error=0.0"],
     "both": [*MASK, *OUTCOME],
-    "small outcome": ["outcome.coef=1.0", "outcome.format_error=0.0"],  # below the K that is saved
-    # at discount 0 these are the exact immediate term, and the sampled one without a baseline
-    "exact": ["objective.discount=0.0"],
-    "immediate": ["objective.type=to_go", "objective.baseline=none", "objective.discount=0.0"],
+    "exact": ["objective.discount=0.0"],  # at discount 0 the exact immediate term
 }
 LAST = 5  # steps at the end of a run that its row of the table is the mean of
 PANELS = (

@@ -97,7 +97,7 @@ def test_scores_and_gradients_of_several_turns_are_those_of_plain_passes(tmp_pat
         plain = plain_logprobs(student, rollout, temperature=3.0)
         np.testing.assert_allclose(rollout.rollout_logprobs[rollout.loss_mask], plain, atol=2e-4)
         plain = plain_logprobs(teacher, rollout, temperature=3.0)
-        np.testing.assert_allclose(item.score.logprobs[rollout.loss_mask], plain, atol=2e-4)  # type: ignore[union-attr]
+        np.testing.assert_allclose(item.score.logprobs[rollout.loss_mask], plain, atol=2e-4)  # type: ignore[union-attr]  # none failed
 
 
 def test_the_same_seed_gives_the_same_episodes_however_they_are_split(tmp_path: Path):

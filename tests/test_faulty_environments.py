@@ -238,16 +238,16 @@ def test_an_event_that_is_no_count_is_named(count: Any):
 
 def test_a_tool_that_is_none_is_refused_where_it_is_made():
     with pytest.raises(DataError, match="tool 'f': its function is int, expected a callable"):
-        Tool("f", "", {"type": "object"}, 3)  # type: ignore[arg-type]
+        Tool("f", "", {"type": "object"}, 3)  # type: ignore[arg-type]  # what is tested
     with pytest.raises(DataError, match="tool 'f': parameters is str, expected a JSON schema"):
-        Tool("f", "", "object", print)  # type: ignore[arg-type]
+        Tool("f", "", "object", print)  # type: ignore[arg-type]  # what is tested
     with pytest.raises(DataError, match="parameters"):
         Tool("f", "", {"type": "nothing"}, print)
     tool = Tool("f", "", {"type": "object"}, print)
     with pytest.raises(DataError, match="'f'"):
         ToolEnvironment([tool, tool], lambda answer: None, EpisodesConfig())
     with pytest.raises(DataError, match=r"limits are dict, expected config.episodes"):
-        ToolEnvironment([tool], lambda answer: None, {})  # type: ignore[arg-type]
+        ToolEnvironment([tool], lambda answer: None, {})  # type: ignore[arg-type]  # what is tested
 
 
 def test_a_tools_error_is_told_as_it_was_raised():

@@ -60,7 +60,7 @@ def test_the_initial_student_of_an_extrapolation_is_the_one_that_begins(tmp_path
     target = {"even": (studio.followed["even"][-1],)}
     [scored, _] = studio.teachers(keep_hidden=False, targets=target).score(rollouts)
     rollout = scored.rollout
-    gap = scored.score.logprobs[rollout.loss_mask]  # type: ignore[union-attr]
+    gap = scored.score.logprobs[rollout.loss_mask]  # type: ignore[union-attr]  # none failed
     weight = studio.followed["even"][-1].weight
     assert torch.allclose(
         torch.from_numpy(gap), weight * torch.from_numpy(rollout.rollout_logprobs[rollout.loss_mask]), atol=1e-4

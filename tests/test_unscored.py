@@ -137,6 +137,9 @@ def test_a_step_without_any_rollout_is_skipped_and_counted(tmp_path: Path, monke
     lines = opd.read_metrics(run)
     assert [line.get("update/skipped/sum", 0.0) for line in lines] == [0.0, 1.0, 0.0, 0.0]
     assert lines[1]["batch/dropped/sum"] == 2
+    assert {s.rollout.policy_version for s in opd.read_rollouts(run, 3)} == {
+        2
+    }  # as a run that was resumed there has it
     assert lines[1]["episode/failed/sum"] == 2
     assert [s.rollout.failure for s in opd.read_rollouts(run, 2)] == [
         "the environment raised ConnectionError: the server is down"
@@ -182,7 +185,7 @@ def test_figures_of_an_episode_count_all_of_its_parts_once():
     cell = evaluate(
         Told(), [], Judge(lambda p, r: 1.0), teachers=Reads(),
         reverse_kl=lambda items: [np.ones(s.rollout.num_actions) for s in items],
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # type: ignore[arg-type]  # a stand-in  # fmt: skip
     assert (cell.kl_token, cell.kl_sequence, cell.total) == (1.0, 3.0, 2)
 
 
@@ -194,7 +197,7 @@ def test_episodes_that_failed_are_counted_beside_the_accuracy():
         def sample(self, prompts: Any, *, num_samples: int, seed: Any) -> list[Rollout]:
             return [good, bad]
 
-    cell = evaluate(Told(), [], Judge(lambda p, r: 1.0))  # type: ignore[arg-type]
+    cell = evaluate(Told(), [], Judge(lambda p, r: 1.0))  # type: ignore[arg-type]  # a stand-in
     assert (cell.total, cell.verified, cell.failed) == (2, 1, 1)
 
 
@@ -250,8 +253,8 @@ def test_rewards_in_part_have_a_mean_beside_the_accuracy():
         def sample(self, prompts: Any, *, num_samples: int, seed: Any) -> list[Rollout]:
             return made
 
-    half = evaluate(Told(), [], Judge(lambda p, r: 0.5, own=["task"]))  # type: ignore[arg-type]
+    half = evaluate(Told(), [], Judge(lambda p, r: 0.5, own=["task"]))  # type: ignore[arg-type]  # a stand-in
     assert (half.accuracy, half.mean_reward) == (0.0, 0.5)
     assert "0.0 [0.0, 65.8] of 2, mean reward 0.50" in parity_text([ParityRow("t", "train", "t", None, None, half)])
-    whole = evaluate(Told(), [], Judge(lambda p, r: 1.0, own=["task"]))  # type: ignore[arg-type]
+    whole = evaluate(Told(), [], Judge(lambda p, r: 1.0, own=["task"]))  # type: ignore[arg-type]  # a stand-in
     assert whole.mean_reward is None

@@ -100,6 +100,9 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         scored = score_usable(parts.teachers, rollouts)
     unscored = config.outcome.coef > 0
     if not trainable(scored, unscored=unscored):
+        parts.sampler.load_weights(
+            parts.learner.weights(), policy_version=step
+        )  # as after every step, and after a resume
         metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
             rollouts, scored
         )

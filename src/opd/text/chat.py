@@ -215,7 +215,8 @@ class Conversation:
         self.open_with(self.prompt.messages)
 
     def open_with(self, messages: Sequence[Message]) -> None:
-        """Add messages before the student's first turn; raises DataError, and stays as it was, where they cannot be shown."""
+        """Add messages before the student's first turn; raises DataError, and keeps the messages and tokens that it has, where
+        they cannot be shown."""
         before = list(self._messages)
         self._messages.extend(messages)
         try:
