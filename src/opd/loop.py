@@ -100,9 +100,8 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         scored = score_usable(parts.teachers, rollouts)
     unscored = config.outcome.coef > 0
     if not trainable(scored, unscored=unscored):
-        parts.sampler.load_weights(
-            parts.learner.weights(), policy_version=step
-        )  # as after every step, and after a resume
+        # the same weights, and the version that a run has which is resumed here
+        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
         metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
             rollouts, scored
         )
