@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers test fuzz check format clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers test fuzz check format clean
 
 install: .venv/installed
 
@@ -59,6 +59,15 @@ hacking-teachers: install model
 		cp -r runs/teacher_$$style/student examples/hacking/$$style || exit 1; \
 	done
 
+# The environment of what opd is measured beside (docs/performance.md); opd itself needs none of it.
+peers: .venv-peers/installed
+
+.venv-peers/installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install --quiet -r $<
+	touch $@
+
 # Everything that a change must pass; .ci/run calls this.
 test: install model check
 	$(BIN)/pytest
@@ -84,4 +93,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

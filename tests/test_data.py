@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from opd.batch import Batch, pack
 from opd.data.micro import micro_batches
 from opd.data.stream import PromptStream
+from opd.data.tiles import tile_groups
 from opd.data.tree import TokenTree, pack_trees
 from opd.errors import ScoreError
 from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
@@ -48,7 +49,9 @@ def test_the_worked_example_of_a_tree():
     assert tree.positions.tolist() == [0, 1, 2, 2]
     assert [p.tolist() for p in tree.paths] == [[0, 1, 2], [0, 1, 3]]
     assert len(tree) == 4
-    assert tree.attention_mask().astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    [group] = tile_groups(tree, size=4)
+    assert group.keys.tolist() == [[0, 1, 2, 3]]
+    assert group.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
 @quick
@@ -70,14 +73,37 @@ def test_every_distinct_prefix_is_stored_once(sequences):
 
 
 @quick
-@given(sequences_of_tokens)
-def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences):
+@given(sequences_of_tokens, st.integers(1, 9))
+def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
     tree = one_tree(sequences)
     expected = np.zeros((len(tree), len(tree)), dtype=bool)
     for path in tree.paths:
         for depth, node in enumerate(path):
             expected[node, path[: depth + 1]] = True
-    assert np.array_equal(tree.attention_mask(), expected)
+    found = np.zeros_like(expected)
+    seen: list[int] = []
+    for group in tile_groups(tree, size=size):
+        for start, end, keys, visible in zip(group.starts, group.ends, group.keys, group.visible, strict=True):
+            assert 0 < end - start <= size
+            seen += range(start, end)
+            for node, row in zip(range(start, end), visible, strict=False):
+                assert row.sum() == expected[node].sum()  # each key once
+                found[node, keys[row]] = True
+            assert visible[end - start :].sum() == size - (end - start)  # a place without a node sees one key
+    assert sorted(seen) == list(range(len(tree)))
+    assert np.array_equal(found, expected)
+
+
+@quick
+@given(sequences_of_tokens)
+def test_tiles_begin_where_branches_do_unless_several_fit(sequences):
+    tree = one_tree(sequences)
+    begins = [i for i, parent in enumerate(tree.parents) if parent != i - 1]
+    for group in tile_groups(tree, size=4):
+        for start, end in zip(group.starts, group.ends, strict=True):
+            inside = [b for b in begins if start < b < end]
+            for first, after in pairwise([*inside, end]):
+                assert after - first < 4
 
 
 @quick

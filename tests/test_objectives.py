@@ -51,15 +51,16 @@ def gradients(loss: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class LargestLogits(TorchDispatchMode):
-    """Records the largest [rows, vocab] product of hidden states and a head; `hidden` rows are a head's gradient."""
+    """Records the largest [rows, vocab] tensor that any operation makes or fills; as many rows as a width are a head's."""
 
-    def __init__(self, vocab: int, hidden: int) -> None:
+    def __init__(self, vocab: int, *widths: int) -> None:
         super().__init__()
-        self.vocab, self.hidden, self.found = vocab, hidden, 0
+        self.vocab, self.widths, self.found = vocab, widths, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default and result.shape[1] == self.vocab and result.shape[0] != self.hidden:
+        shape = result.shape if isinstance(result, Tensor) else ()
+        if len(shape) == 2 and shape[1] == self.vocab and shape[0] not in self.widths:
             self.found = max(self.found, result.numel())
         return result
 
@@ -234,7 +235,7 @@ def test_exact_reverse_kl_of_no_states_is_zero():
 
 @pytest.mark.parametrize("max_logits", [11, 25])
 def test_exact_reverse_kl_never_holds_more_logits_than_allowed(max_logits):
-    with LargestLogits(vocab=11, hidden=4) as seen:
+    with LargestLogits(11, 4, 3) as seen:
         exact_reverse_kl(**states(), max_logits=max_logits)[0].backward()
     assert 0 < seen.found <= max_logits
 
@@ -274,7 +275,7 @@ def test_token_logprobs_of_no_states_are_empty():
 
 def test_token_logprobs_never_hold_more_logits_than_allowed():
     inputs = states()
-    with LargestLogits(vocab=11, hidden=4) as seen:
+    with LargestLogits(11, 4, 3) as seen:
         token_logprobs(
             inputs["student_hidden"], inputs["student_head"], torch.zeros(6, dtype=torch.long), max_logits=25
         ).sum().backward()

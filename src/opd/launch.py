@@ -17,21 +17,19 @@ import torch
 from opd import checkpoint
 from opd.batch import pack
 from opd.config import Config
-from opd.data.stream import PromptStream
 from opd.embedded.build import build, export
 from opd.embedded.warmup import warm_up
 from opd.errors import CheckError, RunError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
 from opd.guards.preflight import Finding
-from opd.loop import Parts, StepReport, train_steps
+from opd.loop import StepReport, train_steps
 from opd.records import Prompt, ScoredRollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
-from opd.score_cache import CachedTeacher
-from opd.startup import Material, read_tasks, run_checks
+from opd.startup import Material, make_parts, read_tasks, run_checks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Reward
 from opd.text.tokenizer import fingerprint
@@ -152,12 +150,8 @@ class _Run:
         self.on_step = on_step
         self.studio = build(config, material.make_environment)
         self.material = material
-        self.judge = material.judge(config, self.studio.student.network.tokenizer)
         self.grader = material.grader()
-        self.learner = self.studio.learner()
-        weights = {name: task.weight for name, task in config.tasks.items()}
-        train = {name: splits["train"] for name, splits in self.prompts.items()}
-        self.stream = PromptStream(train, weights, seed=config.seed)
+        self.parts = make_parts(config, self.studio, material)
 
     def go(self, *, resume: bool) -> Result:
         config = self.config
@@ -215,19 +209,13 @@ class _Run:
     def _steps(self, line: ProgressLine, start: int) -> tuple[int, bool]:
         """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
         config, every = self.config, self.config.checkpoint.every
-        teachers = self.studio.teachers(keep_hidden=config.objective.needs_distributions, targets=self.studio.followed)
-        if config.compute.score_cache:
-            teachers = CachedTeacher(teachers, size=config.compute.score_cache)
-        sampler = self.studio.sampler()
-        sampler.load_weights(self.learner.weights(), policy_version=start)
-        special_ids = frozenset(self.studio.student.network.tokenizer.all_special_ids)
-        parts = Parts(self.stream, sampler, teachers, self.learner, self.judge, special_ids)
+        self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=start)
         writers = make_writers(config, self.folder.path, start=start)
         watcher = Watcher(config.guards, self.folder, line.say)
         done, saved, stopped = start, start, False
         try:
             with _interrupts() as interrupted:
-                for report in train_steps(config, parts, start=start):
+                for report in train_steps(config, self.parts, start=start):
                     done = report.step
                     values, alarmed = watcher.observe(done, {**report.values, **self._held_out(done)})
                     self._record(replace(report, values=values), line)
@@ -270,10 +258,10 @@ class _Run:
             self.on_step(report)
 
     def _save(self, step: int) -> None:
-        tensors, values = self.learner.state()
+        tensors, values = self.parts.learner.state()
         state = {
             "learner": values,
-            "cursor": self.stream.cursor,
+            "cursor": self.parts.stream.cursor,
             "policy_version": step,
             "identities": self._identities(),
         }
@@ -292,8 +280,8 @@ class _Run:
                 raise CheckError(
                     f"{what} is not what this run began with (identity {began}, now {identity}); restore it, or start a new run"
                 )
-        self.learner.load_state(found.tensors, found.state["learner"])
-        self.stream.cursor = dict(found.state["cursor"])
+        self.parts.learner.load_state(found.tensors, found.state["learner"])
+        self.parts.stream.cursor = dict(found.state["cursor"])
         torch.set_rng_state(found.tensors["rng/torch"])
         return found.step
 
@@ -352,7 +340,7 @@ class _Run:
             key: evaluate(
                 sampler,
                 self._evaluation_set(*key)[:count],
-                self.judge,
+                self.parts.judge,
                 teachers=teachers,
                 reverse_kl=self._reverse_kl,
             )
@@ -362,7 +350,7 @@ class _Run:
     def _reverse_kl(self, scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
         """KL(student, teacher) at every action of every rollout, one [actions] array each."""
         batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
-        kl = self.learner.score_student(batch).reverse_kl
+        kl = self.parts.learner.score_student(batch).reverse_kl
         assert kl is not None
         return [kl[a:b][batch.loss_mask[a:b]].double().numpy() for a, b in pairwise(batch.offsets)]
 

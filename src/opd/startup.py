@@ -6,14 +6,17 @@ from typing import Any
 
 from opd.batch import pack
 from opd.config import Config
+from opd.data.stream import PromptStream
 from opd.embedded.build import Studio
 from opd.embedded.teacher import Part
 from opd.errors import DataError
 from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
+from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
 from opd.roles import Environment, Task
+from opd.score_cache import CachedTeacher
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
@@ -189,3 +192,20 @@ def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> Non
                 f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is the reference of objective.extrapolation, so there is "
                 "nothing to extrapolate; choose another reference"
             )
+
+
+def make_parts(config: Config, studio: Studio, material: Material) -> Parts:
+    """What a recipe's training loop is made of, in this process."""
+    weights = {name: task.weight for name, task in config.tasks.items()}
+    train = {name: splits["train"] for name, splits in material.prompts.items()}
+    learner = studio.learner()
+    teachers = studio.teachers(keep_hidden=config.objective.needs_distributions, targets=studio.followed)
+    tokenizer = studio.student.network.tokenizer
+    return Parts(
+        stream=PromptStream(train, weights, seed=config.seed),
+        sampler=studio.sampler(),
+        teachers=CachedTeacher(teachers, size=config.compute.score_cache) if config.compute.score_cache else teachers,
+        learner=learner,
+        judge=material.judge(config, tokenizer),
+        special_ids=frozenset(tokenizer.all_special_ids),
+    )

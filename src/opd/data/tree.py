@@ -28,15 +28,6 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def attention_mask(self) -> np.ndarray:
-        """[nodes, nodes] bool: True where the row's node may see the column's node (itself and its ancestors)."""
-        mask = np.zeros((len(self), len(self)), dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[node] = mask[parent]
-            mask[node, node] = True
-        return mask
-
 
 class _Builder:
     def __init__(self) -> None:

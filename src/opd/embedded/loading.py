@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.config import ComputeConfig, LoraConfig
+from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
 from opd.errors import ModelError
 
@@ -154,6 +155,7 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
             network.model = get_peft_model(network.base, peft_config, adapter_name="student")
     except ValueError as error:
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
+    fuse_adapters(network.base)
     network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
     if config.start is not None:
         _start_from(network, config, config.start)
@@ -205,6 +207,7 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
             f"{who} was made for another base than '{network.source}': {len(odd)} of its weights or of the base's layers have no "
             f"counterpart, first {odd[0]}"
         )
+    fuse_adapters(network.base)
     network.head_weight()  # refuses an adapter that replaced the head
     network.base.requires_grad_(False)
 

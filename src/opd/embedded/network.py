@@ -2,16 +2,25 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from opd.data.tree import TokenTree, pack_trees
+from opd.embedded.attention import Plan, TreePlan, use_plans
+from opd.embedded.linear import few_rows, merged
+from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
+
+_NO_MASK = torch.ones(
+    1, 1, 1, 1, dtype=torch.bool
+)  # of four dimensions, so that transformers makes none: a plan says it
 
 
 class Network:
@@ -27,6 +36,7 @@ class Network:
         self.tokenizer = tokenizer
         self.source = source
         self.vocab_size = len(self._whole_head())
+        use_plans(model, source=source)
         self._active: tuple[str | None, bool] | None = None
 
     @property
@@ -47,6 +57,10 @@ class Network:
     def head_weight(self) -> Tensor:
         """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
         return self._whole_head()[: self.vocab_size]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's logits [rows, vocab] of a few hidden states [rows, hidden], without gradients."""
+        return few_rows(self.head_weight(), None, hidden)
 
     @property
     def _tuner(self) -> Any:
@@ -83,26 +97,44 @@ class Network:
             self.base.requires_grad_(trainable)
         self._active = (adapter, trainable)
 
-    def hidden_states(self, tree: TokenTree, *, cache: Cache | None = None) -> Tensor:
+    def hidden_states(self, tree: TokenTree) -> Tensor:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
+        plan = TreePlan(tree, device=self.device, dtype=self.base.dtype)
+        return self._run(tree.token_ids[None], tree.positions[None], plan)[0]
+
+    def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
+        """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
         device = self.device
         return self._backbone(
-            input_ids=torch.from_numpy(tree.token_ids).to(device)[None],
-            position_ids=torch.from_numpy(tree.positions).to(device)[None],
-            attention_mask=torch.from_numpy(tree.attention_mask()).to(device)[None, None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state[0]
+            input_ids=torch.from_numpy(token_ids).to(device),
+            position_ids=torch.as_tensor(positions).to(device),
+            attention_mask=_NO_MASK.to(device),
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state
 
-    def decode_step(self, token_ids: Tensor, positions: Tensor, visible: Tensor, cache: Cache) -> Tensor:
-        """Hidden states [rows, hidden] of one further token a row; `visible` [rows, cached + 1] bool hides padding."""
-        return self._backbone(
-            input_ids=token_ids[:, None],
-            position_ids=positions[:, None],
-            attention_mask=visible[:, None, None, :],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+    @contextmanager
+    def merged(self, adapter: str | None) -> Iterator[None]:
+        """Speak as this adapter, for passes of few tokens without gradients: its weights are added to copies of the base's."""
+        self.activate(adapter)
+        with merged(self._backbone):
+            yield
+
+    def begin_rows(self, sequences: Sequence[Sequence[int]], rows: RowPlan, *, max_tokens: int) -> Tensor:
+        """Add a row for each sequence, in packed passes of at most `max_tokens` distinct tokens; returns the hidden states
+        [sequences, hidden] after the last token of each."""
+        found = []
+        for _, tree in pack_trees(sequences, max_tokens=max_tokens):
+            plan = TreePlan(tree, device=self.device, dtype=self.base.dtype, keep=True)
+            hidden = self._run(tree.token_ids[None], tree.positions[None], plan)[0]
+            rows.add(plan.kept or {}, tree.paths)
+            found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
+        return torch.cat(found)
+
+    def extend_rows(self, token_ids: Sequence[int], rows: RowPlan) -> Tensor:
+        """One further token for each row; returns the hidden states [rows, hidden] after it."""
+        positions = rows.begin()
+        return self._run(np.array(token_ids)[:, None], positions[:, None], rows)[:, 0]
 
     def fingerprint(self) -> str:
         """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16."""

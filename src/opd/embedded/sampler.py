@@ -1,26 +1,25 @@
-"""Sampling from the student in process: one packed prefill, then rows that end one by one."""
+"""Sampling from the student in process: packed prompts, then rows that grow by a token a pass, end, and make room."""
 
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from opd.config import EpisodesConfig
 from opd.data.seeds import generator_of
-from opd.data.tree import TokenTree, pack_trees
 from opd.embedded.network import Network
+from opd.embedded.rows import RowPlan
+from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed
 from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 
-_COMPACT_BELOW = 0.75  # rows are dropped from the cache once this share or less is still growing
+_REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
 
 
 class EmbeddedSampler:
@@ -70,11 +69,11 @@ class EmbeddedSampler:
                 draws[turn] = uniforms(own, len(rows), self._max_new_tokens)
             return self._take_turns(episodes, draws[turn])
 
-        return self._player.play(rows, take_turns, version=self._version)
+        with self._network.merged(self._adapter):
+            return self._player.play(rows, take_turns, version=self._version)
 
     def _take_turns(self, episodes: Sequence[Episode], draws: Tensor) -> list[Taken]:
         """One turn of each episode, as many tokens as its limit and the student's context allow."""
-        self._network.activate(self._adapter)
         limit = self._network.max_context
         room = [
             self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(e.token_ids))
@@ -82,78 +81,57 @@ class EmbeddedSampler:
         ]
         taken = [Taken([], [], "context")] * len(episodes)
         fits = [i for i, left in enumerate(room) if left > 0]
-        for start in range(0, len(fits), self._max_rows):
-            part = fits[start : start + self._max_rows]
-            mine = draws[[episodes[i].row for i in part]]
-            grown = self._grow([episodes[i].token_ids for i in part], mine, [room[i] for i in part])
-            for i, row in zip(part, grown, strict=True):
-                assert row.finish is not None
-                cut = row.finish == "length" and room[i] < self._max_new_tokens
-                taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
+        mine = draws[[episodes[i].row for i in fits]]
+        grown = self._grow([episodes[i].token_ids for i in fits], mine, [room[i] for i in fits])
+        for i, row in zip(fits, grown, strict=True):
+            assert row.finish is not None
+            cut = row.finish == "length" and room[i] < self._max_new_tokens
+            taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
         return taken
 
     @torch.no_grad()
     def _grow(self, prompts: Sequence[list[int]], draws: Tensor, room: Sequence[int]) -> list["_Response"]:
         """Extend every prompt until its turn ends or its `room`, a number of tokens, is used up.
 
-        Samples that share all tokens so far (a group, at first) share one row of the batch; a row is split where they
-        part.
+        Samples that share all tokens so far (a group, at first) share one row; a row is copied where they part. When responses
+        end, the prompts that wait take their places.
         """
-        network, device = self._network, self._network.device
-        distinct = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        hidden, cache, visible = self._prefill(list(distinct))
-        positions = visible.sum(-1)
         responses = [_Response() for _ in prompts]
-        rows = {i: distinct[tuple(p)] for i, p in enumerate(prompts)}  # growing sample -> its row
-        for step in range(max(room)):
-            live = list(rows)
-            tokens, logprobs = self._draw(hidden, list(rows.values()), draws[live, step])
-            for sample, token, logprob in zip(live, tokens, logprobs, strict=True):
+        waiting = list(range(len(prompts)))[::-1]
+        rows, samples = RowPlan(self._network.device), list[list[int]]()  # the samples that each row stands for
+        hidden = torch.empty(0)
+        while waiting or samples:
+            free = self._max_rows - sum(map(len, samples))
+            if waiting and (not samples or free >= _REFILL * self._max_rows):
+                begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                found, sharing = self._begin(begun, prompts, rows)
+                hidden = found if not samples else torch.cat([hidden, found])
+                samples += sharing
+            owners = [row for row, members in enumerate(samples) for _ in members]
+            drawn = [sample for members in samples for sample in members]
+            places = [len(responses[sample].tokens) for sample in drawn]
+            tokens, logprobs = self._draw(hidden, owners, draws[drawn, places])
+            for sample, token, logprob in zip(drawn, tokens, logprobs, strict=True):
                 responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
-            pairs = {s: (rows[s], t) for s, t in zip(live, tokens, strict=True) if responses[s].finish is None}
-            if not pairs:
-                break
-            rows, parents, inputs = _split(pairs, len(hidden))
-            if parents is not None:
-                keep = torch.tensor(parents, device=device)
-                positions, visible = positions[keep], visible[keep]
-                cache.batch_select_indices(keep)
-            visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=-1)
-            hidden = network.decode_step(torch.tensor(inputs, device=device), positions, visible, cache)
-            positions = positions + 1
+            inputs = _part(rows, samples, responses)
+            if samples:
+                hidden = self._network.extend_rows(inputs, rows)
         return responses
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Run the prompts through the model, packed into passes of at most `max_tokens` distinct tokens.
+    def _begin(
+        self, begun: Sequence[int], prompts: Sequence[list[int]], rows: RowPlan
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Rows for the samples that begin: (the hidden states after their prompts, the samples of each new row)."""
+        sharing: dict[tuple[int, ...], list[int]] = {}
+        for sample in begun:
+            sharing.setdefault(tuple(prompts[sample]), []).append(sample)
+        hidden = self._network.begin_rows(list(sharing), rows, max_tokens=self._max_tokens)
+        return hidden, list(sharing.values())
 
-        Returns (the last hidden state of each [rows, hidden], a cache of one left-padded row each, which cached positions
-        are theirs [rows, longest] bool).
-        """
-        longest = max(map(len, prompts))
-        states, layers, visible = [], [], []
-        for _, tree in pack_trees(prompts, max_tokens=self._max_tokens):
-            packed = DynamicCache()
-            hidden = self._network.hidden_states(tree, cache=packed)
-            states.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=hidden.device)])
-            rows, seen = _rows_of(packed, tree, longest, hidden.device)
-            layers.append(rows)
-            visible.append(seen)
-        joined = [
-            (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in zip(*layers, strict=True)
-        ]
-        return torch.cat(states), DynamicCache(joined), torch.cat(visible)
-
-    def _draw(self, hidden: Tensor, rows: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
-        """One token a sample by inversion of its row's distribution function, and its log-probability."""
-        logits = (hidden @ self._network.head_weight().T).float() / self._temperature
-        logprobs = torch.log_softmax(logits, dim=-1)
-        # float64: in float32 the rounding of a sum over a vocabulary would move rare tokens' probabilities
-        cdf = logprobs.double().exp().cumsum(-1)
-        tokens = []
-        for row, draw in zip(rows, draws.tolist(), strict=True):
-            mark = draw * cdf[row, -1]
-            tokens.append(min(int(torch.searchsorted(cdf[row], mark, right=True)), cdf.shape[-1] - 1))
-        return tokens, logprobs[rows, tokens].tolist()
+    def _draw(self, hidden: Tensor, owners: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
+        """One token a sample from its row's distribution, and its log-probability."""
+        logits = self._network.logits(hidden).float() / self._temperature
+        return invert(logits, torch.tensor(owners), draws)
 
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
@@ -184,40 +162,25 @@ class _Response:
             self.finish = "length"
 
 
-def _split(pairs: dict[int, tuple[int, int]], num_rows: int) -> tuple[dict[int, int], list[int] | None, list[int]]:
-    """The rows of the next pass, from each growing sample's (row, token).
-
-    Returns (sample -> row, which old row each new row continues, or None when the rows stay as they are, the rows' tokens).
-    Rows that ended are dropped when a row is split or when no more than `_COMPACT_BELOW` of the rows still grow.
-    """
-    continued = dict.fromkeys(pairs.values())
-    parents = [row for row, _ in continued]
-    unsplit = len(set(parents)) == len(parents)
-    if unsplit and len(parents) > _COMPACT_BELOW * num_rows:
-        inputs = [0] * num_rows  # an ended row is fed anything; nothing reads it
-        for row, token in continued:
-            inputs[row] = token
-        return {sample: row for sample, (row, _) in pairs.items()}, None, inputs
-    place = {pair: i for i, pair in enumerate(continued)}
-    return {sample: place[pair] for sample, pair in pairs.items()}, parents, [token for _, token in continued]
-
-
-def _rows_of(
-    packed: DynamicCache, tree: TokenTree, longest: int, device: torch.device
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Each path's keys and values as a row, padded on the left to `longest`.
-
-    Returns ((keys, values) of every layer [rows, heads, longest, size], visible [rows, longest] bool).
-    """
-    index = np.zeros((len(tree.paths), longest), dtype=np.int64)
-    visible = np.zeros((len(tree.paths), longest), dtype=bool)
-    for i, path in enumerate(tree.paths):
-        index[i, longest - len(path) :] = path
-        visible[i, longest - len(path) :] = True
-    where = torch.from_numpy(index).to(device)
-    layers = [
-        (k[0][:, where].transpose(0, 1), v[0][:, where].transpose(0, 1))
-        for k, v, _ in packed
-        if k is not None and v is not None
-    ]
-    return layers, torch.from_numpy(visible).to(device)
+def _part(rows: RowPlan, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
+    """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
+    inputs: list[int] = []
+    for row in range(len(samples)):
+        by_token: dict[int, list[int]] = {}
+        for sample in samples[row]:
+            if responses[sample].finish is None:
+                by_token.setdefault(responses[sample].tokens[-1], []).append(sample)
+        groups = list(by_token.items()) or [(-1, [])]
+        inputs.insert(row, groups[0][0])
+        samples[row] = groups[0][1]
+        for token, members in groups[1:]:
+            rows.copy(row)
+            samples.append(members)
+            inputs.append(token)
+    for row in reversed(range(len(samples))):
+        if not samples[row]:
+            rows.drop(row)
+            samples[row], inputs[row] = samples[-1], inputs[-1]
+            samples.pop()
+            inputs.pop()
+    return inputs

@@ -1,9 +1,12 @@
 """Log-probabilities of given tokens, from logits or from hidden states and a head."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from opd.objectives.tiles import blocks, tiles
 
 
 def gather_logprobs(
@@ -21,21 +24,56 @@ def token_logprobs(
     token_ids: Int[Tensor, " states"],
     *,
     temperature: float = 1.0,
-    max_logits: int = 2**24,
+    max_logits: int = 2**26,
 ) -> Float[Tensor, " states"]:
     """The same from hidden states [states, hidden] and a head [vocab, hidden], token_ids [states] -> [states].
 
-    At most `max_logits` logits exist at once; with gradients each chunk is recomputed in the backward pass.
+    At most `max_logits` logits exist at once. The gradient to the hidden states is formed with the logits, in one pass; that to
+    the head, where it is asked for, takes another.
     """
+    return cast(Tensor, _TokenLogprobs.apply(hidden, head, token_ids, temperature, max_logits))
 
-    def of_chunk(chunk: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        return gather_logprobs(chunk @ weight.T, ids, temperature=temperature)
 
-    size = max(1, max_logits // len(head))
-    parts = []
-    for chunk, ids in zip(hidden.split(size), token_ids.split(size), strict=True):
-        if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-            parts.append(checkpoint(of_chunk, chunk, head, ids, use_reentrant=False))
-        else:
-            parts.append(of_chunk(chunk, head, ids))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+class _TokenLogprobs(torch.autograd.Function):
+    """d log p_token / d logits_a = 1[a = token] - p_a."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, token_ids, temperature, max_logits):  # type: ignore[override]  # torch declares (*args)
+        found = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows, [logits] in tiles([(hidden, head)], max_logits=max_logits):
+            for place, which in blocks(rows, logits.shape[-1], logits.device):
+                found[which] = _slopes_in_place(logits[place], token_ids[which], temperature, wanted=slopes is not None)
+            if slopes is not None:
+                torch.mm(logits, head, out=slopes[rows])
+        ctx.save_for_backward(slopes, hidden, head, token_ids)
+        ctx.temperature, ctx.max_logits = temperature, max_logits
+        return found
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
+        slopes, hidden, head, token_ids = ctx.saved_tensors
+        grad_hidden = None if slopes is None else slopes * grad[:, None].to(slopes.dtype)
+        grad_head = None
+        if ctx.needs_input_grad[1]:
+            grad_head = torch.zeros_like(head)
+            for rows, [logits] in tiles([(hidden, head)], max_logits=ctx.max_logits):
+                for place, which in blocks(rows, logits.shape[-1], logits.device):
+                    _slopes_in_place(logits[place], token_ids[which], ctx.temperature, wanted=True)
+                grad_head.addmm_(logits.T, hidden[rows] * grad[rows, None].to(hidden.dtype))
+        return grad_hidden, grad_head, None, None, None
+
+
+def _slopes_in_place(logits: Tensor, token_ids: Tensor, temperature: float, *, wanted: bool) -> Tensor:
+    """The tokens' log-probabilities [states]; if `wanted`, their gradients take the place of the logits [states, vocab]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        wide = wide / temperature
+    place = token_ids.unsqueeze(-1)
+    total = wide.logsumexp(-1, keepdim=True)
+    found = (wide.gather(-1, place) - total).squeeze(-1)
+    if wanted:
+        slope = (wide - total).exp_().neg_()
+        slope.scatter_add_(-1, place, torch.ones_like(total))
+        logits.copy_(slope if temperature == 1.0 else slope.div_(temperature))
+    return found

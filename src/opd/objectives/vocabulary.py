@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd.objectives.baselines import score_weighted_mean
 from opd.objectives.divergences import mixture
+from opd.objectives.tiles import blocks, tiles
 
 _TINY = 1e-35  # a probability below it is none
 
@@ -67,7 +68,7 @@ class VocabularyLoss:
     tail_residual: bool = False
     temperature: float = 1.0
     logprob_floor: float = -50.0
-    max_logits: int = 2**24
+    max_logits: int = 2**26
 
 
 class StateStatistics(NamedTuple):
@@ -106,7 +107,7 @@ def exact_reverse_kl(
     *,
     temperature: float = 1.0,
     logprob_floor: float = -50.0,
-    max_logits: int = 2**24,
+    max_logits: int = 2**26,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
     """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without ever holding [states, vocab] logits.
 
@@ -176,7 +177,7 @@ def state_statistics(
     whole = replace(how, divergence="reverse_kl", support=None)
     empty = student_hidden.new_full((len(student_hidden),), torch.nan, dtype=_wide(student_hidden))
     found = StateStatistics(*(empty.clone() for _ in range(6)))
-    for chunk in _chunks(student_hidden, student_head, teachers, how):
+    for chunk in _all_chunks(student_hidden, student_head, teachers, how):
         best = score_weighted_mean(chunk.logp, chunk.logq) if score_weighted else empty[chunk.rows]
         for column, part in zip(found, (*_pull(chunk, None, whole)[1:], best), strict=True):
             column[chunk.rows] = part
@@ -199,7 +200,7 @@ def agreement(
     """
     empty = student_hidden.new_zeros(len(student_hidden), dtype=_wide(student_hidden))
     found = Agreement(empty, empty.clone(), empty.clone())
-    for chunk in _chunks(student_hidden, student_head, teachers, how):
+    for chunk in _all_chunks(student_hidden, student_head, teachers, how):
         logq = torch.log_softmax(chunk.logq, -1)
         events = logq.shape[-1] - chunk.apart
         most = min(k, events)
@@ -220,25 +221,19 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head) if need_head else None
         stats = tuple(hidden.new_zeros(len(hidden), dtype=_wide(hidden)) for _ in range(5))
-        for chunk in _chunks(hidden, head, teachers, how):
-            rows = chunk.rows
-            sampled = None if sampled_ids is None else sampled_ids[rows]
-            if cells is not None and sampled is not None:
-                sampled = cells.student[sampled]
-            pull, *found = _pull(chunk, sampled, how)
-            for whole, part in zip(stats, found, strict=True):
-                whole[rows] = part
-            if need_hidden or need_head:
-                # of p_a h_a, or, from cells, of the id's share of P(c) h_c
-                total = pull.sum(-1, keepdim=True)
-                if cells is not None:
-                    pull = pull[:, cells.student].mul_(chunk.ids / chunk.p[:, cells.student].clamp(min=_TINY))
-                pull = pull.addcmul_(chunk.ids, total, value=-1.0)
-                grad = pull.mul_((weights[rows] / how.temperature)[:, None]).to(head.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad @ head
-                if grad_head is not None:
-                    grad_head.addmm_(grad.T, hidden[rows])
+        for rows, logits in _tiles(hidden, head, teachers, how):
+            for chunk in _chunks(rows, logits, teachers, how):
+                pull, *found = _pull(chunk, _sampled(chunk, sampled_ids, cells), how)
+                for whole, part in zip(stats, found, strict=True):
+                    whole[chunk.rows] = part
+                if need_hidden or need_head:
+                    scale = (weights[chunk.rows] / how.temperature)[:, None]
+                    # of a row's logits nothing is needed any more: their gradient takes their place
+                    torch.mul(_of_logits(chunk, pull, cells), scale, out=logits[0][chunk.place])
+            if grad_hidden is not None:
+                torch.mm(logits[0], head, out=grad_hidden[rows])
+            if grad_head is not None:
+                grad_head.addmm_(logits[0].T, hidden[rows])
         ctx.gradients = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(*stats)
         return (stats[0] * weights).sum(), *stats
@@ -249,12 +244,29 @@ class _VocabularyLoss(torch.autograd.Function):
         return *scaled, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 
 
-class _Chunk(NamedTuple):
-    """Some states: rows [states]; ids, p of each of the student's ids [states, vocab]; log p, p and log q of what is compared,
-    [states, ids or cells]; entropy of the student, floored mass, both [states]; apart: whether the last cell is no event of
-    its own."""
+def _sampled(chunk: "_Chunk", sampled_ids: Tensor | None, cells: CommonCells | None) -> Tensor | None:
+    if sampled_ids is None:
+        return None
+    sampled = sampled_ids[chunk.rows]
+    return sampled if cells is None else cells.student[sampled]
 
-    rows: Tensor
+
+def _of_logits(chunk: "_Chunk", pull: Tensor, cells: CommonCells | None) -> Tensor:
+    """The gradient p_a (h_a - sum_b p_b h_b) [states, vocab], from `pull`, which it writes over."""
+    # of p_a h_a, or, from cells, of the id's share of P(c) h_c
+    total = pull.sum(-1, keepdim=True)
+    if cells is not None:
+        pull = pull[:, cells.student].mul_(chunk.ids / chunk.p[:, cells.student].clamp(min=_TINY))
+    return pull.addcmul_(chunk.ids, total, value=-1.0)
+
+
+class _Chunk(NamedTuple):
+    """Some states: rows, which they are; place, where they are in their tile; ids, p of each of the student's ids
+    [states, vocab]; log p, p and log q of what is compared, [states, ids or cells]; entropy of the student, floored mass, both
+    [states]; apart: whether the last cell is no event of its own."""
+
+    rows: slice
+    place: slice
     ids: Tensor
     logp: Tensor
     p: Tensor
@@ -264,30 +276,46 @@ class _Chunk(NamedTuple):
     apart: bool
 
 
-def _chunks(hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss) -> Iterator[_Chunk]:
-    """The distributions of a few states at a time."""
-    widest = max(len(head), *(len(teacher.head) for teacher in teachers))
-    for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, how.max_logits // widest)):
-        logp = _log_softmax(hidden[rows] @ head.T, how.temperature)
+def _tiles(
+    hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The logits of the student and of each teacher, a tile of states at a time."""
+    return tiles([(hidden, head), *((t.hidden, t.head) for t in teachers)], max_logits=how.max_logits)
+
+
+def _all_chunks(
+    hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss
+) -> Iterator[_Chunk]:
+    """The distributions at all states, a few at a time."""
+    for rows, logits in _tiles(hidden, head, teachers, how):
+        yield from _chunks(rows, logits, teachers, how)
+
+
+def _chunks(
+    rows: slice, logits: Sequence[Tensor], teachers: Sequence[TeacherStates], how: VocabularyLoss
+) -> Iterator[_Chunk]:
+    """The distributions at a tile's states, a few at a time."""
+    for place, which in blocks(rows, max(x.shape[-1] for x in logits), logits[0].device):
+        logp = _log_softmax(logits[0][place], how.temperature)
         p = ids = logp.exp()
         entropy = -(p * logp).sum(-1)
         logq, below = None, None
-        for teacher in teachers:
-            part = _log_softmax(teacher.hidden[rows] @ teacher.head.T, how.temperature)
+        for teacher, own in zip(teachers, logits[1:], strict=True):
+            part = _log_softmax(own[place], how.temperature)
             if teacher.cells is not None:
                 p = _in_cells(ids, teacher.cells.student, teacher.cells.num)
                 logp = p.clamp(min=_TINY).log()
                 part = _in_cells(part.exp(), teacher.cells.teacher, teacher.cells.num).log()
-            low = part < how.logprob_floor
-            if bool(low.any()):
+            if bool(part.amin() < how.logprob_floor):
+                low = part < how.logprob_floor
                 part.clamp_(min=how.logprob_floor)
                 below = low if below is None else below | low
             if teacher.weight != 1.0:
                 part.mul_(teacher.weight)
             logq = part if logq is None else logq.add_(part)
         assert logq is not None
-        floored = p.new_zeros(len(rows)) if below is None else (p * below).sum(-1)
-        yield _Chunk(rows, ids, logp, p, logq, entropy, floored, teachers[0].cells is not None)
+        floored = torch.zeros_like(entropy) if below is None else (p * below).sum(-1)
+        yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, teachers[0].cells is not None)
 
 
 def _in_cells(p: Tensor, cells: Tensor, num: int) -> Tensor:
@@ -299,14 +327,15 @@ def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[T
     """p h [states, ids or cells], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
     logp, p, logq, entropy = chunk.logp, chunk.p, chunk.logq, chunk.entropy
     gap = logp - logq
-    reverse_kl = (p * gap).sum(-1)
+    pull = p * gap
+    reverse_kl = pull.sum(-1)
     none = torch.zeros_like(entropy)
     if how.support is not None:
         assert sampled is not None
         pull, divergence, tail = _on_support(chunk, gap, sampled, how)
         return pull, divergence, reverse_kl, entropy, chunk.floored, tail
     if how.divergence == "reverse_kl":
-        return p * gap, reverse_kl, reverse_kl, entropy, chunk.floored, none
+        return pull, reverse_kl, reverse_kl, entropy, chunk.floored, none
     logq = torch.log_softmax(logq, -1)
     q = logq.exp()
     if how.divergence == "forward_kl":
@@ -348,4 +377,5 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits.to(_wide(logits)) / temperature, dim=-1)
+    logits = logits.to(_wide(logits))
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

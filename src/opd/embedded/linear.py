@@ -1,0 +1,131 @@
+"""The linear layers of a model: an adapter's update in one pass with its base, and products of a few rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+_FEW = 512  # rows; up to here W x^T, a product with a few columns, is faster on a CPU than x W^T with a few rows
+
+
+def fuse_adapters(model: nn.Module) -> None:
+    """Let every LoRA layer compute W x + scale B A x and its gradients without intermediate [tokens, width] results.
+
+    Layers of another kind (DoRA, biases in the adapter, dropout while it trains, another dtype than the base) stay as peft has
+    them.
+    """
+    for layer in model.modules():
+        if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
+            layer.forward = partial(_adapted, layer)  # type: ignore[method-assign]  # of this one layer, not of peft's class
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """For passes of few tokens without gradients: every linear layer with its active adapter added to a copy of its weight.
+
+    The copies live as long as the context; the model's own weights are not touched.
+    """
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        with torch.no_grad():
+            for layer in _linear_layers(model):
+                weight, bias = _sum(layer)
+                if weight is not None:
+                    changed.append((layer, layer.__dict__.get("forward")))
+                    layer.forward = partial(few_rows, weight, bias)  # type: ignore[method-assign]  # as above
+        yield
+    finally:
+        for layer, forward in changed:
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward  # type: ignore[method-assign]  # as above
+
+
+def _linear_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost linear layers: an adapted one, not its parts."""
+    for child in model.children():
+        if type(child) is LoraLinear or type(child) is nn.Linear:
+            yield child
+        else:
+            yield from _linear_layers(child)
+
+
+def _sum(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's weight with its active adapter's update, and its bias; None for what only peft can add."""
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    if type(layer.base_layer) is not nn.Linear or (adapters := _plain_adapters(layer)) is None:
+        return None, None
+    base = layer.base_layer
+    if not adapters:
+        return base.weight, base.bias
+    down, up, scale = adapters[0]
+    return torch.addmm(base.weight, up, down, alpha=scale), base.bias
+
+
+def _plain_adapters(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """(A, B, scale) of the adapter that is active on a layer, if any; None where it is not of the plain kind."""
+    if layer.disable_adapters:
+        return []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return []
+    name = active[0]
+    down, up, base = layer.lora_A[name], layer.lora_B[name], layer.base_layer
+    plain = len(active) == 1 and not layer.merged and name not in layer.lora_variant and up.bias is None
+    dropped = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
+    if not plain or dropped or down.weight.dtype != base.weight.dtype or layer.fan_in_fan_out:
+        return None
+    return [(down.weight, up.weight, layer.scaling[name])]
+
+
+def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """The forward pass of one LoRA layer."""
+    adapters = None if args or options else _plain_adapters(layer)
+    if adapters is None or x.dtype != layer.base_layer.weight.dtype:
+        return LoraLinear.forward(layer, x, *args, **options)
+    base = layer.base_layer
+    if not adapters:
+        return base(x)
+    down, up, scale = adapters[0]
+    return _Adapted.apply(x, base.weight, base.bias, down, up, scale)  # type: ignore[no-any-return]  # torch types it as Any
+
+
+class _Adapted(torch.autograd.Function):
+    """x [..., in] -> W x + bias + scale B A x, [..., out]; W and its bias are frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, scale):  # type: ignore[override]  # torch declares (*args)
+        rows = x.reshape(-1, x.shape[-1])
+        small = rows @ down.T
+        out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        out.addmm_(small, up.T, alpha=scale)
+        ctx.save_for_backward(rows, small, weight, down, up)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
+        rows, small, weight, down, up = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_small = (grad @ up).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_small, down).view(ctx.shape)
+        grad_down = (rows.T @ grad_small).T if ctx.needs_input_grad[3] else None
+        grad_up = (grad.T @ small).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def few_rows(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """W x + bias of x [..., in], whose rows are few: [..., out], the memory of its columns together."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > _FEW or weight.device.type != "cpu":
+        return nn.functional.linear(x, weight, bias)
+    out = (weight @ rows.T).T
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)

@@ -1,0 +1,105 @@
+"""The keys and values of sequences that grow by a token a pass, one row each."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SPARE = 64  # places that a row gets beyond what it needs, so that buffers are seldom made anew
+
+
+class RowPlan:
+    """Rows of cached tokens, each at the left of its buffer; as a plan, one new token a row sees all of its row.
+
+    Buffers [rows, key heads, places, size] grow by half when they are full. Rows are numbered from 0 without gaps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lengths: list[int] = []
+        self._device = device
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._at = torch.empty(0)
+        self._mask = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, kept: Mapping[int, tuple[Tensor, Tensor]], paths: Sequence[np.ndarray]) -> None:
+        """Append a row for each path through the nodes of a pass whose keys and values [nodes, key heads, size] were kept."""
+        first, longest = len(self), max(map(len, paths))
+        index = np.zeros((len(paths), longest), dtype=np.int64)
+        for row, path in enumerate(paths):
+            index[row, : len(path)] = path
+        where = torch.from_numpy(index).to(self._device)
+        self.lengths += map(len, paths)
+        for layer, pair in kept.items():
+            for buffers, nodes in zip((self._keys, self._values), pair, strict=True):
+                self._reserve(buffers, layer, nodes, longest)
+                buffers[layer][first : len(self), :, :longest] = nodes[where].transpose(1, 2)
+
+    def copy(self, row: int) -> None:
+        """Append a row that is the same as another."""
+        length = self.lengths[row]
+        self.lengths.append(length)
+        for buffers in (self._keys, self._values):
+            for layer, buffer in buffers.items():
+                if len(buffer) < len(self):
+                    self._reserve(buffers, layer, buffer.transpose(1, 2)[0], length)
+                whole = buffers[layer]
+                whole[len(self) - 1, :, :length] = whole[row, :, :length]
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its number."""
+        last = len(self) - 1
+        if row != last:
+            length = self.lengths[last]
+            for whole in (*self._keys.values(), *self._values.values()):
+                whole[row, :, :length] = whole[last, :, :length]
+            self.lengths[row] = length
+        self.lengths.pop()
+
+    def begin(self) -> Tensor:
+        """Make room for one more token a row; returns their positions [rows]."""
+        at = torch.tensor(self.lengths)
+        width = int(at.max()) + 1
+        for buffers in (self._keys, self._values):
+            for layer, buffer in buffers.items():
+                self._reserve(buffers, layer, buffer.transpose(1, 2)[0], width)
+        dtype = next(iter(self._keys.values())).dtype
+        hidden = torch.arange(width) > at[:, None]
+        self._mask = torch.zeros(len(self), 1, 1, width, dtype=dtype).masked_fill_(hidden[:, None, None], -torch.inf)
+        self._mask, self._at = self._mask.to(self._device), at.to(self._device)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._at
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """query [rows, heads, 1, size], key and value [rows, key heads, 1, size] -> [rows, 1, heads, size]."""
+        rows, heads, width = len(self), key.shape[1], self._mask.shape[-1]
+        keys, values = self._keys[layer], self._values[layer]
+        which = torch.arange(rows, device=self._device)
+        keys[which, :, self._at] = key[:, :, 0]
+        values[which, :, self._at] = value[:, :, 0]
+        # The heads that share a key head are rows of it.
+        shared = query.reshape(rows, heads, -1, query.shape[-1]).contiguous()
+        mask = self._mask.expand(rows, 1, shared.shape[2], width)
+        found = F.scaled_dot_product_attention(
+            shared, keys[:rows, :, :width], values[:rows, :, :width], attn_mask=mask, scale=scale
+        )
+        return found.reshape(rows, 1, -1, found.shape[-1])
+
+    def _reserve(self, buffers: dict[int, Tensor], layer: int, like: Tensor, places: int) -> None:
+        """Let a layer's buffer hold all rows of this many places; `like` [any, key heads, size]."""
+        old = buffers.get(layer)
+        have = (0, 0) if old is None else (old.shape[0], old.shape[2])
+        if have[0] >= len(self) and have[1] >= places:
+            return
+        rows = have[0] if have[0] >= len(self) else max(len(self), have[0] * 3 // 2)
+        room = have[1] if have[1] >= places else max(places + _SPARE, have[1] * 3 // 2)
+        # zeros: what is not filled yet is hidden, but no number times 0 would not be 0
+        new = like.new_zeros(rows, like.shape[1], room, like.shape[2])
+        if old is not None:
+            new[: have[0], :, : have[1]] = old
+        buffers[layer] = new

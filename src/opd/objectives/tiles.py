@@ -1,0 +1,50 @@
+"""Logits of a few states at a time: the products of hidden states with heads, in buffers that are used again.
+
+A buffer of [states, vocab] that is made anew for every tile costs a CPU as much in fresh memory pages as a pass over it, and
+passes over a whole tile cost what they read from memory; `blocks` are small enough to stay in a cache between passes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_COLUMNS = 4096  # of the vocabulary in one product: with more, a CPU's product leaves its cache
+_STATES = 256  # of one tile: with fewer, its products read the head too often; more would only need more memory
+_ROUND = 64  # states, where they must be fewer; products of other numbers of rows are slower
+_BLOCK = 2**19  # logits
+
+
+def tiles(pairs: Sequence[tuple[Tensor, Tensor]], *, max_logits: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """For each stretch of states (their slice, each model's logits [states, vocab]), to be used before the next is asked for.
+
+    pairs: a model's hidden [states, width] and head [vocab, width] each. Of one model at most `max_logits` logits exist, one state
+    at least. Without gradients.
+    """
+    num_states = len(pairs[0][0])
+    most = max(1, max_logits // max(len(head) for _, head in pairs))
+    size = min(num_states, _STATES, most // _ROUND * _ROUND or most)
+    buffers = [head.new_empty(size, len(head)) for _, head in pairs]
+    for start in range(0, num_states, size or 1):
+        rows = slice(start, min(start + size, num_states))
+        found = [buffer[: rows.stop - rows.start] for buffer in buffers]
+        for (hidden, head), out in zip(pairs, found, strict=True):
+            _product(hidden[rows], head, out)
+        yield rows, found
+
+
+def blocks(rows: slice, widest: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """A tile's states, a few at a time: (where they are in the tile, which states they are)."""
+    count = rows.stop - rows.start
+    size = max(1, _BLOCK // widest) if device.type == "cpu" else count
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield slice(start, stop), slice(rows.start + start, rows.start + stop)
+
+
+def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """hidden @ head.T into `out`."""
+    hidden, head = hidden.detach(), head.detach()
+    columns = _COLUMNS if head.device.type == "cpu" else len(head)
+    for start in range(0, len(head), columns):
+        torch.mm(hidden, head[start : start + columns].T, out=out[:, start : start + columns])

@@ -1,0 +1,169 @@
+"""Attention of packed trees and of growing rows against attention with a dense mask, and linear layers against peft's."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import save_toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from opd.data.tree import TokenTree, pack_trees
+from opd.embedded.attention import TreePlan, use_plans
+from opd.embedded.linear import fuse_adapters, merged
+from opd.embedded.network import Network
+from opd.embedded.rows import RowPlan
+from opd.errors import ModelError
+
+quick = settings(max_examples=25, deadline=None)
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=150), min_size=1, max_size=6)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+
+
+def one_tree(tokens: list[list[int]]) -> TokenTree:
+    [(_, tree)] = pack_trees(tokens, max_tokens=10**6)
+    return tree
+
+
+def dense(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention written out, key heads repeated."""
+    visible = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+    for node, parent in enumerate(tree.parents.tolist()):
+        if parent >= 0:
+            visible[node] = visible[parent]
+        visible[node, node] = True
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+
+
+@quick
+@given(sequences, st.sampled_from([(1, 1), (2, 2), (2, 6)]), st.integers(0, 99))
+def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens, heads, seed):
+    tree, (few, many) = one_tree(tokens), heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    given_ = [normal(1, n, len(tree), 4).requires_grad_() for n in (many, few, few)]
+    plan = TreePlan(tree, device=torch.device("cpu"), dtype=torch.float64)
+    found, expected = plan.attend(0, *given_, 0.3), dense(tree, *given_, 0.3)
+    assert found.shape == expected.shape == (1, len(tree), many, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = normal(*found.shape)
+    for mine, other in zip(*(torch.autograd.grad((x * weights).sum(), given_) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def toy_network(tmp_path: Path) -> Network:
+    return Network(AutoModelForCausalLM.from_pretrained(save_toy(tmp_path / "toy", 0)).eval(), None, "toy")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [8, 200])
+def test_rows_that_begin_grow_split_and_end_have_the_states_of_their_tokens(tmp_path, max_tokens):
+    network = toy_network(tmp_path)
+    texts = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7]]
+    rows = RowPlan(network.device)
+    hidden = network.begin_rows(texts, rows, max_tokens=max_tokens)
+    rng = np.random.default_rng(0)
+    for step in range(140):  # past what buffers begin with
+        for text, state in zip(texts, hidden, strict=True):
+            plain = network._backbone(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
+            torch.testing.assert_close(state, plain, rtol=0, atol=2e-5)
+        if step == 2:
+            rows.copy(1)
+            texts.append(list(texts[1]))
+        if step in (4, 6):
+            rows.drop(0)
+            texts[0] = texts[-1]
+            texts.pop()
+        if step == 8:
+            texts.append([9, 8])
+            network.begin_rows([[9, 8]], rows, max_tokens=max_tokens)
+        tokens = rng.integers(0, 200, len(texts)).tolist()
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+        assert rows.lengths == [len(text) - 1 for text in texts]
+        hidden = network.extend_rows(tokens, rows)
+
+
+def adapted(tmp_path: Path, **options: bool) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(save_toy(tmp_path / "toy", 0)).double()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
+        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.2
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_fused_adapters_have_the_outputs_and_gradients_of_pefts(tmp_path, options):
+    plain = adapted(tmp_path, **options)
+    fused = copy.deepcopy(plain)
+    fuse_adapters(fused)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    outputs = []
+    for model in (plain, fused):
+        logits = model(input_ids=ids).logits
+        logits.sin().sum().backward()
+        outputs.append(logits)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)
+    for (name, mine), (_, other) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        if mine.requires_grad:
+            assert float(other.grad.abs().max()) > 0, name
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_merged_weights_speak_as_the_adapter_and_are_gone_afterwards(tmp_path, options):
+    model = adapted(tmp_path, **options)
+    fuse_adapters(model)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before, weights = model(input_ids=ids).logits, {n: p.clone() for n, p in model.named_parameters()}
+    with merged(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-10)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    with pytest.raises(KeyError, match="what a caller raised"), merged(model):
+        raise KeyError("what a caller raised")
+    assert torch.equal(model(input_ids=ids).logits, before)
+    with model.disable_adapter(), merged(model):
+        bare = model(input_ids=ids).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(bare, model(input_ids=ids).logits, rtol=0, atol=1e-10)
+    assert float((bare - before).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("config", [Qwen2Config(**GROUPED), Qwen3Config(**GROUPED), Gemma3TextConfig(**GROUPED)])
+def test_other_architectures_pack_as_they_run(config):
+    torch.manual_seed(0)
+    network = Network(AutoModelForCausalLM.from_config(config).eval(), None, config.model_type)
+    shared = list(range(10))
+    assert network.packing_error([[*shared, 11, 12], [*shared, 13], [14, *shared * 8]]) < 1e-4
+
+
+def test_an_architecture_that_keeps_its_attention_to_itself_is_refused():
+    sizes = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+    model = FalconForCausalLM(FalconConfig(**sizes, alibi=False))
+    with pytest.raises(ModelError, match="model 'here/falcon': FalconForCausalLM does not take another attention"):
+        use_plans(model, source="here/falcon")

@@ -1,0 +1,41 @@
+"""Drawing by inversion against the distribution function written out."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.objectives.draw import invert
+
+quick = settings(max_examples=40, deadline=None)
+
+
+@quick
+@given(st.integers(1, 700), st.integers(0, 99), st.floats(0.1, 8.0))
+def test_a_draw_is_the_first_token_at_which_the_distribution_function_exceeds_its_number(vocab, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocab, generator=generator) * spread
+    owners = torch.tensor([0, 2, 2, 1, 0])
+    uniforms = torch.rand(5, generator=generator, dtype=torch.float64)
+    tokens, logprobs = invert(logits, owners, uniforms)
+    exact = torch.log_softmax(logits.double(), -1)
+    for owner, uniform, token, logprob in zip(owners.tolist(), uniforms.tolist(), tokens, logprobs, strict=True):
+        cdf = exact[owner].exp().cumsum(-1)
+        assert (float(cdf[token - 1]) if token else 0.0) <= uniform + 1e-6
+        assert float(cdf[token]) > uniform - 1e-6
+        assert abs(logprob - float(exact[owner, token])) < 1e-5
+
+
+def test_no_token_of_probability_zero_is_drawn_at_either_end():
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, [5, 300]] = torch.tensor([0.0, 1.0])
+    ends = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = invert(logits, torch.tensor([0, 0]), ends)
+    assert tokens == [5, 300]
+    np.testing.assert_allclose(np.exp(logprobs).sum(), 1.0, rtol=1e-6)
+
+
+def test_logits_that_lie_column_by_column_are_read_as_they_are():
+    logits = torch.randn(4, 513, generator=torch.Generator().manual_seed(0))
+    owners, uniforms = torch.arange(4), torch.full((4,), 0.5, dtype=torch.float64)
+    assert invert(logits.T.contiguous().T, owners, uniforms) == invert(logits, owners, uniforms)
