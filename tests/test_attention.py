@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +14,19 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma3TextConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from opd.data.tree import TokenTree, pack_trees
 from opd.embedded.attention import TreePlan, use_plans
-from opd.embedded.linear import fuse_adapters, merged
+from opd.embedded.linear import few_rows, fuse_adapters, merged
 from opd.embedded.network import Network
 from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
@@ -69,6 +72,56 @@ def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens
     weights = normal(*found.shape)
     for mine, other in zip(*(torch.autograd.grad((x * weights).sum(), given_) for x in (found, expected)), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(monkeypatch: pytest.MonkeyPatch):
+    """Wide groups attend once more for their gradient, which stays the same."""
+    tree = one_tree([[1] * 300 + [2] * 300, [1] * 300 + [3] * 300])
+    given_ = [torch.randn(1, 2, len(tree), 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    plan = TreePlan(tree, device=torch.device("cpu"), dtype=torch.float64)
+    found, kept = [], []
+    for wide in (10**6, 64):
+        monkeypatch.setattr("opd.embedded.attention._WIDE", wide)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            out = plan.attend(0, *given_, None)
+        found.append((out, *torch.autograd.grad(out.cos().sum(), given_)))
+        kept.append(sum(sizes))
+    for kept_all, again in zip(*found, strict=True):
+        assert torch.equal(kept_all, again)
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_shared_prefix_keeps_its_gradient_in_half_precision():
+    """Three hundred branches see the prefix: summed in bfloat16 one after another, its gradient would be a twentieth off."""
+    tree = one_tree([[1] * 8 + [2 + branch] * 64 for branch in range(300)])
+    plans = {
+        dtype: TreePlan(tree, device=torch.device("cpu"), dtype=dtype) for dtype in (torch.bfloat16, torch.float64)
+    }
+    torch.manual_seed(0)
+    numbers = [torch.randn(1, 2, len(tree), 8).bfloat16() for _ in range(3)]
+    gradients = []
+    for dtype, plan in plans.items():
+        mine = [x.to(dtype).requires_grad_() for x in numbers]
+        out = plan.attend(0, *mine, None)
+        gradients.append(torch.autograd.grad(out.sum(), mine[2])[0][:, :, :8].double())
+    half, exact = gradients
+    assert float((half - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", ["softcap", "indices", "sinks"])
+def test_attention_that_a_plan_cannot_make_is_refused(name: str):
+    attend = AttentionInterface()["opd"]
+    states = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ModelError, match=f"Linear attends with '{name}', which packed passes do not do"):
+        attend(torch.nn.Linear(1, 1), states, states, states, None, **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize(("options", "most"), [({"sliding_window": 32}, 32), ({"sliding_window": None}, 256)])
+def test_a_window_that_slides_bounds_the_sequences_that_may_be_packed(options: dict[str, Any], most: int):
+    config = MistralConfig(**GROUPED, **options)
+    network = Network(AutoModelForCausalLM.from_config(config).eval(), None, "mistral")
+    assert network.max_context == most
 
 
 def toy_network(tmp_path: Path) -> Network:
@@ -152,6 +205,31 @@ def test_merged_weights_speak_as_the_adapter_and_are_gone_afterwards(tmp_path, o
     with model.disable_adapter():
         torch.testing.assert_close(bare, model(input_ids=ids).logits, rtol=0, atol=1e-10)
     assert float((bare - before).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_adapters_of_another_tuner_speak_while_merged_too(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(save_toy(tmp_path / "toy", 0)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: the parameter's layer could be adapted as a whole
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"])).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert float((model(input_ids=ids).logits - before).abs().max()) > 1e-3
+    with merged(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_few_rows_come_out_row_by_row():
+    weight, x = torch.randn(6, 4), torch.randn(3, 1, 4)
+    found = few_rows(weight, None, x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, x @ weight.T)
 
 
 @pytest.mark.parametrize("config", [Qwen2Config(**GROUPED), Qwen3Config(**GROUPED), Gemma3TextConfig(**GROUPED)])

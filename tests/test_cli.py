@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,13 @@ def test_every_command_explains_itself():
         result = invoke(name, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout
+
+
+def test_help_comes_without_loading_what_a_run_needs():
+    code = (
+        "import sys; from opd.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def test_a_run_whose_folder_was_moved_goes_on_where_it_is(tree: dict[str, Any], tmp_path: Path):

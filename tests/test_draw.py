@@ -1,6 +1,9 @@
 """Drawing by inversion against the distribution function written out."""
 
+import math
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,3 +43,13 @@ def test_logits_that_lie_column_by_column_are_read_as_they_are():
     logits = torch.randn(4, 513, generator=torch.Generator().manual_seed(0))
     owners, uniforms = torch.arange(4), torch.full((4,), 0.5, dtype=torch.float64)
     assert invert(logits.T.contiguous().T, owners, uniforms) == invert(logits, owners, uniforms)
+
+
+def test_a_row_that_is_no_distribution_gives_a_token_whose_logprob_says_so():
+    logits = torch.zeros(2, 300)
+    logits[1, 7] = torch.nan
+    tokens, logprobs = invert(logits, torch.tensor([0, 1]), torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert tokens[0] == 150
+    assert 0 <= tokens[1] < 300
+    assert math.isnan(logprobs[1])
+    assert logprobs[0] == pytest.approx(-math.log(300))

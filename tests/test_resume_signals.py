@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import opd
 from opd.cli import app
+from opd.launch import _Run
+from opd.report.background import Background
 
 STEPS = 30
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -176,12 +178,15 @@ def test_a_second_interrupt_stops_at_once_with_one_line_and_leaves_what_was_save
 ):
     tree = recipe(tmp_path, steps=6, checkpoint={"every": 2})
 
-    def interrupt_twice(self: Any, report: Any, line: Any) -> None:
+    record = _Run._record
+
+    def interrupt_twice(self: _Run, report: Any, line: Any, records: Background) -> None:
+        record(self, report, line, records)
         if report.step == 4:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("opd.launch._Run._record", interrupt_twice)
+    monkeypatch.setattr(_Run, "_record", interrupt_twice)
     result = CliRunner().invoke(app, ["train", write_toml(tmp_path / "recipe.toml", tree)])
     assert result.exit_code == 130
     [line] = result.stderr.splitlines()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import StepReport, train_steps
 from opd.records import Prompt, ScoredRollout
+from opd.report.background import Background
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
@@ -214,15 +216,16 @@ class _Run:
         watcher = Watcher(config.guards, self.folder, line.say)
         done, saved, stopped = start, start, False
         try:
-            with _interrupts() as interrupted:
+            with _interrupts() as interrupted, Background() as records:
                 for report in train_steps(config, self.parts, start=start):
                     done = report.step
                     values, alarmed = watcher.observe(done, {**report.values, **self._held_out(done)})
-                    self._record(replace(report, values=values), line)
+                    self._record(replace(report, values=values), line, records)
                     for writer in writers:
                         writer.write(done, values)
                     stopped = interrupted.is_set() or (alarmed and done < config.steps)
                     if done % every == 0 or done == config.steps or stopped:
+                        records.wait()  # a checkpoint says that all before it is on disk
                         self._save(done)
                         saved = done
                     if stopped:
@@ -247,14 +250,15 @@ class _Run:
                 found[f"held_out/outcome/{task}/mean"] = cell.accuracy
         return found | ({"held_out/outcome/mean": float(np.mean(list(found.values())))} if found else {})
 
-    def _record(self, report: StepReport, line: ProgressLine) -> None:
-        self.folder.write_rollouts(report.step, report.scored)
+    def _record(self, report: StepReport, line: ProgressLine, records: Background) -> None:
+        records.start(partial(self.folder.write_rollouts, report.step, report.scored))
         self.folder.append_metrics(report.step, report.values)
         line.step(report.step, report.values)
         every = self.config.logging.samples_every
         if every and (report.step == 1 or report.step % every == 0):
             line.samples(report.scored)
         if self.on_step is not None:
+            records.wait()  # it may read them
             self.on_step(report)
 
     def _save(self, step: int) -> None:

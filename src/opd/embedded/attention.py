@@ -5,12 +5,14 @@ with: `plan` says what the tokens of this pass see. Without a plan a model atten
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -21,7 +23,9 @@ from opd.errors import ModelError
 
 _NAME = "opd"
 _TILE = 64  # nodes; a smaller tile sees less that it does not need, a larger one makes fewer, larger products
-_UNKNOWN = ("softcap", "s_aux", "position_bias")  # changes of the scores that a plan does not make
+_WIDE = 512  # keys; groups that see more keep nothing for their gradient but what they were given
+# What changes the scores, or which keys count: of it a plan knows nothing.
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
 
 
 class Plan(Protocol):
@@ -40,17 +44,21 @@ def use_plans(model: PreTrainedModel, *, source: str) -> None:
             "AttentionInterface), so its passes cannot be packed; serve it, or use another architecture"
         )
     model.set_attn_implementation(_NAME)
+    if model.config.get_text_config()._attn_implementation != _NAME:
+        raise ModelError(
+            f"model '{source}': {type(model).__name__} kept its own attention, so its passes cannot be packed"
+        )
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    plan: Plan | None = options.pop("plan", None)
-    if plan is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     for name in _UNKNOWN:
         if options.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with '{name}', which packed passes do not do")
+    plan: Plan | None = options.pop("plan", None)
+    if plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return plan.attend(module.layer_idx, query, key, value, options.get("scaling")), None
 
 
@@ -85,7 +93,7 @@ class TreePlan:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
         heads, size, width = key.shape[1], query.shape[3], value.shape[3]
         if shared not in self._masks:
-            self._masks[shared] = [mask.repeat(1, shared, 1)[:, None] for mask in self._hidden]
+            self._masks = {shared: [mask.repeat(1, shared, 1)[:, None] for mask in self._hidden]}
         counts = [len(keys) for keys in self._keys]
         queries = _Put.apply(query[0].transpose(0, 1).flatten(1), self._places, sum(counts) * _TILE)
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -95,12 +103,24 @@ class TreePlan:
         ):
             # The heads that share a key head are further rows of it, so keys are not repeated.
             given = mine.permute(0, 2, 3, 1, 4).reshape(len(seen), heads, shared * _TILE, size)
-            one = F.scaled_dot_product_attention(
-                given, keys[seen].transpose(1, 2), values[seen].transpose(1, 2), attn_mask=mask, scale=scale
-            )
+            one = _looked_at(given, keys, values, seen, mask, scale)
             found.append(one.view(len(seen), heads, shared, _TILE, width).permute(0, 3, 1, 2, 4).flatten(0, 1))
         whole = torch.cat([one.flatten(1) for one in found])
         return _Take.apply(whole, self._places).view(1, -1, heads * shared, width)
+
+
+def _looked_at(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention of tiles [tiles, key heads, rows, size] over the keys and values [tokens, key heads, size] that each sees."""
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mine, theirs = (_See.apply(x, seen).transpose(1, 2) for x in (keys, values))
+        return F.scaled_dot_product_attention(query, mine, theirs, attn_mask=mask, scale=scale)
+
+    if seen.shape[1] <= _WIDE or not torch.is_grad_enabled():
+        return attend(query, keys, values)
+    # Copies of the keys of every tile, kept layer by layer, would need many times the memory of the keys.
+    found = checkpoint(attend, query, keys, values, use_reentrant=False, preserve_rng_state=False)
+    return cast(Tensor, found)
 
 
 def _places(groups: Sequence[TileGroup], num_nodes: int) -> np.ndarray:
@@ -112,6 +132,25 @@ def _places(groups: Sequence[TileGroup], num_nodes: int) -> np.ndarray:
             found[start:end] = tile * _TILE + np.arange(end - start)
             tile += 1
     return found
+
+
+class _See(torch.autograd.Function):
+    """The rows [rows, heads, size] that each tile sees, [tiles, seen, heads, size]. What many tiles see gets its gradient from
+    each of them, so they are summed in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx, rows, seen):  # type: ignore[override]  # torch declares (*args)
+        ctx.save_for_backward(seen)
+        ctx.shape = rows.shape
+        return rows[seen]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
+        [seen] = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        whole.index_add_(0, seen.flatten(), grad.flatten(0, 1).to(whole.dtype))
+        return whole.to(grad.dtype), None
 
 
 class _Put(torch.autograd.Function):

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _FEW = 512  # rows; up to here W x^T, a product with a few columns, is faster on a CPU than x W^T with a few rows
 
@@ -27,7 +29,8 @@ def fuse_adapters(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[None]:
     """For passes of few tokens without gradients: every linear layer with its active adapter added to a copy of its weight.
 
-    The copies live as long as the context; the model's own weights are not touched.
+    The copies live as long as the context; the model's own weights are not touched. Weights of half precision stay as they are:
+    adding to them would round the update away.
     """
     changed: list[tuple[nn.Module, Any]] = []
     try:
@@ -51,7 +54,7 @@ def _linear_layers(model: nn.Module) -> Iterator[nn.Module]:
     for child in model.children():
         if type(child) is LoraLinear or type(child) is nn.Linear:
             yield child
-        else:
+        elif not isinstance(child, BaseTunerLayer):  # what other tuners make of their parts, only they know
             yield from _linear_layers(child)
 
 
@@ -64,6 +67,8 @@ def _sum(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     base = layer.base_layer
     if not adapters:
         return base.weight, base.bias
+    if base.weight.dtype.itemsize < torch.float32.itemsize:
+        return None, None
     down, up, scale = adapters[0]
     return torch.addmm(base.weight, up, down, alpha=scale), base.bias
 
@@ -110,6 +115,7 @@ class _Adapted(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
         rows, small, weight, down, up = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
@@ -123,9 +129,9 @@ class _Adapted(torch.autograd.Function):
 
 
 def few_rows(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """W x + bias of x [..., in], whose rows are few: [..., out], the memory of its columns together."""
+    """W x + bias of x [..., in], whose rows are few: [..., out]."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW or weight.device.type != "cpu":
         return nn.functional.linear(x, weight, bias)
-    out = (weight @ rows.T).T
+    out = (weight @ rows.T).T.contiguous()  # rows whose parts lie apart are no rows to some models
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)

@@ -50,8 +50,9 @@ class Network:
         That is the context, and with sliding-window layers their window: the mask of a packed pass has no window.
         """
         config = self.base.config.get_text_config()
-        slides = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-        limits = [getattr(config, "max_position_embeddings", None), config.sliding_window if slides else None]
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
+        limits = [getattr(config, "max_position_embeddings", None), window]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def head_weight(self) -> Tensor:
@@ -158,5 +159,6 @@ class Network:
             plain = self.base(input_ids=torch.tensor([list(sequence)], device=self.device)).logits[
                 0, :, : self.vocab_size
             ]
-            worst = max(worst, float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max()))
+            gap = float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max())
+            worst = float(np.maximum(worst, gap))  # unlike max(), keeps a nan
         return worst

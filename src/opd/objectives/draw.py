@@ -22,14 +22,14 @@ def invert(
     weights = torch.sub(logits, top, out=torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)).exp_()
     vocab = weights.shape[-1]
     blocks = F.pad(weights, (0, -vocab % _BLOCK)).view(len(weights), -1, _BLOCK)
-    cdf = blocks.sum(-1).double().cumsum(-1)
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     owners, uniforms = owners.to(cdf.device), uniforms.to(cdf.device)
     mine = cdf[owners]
     mark = uniforms * mine[:, -1]
     block = _first_above(mine, mark)
     before = torch.where(block > 0, mine.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inner = blocks[owners, block].double().cumsum(-1)
-    tokens = block * _BLOCK + _first_above(inner, mark - before)
+    tokens = (block * _BLOCK + _first_above(inner, mark - before)).clamp(max=vocab - 1)
     logprobs = (logits[owners, tokens] - top[owners, 0]).double() - mine[:, -1].log()
     return tokens.tolist(), logprobs.float().tolist()
 
@@ -39,4 +39,5 @@ def _first_above(cdf: Tensor, marks: Tensor) -> Tensor:
     place that adds to it."""
     found = torch.searchsorted(cdf, marks[:, None], right=True)
     last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
-    return torch.minimum(found, last)[:, 0]
+    # of a nan every comparison is false: any place will do, and the log-probability tells
+    return torch.minimum(found, last).clamp(max=cdf.shape[-1] - 1)[:, 0]

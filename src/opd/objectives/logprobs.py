@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from opd.objectives.tiles import blocks, tiles
 
@@ -51,6 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
         slopes, hidden, head, token_ids = ctx.saved_tensors
         grad_hidden = None if slopes is None else slopes * grad[:, None].to(slopes.dtype)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from opd.objectives.baselines import score_weighted_mean
 from opd.objectives.divergences import mixture
@@ -221,15 +222,19 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head) if need_head else None
         stats = tuple(hidden.new_zeros(len(hidden), dtype=_wide(hidden)) for _ in range(5))
+        plain = how.divergence == "reverse_kl" and how.support is None and cells is None
         for rows, logits in _tiles(hidden, head, teachers, how):
             for chunk in _chunks(rows, logits, teachers, how):
-                pull, *found = _pull(chunk, _sampled(chunk, sampled_ids, cells), how)
+                scale = (weights[chunk.rows] / how.temperature)[:, None]
+                # of a row's logits nothing is needed any more: their gradient takes their place
+                place = logits[0][chunk.place]
+                if plain:
+                    found = _reverse_kl(chunk, scale, out=place)
+                else:
+                    pull, *found = _pull(chunk, _sampled(chunk, sampled_ids, cells), how)
+                    torch.mul(_of_logits(chunk, pull, cells), scale, out=place)
                 for whole, part in zip(stats, found, strict=True):
                     whole[chunk.rows] = part
-                if need_hidden or need_head:
-                    scale = (weights[chunk.rows] / how.temperature)[:, None]
-                    # of a row's logits nothing is needed any more: their gradient takes their place
-                    torch.mul(_of_logits(chunk, pull, cells), scale, out=logits[0][chunk.place])
             if grad_hidden is not None:
                 torch.mm(logits[0], head, out=grad_hidden[rows])
             if grad_head is not None:
@@ -239,6 +244,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return (stats[0] * weights).sum(), *stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):  # type: ignore[override]  # torch declares (*args)
         scaled = tuple(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients)
         return *scaled, *(None for _ in range(len(ctx.needs_input_grad) - 2))
@@ -306,7 +312,8 @@ def _chunks(
                 p = _in_cells(ids, teacher.cells.student, teacher.cells.num)
                 logp = p.clamp(min=_TINY).log()
                 part = _in_cells(part.exp(), teacher.cells.teacher, teacher.cells.num).log()
-            if bool(part.amin() < how.logprob_floor):
+            # a CPU saves a pass by asking; an accelerator would have to wait for the answer
+            if part.device.type != "cpu" or bool(part.amin() < how.logprob_floor):
                 low = part < how.logprob_floor
                 part.clamp_(min=how.logprob_floor)
                 below = low if below is None else below | low
@@ -344,6 +351,15 @@ def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[T
     logm = mixture(logp, logq, beta)
     ours = (1.0 - beta) * p * (logp - logm)
     return ours, beta * (q * (logq - logm)).sum(-1) + ours.sum(-1), reverse_kl, entropy, chunk.floored, none
+
+
+def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, ...]:
+    """What `_pull` says of each state for the plain reverse KL, in half its passes over the vocabulary: the gradient of the logits,
+    scale p (log p - log q - KL), goes into `out`, and the chunk's tensors are written over."""
+    gap = chunk.logp.sub_(chunk.logq)
+    found = torch.linalg.vecdot(chunk.p, gap)
+    torch.mul(gap.sub_(found[:, None]), chunk.p.mul_(scale), out=out)
+    return found, found, chunk.entropy, chunk.floored, torch.zeros_like(found)
 
 
 def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
