@@ -227,9 +227,28 @@ def test_adapters_of_another_tuner_speak_while_merged_too(tmp_path):
 @torch.no_grad()
 def test_a_few_rows_come_out_row_by_row():
     weight, x = torch.randn(6, 4), torch.randn(3, 1, 4)
-    found = few_rows(weight, None, x)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, x @ weight.T)
+    for together in (True, False):
+        found = few_rows(weight, None, x, together=together)
+        assert found.is_contiguous() == together
+        torch.testing.assert_close(found, x @ weight.T)
+
+
+@torch.no_grad()
+def test_rows_of_attention_lie_together_while_merged(tmp_path):
+    model = adapted(tmp_path)
+    ids = torch.tensor([[3], [1], [4]])
+    seen: dict[str, bool] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.is_contiguous()}))
+        for name, layer in model.named_modules()
+        if name.endswith("_proj")
+    ]
+    with merged(model):
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    assert all(apart for name, apart in seen.items() if "self_attn" in name)
+    assert len([name for name in seen if "self_attn" in name]) == 8
 
 
 @pytest.mark.parametrize("config", [Qwen2Config(**GROUPED), Qwen3Config(**GROUPED), Gemma3TextConfig(**GROUPED)])

@@ -61,7 +61,7 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits [rows, vocab] of a few hidden states [rows, hidden], without gradients."""
-        return few_rows(self.head_weight(), None, hidden)
+        return few_rows(self.head_weight(), None, hidden, together=False)
 
     @property
     def _tuner(self) -> Any:
