@@ -1,6 +1,7 @@
 """Two programs on the same work, in turns: these machines are shared, so only ratios of neighbouring runs mean anything."""
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def in_turns(commands: Mapping[str, Sequence[str]], *, rounds: int) -> dict[str,
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """theirs / ours of each round: the median, the least and the largest."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    return f"{ratios[len(ratios) // 2]:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
 
 
 def require_peers() -> None:
