@@ -78,7 +78,10 @@ class Measure:
 
 
 def time_to(mark: float, kept: list[dict[str, Any]]) -> float:
-    """Seconds until the reverse KL first is at `mark`; infinite when it never is."""
+    """Seconds until the reverse KL first is at `mark`; those of the first measurement where it is there already, infinite when it
+    never is."""
+    if kept[0]["kl"] <= mark:
+        return float(kept[0]["seconds"])
     for before, after in pairwise(kept):
         if after["kl"] <= mark < before["kl"]:
             share = math.log(before["kl"] / mark) / math.log(before["kl"] / after["kl"])

@@ -124,6 +124,14 @@ def test_a_window_that_slides_bounds_the_sequences_that_may_be_packed(options: d
     assert network.max_context == most
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_packing_error_that_is_no_number_stays_one(tmp_path: Path, bad: int):
+    network = toy_network(tmp_path)
+    with torch.no_grad():
+        network.base.get_input_embeddings().weight[7 + bad] = torch.nan
+    assert np.isnan(network.packing_error([[1, 7], [1, 8], [1, 2]]))
+
+
 def toy_network(tmp_path: Path) -> Network:
     return Network(AutoModelForCausalLM.from_pretrained(save_toy(tmp_path / "toy", 0)).eval(), None, "toy")
 

@@ -295,3 +295,15 @@ def test_the_logprobs_of_all_tokens_are_those_of_a_distribution(pair, temperatur
     every = gather_logprobs(pair[0].expand(5, 5), torch.arange(5), temperature=temperature)
     assert float(every.exp().sum()) == pytest.approx(1.0, abs=1e-12)
     torch.testing.assert_close(every, torch.log_softmax(pair[0] / temperature, -1), atol=1e-12, rtol=0)
+
+
+def test_a_second_derivative_of_a_closed_form_is_refused():
+    hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+    losses = [
+        token_logprobs(hidden, head, torch.tensor([1, 2, 3])).sum(),
+        exact_reverse_kl(hidden, head, torch.randn(3, 4), head, torch.ones(3))[0],
+    ]
+    for loss in losses:
+        [slope] = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            slope.sum().backward()
