@@ -21,6 +21,7 @@ import opd
 from opd.cli import app
 from opd.launch import _Run
 from opd.report.background import Background
+from opd.report.run_folder import RunFolder
 
 STEPS = 30
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -171,6 +172,24 @@ def test_a_signal_during_a_step_stops_behind_it(tmp_path: Path, number: signal.S
     assert checkpoints(result.run) == ["step-000003"]
     assert steps_done(result.run) == 3
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_steps_rollouts_are_on_disk_when_its_callback_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = RunFolder.write_rollouts
+
+    def slowly(self: RunFolder, step: int, scored: Any) -> None:
+        time.sleep(0.2)
+        write(self, step, scored)
+
+    monkeypatch.setattr(RunFolder, "write_rollouts", slowly)
+    tree = recipe(tmp_path, steps=2)
+    seen: list[int] = []
+    opd.train(
+        opd.parse_config(tree),
+        on_step=lambda report: seen.append(len(list(opd.read_rollouts(tree["output"], report.step)))),
+    )
+    assert len(seen) == 2
+    assert all(seen)
 
 
 def test_a_second_interrupt_stops_at_once_with_one_line_and_leaves_what_was_saved(
