@@ -45,3 +45,7 @@ class ScoreError(OpdError, ArithmeticError):
 
 class RunError(OpdError, OSError):
     """A run folder that exists, is missing, cannot be written, or does not hold what it should."""
+
+
+class StalledError(RunError):
+    """A run that cannot go on as things are; the steps that it made are saved, and it can be continued once that is mended."""

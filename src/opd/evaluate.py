@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opd.metrics import wilson_interval
-from opd.records import ChunkScore, HiddenScore, Prompt, ScoredRollout
+from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout
 from opd.roles import Sampler, Seed, Teacher
 from opd.tasks.judge import Judge
 
@@ -25,7 +25,8 @@ class Cell:
     correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson; mean_reward: theirs,
     where some are worth a part;
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
-    nats. With a teacher of another tokenizer it is estimated from the sampled chunks, and kl_byte is there too.
+    nats. With a teacher behind a server or of another tokenizer it is estimated from what was sampled, and with another tokenizer
+    kl_byte is there too; sampled: whether it is.
     """
 
     total: int
@@ -39,6 +40,7 @@ class Cell:
     kl_token: float | None = None
     kl_sequence: float | None = None
     kl_byte: float | None = None
+    sampled: bool = False
 
     @property
     def accuracy(self) -> float | None:
@@ -83,11 +85,13 @@ def evaluate(
     faulty = {(r.prompt.id, r.sample) for r in rollouts if r.flags}
     known = [r.reward for r in episodes if r.reward is not None]
     kl: Mapping[str, float] = {}
+    exact = False
     if teachers is not None and reverse_kl is not None:
         scored = teachers.score([r for r in rollouts if r.failure is None and r.num_actions])
         # One teacher scores all prompts of a set, so its scores are of one kind.
         hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
-        kl = _averages(reverse_kl(hidden), hidden) if hidden else _in_chunks(scored)
+        exact = bool(hidden)
+        kl = _averages(reverse_kl(hidden), hidden) if exact else _from_samples(scored)
     return Cell(
         total=len(episodes),
         verified=len(known),
@@ -97,6 +101,7 @@ def evaluate(
         mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
         failed=sum(r.failure is not None for r in episodes),
         mean_reward=float(np.mean(known)) if any(0.0 < r < 1.0 for r in known) else None,
+        sampled=bool(kl) and not exact,
         **kl,
     )
 
@@ -108,20 +113,17 @@ def _averages(per_token: Sequence[np.ndarray], scored: Sequence[ScoredRollout]) 
     return {"kl_token": float(every.mean()), "kl_sequence": float(every.sum() / len(episodes))}
 
 
-def _in_chunks(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """The same from what was sampled, and a byte, for a teacher that scores chunks; nothing when it scored none."""
-    chunked = [(s, s.score) for s in scored if isinstance(s.score, ChunkScore) and s.mask.any()]
-    if not chunked:
+def _from_samples(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """The same from what was sampled, and a byte for a teacher that scores chunks; nothing when nothing was scored."""
+    known = [(s, s.score) for s in scored if isinstance(s.score, SampledScore | ChunkScore) and s.mask.any()]
+    if not known:
         return {}
-    ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in chunked]
+    ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in known]
     # as the training metric has it: a response without text has no bytes to share its cost
-    costs = {
-        i: float(r.sum()) for i, (r, (_, score)) in enumerate(zip(ratios, chunked, strict=True)) if score.num_bytes
-    }
-    num_bytes = sum(chunked[i][1].num_bytes for i in costs)
-    return _averages(ratios, [s for s, _ in chunked]) | (
-        {"kl_byte": sum(costs.values()) / num_bytes} if num_bytes else {}
-    )
+    sizes = [score.num_bytes if isinstance(score, ChunkScore) else 0 for _, score in known]
+    cost = sum(float(r.sum()) for r, size in zip(ratios, sizes, strict=True) if size)
+    found = _averages(ratios, [s for s, _ in known])
+    return found | ({"kl_byte": cost / sum(sizes)} if sum(sizes) else {})
 
 
 def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:
@@ -165,7 +167,7 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
     def kl(cell: Cell | None) -> str:
         if cell is None or cell.kl_token is None or cell.kl_sequence is None:
             return "-"
-        text = f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}"
+        text = f"{cell.kl_token:.3f} / {cell.kl_sequence:.2f}" + ("~" if cell.sampled else "")
         return text if cell.kl_byte is None else f"{text} ({cell.kl_byte:.3f} a byte)"
 
     def faults(row: ParityRow) -> str:
@@ -193,8 +195,10 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         lines.append(
             f"{failed} episodes have no verdict: their environments failed (the accuracies are of the others)."
         )
-    if any(c is not None and c.kl_byte is not None for row in rows for c in (row.before, row.after)):
-        lines.append("A KL with a figure a byte is estimated from the responses: that teacher has another tokenizer.")
+    if any(c is not None and c.sampled for row in rows for c in (row.before, row.after)):
+        lines.append(
+            "~: estimated from the responses, of a teacher that gives no distributions over the student's tokens."
+        )
     if checked:
         lines.append(
             "Format errors: the share of episodes with one, of the student before, its teacher and the student after."

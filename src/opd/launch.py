@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,7 @@ from opd.batch import pack
 from opd.config import Config
 from opd.embedded.build import build, export
 from opd.embedded.warmup import warm_up
-from opd.errors import CheckError, RunError
+from opd.errors import CheckError, RunError, StalledError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
 from opd.guards.preflight import Finding
@@ -109,7 +109,8 @@ def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvi
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
     material = read_tasks(config, reward, environment)
-    return run_checks(build(config, material.make_environment), material.prompts)
+    with closing(build(config, material.make_environment)) as studio:
+        return run_checks(studio, material.prompts)
 
 
 def evaluate_run(
@@ -156,8 +157,7 @@ class _Run:
         self.parts = make_parts(config, self.studio, material)
 
     def go(self, *, resume: bool) -> Result:
-        config = self.config
-        with ProgressLine(config.steps) as line:
+        with closing(self.studio), ProgressLine(self.config.steps) as line:
             findings = run_checks(self.studio, self.prompts)
             preflight.require(findings)
             for finding in findings:
@@ -165,7 +165,7 @@ class _Run:
                     line.say(f"warning: {finding.name}: {finding.detail}")
             if not resume:
                 # Only now, so that a recipe that is refused leaves nothing behind.
-                RunFolder.create(self.folder.path, config, own_code=self.own_code)
+                RunFolder.create(self.folder.path, self.config, own_code=self.own_code)
             with self.folder.locked():
                 return self._train(line, resume=resume)
 
@@ -202,7 +202,7 @@ class _Run:
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
 
     def evaluate_only(self) -> list[ParityRow]:
-        with ProgressLine(self.config.steps) as line:
+        with closing(self.studio), ProgressLine(self.config.steps) as line:
             if self._restore(line.say) is None:
                 raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
             path = self.folder.path / "before.json"
@@ -230,6 +230,10 @@ class _Run:
                         saved = done
                     if stopped:
                         break
+        except StalledError:
+            if done > saved:
+                self._save(done)
+            raise
         finally:
             for writer in writers:
                 writer.close()
@@ -327,10 +331,10 @@ class _Run:
         rows = []
         for (task, split, teacher), cell in after.items():
             expert = None
-            if teacher in self.studio.voices:  # several teachers at once are nobody who could answer alone
-                voice = self.studio.voices[teacher]
-                judge = self.material.judge(self.config, voice.network.tokenizer)
-                expert = evaluate(self.studio.sampler(voice), self._evaluation_set(task, split, teacher), judge)
+            alone = self.studio.alone(teacher)
+            if alone is not None:
+                judge = self.material.judge(self.config, alone.tokenizer)
+                expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
         self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")

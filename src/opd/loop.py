@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from opd.batch import pack, trainable
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.errors import RunError
+from opd.errors import StalledError
 from opd.guards.evidence import evidence
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
@@ -22,7 +22,10 @@ from opd.tasks.judge import Judge
 from opd.text.lineup import shares
 from opd.text.pairing import LARGEST, total
 
-_MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on: no accident any more
+_MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none of one teacher: no accident any more
+
+
+_MEND = "mend the server, then continue with 'opd train --resume'"
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,31 @@ class _Clock:
 def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
-    A step of which no rollout can be trained on makes none; raises RunError after several of them in a row.
+    A step of which no rollout can be trained on makes none; raises StalledError after several of them in a row, when a teacher
+    loses all its rollouts as often, and when one step loses more than its share. A step that raises has taken no prompts.
     """
     empty = 0
+    silent: Counter[str] = Counter()
     for step in range(start + 1, config.steps + 1):
-        report = train_step(config, parts, step)
+        cursor = dict(parts.stream.cursor)
+        try:
+            report = train_step(config, parts, step)
+        except BaseException:
+            parts.stream.cursor = cursor
+            raise
         empty = 0 if trainable(report.scored, unscored=config.outcome.coef > 0) else empty + 1
         yield report
+        for teacher in dict.fromkeys(s.score.teacher for s in report.scored):
+            mine = [s for s in report.scored if s.score.teacher == teacher]
+            silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
+            if silent[teacher] == _MOST_EMPTY:
+                raise StalledError(
+                    f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)}); {_MEND}"
+                )
         if empty == _MOST_EMPTY:
             reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
             shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
-            raise RunError(
+            raise StalledError(
                 f"no rollout of the last {empty} steps can be trained on ({shown}); mend that, then continue"
             )
 
@@ -98,6 +115,7 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         rollouts = parts.judge(sampled)
     with clock.phase("score"):
         scored = score_usable(parts.teachers, rollouts)
+    _require_most(config, step, scored)
     unscored = config.outcome.coef > 0
     if not trainable(scored, unscored=unscored):
         # the same weights, and the version that a run has which is resumed here
@@ -128,9 +146,33 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     return StepReport(step, values(metrics), tuple(scored))
 
 
+def _lost(scored: ScoredRollout) -> bool:
+    """Whether a server lost it: it was never sampled, or never scored, for no reason of its own."""
+    return bool(scored.rollout.events.get("lost")) or (isinstance(scored.score, FailedScore) and scored.score.lost)
+
+
+def _why(lost: Sequence[ScoredRollout]) -> str:
+    """The first reason, and how many more there are."""
+    reasons = list(dict.fromkeys(s.score.reason for s in lost if isinstance(s.score, FailedScore)))
+    return reasons[0] + (f"; and {len(reasons) - 1} more reasons" if len(reasons) > 1 else "")
+
+
+def _require_most(config: Config, step: int, scored: Sequence[ScoredRollout]) -> None:
+    """Raise StalledError when servers lost more of a step than the recipe allows."""
+    lost = [s for s in scored if _lost(s)]
+    if len(lost) > config.served.max_lost_share * len(scored):
+        raise StalledError(
+            f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than served.max_lost_share = "
+            f"{config.served.max_lost_share:g}; {_MEND}"
+        )
+
+
 def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout]) -> Metrics:
-    """What was sampled, and how many rollouts each teacher could not score."""
-    return rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
+    """What was sampled, how many rollouts each teacher could not score, and what servers lost or were asked again."""
+    metrics = rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
+    retries = sum(s.retries + s.rollout.events.get("retried", 0) for s in scored)
+    lost = sum(map(_lost, scored))
+    return metrics | {f"served/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
 
 
 def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -174,6 +216,8 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
             r.reward for r in episodes if r.prompt.task == task and r.reward is not None
         )
     events = sum((Counter(r.events) for r in rollouts), Counter())
+    for name in ("lost", "retried"):  # of servers, not of environments
+        events.pop(name, None)
     turns = [sum(t.author == "student" for t in r.turns) for r in rollouts]
     if events or max(turns, default=0) > 1:
         metrics["episode/turns/mean"] = Mean(sum(turns), len(episodes))

@@ -82,6 +82,10 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     before the first step. Raises OpdError where the recipe does not fit."""
     material = read_tasks(config, None)
     prompt_sets = material.prompts
+    if any(teacher.url is not None for teacher in config.teachers.values()):
+        raise DataError(
+            "a probe compares distributions, and a teacher with a url gives none; load it in process (model)"
+        )
     studio = build(config, material.make_environment)
     preflight.require(run_checks(studio, prompt_sets))
     if studio.foreign:

@@ -175,10 +175,12 @@ class ChunkScore:
 
 @dataclass(frozen=True)
 class FailedScore:
-    """A teacher that could not score this rollout, and why; it is counted and never trained on."""
+    """A teacher that could not score this rollout, and why; it is counted and never trained on. lost: it could have, had its
+    server answered."""
 
     teacher: str
     reason: str
+    lost: bool = False
 
 
 Score: TypeAlias = SampledScore | HiddenScore | ChunkScore | FailedScore
@@ -186,11 +188,13 @@ Score: TypeAlias = SampledScore | HiddenScore | ChunkScore | FailedScore
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout and its own teacher's score of it; cached: the score was made for an equal rollout before."""
+    """A rollout and its own teacher's score of it; cached: the score was made for an equal rollout before; retries: how often its
+    server was asked again."""
 
     rollout: Rollout
     score: Score
     cached: bool = False
+    retries: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.score, FailedScore):

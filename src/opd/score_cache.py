@@ -25,18 +25,22 @@ class CachedTeacher:
         known = {key: self._kept[key] for key in keys if key in self._kept}
         new = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
         asked = self._teacher.score(list(new.values())) if new else []
-        fresh = {key: s.score for key, s in zip(new, asked, strict=True)}
+        fresh = dict(zip(new, asked, strict=True))
         for key in dict.fromkeys(keys):
-            score = known.get(key) or fresh[key]
+            score = known.get(key) or fresh[key].score
             if not isinstance(score, FailedScore):
                 self._kept[key] = score
                 self._kept.move_to_end(key)
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
-        return [
-            ScoredRollout(rollout, known[key], cached=True) if key in known else ScoredRollout(rollout, fresh[key])
-            for key, rollout in zip(keys, rollouts, strict=True)
-        ]
+        found = []
+        for key, rollout in zip(keys, rollouts, strict=True):
+            if key in known:
+                found.append(ScoredRollout(rollout, known[key], cached=True))
+            else:
+                own = fresh[key].rollout is rollout  # one of several equal ones was asked for
+                found.append(ScoredRollout(rollout, fresh[key].score, retries=fresh[key].retries if own else 0))
+        return found
 
 
 def _key(rollout: Rollout) -> Hashable:

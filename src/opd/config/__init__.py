@@ -10,6 +10,7 @@ from opd.config.guards import GuardsConfig
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
+from opd.config.teachers import ServedConfig, TeacherConfig
 from opd.config.tree import (
     AlignmentConfig,
     ComputeConfig,
@@ -23,7 +24,6 @@ from opd.config.tree import (
     SamplingConfig,
     SftConfig,
     TaskConfig,
-    TeacherConfig,
     TextArenaTask,
     ToolTask,
     WarmupConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "OutcomeConfig",
     "ReasoningGymTask",
     "SamplingConfig",
+    "ServedConfig",
     "SftConfig",
     "TaskConfig",
     "TeacherConfig",

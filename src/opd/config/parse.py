@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from opd.config.node import nearest
-from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TeacherConfig, TextArenaTask, ToolTask
+from opd.config.teachers import TeacherConfig
+from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TextArenaTask, ToolTask
 from opd.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
@@ -65,13 +66,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
     if tables[:1] == ["teachers"] and len(tables) >= 2:
         source = [*tables, leaf][2]
-        for other in {"model", "adapter", "weights"} - {source} if source in ("model", "adapter", "weights") else ():
+        for other in set(_SOURCES) - {source} if source in _SOURCES else ():
             tree["teachers"][tables[1]].pop(other, None)  # a teacher has one source: the override's
 
 
+_SOURCES = ("model", "adapter", "url", "weights")
 _TEXT_KEYS = (
     "student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference", "game",
-    "answer_pattern", "answer_end",
+    "answer_pattern", "answer_end", "served_model", "api_key_env",
 )  # fmt: skip
 
 

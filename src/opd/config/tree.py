@@ -9,6 +9,7 @@ from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
 from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
+from opd.config.teachers import ServedConfig, TeacherConfig
 
 
 class LoraConfig(Node):
@@ -19,29 +20,6 @@ class LoraConfig(Node):
     alpha: Positive = 32
     target_modules: str | list[str] = "all-linear"
     start: str | None = None
-
-
-class TeacherConfig(Node):
-    """One teacher: a whole model (hub id, folder or GGUF file), a LoRA adapter of the student's own base, or several
-    others at once.
-
-    `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three teachers does
-    not weigh three times. The student then follows their normalised geometric mean.
-    """
-
-    model: str | None = None
-    adapter: str | None = None
-    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TeacherConfig":
-        if sum(source is not None for source in (self.model, self.adapter, self.weights)) != 1:
-            raise ValueError(
-                "set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder) and 'weights' (other teachers)"
-            )
-        if self.weights is not None and len(self.weights) < 2:
-            raise ValueError(f"weights names {len(self.weights)} teachers, expected two or more")
-        return self
 
 
 class FileTask(Node):
@@ -251,6 +229,7 @@ class Config(RunNode):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
+    served: ServedConfig = ServedConfig()
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -289,6 +268,36 @@ class Config(RunNode):
             raise ValueError(
                 f"objective.reference = '{reference}' is neither 'student' nor a single teacher of [teachers] ({known})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _served_teachers_fit(self) -> "Config":
+        served = [name for name, teacher in self.teachers.items() if teacher.url is not None]
+        if not served and self.served != ServedConfig():
+            raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
+        for name in served:
+            who = f"teachers.{name}.url: a server gives log-probabilities of sampled tokens"
+            if self.objective.needs_distributions:
+                raise ValueError(
+                    f"{who}, and objective.type = '{self.objective.type}', baseline = '{self.objective.baseline}' needs whole "
+                    "distributions; write type = 'immediate' or 'to_go' with baseline = 'none' or 'leave_one_out', or load the "
+                    "teacher in process (model)"
+                )
+            if self.temperature != 1.0:
+                raise ValueError(f"{who} at temperature 1, got temperature = {self.temperature:g}; leave it at 1")
+            if self.objective.extrapolation != 1.0:
+                raise ValueError(
+                    f"{who}, and objective.extrapolation needs the teacher in process (model); leave it at 1"
+                )
+            for mixture, teacher in self.teachers.items():
+                if name in (teacher.weights or ()):
+                    raise ValueError(
+                        f"{who}, and teachers.{mixture}.weights mixes teachers in process (model); take it out"
+                    )
+            if self.warmup.steps:
+                raise ValueError(
+                    f"{who}, and warmup.steps = {self.warmup.steps} learns from teachers in process; leave it at 0"
+                )
         return self
 
     @model_validator(mode="after")

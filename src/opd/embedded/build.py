@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,6 +22,11 @@ from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.errors import ModelError
 from opd.objectives.vocabulary import CommonCells, TeacherHead
+from opd.roles import Sampler
+from opd.served.facts import connect
+from opd.served.sampler import ServedSampler
+from opd.served.teacher import ServedTeacher
+from opd.served.wire import Endpoint, Wire
 from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
 from opd.text.reading import Reader
@@ -32,12 +38,21 @@ _INITIAL_VOICE = "the initial student"
 
 
 @dataclass(frozen=True)
+class Alone:
+    """Samples from a teacher, and the tokenizer of what it samples."""
+
+    sampler: Sampler
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
 class Studio:
     """The student, its teachers, and what they share.
 
     voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
     `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
-    tokenizer, which are in neither. vocab_size: the number of ids that the student's head and those of its tokenizer have.
+    tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
+    those of its tokenizer have.
     """
 
     config: Config
@@ -46,9 +61,15 @@ class Studio:
     targets: Mapping[str, Target]
     followed: Mapping[str, Target]
     foreign: Mapping[str, ForeignVoice]
+    served: Mapping[str, ServedTeacher]
     identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
+
+    def close(self) -> None:
+        """Drop the connections to servers."""
+        for teacher in self.served.values():
+            teacher.wire.close()
 
     def sampler(self, voice: Voice | None = None) -> EmbeddedSampler:
         """A sampler of the student, or of a teacher when its voice is given."""
@@ -65,18 +86,41 @@ class Studio:
 
     def teachers(self, *, keep_hidden: bool, targets: Mapping[str, Target] | None = None) -> EmbeddedTeachers:
         """Teachers that score as `targets` say; the prompts' own by default."""
+        own = targets is None or targets is self.followed
         return EmbeddedTeachers(
             self.targets if targets is None else targets,
             vocab_size=self.vocab_size,
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
-            foreign=self.foreign if targets is None or targets is self.followed else None,
+            foreign=self.foreign if own else None,
+            served=self.served if own else None,
+        )
+
+    def alone(self, teacher: str) -> "Alone | None":
+        """What answers as a teacher does by itself; None for several at once, who are nobody."""
+        if teacher in self.voices:
+            voice = self.voices[teacher]
+            return Alone(self.sampler(voice), voice.network.tokenizer)
+        if teacher in self.served:
+            return Alone(self._served_sampler(self.served[teacher]), self.student.network.tokenizer)
+        return None
+
+    def _served_sampler(self, teacher: ServedTeacher) -> ServedSampler:
+        """A sampler of a served teacher, which is shown prompts as the student is."""
+        return ServedSampler(
+            teacher.endpoint,
+            teacher.wire,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            context=teacher.context,
+            player=episode_player(self.student.network, self.config.episodes, self.make_environment),
         )
 
     def contexts(self) -> dict[str, int | None]:
         """The longest sequence that each target can score, None where nothing limits it."""
         limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
+        limits |= {n: [teacher.context] for n, teacher in self.served.items()}
         return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
 
     def learner(self) -> EmbeddedLearner:
@@ -123,7 +167,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studi
     loaded: dict[str, Network] = {config.student: network} if lora else {}
     voices: dict[str, Voice] = {}
     for index, (name, teacher) in enumerate(config.teachers.items()):
-        if teacher.weights is not None:
+        if teacher.weights is not None or teacher.url is not None:
             continue
         source = teacher.model or config.student
         if source not in loaded:
@@ -152,12 +196,32 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studi
     for net in own:
         net.vocab_size = vocab_size
     identities = {name: _identity(config, name, voice) for name, voice in voices.items()}
-    targets = {name: _target(config, name, voices) for name in config.teachers if name not in foreign}
+    served = _connect(config, network)
+    identities |= {name: f"served model '{teacher.endpoint.model}'" for name, teacher in served.items()}
+    apart = foreign.keys() | served.keys()
+    targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
     return Studio(
-        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, identities, vocab_size,
-        make_environment,
+        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, served, identities,
+        vocab_size, make_environment,
     )  # fmt: skip
+
+
+def _connect(config: Config, student: Network) -> dict[str, ServedTeacher]:
+    """The teachers behind servers, all asked who they are."""
+    given = {name: teacher for name, teacher in config.teachers.items() if teacher.url is not None}
+    if not given:
+        return {}
+    wire = Wire(config.served)
+    found: dict[str, ServedTeacher] = {}
+    try:
+        for name, teacher in given.items():
+            endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
+            found[name] = connect(name, endpoint, wire, student.tokenizer)
+    finally:
+        if len(found) < len(given):
+            wire.close()
+    return found
 
 
 def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:

@@ -12,6 +12,7 @@ from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.embedded.network import Network
 from opd.objectives.logprobs import token_logprobs
 from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
+from opd.served.teacher import ServedTeacher, start_served
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EmbeddedTeachers:
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
     full distribution; without, the sampled tokens' log-probabilities alone. Teachers in `foreign` have another tokenizer and
-    score in chunks.
+    score in chunks; those in `served` score behind a server, while the others do here.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class EmbeddedTeachers:
         max_tokens: int,
         keep_hidden: bool,
         foreign: Mapping[str, ForeignVoice] | None = None,
+        served: Mapping[str, ServedTeacher] | None = None,
     ) -> None:
         self._targets = dict(targets)
         self._foreign = dict(foreign or {})
+        self._served = dict(served or {})
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -63,7 +66,10 @@ class EmbeddedTeachers:
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; what cannot be scored says why."""
         scores: dict[int, Score] = {}
+        from_servers = start_served(self._served, rollouts)
         for teacher in dict.fromkeys(r.prompt.teacher for r in rollouts):
+            if teacher in self._served:
+                continue
             if teacher in self._foreign:
                 mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
                 voice, asked = self._foreign[teacher], [rollouts[i] for i in mine]
@@ -83,7 +89,8 @@ class EmbeddedTeachers:
                     scores[i] = FailedScore(teacher, reason)
             found = self._score(teacher, target, [rollouts[i] for i in fits])
             scores.update(zip(fits, found, strict=True))
-        return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
+        served = from_servers()
+        return [served[i] if i in served else ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
     def _score(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
         every = [(part, self._speak(part.voice, rollouts)) for part in target]

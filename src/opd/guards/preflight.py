@@ -180,6 +180,16 @@ def _units(scored: ScoredRollout) -> np.ndarray:
     return score.logprobs[places[: len(places) - (scored.rollout.finish == "end")]]
 
 
+def tokens_compared(teacher: str, unknown: str) -> Finding:
+    """A server cuts a text as the student's tokenizer does; unknown: why that could not be asked."""
+    detail = (
+        f"cannot be compared ({unknown}); see to it that they are one"
+        if unknown
+        else "a probe text has the same tokens"
+    )
+    return Finding(f"teacher '{teacher}' has the student's tokenizer", True, detail, warning=bool(unknown))
+
+
 def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
     """How each teacher with another tokenizer reads the student's text; it fails when nothing is left to follow."""
     findings = []

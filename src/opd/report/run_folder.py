@@ -200,8 +200,10 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
     }
     if rollout.failure is not None:
         plain["episode_failure"] = rollout.failure
+    if scored.retries:
+        plain["retries"] = scored.retries
     if isinstance(score, FailedScore):
-        return plain | {"failure": score.reason}
+        return plain | {"failure": score.reason} | ({"lost": True} if score.lost else {})
     plain |= {"teacher_logprobs": _numbers(score.logprobs[actions])}
     if isinstance(score, ChunkScore):
         plain |= {"chunks": score.chunks[actions].tolist(), "num_bytes": score.num_bytes, "facts": dict(score.facts)}
@@ -235,14 +237,15 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         failure=plain.get("episode_failure"),
     )
     if "failure" in plain:
-        return ScoredRollout(rollout, FailedScore(prompt.teacher, plain["failure"]))
+        failed = FailedScore(prompt.teacher, plain["failure"], lost=plain.get("lost", False))
+        return ScoredRollout(rollout, failed, retries=plain.get("retries", 0))
     logprobs = _spread(plain["teacher_logprobs"], mask)
     if "chunks" in plain:
         chunks = np.full(len(mask), -1, dtype=np.int32)
         chunks[mask] = plain["chunks"]
         facts = MappingProxyType(plain["facts"])
         return ScoredRollout(rollout, ChunkScore(prompt.teacher, logprobs, chunks, plain["num_bytes"], facts))
-    return ScoredRollout(rollout, SampledScore(prompt.teacher, logprobs))
+    return ScoredRollout(rollout, SampledScore(prompt.teacher, logprobs), retries=plain.get("retries", 0))
 
 
 def _json_or_nothing(meta: Mapping[str, Any]) -> dict[str, Any]:

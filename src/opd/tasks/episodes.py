@@ -24,11 +24,14 @@ _MAX_HANGING = 256  # threads of environments and tools that never came back; pa
 
 @dataclass(frozen=True)
 class Taken:
-    """A turn of the student as it was sampled: tokens, their log-probabilities, and why it ended."""
+    """A turn of the student as it was sampled: tokens, their log-probabilities, and why it ended; failure: why there is none;
+    retries: how often a server was asked again for it."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish: Finish
+    failure: str | None = None
+    retries: int = 0
 
 
 TakeTurns: TypeAlias = Callable[[Sequence["Episode"]], list[Taken]]
@@ -136,6 +139,11 @@ class EpisodePlayer:
                 episode.fail(_unfit(error))
 
     def _take(self, episode: Episode, taken: Taken) -> None:
+        episode.events["retried"] += taken.retries
+        if taken.failure is not None:
+            episode.finish, episode.failure = "failed", taken.failure
+            episode.events["lost"] += 1
+            return
         if taken.finish == "context" and not taken.token_ids:
             episode.finish = "context"
             return

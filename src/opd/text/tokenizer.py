@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-_PROBE = "The 3 tokens: naïve café,\n\tdef f(x): return x**2  # 漢字 🙂 12345"
+PROBE = "The 3 tokens: naïve café,\n\tdef f(x): return x**2  # 漢字 🙂 12345"
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ def difference(student: Any, teacher: Any) -> str | None:
 
 
 def _probe_ids(tokenizer: Any) -> list[int]:
-    return list(tokenizer(_PROBE, add_special_tokens=False).input_ids)
+    return list(tokenizer(PROBE, add_special_tokens=False).input_ids)
 
 
 def _token_of(vocab: dict[str, int], index: int) -> str:

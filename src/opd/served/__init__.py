@@ -1,0 +1,1 @@
+"""Models behind servers: teachers by URL, and the engines that sample (docs/distributed.md)."""

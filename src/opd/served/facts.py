@@ -1,0 +1,80 @@
+"""What a server says of the model that it holds, asked before anything is scored."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from opd.errors import ModelError
+from opd.served.teacher import ServedTeacher
+from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
+from opd.text.tokenizer import PROBE
+
+
+def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any) -> ServedTeacher:
+    """A served teacher that answers, whose model is known and whose tokens are the student's.
+
+    Raises ModelError when a server does not answer, when it has several models and none is named, when servers of one teacher
+    hold different ones, and when it cuts a text otherwise than the student's tokenizer.
+    """
+    found: dict[str, tuple[str, int | None]] = {}
+    for url in endpoint.urls:
+        one = replace(endpoint, urls=(url,))
+        [answer] = wire.ask([Call(one, "/v1/models", None, partial(_model, wanted=endpoint.model))])
+        found[url] = _value(answer)
+    models = {model for model, _ in found.values()}
+    if len(models) > 1:
+        said = ", ".join(f"{url}: '{model}'" for url, (model, _) in found.items())
+        raise ModelError(f"{endpoint.who}: its servers hold different models ({said}); name one of each kind a teacher")
+    named = replace(endpoint, model=models.pop())
+    silent = [_compare_tokens(replace(named, urls=(url,)), wire, tokenizer) for url in endpoint.urls]
+    limits = [context for _, context in found.values() if context is not None]
+    # a server samples one token behind what it scores
+    return ServedTeacher(name, named, wire, min(limits) - 1 if limits else None, next(filter(None, silent), ""))
+
+
+def _model(answer: Mapping[str, Any], *, wanted: str) -> tuple[str, int | None]:
+    """The name of the model to ask, and the longest sequence that it takes."""
+    every = {entry["id"]: entry for entry in answer["data"]}
+    # the adapters that a server holds stand beside their base, which they name
+    bases = [name for name, entry in every.items() if entry.get("parent") is None]
+    if not wanted and len(bases) != 1:
+        raise Refused(f"holds {', '.join(map(repr, every)) or 'no model'}; name one with served_model")
+    name = wanted or bases[0]
+    if name not in every:
+        raise Refused(f"holds {', '.join(map(repr, every)) or 'no model'}, not '{name}'; mend served_model")
+    entry = every[name]
+    above = every.get(entry.get("parent") or "", {})
+    context = entry.get("max_model_len") or above.get("max_model_len")
+    if context is not None and (not isinstance(context, int) or context < 2):
+        raise Unusable(f"max_model_len = {context!r}")
+    return name, context
+
+
+def _compare_tokens(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> str:
+    """Why a server could not be asked how it cuts a text; "" where it cuts it as the student does. Raises ModelError where not."""
+    text = PROBE + "".join(tokenizer.all_special_tokens)
+    body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
+    [answer] = wire.ask([Call(endpoint, "/tokenize", body, _tokens)])
+    if answer.value is None:
+        return answer.reason
+    ours = list(tokenizer(text, add_special_tokens=False).input_ids)
+    if answer.value != ours:
+        pairs = zip(ours, answer.value, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(answer.value)))
+        raise ModelError(
+            f"{endpoint.who}: '{endpoint.model}' at {endpoint.urls[0]} has another tokenizer than the student (a text of "
+            f"{len(ours)} tokens has {len(answer.value)} there, the first other one at place {first}); a served teacher scores the "
+            "student's own tokens: load this one in process (model)"
+        )
+    return ""
+
+
+def _tokens(answer: Mapping[str, Any]) -> list[int]:
+    return [int(token) for token in answer["tokens"]]
+
+
+def _value(answer: Answer[tuple[str, int | None]]) -> tuple[str, int | None]:
+    if answer.value is None:
+        raise ModelError(f"{answer.reason}; start the server, or mend teachers.NAME.url")
+    return answer.value

@@ -1,0 +1,86 @@
+"""Sampling from a model behind servers: turns of episodes, all asked for at once."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from opd.data.seeds import generator_of
+from opd.records import Prompt, Rollout
+from opd.roles import Seed
+from opd.served.completions import PATH, Sampled, read_sample, sample_body
+from opd.served.wire import Answer, Call, Endpoint, Wire
+from opd.tasks.episodes import Episode, EpisodePlayer, Taken
+
+
+class ServedSampler:
+    """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that they take.
+
+    Every turn has a seed of its own, made from that of the call and its place, so a server that draws by seed repeats itself. A
+    turn that no server gave ends its episode, which is counted as lost.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        wire: Wire,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        context: int | None,
+        player: EpisodePlayer,
+    ) -> None:
+        self._endpoint = endpoint
+        self._wire = wire
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._context = context
+        self._player = player
+        self._version = 0
+
+    def load_weights(self, weights: Any, *, policy_version: int) -> None:
+        """The servers' weights are their own affair; only the version moves."""
+        self._version = policy_version
+
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
+        seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
+        rows: list[tuple[Prompt, int]] = []
+        for prompt in prompts:
+            rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
+            seen[prompt.id] += num_samples
+        return self._player.play(rows, partial(self._take_turns, seed=seed), version=self._version)
+
+    def _take_turns(self, episodes: Sequence[Episode], *, seed: Seed) -> list[Taken]:
+        room = [self._room(e) for e in episodes]
+        fits = [i for i, left in enumerate(room) if left > 0]
+        answers = self._wire.ask([self._call(episodes[i], room[i], seed) for i in fits])
+        taken = [Taken([], [], "context")] * len(episodes)
+        for i, answer in zip(fits, answers, strict=True):
+            taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)
+        return taken
+
+    def _room(self, episode: Episode) -> int:
+        """How many tokens its next turn may have."""
+        if self._context is None:
+            return self._max_new_tokens
+        return min(self._max_new_tokens, self._context - len(episode.token_ids))
+
+    def _call(self, episode: Episode, room: int, seed: Seed) -> Call[Sampled]:
+        body = sample_body(
+            self._endpoint.model,
+            episode.token_ids,
+            max_tokens=room,
+            temperature=self._temperature,
+            seed=generator_of(*seed, "row", episode.row, "turn", episode.turn).initial_seed(),
+            end_ids=self._player.end_ids,
+        )
+        return Call(self._endpoint, PATH, body, partial(read_sample, max_tokens=room, end_ids=self._player.end_ids))
+
+
+def _taken(answer: Answer[Sampled], *, cut: bool) -> Taken:
+    """A turn from an answer; cut: its limit was what is left of the context."""
+    found = answer.value
+    if found is None:
+        return Taken([], [], "failed", failure=answer.reason, retries=answer.retries)
+    finish = "context" if cut and found.finish == "length" else found.finish
+    return Taken(found.token_ids, found.logprobs, finish, retries=answer.retries)

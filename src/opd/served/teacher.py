@@ -1,0 +1,67 @@
+"""Teachers behind servers: they score the very tokens that the student sampled."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from opd.records import FailedScore, Rollout, SampledScore, ScoredRollout
+from opd.served.completions import PATH, read_scores, score_body
+from opd.served.wire import Call, Endpoint, Wire
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """A model that a server holds and that has the student's tokens; context: the longest sequence that it scores;
+    unknown: why its tokenizer could not be compared with the student's, if it could not."""
+
+    name: str
+    endpoint: Endpoint
+    wire: Wire
+    context: int | None = None
+    unknown: str = ""
+
+    def start(self, rollouts: Sequence[Rollout]) -> Callable[[], list[ScoredRollout]]:
+        """Ask for the scores of rollouts, at once; returns what waits for them, in order. What the server could not score says
+        why."""
+        fits = [i for i, r in enumerate(rollouts) if self.context is None or len(r.token_ids) <= self.context]
+        calls = [self._call(rollouts[i].token_ids) for i in fits]
+        asked = self.wire.start(calls)
+
+        def wait() -> list[ScoredRollout]:
+            found: dict[int, ScoredRollout] = {}
+            for i, answer in zip(fits, asked.result(), strict=True):
+                rollout = rollouts[i]
+                if answer.value is None:
+                    score = FailedScore(self.name, answer.reason, lost=True)
+                else:
+                    score = SampledScore(self.name, np.where(rollout.loss_mask, answer.value, np.float32(0)))
+                found[i] = ScoredRollout(rollout, score, retries=answer.retries)
+            return [found[i] if i in found else self._too_long(r) for i, r in enumerate(rollouts)]
+
+        return wait
+
+    def _call(self, token_ids: np.ndarray) -> Call[np.ndarray]:
+        body = score_body(self.endpoint.model, token_ids.tolist())
+        return Call(self.endpoint, PATH, body, partial(read_scores, token_ids=token_ids.tolist()))
+
+    def _too_long(self, rollout: Rollout) -> ScoredRollout:
+        reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{self.name}' ({self.context})"
+        return ScoredRollout(rollout, FailedScore(self.name, reason))
+
+
+def start_served(
+    teachers: Mapping[str, ServedTeacher], rollouts: Sequence[Rollout]
+) -> Callable[[], dict[int, ScoredRollout]]:
+    """Ask every server at once about the rollouts whose teacher it is; returns what waits for them, by place."""
+    waiting = []
+    for name, teacher in teachers.items():
+        mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == name]
+        if mine:
+            waiting.append((mine, teacher.start([rollouts[i] for i in mine])))
+
+    def wait() -> dict[int, ScoredRollout]:
+        return {i: scored for mine, finish in waiting for i, scored in zip(mine, finish(), strict=True)}
+
+    return wait

@@ -1,0 +1,221 @@
+"""A server that answers as vLLM does for a toy model, and as a broken one does where it is told to."""
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from factories import byte_tokenizer
+from transformers import LlamaForCausalLM
+
+Fault = Callable[["Handler", dict[str, Any]], None]
+"""What a server does instead of answering."""
+
+
+class ToyServer(ThreadingHTTPServer):
+    """A toy model behind HTTP. faults: by the number of the request to /v1/completions, from 0, what happens to it."""
+
+    daemon_threads = True
+
+    def __init__(
+        self, model: LlamaForCausalLM, *, name: str = "toy", context: int = 256, key: str | None = None
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.name, self.context, self.key = model, name, context, key
+        self.tokenizer = byte_tokenizer()
+        self.lock = threading.Lock()
+        self.asked: list[dict[str, Any]] = []
+        self.in_flight = self.most_in_flight = 0
+        self.faults: Callable[[int], Fault | None] = lambda number: None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is what some tests want."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: ToyServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def say(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.say_bytes(json.dumps(body).encode(), status, headers)
+
+    def say_bytes(self, text: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(text)),
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def allowed(self) -> bool:
+        key = self.server.key
+        if key is None or self.headers.get("Authorization") == f"Bearer {key}":
+            return True
+        # some servers repeat what they were given
+        self.say({"error": {"message": f"bad key: {self.headers.get('Authorization')}"}}, 401)
+        return False
+
+    def do_GET(self) -> None:
+        if self.allowed():
+            entry = {"id": self.server.name, "max_model_len": self.server.context, "parent": None}
+            self.say({"object": "list", "data": [entry]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            return
+        if self.path == "/tokenize":
+            self.say({"tokens": self.server.tokenizer(body["prompt"], add_special_tokens=False).input_ids})
+            return
+        assert self.path == "/v1/completions", self.path
+        with self.server.lock:
+            number = len(self.server.asked)
+            self.server.asked.append(body)
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        try:
+            fault = self.server.faults(number)
+            if fault is None:
+                self.say(self.answer(body))
+            else:
+                fault(self, body)
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["model"] != self.server.name:
+            return {"error": {"message": f"no model {body['model']}", "code": 404}}
+        with self.server.lock:  # one forward pass at a time, as the tests run on one thread
+            return {
+                "choices": [
+                    scores(self.server.model, body) if "prompt_logprobs" in body else response(self.server.model, body)
+                ]
+            }
+
+
+@torch.no_grad()
+def scores(model: LlamaForCausalLM, body: dict[str, Any]) -> dict[str, Any]:
+    """The log-probability of each token of a prompt, and of the likeliest beside it."""
+    ids = torch.tensor(body["prompt"])
+    every = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    found: list[dict[str, Any] | None] = [None]
+    for place in range(1, len(ids)):
+        row = every[place - 1]
+        chosen = [int(ids[place]), *row.topk(body["prompt_logprobs"]).indices.tolist()]
+        found.append({str(t): {"logprob": float(row[t]), "rank": 1, "decoded_token": "?"} for t in chosen})
+    return {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": found}
+
+
+@torch.no_grad()
+def response(model: LlamaForCausalLM, body: dict[str, Any]) -> dict[str, Any]:
+    """A response, drawn by the request's seed."""
+    generator = torch.Generator().manual_seed(body["seed"])
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
+        row = model(input_ids=torch.tensor([body["prompt"] + tokens])).logits[0, -1].double()
+        row = (row / body["temperature"]).log_softmax(-1)
+        tokens.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
+        logprobs.append(float(row[tokens[-1]]))
+    finish = "stop" if tokens[-1] in body["stop_token_ids"] else "length"
+    return {
+        "index": 0,
+        "text": "",
+        "finish_reason": finish,
+        "token_ids": tokens,
+        "logprobs": {"token_logprobs": logprobs},
+    }
+
+
+@contextmanager
+def serving(model: LlamaForCausalLM, **options: Any) -> Iterator[ToyServer]:
+    server = ToyServer(model, **options)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def status(code: int, **headers: str) -> Fault:
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        handler.say({"error": {"message": "not now", "code": code}}, code, headers)
+
+    return fault
+
+
+def reset(handler: Handler, body: dict[str, Any]) -> None:
+    """The connection is torn down."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def hang(handler: Handler, body: dict[str, Any]) -> None:
+    """Nothing comes for longer than anybody waits."""
+    time.sleep(3)
+
+
+def drip(handler: Handler, body: dict[str, Any]) -> None:
+    """A byte now and then, so that no single read takes too long."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(30):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def truncated(handler: Handler, body: dict[str, Any]) -> None:
+    """JSON that ends in its middle, with a length that fits."""
+    handler.say_bytes(json.dumps(handler.answer(body)).encode()[:-20])
+
+
+def cut_off(handler: Handler, body: dict[str, Any]) -> None:
+    """Fewer bytes than were promised."""
+    text = json.dumps(handler.answer(body)).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text[:-20])
+    handler.close_connection = True
+
+
+def rubbish(handler: Handler, body: dict[str, Any]) -> None:
+    handler.say_bytes(b"<html>502 Bad Gateway</html>")
+
+
+def other_form(handler: Handler, body: dict[str, Any]) -> None:
+    handler.say([1, 2, 3])
+
+
+def changed(change: Callable[[dict[str, Any]], None]) -> Fault:
+    """The right answer but for one change to its choice."""
+
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        answer = handler.answer(body)
+        change(answer["choices"][0])
+        handler.say(answer)
+
+    return fault
