@@ -11,8 +11,9 @@ from in_turns import PEERS
 
 import opd
 from opd.config import Config
-from opd.embedded.build import Studio, build
+from opd.embedded.build import build
 from opd.embedded.sampler import EmbeddedSampler
+from opd.embedded.studio import EmbeddedStudio
 from opd.loop import Parts
 from opd.startup import Material, make_parts, read_tasks
 from opd.tasks.episodes import EpisodePlayer, one_turn
@@ -24,7 +25,7 @@ SHAPES = {"8x4": (8, 4), "32x1": (32, 1)}
 
 def opd_parts(
     shape: str, tokens: int, steps: int, overrides: list[str], *, endless: bool
-) -> tuple[Config, Studio, Material, Parts]:
+) -> tuple[Config, EmbeddedStudio, Material, Parts]:
     """A run of opd, about to begin; with `endless` no end token ends a response."""
     prompts, group = SHAPES[shape]
     sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": tokens}

@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import opd
 from opd.batch import Batch, pack
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.embedded.build import Studio, build
+from opd.embedded.build import build
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.studio import EmbeddedStudio
 from opd.metrics import values
 from opd.objectives.vocabulary import TeacherHead
 from opd.records import Prompt, ScoredRollout
@@ -47,7 +48,7 @@ def float64_norms() -> Iterator[None]:
 class Bench:
     """A student with non-zero weights in float64, its rollouts scored by two teachers, and the batch made of them."""
 
-    studio: Studio
+    studio: EmbeddedStudio
     scored: list[ScoredRollout]
     batch: Batch
 
@@ -81,7 +82,7 @@ class Bench:
         return found, metrics["loss/total/sum"]
 
 
-def heads_of(studio: Studio, dtype: torch.dtype) -> dict[str, Tensor]:
+def heads_of(studio: EmbeddedStudio, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: voice.network.head_weight().to(dtype) for name, voice in studio.voices.items()}
 
 
@@ -94,7 +95,7 @@ def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool 
             if "lora_" in name:  # a fresh adapter is the identity, and half of its gradient is 0
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(5,))
-    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
     batch, counts = pack(scored, logprob_floor=-50.0)
     assert counts["dropped"] == 0
     if wide:

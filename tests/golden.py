@@ -15,7 +15,9 @@ from unittest.mock import patch
 from factories import save_adapter, toy_recipe
 
 import opd
+from opd.embedded.build import build
 from opd.embedded.sampler import EmbeddedSampler
+from opd.embedded.studio import EmbeddedStudio
 from opd.tasks.episodes import Taken
 
 FILE = Path(__file__).with_suffix(".json")
@@ -29,6 +31,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def wide(*args: Any) -> EmbeddedStudio:
+    """The parts of a run with weights in float64: those of float32 are rounded otherwise on another kind of processor, and ten
+    steps of Adam make 1e-6 of it."""
+    studio = build(*args)
+    for network in dict.fromkeys([studio.student.network, *(voice.network for voice in studio.voices.values())]):
+        network.base.double()
+    return studio
+
+
 def curves(name: str, folder: Path) -> dict[str, list[float]]:
     """The curves of one run, in a folder that is empty."""
     sampling = {"prompts_per_step": 4, "group_size": 3, "max_new_tokens": 12}
@@ -38,7 +49,8 @@ def curves(name: str, folder: Path) -> dict[str, list[float]]:
     changes = {"steps": 10, "sampling": sampling, "optimizer": optimizer, "compute": compute, **RUNS[name]}
     tree = toy_recipe(folder, evaluation={"num_prompts": 0}, **changes)
     tree["teachers"]["odd"] = {"adapter": save_adapter(folder / "adapter", tree["student"], 5)}
-    lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
+    with patch("opd.launch.embedded.build", wide):
+        lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
     return {key: [line[key] for line in lines] for key in KEYS}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from opd import checkpoint
 
@@ -43,4 +44,4 @@ def checkpoints(run: Path) -> list[str]:
 def newest(run: Path) -> tuple[Any, Any]:
     found = checkpoint.load_newest(run / "checkpoints", warn=pytest.fail)
     assert found is not None
-    return found.tensors, found.state
+    return load_file(found.path / "tensors.safetensors"), found.state

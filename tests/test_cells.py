@@ -174,7 +174,7 @@ def packed_case(folder: Path, max_tokens: int):
     studio = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
     rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
-    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
     batch, _ = follow(config, pack(scored, logprob_floor=-50.0)[0])
     return studio, scored, batch
 
@@ -241,7 +241,7 @@ def test_a_batch_of_both_kinds_of_teacher(tmp_path: Path):
     studio = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
     rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
-    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
     batch, _ = pack(scored, logprob_floor=-50.0)
     batch, _ = follow(config, batch)
     assert batch.compared is not None

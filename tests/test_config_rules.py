@@ -99,11 +99,11 @@ def test_a_task_without_a_type_is_told_so():
     [
         (
             {"teachers": {"even": {}, "odd": {"model": "m"}}},
-            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder) and 'weights'",
+            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder), 'url'",
         ),
         (
             {"teachers": {"even": {"model": "m", "adapter": "a"}, "odd": {"model": "m"}}},
-            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder) and 'weights'",
+            "teachers.even: set exactly one of 'model' (hub id, folder, GGUF file), 'adapter' (a LoRA folder), 'url'",
         ),
         ({"sampling": {"top_p": 0.9}}, "sampling: top_p and top_k sampling are refused"),
         ({"sampling": {"top_k": 5}}, "sampling: top_p and top_k sampling are refused"),

@@ -180,7 +180,7 @@ def test_a_sampled_score_of_several_teachers_is_the_weighted_log_probability(mer
     merged.studio.student.network.base.float()
     rollouts = [s.rollout for s in merged.scored]
     apart = {
-        name: merged.studio.teachers(keep_hidden=False, targets={"both": merged.studio.targets[name]}).score(rollouts)
+        name: merged.studio.scoring({"both": merged.studio.targets[name]}, keep_hidden=False).score(rollouts)
         for name in ("even", "odd")
     }
     merged.studio.student.network.base.double()

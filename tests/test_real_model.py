@@ -1,5 +1,6 @@
 """The real model and the experts that ship with the examples: what the demo starts from is true."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import opd
 from opd.embedded.build import build
 from opd.evaluate import evaluate, pick
-from opd.startup import run_checks
+from opd.startup import read_tasks, run_checks
 from opd.tasks import make_tasks
 from opd.tasks.judge import Judge
 
@@ -35,10 +36,8 @@ def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(studio):
 
 @pytest.mark.real
 def test_every_start_up_check_passes_on_the_demos_recipe(studio):
-    tasks = make_tasks(studio.config.tasks)
-    prompts = {
-        name: {split: task.prompts(split)[:20] for split in ("train", "held_out")} for name, task in tasks.items()
-    }
-    findings = run_checks(studio, prompts)
+    material = read_tasks(studio.config, None)
+    few = {name: {split: chosen[:20] for split, chosen in splits.items()} for name, splits in material.prompts.items()}
+    findings = run_checks(studio.config, studio, replace(material, prompts=few))
     assert len(findings) >= 7
     assert [f.name for f in findings if not f.passed] == []

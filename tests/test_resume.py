@@ -216,4 +216,4 @@ def test_the_identity_of_a_teacher_does_not_depend_on_where_it_lies(tmp_path: Pa
         "odd": {"adapter": str(shutil.copytree(tmp_path / "adapter", tmp_path / "moved"))},
     }
     assert build(opd.parse_config(tree)).identities == here
-    assert here["even"] != here["odd"]
+    assert here["teacher 'even'"] != here["teacher 'odd'"]

@@ -16,9 +16,10 @@ import opd
 from opd.batch import pack
 from opd.config import ComputeConfig
 from opd.data.stream import PromptStream
-from opd.embedded.build import Studio, build
+from opd.embedded.build import build
 from opd.embedded.loading import add_adapter, load_network
 from opd.embedded.network import Network
+from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.teacher import EmbeddedTeachers, Part, Voice
 from opd.loop import Parts, train_step
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
@@ -41,12 +42,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def studio(tree: dict[str, Any]) -> Studio:
+def studio(tree: dict[str, Any]) -> EmbeddedStudio:
     return build(opd.parse_config(tree))
 
 
 @pytest.fixture(scope="module")
-def rollouts(studio: Studio) -> list[Rollout]:
+def rollouts(studio: EmbeddedStudio) -> list[Rollout]:
     """Rollouts whose teachers alternate, some of one prompt's text, of different lengths."""
     prompts = [
         prompt(f"p{i}", text, teacher=NAMES[i % 4])
@@ -84,7 +85,7 @@ def num_weights(network: Network) -> int:
 
 @pytest.mark.parametrize("keep_hidden", [False, True])
 def test_each_rollout_is_scored_by_its_own_teacher_in_the_order_given(
-    studio: Studio, rollouts: list[Rollout], models: dict[str, torch.nn.Module], keep_hidden: bool
+    studio: EmbeddedStudio, rollouts: list[Rollout], models: dict[str, torch.nn.Module], keep_hidden: bool
 ):
     scored = studio.teachers(keep_hidden=keep_hidden).score(rollouts)
     assert [id(s.rollout) for s in scored] == [id(r) for r in rollouts]
@@ -96,7 +97,7 @@ def test_each_rollout_is_scored_by_its_own_teacher_in_the_order_given(
         assert all(np.abs(actions(item) - other).max() > 1e-2 for other in expected.values())
 
 
-def test_adapters_on_one_base_share_its_memory(studio: Studio, tree: dict[str, Any]):
+def test_adapters_on_one_base_share_its_memory(studio: EmbeddedStudio, tree: dict[str, Any]):
     left, right = studio.voices["left"], studio.voices["right"]
     assert left.network is right.network is studio.student.network
     plain = toy_model(0)
@@ -149,7 +150,7 @@ def test_a_teacher_may_be_called_like_the_students_own_adapter(tree: dict[str, A
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def scores(studio: Studio, left: str, right: str) -> list[np.ndarray]:
+    def scores(studio: EmbeddedStudio, left: str, right: str) -> list[np.ndarray]:
         names = {"left": left, "right": right}
         chosen = [
             replace(r, prompt=replace(r.prompt, teacher=names[r.prompt.teacher]))
@@ -180,7 +181,7 @@ def test_kept_hidden_states_and_the_head_reproduce_the_logprobs(
         np.testing.assert_allclose(actions(item), plain, atol=1e-4)
 
 
-def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: Studio, rollouts: list[Rollout]):
+def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: EmbeddedStudio, rollouts: list[Rollout]):
     sampled = studio.teachers(keep_hidden=False).score(rollouts)
     hidden = studio.teachers(keep_hidden=True).score(rollouts)
     for a, b in zip(sampled, hidden, strict=True):
@@ -192,7 +193,9 @@ def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: St
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100])
-def test_the_size_of_a_pass_does_not_change_the_scores(studio: Studio, rollouts: list[Rollout], max_tokens: int):
+def test_the_size_of_a_pass_does_not_change_the_scores(
+    studio: EmbeddedStudio, rollouts: list[Rollout], max_tokens: int
+):
     def score(limit: int) -> list[ScoredRollout]:
         teachers = EmbeddedTeachers(
             studio.targets, vocab_size=studio.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True

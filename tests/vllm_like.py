@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from factories import byte_tokenizer
+from factories import byte_tokenizer, merged_model
 from transformers import LlamaForCausalLM
 
 Fault = Callable[["Handler", dict[str, Any]], None]
@@ -24,10 +24,17 @@ class ToyServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, model: LlamaForCausalLM, *, name: str = "toy", context: int = 256, key: str | None = None
+        self,
+        model: LlamaForCausalLM,
+        *,
+        name: str = "toy",
+        context: int = 256,
+        key: str | None = None,
+        port: int = 0,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", port), Handler)
         self.model, self.name, self.context, self.key = model, name, context, key
+        self.adapters: dict[str, LlamaForCausalLM] = {}
         self.tokenizer = byte_tokenizer()
         self.lock = threading.Lock()
         self.asked: list[dict[str, Any]] = []
@@ -72,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self) -> None:
-        if self.allowed():
+        if self.path == "/health":
+            self.say({})
+        elif self.allowed():
             entry = {"id": self.server.name, "max_model_len": self.server.context, "parent": None}
             self.say({"object": "list", "data": [entry]})
 
@@ -82,6 +91,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/tokenize":
             self.say({"tokens": self.server.tokenizer(body["prompt"], add_special_tokens=False).input_ids})
+            return
+        if self.path == "/v1/load_lora_adapter":
+            self.server.adapters[body["lora_name"]] = merged_model(self.server.model.name_or_path, body["lora_path"])
+            self.say({})
+            return
+        if self.path == "/v1/unload_lora_adapter":
+            del self.server.adapters[body["lora_name"]]
+            self.say({})
             return
         assert self.path == "/v1/completions", self.path
         with self.server.lock:
@@ -100,14 +117,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.in_flight -= 1
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        if body["model"] != self.server.name:
-            return {"error": {"message": f"no model {body['model']}", "code": 404}}
+        model = self.server.model if body["model"] == self.server.name else self.server.adapters[body["model"]]
         with self.server.lock:  # one forward pass at a time, as the tests run on one thread
-            return {
-                "choices": [
-                    scores(self.server.model, body) if "prompt_logprobs" in body else response(self.server.model, body)
-                ]
-            }
+            return {"choices": [scores(model, body) if "prompt_logprobs" in body else response(model, body)]}
 
 
 @torch.no_grad()

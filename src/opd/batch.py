@@ -1,8 +1,9 @@
 """The batch of a training step: scored rollouts as flat tensors over all their tokens."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from opd.errors import ScoreError
 from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, Rollout, ScoredRollout
+
+_BY_ROLLOUT = frozenset({"lengths", "group_ids", "episodes", "rewards", "num_bytes"})
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,43 @@ def pack(
     if unscored:
         counts["unscored"] = sum(isinstance(s.score, FailedScore) for s in usable)
     return batch, counts
+
+
+def split(batch: Batch, parts: int) -> list[Batch | None]:
+    """The batch in consecutive parts of about as many tokens each, the parts of an episode together; None for a part of nothing.
+
+    What the columns say of the whole batch (advantages, masks) is kept; group numbers keep their meaning.
+    """
+    bounds = consecutive(batch.lengths.tolist(), batch.episodes.tolist(), parts)
+    return [_rows(batch, a, b) if b > a else None for a, b in bounds]
+
+
+def consecutive(sizes: Sequence[int], together: Sequence[Hashable], parts: int) -> list[tuple[int, int]]:
+    """Bounds [start, end) of `parts` stretches whose sizes sum to about the same; equal neighbours in `together` stay so."""
+    ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
+    whole = float(ends[-1]) if len(sizes) else 0.0
+    bounds, start = [], 0
+    for part in range(1, parts + 1):
+        stop = int(np.searchsorted(ends, whole * part / parts - 1e-9, side="left")) + 1 if part < parts else len(sizes)
+        stop = max(start, min(stop, len(sizes)))
+        while 0 < stop < len(sizes) and together[stop - 1] == together[stop]:
+            stop += 1
+        bounds.append((start, stop))
+        start = stop
+    return bounds
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    """The rollouts [start, stop) of a batch."""
+    first, last = batch.offsets[start], batch.offsets[stop]
+    found: dict[str, Any] = {}
+    for column in fields(batch):
+        value = getattr(batch, column.name)
+        if isinstance(value, Tensor) and column.name not in _BY_ROLLOUT:
+            found[column.name] = value[first:last]
+        elif value is not None:
+            found[column.name] = value[start:stop]
+    return Batch(**found)
 
 
 def _numbered(keys: Iterable[Hashable]) -> dict[Hashable, int]:

@@ -1,7 +1,7 @@
 """Saving and resuming everything, atomically.
 
-A checkpoint is a folder `checkpoints/step-000040` with `tensors.safetensors`, `state.json` and `checksums.json`. It is
-written beside its place and renamed, so a kill at any moment leaves the one before whole.
+A checkpoint is a folder `checkpoints/step-000040` with what the learner wrote (safetensors files), `state.json` and
+`checksums.json`. It is written beside its place and renamed, so a kill at any moment leaves the one before whole.
 """
 
 import hashlib
@@ -14,26 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opd.errors import RunError
 
-_FILES = ("tensors.safetensors", "state.json")
+_STATE, _SUMS = "state.json", "checksums.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run continues from: `step` steps are done; `tensors` and `state` are as they were saved."""
+    """What a run continues from: `step` steps are done; `path` holds the learner's files, `state` is as it was saved."""
 
     step: int
-    tensors: Mapping[str, Tensor]
+    path: Path
     state: Mapping[str, Any]
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int) -> Path:
+def save(
+    folder: Path, step: int, write: Callable[[Path], Mapping[str, Any]], state: Mapping[str, Any], *, keep: int
+) -> Path:
     """Write checkpoint `step` under `folder`, then remove all but the newest `keep`.
 
+    write: puts the learner's files into a folder that it is given, and returns plain values, which `state["learner"]` keeps.
     Raises OSError (a full disk, say) with nothing of the earlier checkpoints touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +45,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        _write(staging / _FILES[0], lambda path: save_file(contiguous, path))
-        text = json.dumps({"step": step, **state}, indent=1)
-        _write(staging / _FILES[1], lambda path: path.write_text(text, encoding="utf-8"))
-        sums = json.dumps({name: _sha256(staging / name) for name in _FILES}, indent=1)
-        _write(staging / "checksums.json", lambda path: path.write_text(sums, encoding="utf-8"))
+        values = _plainly(write, staging)
+        text = json.dumps({"step": step, **state, "learner": dict(values)}, indent=1)
+        (staging / _STATE).write_text(text, encoding="utf-8")
+        sums = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        (staging / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in staging.iterdir():
+            _sync(path)
         _sync(staging)
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
@@ -77,8 +81,8 @@ def load_newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | No
     for path in reversed(paths):
         fault = _fault(path)
         if fault is None:
-            state = json.loads((path / _FILES[1]).read_text(encoding="utf-8"))
-            return Checkpoint(state.pop("step"), load_file(path / _FILES[0]), state)
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            return Checkpoint(state.pop("step"), path, state)
         warn(f"checkpoint '{path}' is damaged ({fault}); falling back to the one before")
     if paths:
         raise RunError(f"all {len(paths)} checkpoints under '{folder}' are damaged; start the run anew")
@@ -89,23 +93,27 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside `path`, then put it in place, so that a reader or a kill never sees half of it."""
     staging = path.with_name(f".{path.name}.partial")
     try:
-        _write(staging, write)
+        _plainly(write, staging)
+        _sync(staging)
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file, from wherever they lie."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _plainly(write: Callable[[Path], Any], path: Path) -> Any:
     try:
-        write(path)
+        return write(path)
     except SafetensorError as error:  # its I/O errors hide the errno
         raise OSError(f"cannot write '{path}': {error}") from None
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -115,16 +123,16 @@ def _sync(folder: Path) -> None:
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-        for name in _FILES:
+        sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
+        for name in dict.fromkeys([*sums, _STATE]):
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _sha256(path / name) != sums.get(name):
                 return f"{name} does not match its checksum"
     except FileNotFoundError:
-        return "checksums.json is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        return "checksums.json is unreadable"
+        return f"{_SUMS} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError):
+        return f"{_SUMS} is unreadable"
     return None
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
 from opd.data.stream import PromptStream
-from opd.embedded.build import build_student, export
+from opd.embedded.build import build_student
+from opd.embedded.export import export
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.sft import imitation_batch

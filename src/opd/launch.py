@@ -1,5 +1,6 @@
 """From a configuration to a finished run; the only file that puts the parts together."""
 
+import base64
 import hashlib
 import json
 import signal
@@ -18,9 +19,10 @@ import torch
 from opd import checkpoint
 from opd.batch import pack
 from opd.config import Config
-from opd.embedded.build import build, export
+from opd.embedded import build as embedded
+from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.warmup import warm_up
-from opd.errors import CheckError, RunError, StalledError
+from opd.errors import CheckError, ConfigError, RunError, StalledError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.guards import preflight
 from opd.guards.preflight import Finding
@@ -31,10 +33,10 @@ from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
+from opd.roles import Studio
 from opd.startup import Material, make_parts, read_tasks, run_checks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Reward
-from opd.text.tokenizer import fingerprint
 from opd.watching import Watcher
 
 _SAFE_DISCOUNT = 0.9
@@ -109,8 +111,8 @@ def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvi
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
     material = read_tasks(config, reward, environment)
-    with closing(build(config, material.make_environment)) as studio:
-        return run_checks(studio, material.prompts)
+    with closing(_studio(config, material)) as studio:
+        return run_checks(config, studio, material)
 
 
 def evaluate_run(
@@ -126,6 +128,19 @@ def evaluate_run(
     if not config.evaluation.num_prompts:
         raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
+
+
+def _studio(config: Config, material: Material) -> Studio:
+    """The parts of a recipe, in this process or on a cluster."""
+    if config.mode == "embedded":
+        return embedded.build(config, material.make_environment)
+    try:
+        from opd.distributed.studio import build
+    except ImportError as error:
+        raise ConfigError(
+            f"mode = 'distributed' needs more packages ({error.name} is missing): pip install 'opd[distributed]'"
+        ) from None
+    return build(config, material.make_environment)
 
 
 def _own_code(reward: Reward | None, environment: MakeEnvironment | None) -> list[str]:
@@ -151,14 +166,14 @@ class _Run:
         self.folder = folder
         self.prompts = material.prompts
         self.on_step = on_step
-        self.studio = build(config, material.make_environment)
+        self.studio = _studio(config, material)
         self.material = material
         self.grader = material.grader()
         self.parts = make_parts(config, self.studio, material)
 
     def go(self, *, resume: bool) -> Result:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
-            findings = run_checks(self.studio, self.prompts)
+            findings = run_checks(self.config, self.studio, self.material)
             preflight.require(findings)
             for finding in findings:
                 if finding.warning and not resume:
@@ -187,6 +202,7 @@ class _Run:
             line.say(_GROUP_MASK_WARNING)
         before = self._before(line, restored)
         if restored is None and config.warmup.steps:
+            assert isinstance(self.studio, EmbeddedStudio)  # the recipe says so
             warm_up(self.studio, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
             self._save(0)
         done, interrupted = self._steps(line, start)
@@ -196,7 +212,7 @@ class _Run:
             )
             return Result(self.folder.path, done, finished=False)
         with explain_io(self.folder.student):
-            export(self.studio.student, self.folder.student)
+            self.studio.export(self.folder.student)
             draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
         rows = self._parity(before, line)
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
@@ -266,16 +282,15 @@ class _Run:
             self.on_step(report)
 
     def _save(self, step: int) -> None:
-        tensors, values = self.parts.learner.state()
         state = {
-            "learner": values,
             "cursor": self.parts.stream.cursor,
             "policy_version": step,
             "identities": self._identities(),
+            "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        tensors = {**tensors, "rng/torch": torch.get_rng_state()}
         with explain_io(self.folder.checkpoints):
-            checkpoint.save(self.folder.checkpoints, step, tensors, state, keep=self.config.checkpoint.keep)
+            keep = self.config.checkpoint.keep
+            checkpoint.save(self.folder.checkpoints, step, self.parts.learner.save, state, keep=keep)
 
     def _restore(self, warn: Callable[[str], None]) -> int | None:
         """Load the newest whole checkpoint; returns its step (0: warmed up), None when there is none yet."""
@@ -288,19 +303,15 @@ class _Run:
                 raise CheckError(
                     f"{what} is not what this run began with (identity {began}, now {identity}); restore it, or start a new run"
                 )
-        self.parts.learner.load_state(found.tensors, found.state["learner"])
+        self.parts.learner.load(found.path, found.state["learner"])
         self.parts.stream.cursor = dict(found.state["cursor"])
-        torch.set_rng_state(found.tensors["rng/torch"])
+        rng = bytearray(base64.b64decode(found.state["torch_rng"]))
+        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
         return found.step
 
     def _identities(self) -> dict[str, str]:
         """What must not change under a run: its teachers, the student's base, their tokenizers and templates, the prompts."""
-        named = {f"teacher '{name}'": identity for name, identity in self.studio.identities.items()}
-        named["the student's tokenizer"] = fingerprint(self.studio.student.network.tokenizer)
-        for name, voice in self.studio.foreign.items():
-            named[f"the tokenizer of teacher '{name}'"] = fingerprint(voice.reader.tokenizer)
-        if self.studio.student.adapter is not None:
-            named["the student's base"] = self.studio.student.network.fingerprint()
+        named = dict(self.studio.identities)
         for task, splits in self.prompts.items():
             content = repr(
                 [(p.id, [dict(m) for m in p.messages], p.teacher, p.answer, p.tools) for p in splits["train"]]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
-from opd.embedded.build import Studio, build
+from opd.embedded.build import build
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.terms import Pass
 from opd.errors import DataError, ScoreError
 from opd.guards import preflight
@@ -87,7 +88,7 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
             "a probe compares distributions, and a teacher with a url gives none; load it in process (model)"
         )
     studio = build(config, material.make_environment)
-    preflight.require(run_checks(studio, prompt_sets))
+    preflight.require(run_checks(config, studio, material))
     if studio.foreign:
         names = ", ".join(f"'{name}'" for name in studio.foreign)
         raise DataError(
@@ -97,7 +98,7 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
     if len(chosen) < 2:
         raise DataError(f"a probe compares prompts: it needs 2 or more, the recipe has {len(chosen)}")
     rollouts = studio.sampler().sample(chosen, num_samples=samples, seed=(config.seed, "probe"))
-    scored = studio.teachers(keep_hidden=True, targets=studio.followed).score(rollouts)
+    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
     groups = [scored[i : i + samples] for i in range(0, len(scored), samples)]
     learners = {name: _learner(studio, options) for name, options in ESTIMATORS.items()}
     scorer = _learner(studio, {"type": "immediate", "baseline": "score_weighted"})  # it fills every column
@@ -166,7 +167,7 @@ def _spread(sets: Sequence[Sequence[Prompt]], count: int) -> list[Prompt]:
     return every[:count]
 
 
-def _learner(studio: Studio, options: Mapping[str, Any]) -> EmbeddedLearner:
+def _learner(studio: EmbeddedStudio, options: Mapping[str, Any]) -> EmbeddedLearner:
     floor = studio.config.objective.teacher_logprob_floor
     objective = ObjectiveConfig(**options, teacher_logprob_floor=floor)
     return replace(studio, config=studio.config.model_copy(update={"objective": objective})).learner()

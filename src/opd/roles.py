@@ -1,7 +1,8 @@
 """The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
@@ -73,11 +74,93 @@ class Learner(Protocol):
 
     def weights(self) -> Any: ...
 
-    def state(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """(tensors, plain values) from which `load_state` continues bit for bit."""
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Write safetensors files into a folder and return plain values, from which `load` continues bit for bit."""
         ...
 
-    def load_state(self, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path, values: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Samples from a teacher by itself, and the tokenizer of what it samples."""
+
+    sampler: Sampler
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
+    the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
+    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was)."""
+
+    contexts: Mapping[str, int | None]
+    vocab_size: int
+    foreign: Mapping[str, int]
+    without_distributions: frozenset[str]
+    unknown_tokenizers: Mapping[str, str]
+
+
+class Studio(Protocol):
+    """The student, its teachers, and the parts made of them, wherever they live; `close` it when all is done."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        ...
+
+    @property
+    def student_context(self) -> int | None:
+        """The longest sequence that the student takes; None: nothing limits it."""
+        ...
+
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """What must not change under a run, in words: teachers, tokenizers, the student's base."""
+        ...
+
+    def facts(self) -> TeacherFacts: ...
+
+    def sampler(self) -> Sampler:
+        """Of the student as it is."""
+        ...
+
+    def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
+        """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
+        ...
+
+    def itself(self) -> Teacher:
+        """The student as the teacher of every prompt."""
+        ...
+
+    def each_alone(self, names: Collection[str]) -> Teacher:
+        """Single models, whether a prompt names them or not."""
+        ...
+
+    def single_models(self) -> Collection[str]:
+        """Every model that scores the student's tokens in process."""
+        ...
+
+    def alone(self, teacher: str) -> Alone | None:
+        """What answers as a teacher does by itself; None for whom nobody can ask."""
+        ...
+
+    def learner(self) -> Learner: ...
+
+    def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
+        """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
+        ...
+
+    def packing_errors(self, probes: Sequence[Prompt]) -> Mapping[str, float]:
+        """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the student: a PEFT adapter, or a whole Hugging Face folder."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Task(Protocol):

@@ -4,18 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opd.batch import pack
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.embedded.build import Studio
-from opd.embedded.teacher import Part
 from opd.errors import DataError
 from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
-from opd.roles import Environment, Task
+from opd.roles import Environment, Studio, Task
 from opd.score_cache import CachedTeacher
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
@@ -26,68 +23,57 @@ PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
 
 
-def run_checks(studio: Studio, prompts: PromptSets) -> list[Finding]:
+def run_checks(config: Config, studio: Studio, material: "Material") -> list[Finding]:
     """Every start-up check, on the real weights: see `opd.guards.preflight`."""
-    config = studio.config
-    every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
+    every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
-    findings += preflight.tools_are_answered(every, studio.make_environment)
-    chat = Chat(studio.student.network.tokenizer)
+    findings += preflight.tools_are_answered(every, material.make_environment)
+    chat, facts = Chat(studio.tokenizer), studio.facts()
     findings.append(
         preflight.lengths_fit(
             every,
             lambda p: len(chat.encode_prompt(p)),
             max_new_tokens=config.sampling.max_new_tokens,
-            contexts={"the student": studio.student.network.max_context},
-            teacher_contexts=studio.contexts(),
+            contexts={"the student": studio.student_context},
+            teacher_contexts=facts.contexts,
         )
     )
     by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in config.teachers}
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32"
     tolerance = 0.5 if half else 2e-3
-    findings += [preflight.tokens_compared(name, teacher.unknown) for name, teacher in studio.served.items()]
-    for network in dict.fromkeys([studio.student.network, *(v.network for v in studio.voices.values())]):
-        network.activate(None if network is not studio.student.network else studio.student.adapter)
-        own = Chat(network.tokenizer)
-        sequences = [own.encode_prompt(p) for p in probes]
-        findings.append(
-            preflight.packed_equals_plain(network.source, network.packing_error(sequences), tolerance=10 * tolerance)
-        )
+    findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
+    for source, error in studio.packing_errors(probes).items():
+        findings.append(preflight.packed_equals_plain(source, error, tolerance=10 * tolerance))
     sampled = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
     rollouts = [r for r in sampled if r.failure is None and r.num_actions]
     findings.append(preflight.episodes_play(sampled, rollouts))
     if not rollouts:
         return findings
     findings += preflight.unprobed(sampled, rollouts)
-    itself = (Part("student", studio.student),)
-    same = studio.teachers(keep_hidden=False, targets=dict.fromkeys(config.teachers, itself))
-    findings.append(preflight.same_policy(rollouts, same.score(rollouts), tolerance=tolerance))
+    findings.append(preflight.same_policy(rollouts, studio.itself().score(rollouts), tolerance=tolerance))
     teachers = studio.teachers(keep_hidden=False)
     scored = teachers.score(rollouts)
     # how a server batches moves its scores a little, in half precision more
-    findings.append(preflight.deterministic(scored, teachers, tolerance=0.5 if studio.served else tolerance))
+    findings.append(preflight.deterministic(scored, teachers, tolerance=0.5 if facts.unknown_tokenizers else tolerance))
     # A model that no prompt names alone (a part of a mixture, a reference) is asked by itself too.
-    alone = {n: (Part(n, v),) for n, v in studio.voices.items() if not by_teacher.get(n) and n not in studio.foreign}
-    asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in alone for r in rollouts]
-    scored += studio.teachers(keep_hidden=False, targets=alone).score(asked)
-    sizes = {name: voice.network.vocab_size for name, voice in studio.foreign.items()}
-    findings += preflight.informative(scored, vocab_size=studio.vocab_size, foreign=sizes)
+    unnamed = [name for name in studio.single_models() if not by_teacher.get(name)]
+    asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in unnamed for r in rollouts]
+    scored += studio.each_alone(unnamed).score(asked)
+    findings += preflight.informative(scored, vocab_size=facts.vocab_size, foreign=facts.foreign)
     return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
 
 
 def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
     """How far the student is from each teacher that gives distributions over its tokens, on its own responses."""
-    apart = studio.foreign.keys() | studio.served.keys()
+    apart = studio.facts().without_distributions
     own = [r for r in rollouts if r.prompt.teacher not in apart and r.num_actions]
     if not own:
         return []
     scored = [s for s in studio.teachers(keep_hidden=True).score(own) if not isinstance(s.score, FailedScore)]
     if not scored:
         return []
-    batch, _ = pack(scored, logprob_floor=studio.config.objective.teacher_logprob_floor)
-    found = studio.learner().distances(batch)
-    return [preflight.near_enough(teacher, *found[teacher]) for teacher in dict.fromkeys(batch.teachers)]
+    return [preflight.near_enough(teacher, *found) for teacher, found in studio.distances(scored).items()]
 
 
 @dataclass(frozen=True)
@@ -198,12 +184,12 @@ def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> Non
 
 
 def make_parts(config: Config, studio: Studio, material: Material) -> Parts:
-    """What a recipe's training loop is made of, in this process."""
+    """What a recipe's training loop is made of."""
     weights = {name: task.weight for name, task in config.tasks.items()}
     train = {name: splits["train"] for name, splits in material.prompts.items()}
     learner = studio.learner()
-    teachers = studio.teachers(keep_hidden=config.objective.needs_distributions, targets=studio.followed)
-    tokenizer = studio.student.network.tokenizer
+    teachers = studio.teachers(keep_hidden=config.objective.needs_distributions, followed=True)
+    tokenizer = studio.tokenizer
     return Parts(
         stream=PromptStream(train, weights, seed=config.seed),
         sampler=studio.sampler(),

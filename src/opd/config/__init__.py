@@ -5,6 +5,7 @@ name the nearest known key. Importing this package needs no torch.
 """
 
 from opd.config.checks import ChecksConfig
+from opd.config.cluster import ClusterConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
 from opd.config.node import nearest
@@ -33,6 +34,7 @@ __all__ = [
     "AlignmentConfig",
     "AnyConfig",
     "ChecksConfig",
+    "ClusterConfig",
     "ComputeConfig",
     "Config",
     "CorrectionConfig",

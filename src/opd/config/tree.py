@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from opd.config.checks import ChecksConfig
+from opd.config.cluster import ClusterConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
@@ -227,6 +228,8 @@ class RunNode(Node):
 class Config(RunNode):
     """An on-policy distillation run: `opd train`."""
 
+    mode: Literal["embedded", "distributed"] = "embedded"
+    cluster: ClusterConfig = ClusterConfig()
     temperature: Annotated[float, Field(gt=0)] = 1.0
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
     served: ServedConfig = ServedConfig()
@@ -271,9 +274,28 @@ class Config(RunNode):
         return self
 
     @model_validator(mode="after")
+    def _mode_fits(self) -> "Config":
+        if self.mode == "embedded":
+            if self.cluster != ClusterConfig():
+                raise ValueError(
+                    "[cluster] is for mode = 'distributed', got mode = 'embedded'; drop it, or set the mode"
+                )
+            return self
+        if self.trainable == "full":
+            raise ValueError(
+                "mode = 'distributed' sends adapters to its engines, got trainable = 'full'; write trainable = 'lora', or mode = "
+                "'embedded'"
+            )
+        if self.warmup.steps:
+            raise ValueError(
+                f"warmup.steps = {self.warmup.steps} needs mode = 'embedded'; warm up there, then set lora.start"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _served_teachers_fit(self) -> "Config":
         served = [name for name, teacher in self.teachers.items() if teacher.url is not None]
-        if not served and self.served != ServedConfig():
+        if not served and self.mode == "embedded" and self.served != ServedConfig():
             raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
         for name in served:
             who = f"teachers.{name}.url: a server gives log-probabilities of sampled tokens"

@@ -1,150 +1,31 @@
 """From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
 from opd.embedded.foreign import ForeignVoice
-from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.loading import add_adapter, add_student_adapter, load_network, save_adapter_facts
+from opd.embedded.loading import add_adapter, add_student_adapter, load_network
 from opd.embedded.network import Network
-from opd.embedded.sampler import EmbeddedSampler, episode_player
-from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
+from opd.embedded.studio import EmbeddedStudio
+from opd.embedded.teacher import Part, Target, Voice
 from opd.errors import ModelError
-from opd.objectives.vocabulary import CommonCells, TeacherHead
-from opd.roles import Sampler
 from opd.served.facts import connect
-from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher
 from opd.served.wire import Endpoint, Wire
 from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
-from opd.text.tokenizer import difference
+from opd.text.tokenizer import difference, fingerprint
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 _INITIAL_VOICE = "the initial student"
-
-
-@dataclass(frozen=True)
-class Alone:
-    """Samples from a teacher, and the tokenizer of what it samples."""
-
-    sampler: Sampler
-    tokenizer: Any
-
-
-@dataclass(frozen=True)
-class Studio:
-    """The student, its teachers, and what they share.
-
-    voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
-    `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
-    tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have.
-    """
-
-    config: Config
-    student: Voice
-    voices: Mapping[str, Voice]
-    targets: Mapping[str, Target]
-    followed: Mapping[str, Target]
-    foreign: Mapping[str, ForeignVoice]
-    served: Mapping[str, ServedTeacher]
-    identities: Mapping[str, str]
-    vocab_size: int
-    make_environment: MakeEnvironment
-
-    def close(self) -> None:
-        """Drop the connections to servers."""
-        for teacher in self.served.values():
-            teacher.wire.close()
-
-    def sampler(self, voice: Voice | None = None) -> EmbeddedSampler:
-        """A sampler of the student, or of a teacher when its voice is given."""
-        voice = voice or self.student
-        return EmbeddedSampler(
-            voice.network,
-            adapter=voice.adapter,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.sampling.max_new_tokens,
-            max_rows=self.config.sampling.max_rows,
-            max_tokens=self.config.compute.max_tokens,
-            player=episode_player(voice.network, self.config.episodes, self.make_environment),
-        )
-
-    def teachers(self, *, keep_hidden: bool, targets: Mapping[str, Target] | None = None) -> EmbeddedTeachers:
-        """Teachers that score as `targets` say; the prompts' own by default."""
-        own = targets is None or targets is self.followed
-        return EmbeddedTeachers(
-            self.targets if targets is None else targets,
-            vocab_size=self.vocab_size,
-            temperature=self.config.temperature,
-            max_tokens=self.config.compute.max_tokens,
-            keep_hidden=keep_hidden,
-            foreign=self.foreign if own else None,
-            served=self.served if own else None,
-        )
-
-    def alone(self, teacher: str) -> "Alone | None":
-        """What answers as a teacher does by itself; None for several at once, who are nobody."""
-        if teacher in self.voices:
-            voice = self.voices[teacher]
-            return Alone(self.sampler(voice), voice.network.tokenizer)
-        if teacher in self.served:
-            return Alone(self._served_sampler(self.served[teacher]), self.student.network.tokenizer)
-        return None
-
-    def _served_sampler(self, teacher: ServedTeacher) -> ServedSampler:
-        """A sampler of a served teacher, which is shown prompts as the student is."""
-        return ServedSampler(
-            teacher.endpoint,
-            teacher.wire,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.sampling.max_new_tokens,
-            context=teacher.context,
-            player=episode_player(self.student.network, self.config.episodes, self.make_environment),
-        )
-
-    def contexts(self) -> dict[str, int | None]:
-        """The longest sequence that each target can score, None where nothing limits it."""
-        limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
-        limits |= {n: [teacher.context] for n, teacher in self.served.items()}
-        return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
-
-    def learner(self) -> EmbeddedLearner:
-        return EmbeddedLearner(
-            self.student.network,
-            adapter=self.student.adapter,
-            objective=self.config.objective,
-            optimizer=self.config.optimizer,
-            steps=self.config.steps * self.config.objective.epochs,
-            heads=self._heads(),
-            temperature=self.config.temperature,
-            max_tokens=self.config.compute.max_tokens,
-        )
-
-    def _heads(self) -> dict[str, TeacherHead]:
-        """Of every voice that can give distributions."""
-        found = {
-            n: TeacherHead(voice.network.head_weight()) for n, voice in self.voices.items() if n not in self.foreign
-        }
-        for name, voice in self.foreign.items():
-            if (cells := voice.cells) is not None:
-                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
-                found[name] = TeacherHead(voice.network.head_weight(), common)
-        return found
 
 
 def prepare(compute: ComputeConfig) -> None:
@@ -153,8 +34,8 @@ def prepare(compute: ComputeConfig) -> None:
         torch.set_num_threads(compute.threads)
 
 
-def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studio:
-    """Load the student and every teacher, each set of weights once.
+def build(config: Config, make_environment: MakeEnvironment = one_turn, *, served: bool = True) -> EmbeddedStudio:
+    """Load the student and every teacher, each set of weights once; without `served` those behind servers are left out.
 
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
     student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
@@ -195,19 +76,18 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn) -> Studi
         )
     for net in own:
         net.vocab_size = vocab_size
-    identities = {name: _identity(config, name, voice) for name, voice in voices.items()}
-    served = _connect(config, network)
-    identities |= {name: f"served model '{teacher.endpoint.model}'" for name, teacher in served.items()}
-    apart = foreign.keys() | served.keys()
+    connected = connect_all(config, network.tokenizer) if served else {}
+    identities = _identities(config, network, voices, foreign, connected)
+    apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.url is not None}
     targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
-    return Studio(
-        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, served, identities,
+    return EmbeddedStudio(
+        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, connected, identities,
         vocab_size, make_environment,
     )  # fmt: skip
 
 
-def _connect(config: Config, student: Network) -> dict[str, ServedTeacher]:
+def connect_all(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
     """The teachers behind servers, all asked who they are."""
     given = {name: teacher for name, teacher in config.teachers.items() if teacher.url is not None}
     if not given:
@@ -217,7 +97,7 @@ def _connect(config: Config, student: Network) -> dict[str, ServedTeacher]:
     try:
         for name, teacher in given.items():
             endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
-            found[name] = connect(name, endpoint, wire, student.tokenizer)
+            found[name] = connect(name, endpoint, wire, tokenizer)
     finally:
         if len(found) < len(given):
             wire.close()
@@ -248,48 +128,6 @@ def build_student(config: SftConfig) -> Voice:
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)
     return Voice(network, "student" if config.trainable == "lora" else None)
-
-
-def export(voice: Voice, folder: Path, *, dtype: str = "float32") -> None:
-    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder with its tokenizer."""
-    network = voice.network
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        if voice.adapter is None:
-            network.base.to(getattr(torch, dtype)).save_pretrained(staging)  # type: ignore[call-arg]  # a decorator hides its signature
-            network.tokenizer.save_pretrained(staging)
-        else:
-            assert isinstance(network.model, PeftModel)
-            # peft puts an adapter of this name into a folder of this name
-            network.model.save_pretrained(str(staging), selected_adapters=[voice.adapter], save_embedding_layers=False)
-            for file in (staging / voice.adapter).iterdir():
-                file.rename(staging / file.name)
-            (staging / voice.adapter).rmdir()
-            (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
-            _sort_lists(staging / "adapter_config.json")
-            save_adapter_facts(staging, network)
-        _cast(staging, getattr(torch, dtype))
-        for file in staging.iterdir():
-            file.chmod(0o644)  # safetensors writes files for their owner alone
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sort_lists(path: Path) -> None:
-    """Write a JSON file's lists in order: peft keeps them as sets, whose order changes from process to process."""
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in plain.items()}
-    path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-
-
-def _cast(folder: Path, dtype: torch.dtype) -> None:
-    path = folder / "adapter_model.safetensors"
-    if path.exists():
-        tensors: dict[str, Tensor] = {name: t.to(dtype).contiguous() for name, t in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, ForeignVoice]:
@@ -365,6 +203,24 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
                 f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
                 "token by token"
             )
+
+
+def _identities(
+    config: Config,
+    student: Network,
+    voices: Mapping[str, Voice],
+    foreign: Mapping[str, ForeignVoice],
+    served: Mapping[str, ServedTeacher],
+) -> dict[str, str]:
+    """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
+    named = {f"teacher '{name}'": _identity(config, name, voice) for name, voice in voices.items()}
+    named |= {f"teacher '{name}'": f"served model '{teacher.endpoint.model}'" for name, teacher in served.items()}
+    named["the student's tokenizer"] = fingerprint(student.tokenizer)
+    for name, voice in foreign.items():
+        named[f"the tokenizer of teacher '{name}'"] = fingerprint(voice.reader.tokenizer)
+    if config.trainable == "lora":
+        named["the student's base"] = student.fingerprint()
+    return named
 
 
 def _identity(config: Config, name: str, voice: Voice) -> str:

@@ -114,7 +114,7 @@ def _token_logprobs(
     masks = [_asked(t) for t in turns]
     nothing = _Spoken(np.zeros(0), np.zeros((0, head.shape[1]), dtype=np.float32))
     found = [nothing] * len(turns)
-    for micro in micro_batches(sequences, masks, max_tokens=max_tokens):
+    for micro in network.rounds(micro_batches(sequences, masks, max_tokens=max_tokens)):
         nodes, inverse = np.unique(micro.states, return_inverse=True)
         hidden = network.hidden_states(micro.tree)[torch.from_numpy(nodes).to(network.device)]
         every = hidden[torch.from_numpy(inverse).to(network.device)]

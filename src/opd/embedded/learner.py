@@ -4,12 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.batch import Batch
+from opd.checkpoint import write_tensors
 from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.micro import micro_batches
 from opd.embedded.network import Network
@@ -22,9 +25,11 @@ from opd.embedded.terms import (
     vocabulary_settings,
 )
 from opd.errors import ScoreError
-from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
+from opd.metrics import Max, Metrics, Sum, mean_of, merge
 from opd.objectives.vocabulary import TeacherHead
 from opd.signal import divisor
+
+_TENSORS = "tensors.safetensors"
 
 
 class EmbeddedLearner:
@@ -76,21 +81,26 @@ class EmbeddedLearner:
         return replace(batch, **columns)
 
     @torch.no_grad()
-    def distances(self, batch: Batch) -> dict[str, tuple[float, float]]:
-        """Of each teacher: the reverse KL in nats per token, and the top-k overlap."""
-        found = values(merge([agreement_metrics(g, self._how) for g in self.passes(batch)]))
+    def distances(self, batch: Batch) -> Metrics:
+        """kl/token/TEACHER/mean and student/topk_overlap/TEACHER/mean of each teacher, and more."""
+        found = merge([agreement_metrics(g, self._how) for g in self.passes(batch)])
         kl = self.score_student(batch).reverse_kl
         assert kl is not None
-        distances: dict[str, tuple[float, float]] = {}
         owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
         for teacher in dict.fromkeys(batch.teachers):
             mine = torch.tensor([name == teacher for name in batch.teachers])[owners] & batch.loss_mask
-            distances[teacher] = float(kl[mine].mean()), found[f"student/topk_overlap/{teacher}/mean"]
-        return distances
+            found[f"kl/token/{teacher}/mean"] = mean_of(kl[mine].tolist())
+        return found
 
-    def forward_backward(self, batch: Batch) -> Metrics:
-        """Add the gradient of the whole batch's loss, pass by pass."""
-        shared = divisor(self._objective, batch)
+    def stand_by(self) -> None:
+        """Make the passes that other ranks of a sharded network make, without a batch of one's own."""
+        self._network.activate(self._adapter, trainable=True)
+        for _ in self._network.rounds([]):
+            raise AssertionError("a pass out of nothing")
+
+    def forward_backward(self, batch: Batch, *, shared: float | None = None) -> Metrics:
+        """Add the gradient of the whole batch's loss, pass by pass. shared: the divisor of the batch that it is a part of."""
+        shared = divisor(self._objective, batch) if shared is None else shared
         found = []
         for given in self.passes(batch):
             loss, metrics = self.loss_of(given, divisor=shared)
@@ -103,7 +113,7 @@ class EmbeddedLearner:
         self._network.activate(self._adapter, trainable=True)
         sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
         masks = [batch.loss_mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        for micro in micro_batches(sequences, masks, max_tokens=self._max_tokens):
+        for micro in self._network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
             yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
 
     def loss_of(self, given: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
@@ -144,12 +154,32 @@ class EmbeddedLearner:
         """The trainable weights by name, as they are in memory (not a copy)."""
         return self._parameters
 
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Write the trainable weights and the optimizer's moments into a folder; returns the plain values that go with them."""
+        tensors, values = self.state()
+        write_tensors(tensors, folder / _TENSORS)
+        return values
+
+    def load(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        self.load_state(load_file(folder / _TENSORS), values)
+
     def state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """(tensors, plain values) from which `load_state` continues bit for bit."""
         tensors = {f"student/{name}": p.detach() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             for key, value in self._optimizer.state.get(p, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value.detach()
         return tensors, {"num_updates": self._num_updates}
+
+    def blank_state(self, *, with_moments: bool) -> dict[str, Tensor]:
+        """Tensors of the shapes of `state`, to be read into; without moments as before the first update."""
+        tensors = {f"student/{name}": torch.empty_like(p.detach()) for name, p in self._parameters.items()}
+        for name, p in self._parameters.items() if with_moments else ():
+            tensors[f"optimizer/{name}/step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer/{name}/{key}"] = torch.empty_like(p.detach())
+        return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         with torch.no_grad():

@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd.data.micro import MicroBatch
 from opd.data.tree import TokenTree, pack_trees
 from opd.embedded.attention import Plan, TreePlan, use_plans
 from opd.embedded.linear import few_rows, merged
@@ -21,6 +22,25 @@ from opd.errors import ModelError
 _NO_MASK = torch.ones(
     1, 1, 1, 1, dtype=torch.bool
 )  # of four dimensions, so that transformers makes none: a plan says it
+
+
+[(_, _ONE_TOKEN)] = pack_trees([[0]], max_tokens=1)
+
+
+class Shards(Protocol):
+    """What a network needs to know once its weights lie on several ranks."""
+
+    def most(self, count: int) -> int:
+        """The largest count of all ranks; all of them ask at the same place."""
+        ...
+
+    def head(self) -> Tensor:
+        """The whole output head [vocab, hidden], with its gradient where it trains."""
+        ...
+
+    def keep_trainable(self) -> None:
+        """What trains goes on to ask for gradients, whoever speaks: it is only asked where gradients are switched on."""
+        ...
 
 
 class Network:
@@ -35,6 +55,8 @@ class Network:
         self.base = model
         self.tokenizer = tokenizer
         self.source = source
+        self.shards: Shards | None = None
+        self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
         use_plans(model, source=source)
         self._active: tuple[str | None, bool] | None = None
@@ -74,6 +96,8 @@ class Network:
         return cast(torch.nn.Module, self.base.base_model)
 
     def _whole_head(self) -> Tensor:
+        if self.shards is not None:
+            return self.shards.head()
         head = self.base.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise ModelError(
@@ -96,7 +120,27 @@ class Network:
         else:
             assert adapter is None, f"{self.source} has no adapters, asked for {adapter!r}"
             self.base.requires_grad_(trainable)
+        if self.shards is not None:
+            self.shards.keep_trainable()
         self._active = (adapter, trainable)
+
+    def remember_fingerprint(self) -> None:
+        """Keep the fingerprint: weights on several ranks cannot be read by one."""
+        self._fingerprint = self.fingerprint()
+
+    def rounds(self, micros: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The packed passes to make, one after the other. A sharded network makes as many on every rank: whoever has fewer
+        makes empty ones behind them, with a gradient of zero unless gradients are switched off."""
+        if self.shards is None:
+            yield from micros
+            return
+        own = list(micros)
+        most = self.shards.most(len(own))
+        yield from own
+        for _ in range(most - len(own)):
+            hidden = self.hidden_states(_ONE_TOKEN)
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                ((hidden.sum() + self.head_weight()[0].sum()) * 0.0).backward()
 
     def hidden_states(self, tree: TokenTree) -> Tensor:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
@@ -138,7 +182,10 @@ class Network:
         return self._run(np.array(token_ids)[:, None], positions[:, None], rows)[:, 0]
 
     def fingerprint(self) -> str:
-        """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16."""
+        """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16; of a sharded network, as
+        it was before."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, parameter in sorted(self.base.named_parameters()):
             if "lora_" in name:

@@ -12,7 +12,6 @@ from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.embedded.network import Network
 from opd.objectives.logprobs import token_logprobs
 from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
-from opd.served.teacher import ServedTeacher, start_served
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class EmbeddedTeachers:
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
     full distribution; without, the sampled tokens' log-probabilities alone. Teachers in `foreign` have another tokenizer and
-    score in chunks; those in `served` score behind a server, while the others do here.
+    score in chunks.
     """
 
     def __init__(
@@ -53,11 +52,9 @@ class EmbeddedTeachers:
         max_tokens: int,
         keep_hidden: bool,
         foreign: Mapping[str, ForeignVoice] | None = None,
-        served: Mapping[str, ServedTeacher] | None = None,
     ) -> None:
         self._targets = dict(targets)
         self._foreign = dict(foreign or {})
-        self._served = dict(served or {})
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -66,10 +63,8 @@ class EmbeddedTeachers:
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; what cannot be scored says why."""
         scores: dict[int, Score] = {}
-        from_servers = start_served(self._served, rollouts)
-        for teacher in dict.fromkeys(r.prompt.teacher for r in rollouts):
-            if teacher in self._served:
-                continue
+        # All of them, in their order: ranks that share a sharded teacher ask it together, with rollouts of it or without.
+        for teacher in (*self._targets, *self._foreign):
             if teacher in self._foreign:
                 mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
                 voice, asked = self._foreign[teacher], [rollouts[i] for i in mine]
@@ -89,8 +84,7 @@ class EmbeddedTeachers:
                     scores[i] = FailedScore(teacher, reason)
             found = self._score(teacher, target, [rollouts[i] for i in fits])
             scores.update(zip(fits, found, strict=True))
-        served = from_servers()
-        return [served[i] if i in served else ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
+        return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
     def _score(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
         every = [(part, self._speak(part.voice, rollouts)) for part in target]
@@ -115,7 +109,7 @@ class EmbeddedTeachers:
         sequences, masks = [r.token_ids for r in rollouts], [r.loss_mask for r in rollouts]
         logprobs = [np.zeros(len(s), dtype=np.float32) for s in sequences]
         states: list[np.ndarray] = [np.zeros((0, head.shape[1]), dtype=np.float32) for _ in sequences]
-        for micro in micro_batches(sequences, masks, max_tokens=self._max_tokens):
+        for micro in network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
             nodes, inverse = np.unique(micro.states, return_inverse=True)
             hidden = network.hidden_states(micro.tree)[torch.from_numpy(nodes).to(network.device)]
             every = hidden[torch.from_numpy(inverse).to(network.device)]

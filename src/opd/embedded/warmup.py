@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.seeds import generator_of
 from opd.data.stream import PromptStream
-from opd.embedded.build import Studio
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import episode_player
 from opd.embedded.sft import imitation_batch
+from opd.embedded.studio import EmbeddedStudio
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
 from opd.text.tokenizer import fingerprint
 
 
-def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
+def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
@@ -53,7 +53,7 @@ def warm_up(studio: Studio, prompts: Mapping[str, Sequence[Prompt]], say: Callab
         say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
 
 
-def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+def _shown(studio: EmbeddedStudio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
     limit = studio.student.network.max_context
@@ -72,7 +72,7 @@ def _shown(studio: Studio, prompts: Sequence[Prompt], step: int) -> list[Rollout
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
 
 
-def _rewritten(studio: Studio, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def _rewritten(studio: EmbeddedStudio, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same episodes as the student's tokenizer and template write them."""
     network = studio.student.network
     last = {(r.prompt.id, r.sample): r for r in rollouts}  # the part of an episode that holds all of its messages

@@ -1,7 +1,8 @@
 """Sampling from a model behind servers: turns of episodes, all asked for at once."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,15 @@ from opd.tasks.episodes import Episode, EpisodePlayer, Taken
 class ServedSampler:
     """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that they take.
 
+    locate: says where the model is, before every round of turns. What no server gave is asked for once more, where it says then.
+
     Every turn has a seed of its own, made from that of the call and its place, so a server that draws by seed repeats itself. A
     turn that no server gave ends its episode, which is counted as lost.
     """
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        locate: Callable[[], Endpoint],
         wire: Wire,
         *,
         temperature: float,
@@ -30,7 +33,7 @@ class ServedSampler:
         context: int | None,
         player: EpisodePlayer,
     ) -> None:
-        self._endpoint = endpoint
+        self._locate = locate
         self._wire = wire
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
@@ -53,11 +56,23 @@ class ServedSampler:
     def _take_turns(self, episodes: Sequence[Episode], *, seed: Seed) -> list[Taken]:
         room = [self._room(e) for e in episodes]
         fits = [i for i, left in enumerate(room) if left > 0]
-        answers = self._wire.ask([self._call(episodes[i], room[i], seed) for i in fits])
+        answers = self._ask([(episodes[i], room[i]) for i in fits], seed)
         taken = [Taken([], [], "context")] * len(episodes)
         for i, answer in zip(fits, answers, strict=True):
             taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)
         return taken
+
+    def _ask(self, turns: Sequence[tuple[Episode, int]], seed: Seed) -> list[Answer[Sampled]]:
+        """The turns of episodes, each with its room."""
+        endpoint = self._locate()
+        answers = self._wire.ask([self._call(endpoint, episode, room, seed) for episode, room in turns])
+        lost = [i for i, answer in enumerate(answers) if answer.value is None]
+        if lost:
+            endpoint = self._locate()
+            again = self._wire.ask([self._call(endpoint, *turns[i], seed) for i in lost])
+            for i, answer in zip(lost, again, strict=True):
+                answers[i] = replace(answer, retries=answers[i].retries + 1 + answer.retries)
+        return answers
 
     def _room(self, episode: Episode) -> int:
         """How many tokens its next turn may have."""
@@ -65,16 +80,16 @@ class ServedSampler:
             return self._max_new_tokens
         return min(self._max_new_tokens, self._context - len(episode.token_ids))
 
-    def _call(self, episode: Episode, room: int, seed: Seed) -> Call[Sampled]:
+    def _call(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Call[Sampled]:
         body = sample_body(
-            self._endpoint.model,
+            endpoint.model,
             episode.token_ids,
             max_tokens=room,
             temperature=self._temperature,
             seed=generator_of(*seed, "row", episode.row, "turn", episode.turn).initial_seed(),
             end_ids=self._player.end_ids,
         )
-        return Call(self._endpoint, PATH, body, partial(read_sample, max_tokens=room, end_ids=self._player.end_ids))
+        return Call(endpoint, PATH, body, partial(read_sample, max_tokens=room, end_ids=self._player.end_ids))
 
 
 def _taken(answer: Answer[Sampled], *, cut: bool) -> Taken:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from opd.records import FailedScore, Rollout, SampledScore, ScoredRollout
+from opd.roles import Teacher
 from opd.served.completions import PATH, read_scores, score_body
 from opd.served.wire import Call, Endpoint, Wire
 
@@ -51,17 +52,22 @@ class ServedTeacher:
         return ScoredRollout(rollout, FailedScore(self.name, reason))
 
 
-def start_served(
-    teachers: Mapping[str, ServedTeacher], rollouts: Sequence[Rollout]
-) -> Callable[[], dict[int, ScoredRollout]]:
-    """Ask every server at once about the rollouts whose teacher it is; returns what waits for them, by place."""
-    waiting = []
-    for name, teacher in teachers.items():
-        mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == name]
-        if mine:
-            waiting.append((mine, teacher.start([rollouts[i] for i in mine])))
+class WithServed:
+    """Teachers behind servers, and others: while the servers are asked, the others score."""
 
-    def wait() -> dict[int, ScoredRollout]:
-        return {i: scored for mine, finish in waiting for i, scored in zip(mine, finish(), strict=True)}
+    def __init__(self, others: Teacher, served: Mapping[str, ServedTeacher]) -> None:
+        self._others = others
+        self._served = dict(served)
 
-    return wait
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Each rollout with its own teacher's score, in the order given."""
+        waiting = []
+        for name, teacher in self._served.items():
+            mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == name]
+            if mine:
+                waiting.append((mine, teacher.start([rollouts[i] for i in mine])))
+        here = [i for i, r in enumerate(rollouts) if r.prompt.teacher not in self._served]
+        found = dict(zip(here, self._others.score([rollouts[i] for i in here]) if here else [], strict=True))
+        for mine, wait in waiting:
+            found |= dict(zip(mine, wait(), strict=True))
+        return [found[i] for i in range(len(rollouts))]

@@ -1,0 +1,151 @@
+"""One vLLM server on one node: started, watched, started again, and given the student's adapters."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.errors import RunError, one_line
+
+_POLL_S = 0.25
+_SAID = 40  # lines of a server's log that an error looks back on
+_KEPT = 2  # versions of the student that an engine holds: requests that began with the one before may still run
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How an engine is started: the command, what it serves and under which name, and for how long it may start."""
+
+    command: Sequence[str]
+    model: str
+    name: str
+    args: Sequence[str]
+    start_s: float
+
+
+class Engine:
+    """A vLLM server as a child of this process. Its adapters are those that `load` was given, by version.
+
+    A server that died is started again by the next `address`, with the newest adapter. Meant to live in a Ray actor; knows nothing
+    of Ray.
+    """
+
+    def __init__(self, plan: EnginePlan, host: str) -> None:
+        self._plan = plan
+        self._host = host
+        self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
+        self._process: subprocess.Popen[str] | None = None
+        self._port = 0
+        self._versions: deque[str] = deque()
+        self._starts = 0
+
+    def address(self) -> str:
+        """The server's URL, once it answers. Raises RunError when it does not start."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+            for name in self._versions:
+                self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
+        return f"http://{self._host}:{self._port}"
+
+    def starts(self) -> int:
+        """How often the server was started."""
+        return self._starts
+
+    def load(self, name: str, files: Mapping[str, bytes]) -> str:
+        """Serve an adapter under a name; returns the name once the server has it. Older ones beyond the last few are dropped."""
+        self.address()
+        if name in self._versions:
+            return name
+        place = self._folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for file, content in files.items():
+            (place / file).write_bytes(content)
+        while len(self._versions) >= _KEPT:
+            old = self._versions.popleft()
+            self._post("/v1/unload_lora_adapter", {"lora_name": old})
+            shutil.rmtree(self._folder / old, ignore_errors=True)
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
+        self._versions.append(name)
+        return name
+
+    def stop(self) -> None:
+        """End the server and all that it started, and remove what was written for it."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        if self._process is not None:  # what it left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._starts += 1
+        with socket.socket() as found:
+            found.bind(("", self._port))  # the same one again, which its clients know
+            self._port = int(found.getsockname()[1])
+        plan = self._plan
+        command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
+        command += ["--host", "0.0.0.0", "--port", str(self._port), *plan.args]
+        env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        log = self._folder / "server.log"
+        with log.open("a") as said:
+            try:
+                self._process = subprocess.Popen(
+                    command, stdout=said, stderr=subprocess.STDOUT, env=env, start_new_session=True, text=True
+                )
+            except OSError as error:
+                raise RunError(
+                    f"cluster.engine_command = {plan.command[0]!r} cannot be started: {error.strerror}; name a command of an "
+                    "environment that has vLLM"
+                ) from None
+        end = time.monotonic() + plan.start_s
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise RunError(f"engine '{plan.name}' ended while it started: {self._last_words(log)}")
+            if time.monotonic() > end:
+                self.stop()
+                raise RunError(
+                    f"engine '{plan.name}' did not answer in cluster.engine_start_s = {plan.start_s:g} s: {self._last_words(log)}"
+                )
+            time.sleep(_POLL_S)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def _last_words(self, log: Path) -> str:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-_SAID:]
+        telling = [line for line in lines if "rror" in line] or lines
+        return one_line(telling[-1])[-300:] if telling else "it said nothing"
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._plan.start_s):
+                return
+        except urllib.error.HTTPError as error:
+            said = one_line(error.read().decode(errors="replace"))[:200]
+            raise RunError(f"engine '{self._plan.name}' refuses {path}: {error.code}: {said}") from None
+        except OSError as error:
+            raise RunError(f"engine '{self._plan.name}' cannot be asked for {path}: {error}") from None

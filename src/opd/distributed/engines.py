@@ -1,0 +1,119 @@
+"""The vLLM engines that sample from the student, as Ray actors, and their weights."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from opd.config import Config
+from opd.distributed.engine import Engine, EnginePlan
+from opd.errors import OpdError, RunError, one_line
+from opd.served.wire import Endpoint
+
+BASE = "student"  # the name of the student's base at its engines
+
+
+class _EngineActor(Engine):
+    """An engine at the address of its node; what it started ends with it."""
+
+    def __init__(self, plan: EnginePlan) -> None:
+        super().__init__(plan, ray.util.get_node_ip_address())
+
+
+class Engines:
+    """All engines of the student: where they are, and which version each has acknowledged.
+
+    An actor that dies with its node is made again by Ray where there is room; `endpoint` then finds it, and gives it the student.
+    """
+
+    def __init__(self, config: Config, *, dtype: str) -> None:
+        cluster = config.cluster
+        plan = EnginePlan(
+            command=tuple(cluster.engine_command),
+            model=config.student,
+            name=BASE,
+            args=(*_arguments(config, dtype), *cluster.engine_args),
+            start_s=cluster.engine_start_s,
+        )
+        remote = ray.remote(_EngineActor).options(
+            num_cpus=cluster.cpus_per_engine,
+            num_gpus=cluster.gpus_per_engine,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        self._actors: list[Any] = [remote.remote(plan) for _ in range(cluster.engines)]
+        self._name = BASE
+        self._files: Mapping[str, bytes] = {}
+        self._endpoint = Endpoint("the student's engine", ())
+
+    def start(self) -> None:
+        """Wait until every engine answers. Raises RunError when one does not start."""
+        self._refresh()
+
+    def load(self, files: Mapping[str, bytes], *, version: int) -> None:
+        """Give every engine the student as it is now; returns when all have acknowledged it."""
+        self._name, self._files = f"{BASE}-{version}", files
+        self._refresh()
+
+    @property
+    def where(self) -> Endpoint:
+        """Where the student is served, as they last said."""
+        return self._endpoint
+
+    def endpoint(self) -> Endpoint:
+        """Where the student is served, under the name of the version that every engine has; one that died is started again."""
+        self._refresh()
+        return self._endpoint
+
+    def close(self) -> None:
+        """End every engine."""
+        for actor in self._actors:
+            with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it is gone
+                ray.get(actor.stop.remote(), timeout=30)
+            ray.kill(actor)
+        self._actors = []
+
+    def _refresh(self) -> None:
+        urls = self._ask("address")
+        if self._files:
+            files = ray.put(dict(self._files))
+            self._ask("load", self._name, files)
+        self._endpoint = replace(self._endpoint, urls=tuple(urls), model=self._name)
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """Every engine's answer; one that died in between is asked again where it lives now."""
+        found = []
+        for index, ref in enumerate([getattr(actor, method).remote(*args) for actor in self._actors]):
+            try:
+                found.append(ray.get(ref))
+            except RayTaskError as error:
+                if isinstance(error.cause, OpdError):
+                    raise error.cause from None
+                raise
+            except RayActorError as error:
+                try:
+                    found.append(ray.get(getattr(self._actors[index], method).remote(*args)))
+                except (RayActorError, RayTaskError):
+                    who = f"engine {index} of {len(self._actors)}"
+                    raise RunError(
+                        f"{who} died and does not come back ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
+                    ) from None
+        return found
+
+
+def _arguments(config: Config, dtype: str) -> list[str]:
+    """What makes a server sample as the recipe says, from the full distribution, and give the log-probabilities of that."""
+    found = ["--dtype", dtype, "--generation-config", "vllm"]
+    # after the temperature: those of the distribution that was sampled from
+    found += ["--logprobs-mode", "processed_logprobs"] if config.temperature != 1.0 else []
+    if config.trainable == "lora":
+        found += ["--enable-lora", "--max-lora-rank", str(_rank(config.lora.rank)), "--max-loras", "2"]
+    return found
+
+
+def _rank(rank: int) -> int:
+    """The smallest rank that vLLM serves and that holds this one."""
+    return next(r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)

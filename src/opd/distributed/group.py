@@ -1,0 +1,140 @@
+"""The ranks of the learner as Ray actors, and the roles that they play together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from opd.batch import Batch, consecutive, split
+from opd.config import Config
+from opd.distributed.rank import Rank, RankFacts, Who
+from opd.errors import OpdError, RunError, one_line
+from opd.metrics import Metrics, merge
+from opd.records import Prompt, Rollout, ScoredRollout
+from opd.signal import divisor
+
+
+class RankGroup:
+    """Every rank, asked at once. When one fails or dies, none can go on: all are ended, and the error says which it was."""
+
+    def __init__(self, config: Config) -> None:
+        cluster = config.cluster
+        remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
+        self.size = cluster.learner_ranks
+        self._actors: list[Any] = [remote.remote(config, rank, self.size) for rank in range(self.size)]
+        self._met = False
+        self.facts: RankFacts = self.all("facts")[0]
+
+    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+        """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
+        if self._met:
+            return {}
+        return self._ask(["packing_errors"], [(list(probes),)], self._actors[:1])[0]
+
+    def meet(self) -> None:
+        """Spread the weights, once."""
+        if self._met:
+            return
+        first = self._actors[0]
+        host = ray.get(first.__ray_call__.remote(lambda rank: ray.util.get_node_ip_address()))
+        port = ray.get(first.free_port.remote())
+        self._met = True
+        self.all("meet", f"{host}:{port}")
+
+    def all(self, method: str, *args: Any) -> list[Any]:
+        """Ask every rank the same."""
+        return self.each(method, [args] * self.size)
+
+    def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Ask every rank about its own part."""
+        return self._ask([method] * self.size, args, self._actors)
+
+    def _ask(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
+        refs = [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+        pending, ready = list(refs), []
+        try:
+            while pending:
+                ready, pending = ray.wait(pending, num_returns=1)
+                ray.get(ready)
+        except RayTaskError as error:
+            self.close()
+            if isinstance(error.cause, OpdError):
+                raise error.cause from None
+            raise
+        except RayActorError as error:
+            rank = next(i for i, ref in enumerate(refs) if ref in ready)
+            self.close()
+            raise RunError(
+                f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
+            ) from None
+        return ray.get(refs)
+
+    def close(self) -> None:
+        """End every rank."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+
+class RankTeachers:
+    """Teachers that the ranks hold; each scores its own share of the rollouts."""
+
+    def __init__(self, group: RankGroup, who: Who, *, keep_hidden: bool, names: Sequence[str] = ()) -> None:
+        self._group = group
+        self._how = (who, list(names), keep_hidden)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Each rollout with its own teacher's score, in the order given."""
+        self._group.meet()
+        sizes = [len(r.token_ids) for r in rollouts]
+        bounds = consecutive(sizes, [r.id for r in rollouts], self._group.size)
+        found = self._group.each("score", [(list(rollouts[a:b]), *self._how) for a, b in bounds])
+        scored = [item for part in found for item in part]
+        # what came back is a copy: the rollouts are those that were given
+        return [replace(item, rollout=rollout) for item, rollout in zip(scored, rollouts, strict=True)]
+
+
+class RankLearner:
+    """The learner on several ranks (`opd.roles.Learner`): any number of them gives the same gradient."""
+
+    def __init__(self, group: RankGroup, config: Config) -> None:
+        self._group = group
+        self._config = config
+        self.changes = 0  # how often the student has changed
+        self._files: tuple[int, Mapping[str, bytes]] = (-1, {})
+
+    def score_student(self, batch: Batch) -> Batch:
+        """The batch with the student's own log-probabilities, KLs and baselines."""
+        found = self._group.each("score_student", [(part,) for part in split(batch, self._group.size)])
+        names = dict.fromkeys(name for part in found for name in part)
+        columns: dict[str, Any] = {n: torch.cat([part[n] for part in found if part]) for n in names}
+        return replace(batch, **columns)
+
+    def forward_backward(self, batch: Batch) -> Metrics:
+        """Add the gradient of the whole batch's loss."""
+        shared = divisor(self._config.objective, batch)
+        return merge(self._group.each("forward_backward", [(part, shared) for part in split(batch, self._group.size)]))
+
+    def optim_step(self) -> Metrics:
+        """Clip, step, advance the schedule, clear the gradient."""
+        self.changes += 1
+        return self._group.all("optim_step")[0]
+
+    def weights(self) -> Mapping[str, bytes]:
+        """The student as the files of its folder."""
+        if self._files[0] != self.changes:
+            self._files = self.changes, self._group.all("files")[0]
+        return self._files[1]
+
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Every rank writes its part into a folder that all of them see."""
+        return self._group.all("save", str(folder.resolve()))[0]
+
+    def load(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Continue from what any number of ranks wrote."""
+        self.changes += 1
+        self._group.all("load", str(folder.resolve()), dict(values))

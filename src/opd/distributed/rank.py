@@ -1,0 +1,172 @@
+"""One process of the learner: its part of the student's weights, and of those teachers that give whole distributions.
+
+All ranks are asked the same questions in the same order, each about its own part of the rollouts: a sharded network answers only
+when all of them call it.
+"""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from opd.batch import Batch, pack
+from opd.config import Config
+from opd.distributed.sharding import shard
+from opd.embedded.build import build
+from opd.embedded.export import export, export_files
+from opd.embedded.learner import EmbeddedLearner
+from opd.metrics import Metrics
+from opd.records import Prompt, Rollout, ScoredRollout
+from opd.roles import Teacher, TeacherFacts
+
+Who = Literal["teachers", "followed", "itself", "alone"]
+"""Which teachers are asked: the prompts' own, what training follows, the student itself, single models."""
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What the driver needs to know of the models that ranks hold."""
+
+    teachers: TeacherFacts
+    identities: Mapping[str, str]
+    single_models: tuple[str, ...]
+    student_context: int | None
+    base_dtype: str
+
+
+class Rank:
+    """Builds the parts of a recipe as one process does, then spreads their weights; see `opd.distributed.group`."""
+
+    def __init__(self, config: Config, rank: int, world: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._world = world
+        self._studio = build(config, served=False)
+        self._learner: EmbeddedLearner | None = None
+
+    def free_port(self) -> int:
+        """A port of this machine at which ranks can meet."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            return int(found.getsockname()[1])
+
+    def facts(self) -> RankFacts:
+        studio = self._studio
+        return RankFacts(
+            teachers=studio.facts(),
+            identities=studio.identities,
+            single_models=tuple(studio.single_models()),
+            student_context=studio.student_context,
+            base_dtype=str(studio.student.network.base.dtype).removeprefix("torch."),
+        )
+
+    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+        """As of the studio; asked before the weights are spread."""
+        assert self._learner is None
+        return self._studio.packing_errors(probes)
+
+    def meet(self, address: str) -> None:
+        """Join the other ranks, and spread every network over all of them."""
+        device = "cuda" if torch.cuda.is_available() and self._config.compute.device in ("auto", "cuda") else "cpu"
+        os.environ["LOCAL_RANK"] = "0"  # each sees its own device alone
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"tcp://{address}", rank=self._rank, world_size=self._world)
+        mesh = init_device_mesh(device, (self._world,))
+        studio = self._studio
+        student = studio.student
+        student.network.activate(student.adapter, trainable=True)
+        trainable = [name for name, p in student.network.model.named_parameters() if p.requires_grad]
+        half = torch.bfloat16 if self._config.cluster.mixed_precision else None
+        for network in dict.fromkeys([student.network, *(voice.network for voice in studio.voices.values())]):
+            shard(network, mesh, trainable if network is student.network else [], compute_dtype=half)
+        self._learner = studio.learner()
+
+    @property
+    def _trained(self) -> EmbeddedLearner:
+        assert self._learner is not None, "meet() comes first"
+        return self._learner
+
+    def score(
+        self, rollouts: Sequence[Rollout], who: Who, names: Sequence[str], keep_hidden: bool
+    ) -> list[ScoredRollout]:
+        """The scores of this rank's rollouts."""
+        studio = self._studio
+        teachers: Teacher
+        if who == "itself":
+            teachers = studio.itself()
+        elif who == "alone":
+            teachers = studio.each_alone(names)
+        else:
+            teachers = studio.teachers(keep_hidden=keep_hidden, followed=who == "followed")
+        return teachers.score(rollouts)
+
+    def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
+        if not scored:
+            with torch.no_grad():  # the passes of the agreement, then those of the KL
+                self._trained.stand_by()
+                self._trained.stand_by()
+            return {}
+        batch, _ = pack(scored, logprob_floor=self._config.objective.teacher_logprob_floor)
+        return self._trained.distances(batch)
+
+    def score_student(self, batch: Batch | None) -> dict[str, Tensor]:
+        """The columns that scoring adds to this rank's part of a batch."""
+        if batch is None:
+            with torch.no_grad():
+                self._trained.stand_by()
+            return {}
+        found = self._trained.score_student(batch)
+        names = ("student_logprobs", "reverse_kl", "best_baseline")
+        return {name: column for name in names if (column := getattr(found, name)) is not None}
+
+    def forward_backward(self, batch: Batch | None, shared: float) -> Metrics:
+        if batch is None:
+            self._trained.stand_by()
+            return {}
+        return self._trained.forward_backward(batch, shared=shared)
+
+    def optim_step(self) -> Metrics:
+        return self._trained.optim_step()
+
+    def files(self) -> dict[str, bytes]:
+        """The student as the files of its folder; from the first rank, the others only help."""
+        found = {name: _whole(p) for name, p in self._trained.weights().items()}
+        if self._rank:
+            return {}
+        return export_files(self._studio.student, found)
+
+    def export(self, folder: str) -> None:
+        """Write the student; the first rank does, the others only help."""
+        found = {name: _whole(p) for name, p in self._trained.weights().items()}
+        if not self._rank:
+            export(self._studio.student, Path(folder), weights=found)
+
+    def save(self, folder: str) -> Mapping[str, Any]:
+        """Write this rank's part of the weights and moments."""
+        tensors, values = self._trained.state()
+        state_dict_saver.save(
+            dict(tensors), storage_writer=HuggingFaceStorageWriter(path=folder, save_distributed=True)
+        )
+        return values
+
+    def load(self, folder: str, values: Mapping[str, Any]) -> None:
+        """Read this rank's part of what any number of ranks wrote."""
+        tensors = self._trained.blank_state(with_moments=bool(values["num_updates"]))
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(path=folder))
+        self._trained.load_state(tensors, values)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, wherever its parts lie; every rank has to ask."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -1,0 +1,193 @@
+"""The student, its teachers and what they share, in one process (`opd.roles.Studio`)."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.batch import pack
+from opd.config import Config
+from opd.embedded.export import export
+from opd.embedded.foreign import ForeignVoice
+from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.sampler import EmbeddedSampler, episode_player
+from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
+from opd.metrics import Metrics, values
+from opd.objectives.vocabulary import CommonCells, TeacherHead
+from opd.records import Prompt, ScoredRollout
+from opd.roles import Alone, Teacher, TeacherFacts
+from opd.served.sampler import ServedSampler
+from opd.served.teacher import ServedTeacher, WithServed
+from opd.tasks.episodes import MakeEnvironment
+from opd.text.chat import Chat
+
+
+def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """(reverse KL in nats per token, top-k overlap) of each teacher, from what the learner found."""
+    found = values(metrics)
+    return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
+
+
+@dataclass(frozen=True)
+class EmbeddedStudio:
+    """The student, its teachers, and what they share, in one process (`opd.roles.Studio`).
+
+    voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
+    `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
+    tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
+    those of its tokenizer have.
+    """
+
+    config: Config
+    student: Voice
+    voices: Mapping[str, Voice]
+    targets: Mapping[str, Target]
+    followed: Mapping[str, Target]
+    foreign: Mapping[str, ForeignVoice]
+    served: Mapping[str, ServedTeacher]
+    identities: Mapping[str, str]
+    vocab_size: int
+    make_environment: MakeEnvironment
+
+    def close(self) -> None:
+        """Drop the connections to servers."""
+        for teacher in self.served.values():
+            teacher.wire.close()
+
+    def sampler(self, voice: Voice | None = None) -> EmbeddedSampler:
+        """A sampler of the student, or of a teacher when its voice is given."""
+        voice = voice or self.student
+        return EmbeddedSampler(
+            voice.network,
+            adapter=voice.adapter,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            max_rows=self.config.sampling.max_rows,
+            max_tokens=self.config.compute.max_tokens,
+            player=episode_player(voice.network, self.config.episodes, self.make_environment),
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return self.student.network.tokenizer
+
+    @property
+    def student_context(self) -> int | None:
+        """The longest sequence that the student takes."""
+        return self.student.network.max_context
+
+    def facts(self) -> TeacherFacts:
+        """What the teachers are, to those who check them."""
+        return TeacherFacts(
+            contexts=self._contexts(),
+            vocab_size=self.vocab_size,
+            foreign={name: voice.network.vocab_size for name, voice in self.foreign.items()},
+            without_distributions=frozenset(self.foreign.keys() | self.served.keys()),
+            unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
+        )
+
+    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+        """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
+        found = {}
+        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
+            network.activate(None if network is not self.student.network else self.student.adapter)
+            own = Chat(network.tokenizer)
+            found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
+        return found
+
+    def itself(self) -> EmbeddedTeachers:
+        """The student as the teacher of every prompt."""
+        target = (Part("student", self.student),)
+        return self.scoring(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
+
+    def each_alone(self, names: Collection[str]) -> EmbeddedTeachers:
+        """Models that score by themselves, whether a prompt names them or not."""
+        return self.scoring({n: (Part(n, self.voices[n]),) for n in names}, keep_hidden=False)
+
+    def single_models(self) -> Collection[str]:
+        """Every model that scores the student's tokens in process."""
+        return [name for name in self.voices if name not in self.foreign]
+
+    def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
+        """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
+        batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
+        return distances_of(self.learner().distances(batch), batch.teachers)
+
+    def export(self, folder: Path) -> None:
+        """Write the student where a run keeps it."""
+        export(self.student, folder)
+
+    def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
+        """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
+        targets = self.followed if followed else self.targets
+        here = self.scoring(targets, keep_hidden=keep_hidden, foreign=self.foreign)
+        return WithServed(here, self.served) if self.served else here
+
+    def scoring(
+        self,
+        targets: Mapping[str, Target],
+        *,
+        keep_hidden: bool,
+        foreign: Mapping[str, ForeignVoice] | None = None,
+    ) -> EmbeddedTeachers:
+        """Teachers in process that score as `targets` say."""
+        return EmbeddedTeachers(
+            targets,
+            vocab_size=self.vocab_size,
+            temperature=self.config.temperature,
+            max_tokens=self.config.compute.max_tokens,
+            keep_hidden=keep_hidden,
+            foreign=foreign,
+        )
+
+    def alone(self, teacher: str) -> Alone | None:
+        """What answers as a teacher does by itself; None for several at once, who are nobody."""
+        if teacher in self.voices:
+            voice = self.voices[teacher]
+            return Alone(self.sampler(voice), voice.network.tokenizer)
+        if teacher in self.served:
+            return Alone(self._served_sampler(self.served[teacher]), self.student.network.tokenizer)
+        return None
+
+    def _served_sampler(self, teacher: ServedTeacher) -> ServedSampler:
+        """A sampler of a served teacher, which is shown prompts as the student is."""
+        return ServedSampler(
+            lambda: teacher.endpoint,
+            teacher.wire,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            context=teacher.context,
+            player=episode_player(self.student.network, self.config.episodes, self.make_environment),
+        )
+
+    def _contexts(self) -> dict[str, int | None]:
+        """The longest sequence that each target can score, None where nothing limits it."""
+        limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
+        limits |= {n: [teacher.context] for n, teacher in self.served.items()}
+        return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
+
+    def learner(self) -> EmbeddedLearner:
+        return EmbeddedLearner(
+            self.student.network,
+            adapter=self.student.adapter,
+            objective=self.config.objective,
+            optimizer=self.config.optimizer,
+            steps=self.config.steps * self.config.objective.epochs,
+            heads=self._heads(),
+            temperature=self.config.temperature,
+            max_tokens=self.config.compute.max_tokens,
+        )
+
+    def _heads(self) -> dict[str, TeacherHead]:
+        """Of every voice that can give distributions."""
+        found = {
+            n: TeacherHead(voice.network.head_weight()) for n, voice in self.voices.items() if n not in self.foreign
+        }
+        for name, voice in self.foreign.items():
+            if (cells := voice.cells) is not None:
+                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
+                found[name] = TeacherHead(voice.network.head_weight(), common)
+        return found

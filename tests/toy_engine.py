@@ -1,0 +1,23 @@
+"""A program that takes the arguments of `vllm serve` and serves a toy model, adapters too."""
+
+import argparse
+import os
+import sys
+
+import torch
+from transformers import LlamaForCausalLM
+from vllm_like import ToyServer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True)
+parser.add_argument("--served-model-name", required=True)
+parser.add_argument("--port", type=int, required=True)
+parser.add_argument("--max-lora-rank", type=int)
+parser.add_argument("--fail", action="store_true")
+options, _ = parser.parse_known_args()
+if options.fail:
+    sys.exit("RuntimeError: no such device")
+assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+torch.set_num_threads(1)
+model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+ToyServer(model, name=options.served_model_name, port=options.port).serve_forever()
