@@ -20,7 +20,7 @@ ENGINE = [sys.executable, str(Path(__file__).with_name("toy_engine.py"))]
 
 
 def cluster_of(**changes: Any) -> dict[str, Any]:
-    return {"engine_command": ENGINE, "engine_start_s": 60, **changes}
+    return {"engine_command": ENGINE, "engine_start_s": 60, "cpus_per_rank": 0, "cpus_per_engine": 0, **changes}
 
 
 @contextmanager

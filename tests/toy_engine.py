@@ -11,6 +11,7 @@ from vllm_like import ToyServer
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
 parser.add_argument("--served-model-name", required=True)
+parser.add_argument("--host", required=True)
 parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--max-lora-rank", type=int)
 parser.add_argument("--fail", action="store_true")
@@ -20,4 +21,4 @@ if options.fail:
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 torch.set_num_threads(1)
 model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-ToyServer(model, name=options.served_model_name, port=options.port).serve_forever()
+ToyServer(model, name=options.served_model_name, at=(options.host, options.port)).serve_forever()

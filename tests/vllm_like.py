@@ -30,9 +30,9 @@ class ToyServer(ThreadingHTTPServer):
         name: str = "toy",
         context: int = 256,
         key: str | None = None,
-        port: int = 0,
+        at: tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(at, Handler)
         self.model, self.name, self.context, self.key = model, name, context, key
         self.adapters: dict[str, LlamaForCausalLM] = {}
         self.tokenizer = byte_tokenizer()

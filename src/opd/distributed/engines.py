@@ -29,13 +29,13 @@ class Engines:
     An actor that dies with its node is made again by Ray where there is room; `endpoint` then finds it, and gives it the student.
     """
 
-    def __init__(self, config: Config, *, dtype: str) -> None:
+    def __init__(self, config: Config) -> None:
         cluster = config.cluster
         plan = EnginePlan(
             command=tuple(cluster.engine_command),
             model=config.student,
             name=BASE,
-            args=(*_arguments(config, dtype), *cluster.engine_args),
+            args=(*_arguments(config), *cluster.engine_args),
             start_s=cluster.engine_start_s,
         )
         remote = ray.remote(_EngineActor).options(
@@ -45,13 +45,10 @@ class Engines:
             max_task_retries=0,
         )
         self._actors: list[Any] = [remote.remote(plan) for _ in range(cluster.engines)]
+        self._starting = [actor.address.remote() for actor in self._actors]  # nobody waits yet
         self._name = BASE
         self._files: Mapping[str, bytes] = {}
         self._endpoint = Endpoint("the student's engine", ())
-
-    def start(self) -> None:
-        """Wait until every engine answers. Raises RunError when one does not start."""
-        self._refresh()
 
     def load(self, files: Mapping[str, bytes], *, version: int) -> None:
         """Give every engine the student as it is now; returns when all have acknowledged it."""
@@ -104,9 +101,9 @@ class Engines:
         return found
 
 
-def _arguments(config: Config, dtype: str) -> list[str]:
+def _arguments(config: Config) -> list[str]:
     """What makes a server sample as the recipe says, from the full distribution, and give the log-probabilities of that."""
-    found = ["--dtype", dtype, "--generation-config", "vllm"]
+    found = ["--dtype", config.compute.dtype, "--generation-config", "vllm"]
     # after the temperature: those of the distribution that was sampled from
     found += ["--logprobs-mode", "processed_logprobs"] if config.temperature != 1.0 else []
     if config.trainable == "lora":

@@ -41,7 +41,6 @@ class RankFacts:
     identities: Mapping[str, str]
     single_models: tuple[str, ...]
     student_context: int | None
-    base_dtype: str
 
 
 class Rank:
@@ -67,7 +66,6 @@ class Rank:
             identities=studio.identities,
             single_models=tuple(studio.single_models()),
             student_context=studio.student_context,
-            base_dtype=str(studio.student.network.base.dtype).removeprefix("torch."),
         )
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:

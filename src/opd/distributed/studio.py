@@ -33,6 +33,7 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
     loaded = load_tokenizer(config.student)
     _join(config)
     try:
+        _require_room(config)
         served = connect_all(config, loaded.tokenizer)
         try:
             return DistributedStudio(config, make_environment, loaded, served)
@@ -63,9 +64,9 @@ class DistributedStudio:
             Chat(loaded.tokenizer), config.episodes, end_ids=ends, make_environment=make_environment
         )
         self._wire = Wire(config.served)
+        self._engines = Engines(config)  # they start while the ranks load
         self._group = RankGroup(config)
         self._learner = RankLearner(self._group, config)
-        self._engines = Engines(config, dtype=self._group.facts.base_dtype)
         self._given = -1  # how often the student had changed when the engines got it
 
     @property
@@ -169,12 +170,29 @@ class DistributedStudio:
         ray.shutdown()
 
 
+def _require_room(config: Config) -> None:
+    """Raise RunError where the cluster has less than the recipe asks for: Ray would wait for it without a word."""
+    c = config.cluster
+    found = ray.cluster_resources()
+    for kind, rank, engine in (
+        ("CPU", c.cpus_per_rank, c.cpus_per_engine),
+        ("GPU", c.gpus_per_rank, c.gpus_per_engine),
+    ):
+        needed, there = c.learner_ranks * rank + c.engines * engine, found.get(kind, 0.0)
+        if needed > there:
+            asked = f"{c.learner_ranks} ranks with {rank:g} and {c.engines} engines with {engine:g}"
+            raise RunError(
+                f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines or "
+                f"their {kind.lower()}s, or add nodes"
+            )
+
+
 def _join(config: Config) -> None:
     """Join the recipe's cluster, or start one on this machine."""
     address = config.cluster.address
     here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address, log_to_driver=False, **here)
+        ray.init(address=address, log_to_driver=False, logging_level="error", **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(
             f"cluster.address = '{address}': {one_line(str(error))[:200]}; start Ray there ('ray start --head'), or leave address "
