@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ScoreError
-from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, Rollout, ScoredRollout
+from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, Rollout, ScoredRollout, SupportScore
 
 _BY_ROLLOUT = frozenset({"lengths", "group_ids", "episodes", "rewards", "num_bytes"})
 
@@ -26,6 +26,8 @@ class Batch:
     distillation term acts on (all, unless `opd.signal` leaves some out); outcome_mask: those that an outcome acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
+    support_ids, support_logprobs [tokens, support]: of teachers that gave their likeliest tokens, as in `SupportScore` (-1 and -inf
+    where there is none).
     chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`, and with rollouts that have no
     score; a token that was scored by itself is a chunk of its own, and its rollout counts 0 bytes.
 
@@ -48,6 +50,8 @@ class Batch:
     teacher_logprobs: Tensor
     teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
     compared: Tensor | None = None
+    support_ids: Tensor | None = None
+    support_logprobs: Tensor | None = None
     chunks: Tensor | None = None
     num_bytes: Tensor | None = None
     student_logprobs: Tensor | None = None
@@ -164,6 +168,7 @@ def pack(
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
         teacher_parts=_parts(usable),
         **_chunk_columns(usable),
+        **_support_columns(usable),
     )
     counts = {"dropped": len(scored) - len(usable), "floored": floored}
     if unscored:
@@ -273,3 +278,21 @@ def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     if _parts(scored) is not None:
         found["compared"] = torch.from_numpy(np.concatenate([_compared(s) for s in scored]))
     return found
+
+
+def _support_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
+    """The columns of teachers that gave their likeliest tokens; none where one gave something else."""
+    if not scored or not all(isinstance(s.score, SupportScore | FailedScore) for s in scored):
+        return {}
+    known = [s.score.ids.shape[1] for s in scored if isinstance(s.score, SupportScore)]
+    shape = sum(len(s.rollout.token_ids) for s in scored), max(known, default=1)
+    ids, logprobs = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
+    start = 0
+    for item in scored:
+        places = start + np.flatnonzero(item.rollout.loss_mask)
+        if isinstance(item.score, SupportScore):
+            width = item.score.ids.shape[1]
+            ids[places, :width] = item.score.ids
+            logprobs[places, :width] = item.score.on_support
+        start += len(item.rollout.token_ids)
+    return {"support_ids": torch.from_numpy(ids), "support_logprobs": torch.from_numpy(logprobs)}

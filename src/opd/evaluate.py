@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opd.metrics import wilson_interval
-from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout
+from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
 from opd.roles import Sampler, Seed, Teacher
 from opd.tasks.judge import Judge
 
@@ -115,7 +115,9 @@ def _averages(per_token: Sequence[np.ndarray], scored: Sequence[ScoredRollout]) 
 
 def _from_samples(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     """The same from what was sampled, and a byte for a teacher that scores chunks; nothing when nothing was scored."""
-    known = [(s, s.score) for s in scored if isinstance(s.score, SampledScore | ChunkScore) and s.mask.any()]
+    known = [
+        (s, s.score) for s in scored if isinstance(s.score, SampledScore | SupportScore | ChunkScore) and s.mask.any()
+    ]
     if not known:
         return {}
     ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in known]

@@ -2,32 +2,28 @@
 
 import base64
 import hashlib
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 
 from opd import checkpoint
-from opd.batch import pack
 from opd.config import Config
 from opd.embedded import build as embedded
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.warmup import warm_up
 from opd.errors import CheckError, ConfigError, RunError, StalledError
-from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
+from opd.evaluate import ParityRow
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import StepReport, train_steps
-from opd.records import Prompt, ScoredRollout
+from opd.measuring import Measuring
 from opd.report.background import Background
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
@@ -168,8 +164,9 @@ class _Run:
         self.on_step = on_step
         self.studio = _studio(config, material)
         self.material = material
-        self.grader = material.grader()
         self.parts = make_parts(config, self.studio, material)
+        self.measuring = Measuring(config, folder, self.studio, self.parts, material)
+        self.cursor: Mapping[str, int] = dict(self.parts.stream.cursor)  # behind the last step that is done
 
     def go(self, *, resume: bool) -> Result:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
@@ -200,7 +197,7 @@ class _Run:
             and not config.outcome.coef
         ):
             line.say(_GROUP_MASK_WARNING)
-        before = self._before(line, restored)
+        before = self.measuring.before(line, restored=restored is not None)
         if restored is None and config.warmup.steps:
             assert isinstance(self.studio, EmbeddedStudio)  # the recipe says so
             warm_up(self.studio, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
@@ -214,15 +211,14 @@ class _Run:
         with explain_io(self.folder.student):
             self.studio.export(self.folder.student)
             draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
-        rows = self._parity(before, line)
+        rows = self.measuring.parity(before, line)
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
 
     def evaluate_only(self) -> list[ParityRow]:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
             if self._restore(line.say) is None:
                 raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
-            path = self.folder.path / "before.json"
-            return self._parity(_cells(path) if path.exists() else {}, line)
+            return self.measuring.parity(self.measuring.kept(), line)
 
     def _steps(self, line: ProgressLine, start: int) -> tuple[int, bool]:
         """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
@@ -234,8 +230,8 @@ class _Run:
         try:
             with _interrupts() as interrupted, Background() as records:
                 for report in train_steps(config, self.parts, start=start):
-                    done = report.step
-                    values, alarmed = watcher.observe(done, {**report.values, **self._held_out(done)})
+                    done, self.cursor = report.step, report.cursor
+                    values, alarmed = watcher.observe(done, {**report.values, **self.measuring.held_out(done)})
                     self._record(replace(report, values=values), line, records)
                     for writer in writers:
                         writer.write(done, values)
@@ -257,19 +253,6 @@ class _Run:
         watcher.report()
         return done, stopped
 
-    def _held_out(self, step: int) -> dict[str, float]:
-        """The student's outcome on held-out prompts, by another grader where a task names one; every `evaluation.every` steps."""
-        config = self.config.evaluation
-        if not config.every or step % config.every:
-            return {}
-        found: dict[str, float] = {}
-        for task, splits in self.prompts.items():
-            chosen = pick(splits["held_out"], config.held_out_prompts, seed=0)
-            cell = evaluate(self.studio.sampler(), chosen, self.grader) if chosen else None
-            if cell is not None and cell.accuracy is not None:
-                found[f"held_out/outcome/{task}/mean"] = cell.accuracy
-        return found | ({"held_out/outcome/mean": float(np.mean(list(found.values())))} if found else {})
-
     def _record(self, report: StepReport, line: ProgressLine, records: Background) -> None:
         records.start(partial(self.folder.write_rollouts, report.step, report.scored))
         self.folder.append_metrics(report.step, report.values)
@@ -283,7 +266,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         state = {
-            "cursor": self.parts.stream.cursor,
+            "cursor": self.cursor,
             "policy_version": step,
             "identities": self._identities(),
             "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
@@ -305,6 +288,7 @@ class _Run:
                 )
         self.parts.learner.load(found.path, found.state["learner"])
         self.parts.stream.cursor = dict(found.state["cursor"])
+        self.cursor = dict(found.state["cursor"])
         rng = bytearray(base64.b64decode(found.state["torch_rng"]))
         torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
         return found.step
@@ -318,69 +302,6 @@ class _Run:
             )
             named[f"the training prompts of tasks.{task}"] = hashlib.sha256(content.encode()).hexdigest()[:32]
         return named
-
-    def _before(self, line: ProgressLine, restored: int | None) -> dict[tuple[str, str, str], Cell]:
-        """The student's cells before the first step: measured once, kept in before.json."""
-        path = self.folder.path / "before.json"
-        if path.exists():
-            return _cells(path)
-        count = min(self.config.evaluation.before_prompts, self.config.evaluation.num_prompts)
-        if restored is not None or not count:
-            return {}
-        line.say("evaluating the student before the first step")
-        cells = self._student_cells(count)
-        plain = [[*key, asdict(cell)] for key, cell in cells.items()]
-        self.folder.write_text("before.json", json.dumps(plain, indent=1) + "\n")
-        return cells
-
-    def _parity(self, before: Mapping[tuple[str, str, str], Cell], line: ProgressLine) -> list[ParityRow]:
-        """Measure the student and each teacher on its own prompts; write and show the table."""
-        if not self.config.evaluation.num_prompts:
-            return []
-        line.say("evaluating the student and its teachers")
-        after = self._student_cells(self.config.evaluation.num_prompts)
-        rows = []
-        for (task, split, teacher), cell in after.items():
-            expert = None
-            alone = self.studio.alone(teacher)
-            if alone is not None:
-                judge = self.material.judge(self.config, alone.tokenizer)
-                expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
-            rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
-        text = parity_text(rows)
-        self.folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
-        self.folder.write_text("parity.md", text + "\n")
-        line.say(text)
-        return rows
-
-    def _student_cells(self, count: int) -> dict[tuple[str, str, str], Cell]:
-        sampler, teachers = self.studio.sampler(), self.studio.teachers(keep_hidden=True)
-        return {
-            key: evaluate(
-                sampler,
-                self._evaluation_set(*key)[:count],
-                self.parts.judge,
-                teachers=teachers,
-                reverse_kl=self._reverse_kl,
-            )
-            for key in by_task(self.prompts)
-        }
-
-    def _reverse_kl(self, scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
-        """KL(student, teacher) at every action of every rollout, one [actions] array each."""
-        batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
-        kl = self.parts.learner.score_student(batch).reverse_kl
-        assert kl is not None
-        return [kl[a:b][batch.loss_mask[a:b]].double().numpy() for a, b in pairwise(batch.offsets)]
-
-    def _evaluation_set(self, task: str, split: str, teacher: str) -> list[Prompt]:
-        mine = [p for p in self.prompts[task][split] if p.teacher == teacher]
-        # The same prompts whatever the run's seed, so that runs can be compared.
-        return pick(mine, self.config.evaluation.num_prompts, seed=0)
-
-
-def _cells(path: Path) -> dict[tuple[str, str, str], Cell]:
-    return {(task, split, teacher): Cell(**cell) for task, split, teacher, cell in json.loads(path.read_text())}
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from opd.batch import pack, trainable
+from opd.collect import Collected, collect, judged
 from opd.config import Config
+from opd.data.ahead import Ahead
 from opd.data.stream import PromptStream
 from opd.errors import StalledError
 from opd.guards.evidence import evidence
@@ -30,7 +33,8 @@ _MEND = "mend the server, then continue with 'opd train --resume'"
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; special_ids: the student's special tokens."""
+    """What a run is made of; special_ids: the student's special tokens; in_units: prompts are sampled and scored each by itself,
+    all at once (`opd.collect`)."""
 
     stream: PromptStream
     sampler: Sampler
@@ -38,23 +42,27 @@ class Parts:
     learner: Learner
     judge: Judge
     special_ids: frozenset[int] = frozenset()
+    in_units: bool = False
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: `step` counts from 1; `values` are the merged metrics as plain numbers."""
+    """What one step did: `step` counts from 1; `values` are the merged metrics as plain numbers; cursor: where the stream of
+    prompts stood behind those of this step."""
 
     step: int
     values: Mapping[str, float]
     scored: tuple[ScoredRollout, ...]
+    cursor: Mapping[str, int]
 
 
 @dataclass
 class _Clock:
-    """Seconds by phase of one step; "wait" is what no phase accounts for."""
+    """Seconds by phase of one step; "wait" is what no phase of this thread accounts for."""
 
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
+    aside: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,9 +73,8 @@ class _Clock:
     def metrics(self, num_tokens: int) -> Metrics:
         total = time.perf_counter() - self.started
         wait = max(0.0, total - sum(self.phases.values()))
-        times: Metrics = {
-            f"time/{name}_s/sum": Sum(s) for name, s in (self.phases | {"wait": wait, "step": total}).items()
-        }
+        every = self.phases | self.aside | {"wait": wait, "step": total}
+        times: Metrics = {f"time/{name}_s/sum": Sum(s) for name, s in every.items()}
         times["time/tokens_per_s/mean"] = mean_of([num_tokens / total])
         return times
 
@@ -75,46 +82,61 @@ class _Clock:
 def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
+    With `cluster.max_staleness` above 0 the steps that follow are sampled and scored meanwhile, by a student that is at most so
+    many updates older than the one that learns from them.
+
     A step of which no rollout can be trained on makes none; raises StalledError after several of them in a row, when a teacher
-    loses all its rollouts as often, and when one step loses more than its share. A step that raises has taken no prompts.
+    loses all its rollouts as often, and when one step loses more than its share. Prompts of a step that raises count as not taken.
     """
     empty = 0
     silent: Counter[str] = Counter()
-    for step in range(start + 1, config.steps + 1):
-        cursor = dict(parts.stream.cursor)
-        try:
-            report = train_step(config, parts, step)
-        except BaseException:
-            parts.stream.cursor = cursor
-            raise
-        empty = 0 if trainable(report.scored, unscored=config.outcome.coef > 0) else empty + 1
-        yield report
-        for teacher in dict.fromkeys(s.score.teacher for s in report.scored):
-            mine = [s for s in report.scored if s.score.teacher == teacher]
-            silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
-            if silent[teacher] == _MOST_EMPTY:
+    staleness = config.cluster.max_staleness
+    with Ahead(partial(_collect, config, parts), first=start + 1, last=config.steps, ahead=staleness) as ahead:
+        for step in range(start + 1, config.steps + 1):
+            clock = _Clock()
+            collected = ahead.take()
+            # what was done meanwhile took none of this thread's time
+            (clock.aside if staleness else clock.phases).update(collected.phases)
+            report = update(config, parts, step, collected, clock)
+            ahead.done(step)
+            empty = 0 if trainable(report.scored, unscored=config.outcome.coef > 0) else empty + 1
+            yield report
+            _require_answers(report.scored, silent)
+            if empty == _MOST_EMPTY:
+                reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
+                shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
                 raise StalledError(
-                    f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)}); {_MEND}"
+                    f"no rollout of the last {empty} steps can be trained on ({shown}); mend that, then continue"
                 )
-        if empty == _MOST_EMPTY:
-            reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
-            shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
+
+
+def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> None:
+    """Raise StalledError when a teacher has lost all its rollouts of several steps in a row, which `silent` counts."""
+    for teacher in dict.fromkeys(s.score.teacher for s in scored):
+        mine = [s for s in scored if s.score.teacher == teacher]
+        silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
+        if silent[teacher] == _MOST_EMPTY:
             raise StalledError(
-                f"no rollout of the last {empty} steps can be trained on ({shown}); mend that, then continue"
+                f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)}); {_MEND}"
             )
+
+
+def _collect(config: Config, parts: Parts, step: int) -> Collected:
+    return collect(config, parts.stream, parts.sampler, parts.teachers, step=step, in_units=parts.in_units)
 
 
 def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     """One step: sample, score, update. A pure function of the parts' state, (config, step) and nothing else."""
     clock = _Clock()
-    with clock.phase("sample"):
-        prompts = parts.stream.next(config.sampling.prompts_per_step)
-        sampled = parts.sampler.sample(
-            prompts, num_samples=config.sampling.group_size, seed=(config.seed, "sample", step)
-        )
-        rollouts = parts.judge(sampled)
-    with clock.phase("score"):
-        scored = score_usable(parts.teachers, rollouts)
+    collected = _collect(config, parts, step)
+    clock.phases.update(collected.phases)
+    return update(config, parts, step, collected, clock)
+
+
+def update(config: Config, parts: Parts, step: int, collected: Collected, clock: _Clock) -> StepReport:
+    """The second half of a step: what was collected moves the student, and the sampler follows it."""
+    scored = judged(parts.judge, collected.scored)
+    rollouts = [item.rollout for item in scored]
     _require_most(config, step, scored)
     unscored = config.outcome.coef > 0
     if not trainable(scored, unscored=unscored):
@@ -123,10 +145,11 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
         metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
             rollouts, scored
         )
-        return StepReport(step, values(metrics | clock.metrics(sum(len(r.token_ids) for r in rollouts))), tuple(scored))
+        metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
+        return StepReport(step, values(metrics), scored, collected.cursor)
     with clock.phase("update"):
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
-        if config.objective.needs_student_scores:
+        if config.objective.needs_student_scores or config.cluster.max_staleness:
             batch = parts.learner.score_student(batch)
         batch, followed = follow(config, batch)
         # A batch of which nothing is left makes no update: an optimizer's momentum would move on it all the same.
@@ -143,7 +166,10 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     integrated = config.objective.coef if config.objective.integrated else 0.0
     metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=integrated)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
-    return StepReport(step, values(metrics), tuple(scored))
+    if config.cluster.max_staleness:
+        ages = [step - 1 - r.policy_version for r in rollouts]
+        metrics |= {"staleness/mean": mean_of(ages), "staleness/max": Max(max(ages))}
+    return StepReport(step, values(metrics), scored, collected.cursor)
 
 
 def _lost(scored: ScoredRollout) -> bool:
@@ -173,16 +199,6 @@ def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollou
     retries = sum(s.retries + s.rollout.events.get("retried", 0) for s in scored)
     lost = sum(map(_lost, scored))
     return metrics | {f"served/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
-
-
-def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-    """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
-    usable = [r for r in rollouts if r.failure is None]
-    scored = iter(teachers.score(usable) if usable else [])
-    return [
-        next(scored) if r.failure is None else ScoredRollout(r, FailedScore(r.prompt.teacher, r.failure))
-        for r in rollouts
-    ]
 
 
 def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:

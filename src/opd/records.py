@@ -130,6 +130,21 @@ class SampledScore:
 
 
 @dataclass(frozen=True)
+class SupportScore:
+    """The teacher's log-probabilities on a few ids before each action, the sampled one among them; the rest of its distribution is
+    one bucket.
+
+    `logprobs` [tokens] is as in `SampledScore`. ids, on_support [actions, support]: int32, and nats; -1 and -inf where there are
+    fewer.
+    """
+
+    teacher: str
+    logprobs: np.ndarray
+    ids: np.ndarray
+    on_support: np.ndarray
+
+
+@dataclass(frozen=True)
 class HiddenPart:
     """One model of a score: its final hidden state before each action [actions, hidden], and its weight in log q.
 
@@ -183,7 +198,7 @@ class FailedScore:
     lost: bool = False
 
 
-Score: TypeAlias = SampledScore | HiddenScore | ChunkScore | FailedScore
+Score: TypeAlias = SampledScore | SupportScore | HiddenScore | ChunkScore | FailedScore
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,11 @@ class ScoredRollout:
                 assert not (self.score.compared & ~self.rollout.loss_mask).any(), self.rollout.id
                 read_only(self.score.compared)
                 read_only(self.score.part.hidden)
+        if isinstance(self.score, SupportScore):
+            assert self.score.ids.shape == self.score.on_support.shape, self.rollout.id
+            assert len(self.score.ids) == self.rollout.num_actions, self.rollout.id
+            read_only(self.score.ids)
+            read_only(self.score.on_support)
         if isinstance(self.score, HiddenScore):
             for part in self.score.parts:
                 assert len(part.hidden) == self.rollout.num_actions, self.rollout.id

@@ -1,5 +1,6 @@
 """Scores that are kept: a frozen teacher says the same of the same response, so it need not be asked twice."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
@@ -17,22 +18,25 @@ class CachedTeacher:
     def __init__(self, teacher: Teacher, *, size: int) -> None:
         self._teacher = teacher
         self._size = size
+        self._lock = threading.Lock()  # units of a step score at once
         self._kept: OrderedDict[Hashable, Score] = OrderedDict()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout's score, marked as cached where it was made in an earlier call; equal rollouts of one call share one."""
         keys = [_key(r) for r in rollouts]
-        known = {key: self._kept[key] for key in keys if key in self._kept}
+        with self._lock:
+            known = {key: self._kept[key] for key in keys if key in self._kept}
         new = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
         asked = self._teacher.score(list(new.values())) if new else []
         fresh = dict(zip(new, asked, strict=True))
-        for key in dict.fromkeys(keys):
-            score = known.get(key) or fresh[key].score
-            if not isinstance(score, FailedScore):
-                self._kept[key] = score
-                self._kept.move_to_end(key)
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+        with self._lock:
+            for key in dict.fromkeys(keys):
+                score = known.get(key) or fresh[key].score
+                if not isinstance(score, FailedScore):
+                    self._kept[key] = score
+                    self._kept.move_to_end(key)
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
         found = []
         for key, rollout in zip(keys, rollouts, strict=True):
             if key in known:

@@ -15,7 +15,9 @@ class ClusterConfig(Node):
     gets `engine_args` behind the arguments that opd gives it. An engine has `engine_start_s` seconds to answer. Ray places each
     where so many GPUs and CPUs are free; a share of a CPU, or none, is a booking, not a bound.
 
-    mixed_precision: the learner computes in bfloat16 on weights and gradients in float32.
+    max_staleness: 0 is on-policy, step after step; above it the next steps are sampled and scored while one is learnt from, by a
+    student that is at most so many updates older. mixed_precision: the learner computes in bfloat16 on weights and gradients in
+    float32.
     """
 
     address: str | None = None
@@ -28,4 +30,5 @@ class ClusterConfig(Node):
     engine_command: list[str] = Field(default_factory=lambda: ["vllm", "serve"], min_length=1)
     engine_args: list[str] = Field(default_factory=list)
     engine_start_s: Annotated[float, Field(gt=0)] = 900.0
+    max_staleness: NonNegative = 0
     mixed_precision: bool = False

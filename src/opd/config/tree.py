@@ -298,12 +298,20 @@ class Config(RunNode):
         if not served and self.mode == "embedded" and self.served != ServedConfig():
             raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
         for name in served:
-            who = f"teachers.{name}.url: a server gives log-probabilities of sampled tokens"
-            if self.objective.needs_distributions:
+            who = f"teachers.{name}.url: a server gives log-probabilities of sampled tokens and of its likeliest"
+            if self.objective.type == "support":
+                inside = [n for n, t in self.teachers.items() if t.url is None]
+                if inside:
+                    raise ValueError(
+                        f"{who}, and teacher '{inside[0]}' is in process: with type = 'support' serve all teachers, or none"
+                    )
+                if self.objective.tail_residual:
+                    raise ValueError(f"{who}, and objective.tail_residual needs whole distributions; drop it")
+            elif self.objective.needs_distributions:
                 raise ValueError(
                     f"{who}, and objective.type = '{self.objective.type}', baseline = '{self.objective.baseline}' needs whole "
-                    "distributions; write type = 'immediate' or 'to_go' with baseline = 'none' or 'leave_one_out', or load the "
-                    "teacher in process (model)"
+                    "distributions; write type = 'support', or 'immediate' or 'to_go' with baseline = 'none' or "
+                    "'leave_one_out', or load the teacher in process (model)"
                 )
             if self.temperature != 1.0:
                 raise ValueError(f"{who} at temperature 1, got temperature = {self.temperature:g}; leave it at 1")

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -21,18 +21,19 @@ from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
 _SAID = 40  # lines of a server's log that an error looks back on
-_KEPT = 2  # versions of the student that an engine holds: requests that began with the one before may still run
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How an engine is started: the command, what it serves and under which name, and for how long it may start."""
+    """How an engine is started: the command, what it serves and under which name, and for how long it may start; kept: how many
+    versions of the student it holds, for requests that began with an older one go on with it."""
 
     command: Sequence[str]
     model: str
     name: str
     args: Sequence[str]
     start_s: float
+    kept: int = 2
 
 
 class Engine:
@@ -46,7 +47,7 @@ class Engine:
         self._plan = plan
         self._host = host
         self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._versions: deque[str] = deque()
         self._starts = 0
@@ -73,7 +74,7 @@ class Engine:
         place.mkdir()
         for file, content in files.items():
             (place / file).write_bytes(content)
-        while len(self._versions) >= _KEPT:
+        while len(self._versions) >= self._plan.kept:
             old = self._versions.popleft()
             self._post("/v1/unload_lora_adapter", {"lora_name": old})
             shutil.rmtree(self._folder / old, ignore_errors=True)
@@ -83,21 +84,30 @@ class Engine:
 
     def stop(self) -> None:
         """End the server and all that it started, and remove what was written for it."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # the keeper ends what it keeps
+        self._process.wait()
+        self._process = None
+
     def _start(self) -> None:
-        if self._process is not None:  # what it left behind
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self._end()
         self._starts += 1
         with socket.socket() as found:
             found.bind(("", self._port))  # the same one again, which its clients know
             self._port = int(found.getsockname()[1])
         plan = self._plan
+        if shutil.which(plan.command[0]) is None:
+            raise RunError(
+                f"cluster.engine_command = '{plan.command[0]}' is no command on {socket.gethostname()}; name one of an environment "
+                "that has vLLM"
+            )
         command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
         command += ["--host", "0.0.0.0", "--port", str(self._port), *plan.args]
         env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -105,13 +115,14 @@ class Engine:
         with log.open("a") as said:
             try:
                 self._process = subprocess.Popen(
-                    command, stdout=said, stderr=subprocess.STDOUT, env=env, start_new_session=True, text=True
+                    [sys.executable, "-m", "opd.distributed.keeper", *command],
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    env=env,
                 )
             except OSError as error:
-                raise RunError(
-                    f"cluster.engine_command = {plan.command[0]!r} cannot be started: {error.strerror}; name a command of an "
-                    "environment that has vLLM"
-                ) from None
+                raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
         end = time.monotonic() + plan.start_s
         while not self._answers():
             if self._process.poll() is not None:

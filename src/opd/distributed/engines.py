@@ -1,6 +1,7 @@
 """The vLLM engines that sample from the student, as Ray actors, and their weights."""
 
 import contextlib
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ class Engines:
             name=BASE,
             args=(*_arguments(config), *cluster.engine_args),
             start_s=cluster.engine_start_s,
+            kept=_versions(config),
         )
         remote = ray.remote(_EngineActor).options(
             num_cpus=cluster.cpus_per_engine,
@@ -46,13 +48,12 @@ class Engines:
         )
         self._actors: list[Any] = [remote.remote(plan) for _ in range(cluster.engines)]
         self._starting = [actor.address.remote() for actor in self._actors]  # nobody waits yet
-        self._name = BASE
-        self._files: Mapping[str, bytes] = {}
+        self._versions: deque[tuple[str, Any]] = deque(maxlen=plan.kept)
         self._endpoint = Endpoint("the student's engine", ())
 
     def load(self, files: Mapping[str, bytes], *, version: int) -> None:
         """Give every engine the student as it is now; returns when all have acknowledged it."""
-        self._name, self._files = f"{BASE}-{version}", files
+        self._versions.append((f"{BASE}-{version}", ray.put(dict(files))))
         self._refresh()
 
     @property
@@ -75,10 +76,10 @@ class Engines:
 
     def _refresh(self) -> None:
         urls = self._ask("address")
-        if self._files:
-            files = ray.put(dict(self._files))
-            self._ask("load", self._name, files)
-        self._endpoint = replace(self._endpoint, urls=tuple(urls), model=self._name)
+        for name, files in self._versions:  # those that an engine has cost nothing; one on another node has none
+            self._ask("load", name, files)
+        model = self._versions[-1][0] if self._versions else BASE
+        self._endpoint = replace(self._endpoint, urls=tuple(urls), model=model)
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         """Every engine's answer; one that died in between is asked again where it lives now."""
@@ -107,8 +108,19 @@ def _arguments(config: Config) -> list[str]:
     # after the temperature: those of the distribution that was sampled from
     found += ["--logprobs-mode", "processed_logprobs"] if config.temperature != 1.0 else []
     if config.trainable == "lora":
-        found += ["--enable-lora", "--max-lora-rank", str(_rank(config.lora.rank)), "--max-loras", "2"]
+        found += [
+            "--enable-lora",
+            "--max-lora-rank",
+            str(_rank(config.lora.rank)),
+            "--max-loras",
+            str(_versions(config)),
+        ]
     return found
+
+
+def _versions(config: Config) -> int:
+    """How many versions of the student are asked for at once: the newest, those that older steps began with, and one between."""
+    return config.cluster.max_staleness + 2
 
 
 def _rank(rank: int) -> int:

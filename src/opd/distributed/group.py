@@ -1,5 +1,6 @@
 """The ranks of the learner as Ray actors, and the roles that they play together."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class RankGroup:
         remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
         self.size = cluster.learner_ranks
         self._actors: list[Any] = [remote.remote(config, rank, self.size) for rank in range(self.size)]
+        self._asking = threading.Lock()
         self._met = False
         self.facts: RankFacts = self.all("facts")[0]
 
@@ -54,7 +56,8 @@ class RankGroup:
         return self._ask([method] * self.size, args, self._actors)
 
     def _ask(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
-        refs = [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+        with self._asking:  # every rank gets what threads ask in the same order
+            refs = [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
         pending, ready = list(refs), []
         try:
             while pending:

@@ -1,5 +1,7 @@
 """The parts of a run on a Ray cluster (`opd.roles.Studio`): ranks that learn, engines that sample, teachers here and there."""
 
+import logging
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,7 @@ class DistributedStudio:
         self._engines = Engines(config)  # they start while the ranks load
         self._group = RankGroup(config)
         self._learner = RankLearner(self._group, config)
+        self._moving = threading.Lock()  # units of a step ask at once
         self._given = -1  # how often the student had changed when the engines got it
 
     @property
@@ -107,12 +110,13 @@ class DistributedStudio:
 
     def _locate(self) -> Endpoint:
         """Where the student is, as it is now."""
-        self._group.meet()
-        if self._given != self._learner.changes:
-            self._engines.load(self._learner.weights(), version=self._learner.changes)
-            self._given = self._learner.changes
-            return self._engines.where
-        return self._engines.endpoint()
+        with self._moving:
+            self._group.meet()
+            if self._given != self._learner.changes:
+                self._given = self._learner.changes
+                self._engines.load(self._learner.weights(), version=self._given)
+                return self._engines.where
+            return self._engines.endpoint()
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         """The prompts' own; followed: what training follows."""
@@ -192,7 +196,7 @@ def _join(config: Config) -> None:
     address = config.cluster.address
     here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(
             f"cluster.address = '{address}': {one_line(str(error))[:200]}; start Ray there ('ray start --head'), or leave address "

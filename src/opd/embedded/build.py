@@ -97,7 +97,8 @@ def connect_all(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
     try:
         for name, teacher in given.items():
             endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
-            found[name] = connect(name, endpoint, wire, tokenizer)
+            top = config.objective.support if config.objective.type == "support" else 0
+            found[name] = connect(name, endpoint, wire, tokenizer, top=top)
     finally:
         if len(found) < len(given):
             wire.close()

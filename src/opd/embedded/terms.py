@@ -12,8 +12,10 @@ from opd.config import ObjectiveConfig
 from opd.data.micro import MicroBatch
 from opd.errors import ScoreError
 from opd.metrics import Mean, Metrics, mean_of, merge
+from opd.objectives.divergences import support_reverse_kl
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.losses import ppo, reinforce
+from opd.objectives.support import support_logprobs
 from opd.objectives.vocabulary import (
     CommonCells,
     TeacherHead,
@@ -63,6 +65,8 @@ def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> Vo
 
 def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float = 1.0) -> tuple[Tensor, Metrics]:
     """The divergence over the vocabulary at every visited state; a state that several samples share is done once."""
+    if given.batch.support_ids is not None:
+        return _named_term(given, how, divisor=divisor, coef=coef)
     device, micro = given.hidden.device, given.micro
     weights = coef * given.batch.distill_mask[given.flat].double().numpy() / divisor
     loss = given.hidden.sum() * 0.0
@@ -101,6 +105,36 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: f
     kl = np.where(sampled, sampled_kl(given), columns["reverse_kl"])
     refuse_nan(kl, given)
     return loss, metrics | kl_metrics(kl, given)
+
+
+def _named_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float) -> tuple[Tensor, Metrics]:
+    """The same where teachers named their likeliest tokens: the reverse KL of the buckets, over those and the sampled one."""
+    batch, micro, device = given.batch, given.micro, given.hidden.device
+    assert batch.support_ids is not None
+    assert batch.support_logprobs is not None
+    flat, scored = given.flat, batch.scored[given.flat].numpy()
+    key = micro.states * (int(micro.targets.max()) + 1) + micro.targets
+    teachers = dict.fromkeys(batch.teachers)
+    key = key * len(teachers) + np.array([list(teachers).index(batch.teachers[o]) for o in micro.owners])
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    ids, logq = batch.support_ids[flat[first]].to(device), batch.support_logprobs[flat[first]].to(device)
+    named = ids >= 0
+    states = given.hidden[torch.from_numpy(micro.states[first]).to(device)]
+    logp, entropy = support_logprobs(states, given.head, ids.clamp(min=0), temperature=how.temperature)
+    logp = logp.masked_fill(~named, -torch.inf)
+    divergence = support_reverse_kl(logp, logq.to(logp.dtype), logprob_floor=how.logprob_floor)
+    weights = coef * batch.distill_mask[flat].double().numpy() / divisor
+    summed = torch.from_numpy(np.bincount(inverse, weights=weights, minlength=len(first))).to(device, logp.dtype)
+    loss = (divergence * summed).sum()
+    found = divergence.detach().double().cpu().numpy()[inverse]
+    refuse_nan(np.where(scored, found, 0.0), given)
+    tail = (1.0 - logp.detach().exp().sum(-1)).clamp(min=0.0).double().cpu().numpy()[inverse]
+    metrics: Metrics = {
+        "divergence/token/mean": mean_of(found[scored]),
+        "support/tail_mass/mean": mean_of(tail[scored]),
+        "student/entropy/mean": mean_of(entropy.double().cpu().numpy()[inverse][scored]),
+    }
+    return loss, metrics | kl_metrics(sampled_kl(given), given)
 
 
 def _foreign(given: Pass, member: int) -> bool:

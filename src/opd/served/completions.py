@@ -17,33 +17,56 @@ PATH = "/v1/completions"
 _ABOVE_ZERO = 1e-2  # a log-probability that rounding put above 0; more is no log-probability
 
 
-def score_body(model: str, token_ids: Sequence[int]) -> dict[str, Any]:
-    """Ask for the log-probability of every token of a sequence."""
+def score_body(model: str, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
+    """Ask for the log-probability of every token of a sequence, and of the `top` likeliest at its place."""
     return {
         "model": model,
         "prompt": [int(i) for i in token_ids],
         "add_special_tokens": False,
-        "prompt_logprobs": 0,
+        "prompt_logprobs": top,
         "max_tokens": 1,  # a server makes at least one
         "temperature": 0.0,
     }
 
 
-def read_scores(answer: Mapping[str, Any], token_ids: Sequence[int]) -> np.ndarray:
-    """The log-probability of each token given those before it [tokens], float32 nats; 0 for the first. Raises Unusable for an
-    answer about other tokens."""
+@dataclass(frozen=True)
+class Scores:
+    """Of a sequence: the log-probability of each token given those before it [tokens], float32 nats, 0 for the first; and the ids
+    and log-probabilities that were named at each place [tokens, top + 1], the token's own first (-1 and -inf where there are
+    fewer).
+    """
+
+    logprobs: np.ndarray
+    ids: np.ndarray
+    named: np.ndarray
+
+
+def read_scores(answer: Mapping[str, Any], *, token_ids: Sequence[int], top: int) -> Scores:
+    """Raises Unusable for an answer about other tokens, or with fewer than `top` of the likeliest."""
     found = _choice(answer).get("prompt_logprobs")
     if not isinstance(found, list):
         raise Unusable("no prompt_logprobs; a vLLM server gives them")
     if len(found) != len(token_ids):
         raise Unusable(f"log-probabilities of {len(found)} tokens, asked for {len(token_ids)}")
     logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    ids = np.full((len(token_ids), top + 1), -1, dtype=np.int32)
+    named = np.full((len(token_ids), top + 1), -np.inf, dtype=np.float32)
     for place, (entry, token) in enumerate(zip(found[1:], token_ids[1:], strict=True), start=1):
         own = entry.get(str(int(token))) if isinstance(entry, Mapping) else None
         if own is None:
             raise Unusable(f"no log-probability of token {int(token)} at place {place}")
         logprobs[place] = _logprob(own["logprob"], f"place {place}")
-    return logprobs
+        others = {int(name): _logprob(each["logprob"], f"place {place}") for name, each in entry.items()}
+        del others[int(token)]
+        if len(others) < top - 1:
+            raise Unusable(
+                f"{len(others) + 1} of the likeliest tokens at place {place}, asked for {top} (--max-logprobs)"
+            )
+        # the token may be one of the likeliest, and takes the place of none
+        rest = sorted(others.items(), key=lambda item: -item[1])[:top]
+        ids[place, : 1 + len(rest)] = [int(token), *(name for name, _ in rest)]
+        named[place, : 1 + len(rest)] = [logprobs[place], *(value for _, value in rest)]
+    return Scores(logprobs, ids, named)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
 from opd.text.tokenizer import PROBE
 
 
-def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any) -> ServedTeacher:
-    """A served teacher that answers, whose model is known and whose tokens are the student's.
+def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: int = 0) -> ServedTeacher:
+    """A served teacher that answers, whose model is known and whose tokens are the student's; top: as in `ServedTeacher`.
 
     Raises ModelError when a server does not answer, when it has several models and none is named, when servers of one teacher
     hold different ones, and when it cuts a text otherwise than the student's tokenizer.
@@ -30,7 +30,8 @@ def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any) -> Served
     silent = [_compare_tokens(replace(named, urls=(url,)), wire, tokenizer) for url in endpoint.urls]
     limits = [context for _, context in found.values() if context is not None]
     # a server samples one token behind what it scores
-    return ServedTeacher(name, named, wire, min(limits) - 1 if limits else None, next(filter(None, silent), ""))
+    context = min(limits) - 1 if limits else None
+    return ServedTeacher(name, named, wire, context, top, next(filter(None, silent), ""))
 
 
 def _model(answer: Mapping[str, Any], *, wanted: str) -> tuple[str, int | None]:

@@ -17,10 +17,10 @@ from opd.tasks.episodes import Episode, EpisodePlayer, Taken
 class ServedSampler:
     """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that they take.
 
-    locate: says where the model is, before every round of turns. What no server gave is asked for once more, where it says then.
-
-    Every turn has a seed of its own, made from that of the call and its place, so a server that draws by seed repeats itself. A
-    turn that no server gave ends its episode, which is counted as lost.
+    locate: says where the model is as it is now. Every call of `sample` stays with the version that it began with; what no server
+    gave is asked for once more, at the addresses that it says then. Every turn has a seed of its own, made from that of the call
+    and its place, so a server that draws by seed repeats itself. A turn that nobody gave ends its episode, which is counted as
+    lost. Threads may share a sampler.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class ServedSampler:
         self._max_new_tokens = max_new_tokens
         self._context = context
         self._player = player
-        self._version = 0
+        self._now: tuple[Endpoint | None, int] = (None, 0)  # where new calls go, and the version that is there
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
-        """The servers' weights are their own affair; only the version moves."""
-        self._version = policy_version
+        """Calls that begin from now on sample from the model as it is now."""
+        self._now = self._locate(), policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
@@ -51,25 +51,26 @@ class ServedSampler:
         for prompt in prompts:
             rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
             seen[prompt.id] += num_samples
-        return self._player.play(rows, partial(self._take_turns, seed=seed), version=self._version)
+        endpoint, version = self._now
+        endpoint = endpoint or self._locate()
+        return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
 
-    def _take_turns(self, episodes: Sequence[Episode], *, seed: Seed) -> list[Taken]:
+    def _take_turns(self, episodes: Sequence[Episode], *, endpoint: Endpoint, seed: Seed) -> list[Taken]:
         room = [self._room(e) for e in episodes]
         fits = [i for i, left in enumerate(room) if left > 0]
-        answers = self._ask([(episodes[i], room[i]) for i in fits], seed)
+        answers = self._ask([(episodes[i], room[i]) for i in fits], endpoint, seed)
         taken = [Taken([], [], "context")] * len(episodes)
         for i, answer in zip(fits, answers, strict=True):
             taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)
         return taken
 
-    def _ask(self, turns: Sequence[tuple[Episode, int]], seed: Seed) -> list[Answer[Sampled]]:
+    def _ask(self, turns: Sequence[tuple[Episode, int]], endpoint: Endpoint, seed: Seed) -> list[Answer[Sampled]]:
         """The turns of episodes, each with its room."""
-        endpoint = self._locate()
         answers = self._wire.ask([self._call(endpoint, episode, room, seed) for episode, room in turns])
         lost = [i for i, answer in enumerate(answers) if answer.value is None]
         if lost:
-            endpoint = self._locate()
-            again = self._wire.ask([self._call(endpoint, *turns[i], seed) for i in lost])
+            there = replace(self._locate(), model=endpoint.model)
+            again = self._wire.ask([self._call(there, *turns[i], seed) for i in lost])
             for i, answer in zip(lost, again, strict=True):
                 answers[i] = replace(answer, retries=answers[i].retries + 1 + answer.retries)
         return answers

@@ -6,21 +6,23 @@ from functools import partial
 
 import numpy as np
 
-from opd.records import FailedScore, Rollout, SampledScore, ScoredRollout
+from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, SupportScore
 from opd.roles import Teacher
-from opd.served.completions import PATH, read_scores, score_body
+from opd.served.completions import PATH, Scores, read_scores, score_body
 from opd.served.wire import Call, Endpoint, Wire
 
 
 @dataclass(frozen=True)
 class ServedTeacher:
     """A model that a server holds and that has the student's tokens; context: the longest sequence that it scores;
-    unknown: why its tokenizer could not be compared with the student's, if it could not."""
+    top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared with
+    the student's, if it could not."""
 
     name: str
     endpoint: Endpoint
     wire: Wire
     context: int | None = None
+    top: int = 0
     unknown: str = ""
 
     def start(self, rollouts: Sequence[Rollout]) -> Callable[[], list[ScoredRollout]]:
@@ -37,15 +39,23 @@ class ServedTeacher:
                 if answer.value is None:
                     score = FailedScore(self.name, answer.reason, lost=True)
                 else:
-                    score = SampledScore(self.name, np.where(rollout.loss_mask, answer.value, np.float32(0)))
+                    score = self._score(rollout, answer.value)
                 found[i] = ScoredRollout(rollout, score, retries=answer.retries)
             return [found[i] if i in found else self._too_long(r) for i, r in enumerate(rollouts)]
 
         return wait
 
-    def _call(self, token_ids: np.ndarray) -> Call[np.ndarray]:
-        body = score_body(self.endpoint.model, token_ids.tolist())
-        return Call(self.endpoint, PATH, body, partial(read_scores, token_ids=token_ids.tolist()))
+    def _call(self, token_ids: np.ndarray) -> Call[Scores]:
+        ids = token_ids.tolist()
+        body = score_body(self.endpoint.model, ids, top=self.top)
+        return Call(self.endpoint, PATH, body, partial(read_scores, token_ids=ids, top=self.top))
+
+    def _score(self, rollout: Rollout, found: Scores) -> Score:
+        mask = rollout.loss_mask
+        logprobs = np.where(mask, found.logprobs, np.float32(0))
+        if not self.top:
+            return SampledScore(self.name, logprobs)
+        return SupportScore(self.name, logprobs, found.ids[mask], found.named[mask])
 
     def _too_long(self, rollout: Rollout) -> ScoredRollout:
         reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{self.name}' ({self.context})"

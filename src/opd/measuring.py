@@ -1,0 +1,111 @@
+"""What a run measures of its student: held-out outcomes on the way, and the parity table at its end."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+
+import numpy as np
+
+from opd.batch import pack
+from opd.config import Config
+from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
+from opd.loop import Parts
+from opd.records import Prompt, ScoredRollout
+from opd.report.console import ProgressLine
+from opd.report.run_folder import RunFolder
+from opd.roles import Studio
+from opd.startup import Material
+
+_BEFORE = "before.json"
+Cells = dict[tuple[str, str, str], Cell]
+"""By task, split and teacher."""
+
+
+class Measuring:
+    """Evaluates a run's student as it is now, and its teachers, on the recipe's prompts."""
+
+    def __init__(self, config: Config, folder: RunFolder, studio: Studio, parts: Parts, material: Material) -> None:
+        self._config = config
+        self._folder = folder
+        self._studio = studio
+        self._parts = parts
+        self._material = material
+
+    def held_out(self, step: int) -> dict[str, float]:
+        """The student's outcome on held-out prompts, by another grader where a task names one; every `evaluation.every` steps."""
+        config = self._config.evaluation
+        if not config.every or step % config.every:
+            return {}
+        found: dict[str, float] = {}
+        for task, splits in self._material.prompts.items():
+            chosen = pick(splits["held_out"], config.held_out_prompts, seed=0)
+            cell = evaluate(self._studio.sampler(), chosen, self._material.grader()) if chosen else None
+            if cell is not None and cell.accuracy is not None:
+                found[f"held_out/outcome/{task}/mean"] = cell.accuracy
+        return found | ({"held_out/outcome/mean": float(np.mean(list(found.values())))} if found else {})
+
+    def before(self, line: ProgressLine, *, restored: bool) -> Cells:
+        """The student's cells before the first step: measured once, and kept."""
+        if (self._folder.path / _BEFORE).exists():
+            return self.kept()
+        count = min(self._config.evaluation.before_prompts, self._config.evaluation.num_prompts)
+        if restored or not count:
+            return {}
+        line.say("evaluating the student before the first step")
+        cells = self._student_cells(count)
+        plain = [[*key, asdict(cell)] for key, cell in cells.items()]
+        self._folder.write_text(_BEFORE, json.dumps(plain, indent=1) + "\n")
+        return cells
+
+    def kept(self) -> Cells:
+        """What `before` kept; nothing where it measured nothing."""
+        path = self._folder.path / _BEFORE
+        if not path.exists():
+            return {}
+        return {(task, split, teacher): Cell(**cell) for task, split, teacher, cell in json.loads(path.read_text())}
+
+    def parity(self, before: Mapping[tuple[str, str, str], Cell], line: ProgressLine) -> list[ParityRow]:
+        """Measure the student and each teacher on its own prompts; write and show the table."""
+        if not self._config.evaluation.num_prompts:
+            return []
+        line.say("evaluating the student and its teachers")
+        after = self._student_cells(self._config.evaluation.num_prompts)
+        rows = []
+        for (task, split, teacher), cell in after.items():
+            expert = None
+            alone = self._studio.alone(teacher)
+            if alone is not None:
+                judge = self._material.judge(self._config, alone.tokenizer)
+                expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
+            rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
+        text = parity_text(rows)
+        self._folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
+        self._folder.write_text("parity.md", text + "\n")
+        line.say(text)
+        return rows
+
+    def _student_cells(self, count: int) -> Cells:
+        sampler, teachers = self._studio.sampler(), self._studio.teachers(keep_hidden=True)
+        return {
+            key: evaluate(
+                sampler,
+                self._evaluation_set(*key)[:count],
+                self._parts.judge,
+                teachers=teachers,
+                reverse_kl=self._reverse_kl,
+            )
+            for key in by_task(self._material.prompts)
+        }
+
+    def _reverse_kl(self, scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
+        """KL(student, teacher) at every action of every rollout, one [actions] array each."""
+        batch, _ = pack(scored, logprob_floor=self._config.objective.teacher_logprob_floor)
+        kl = self._parts.learner.score_student(batch).reverse_kl
+        assert kl is not None
+        return [kl[a:b][batch.loss_mask[a:b]].double().numpy() for a, b in pairwise(batch.offsets)]
+
+    def _evaluation_set(self, task: str, split: str, teacher: str) -> list[Prompt]:
+        mine = [p for p in self._material.prompts[task][split] if p.teacher == teacher]
+        # The same prompts whatever the run's seed, so that runs can be compared.
+        return pick(mine, self._config.evaluation.num_prompts, seed=0)

@@ -1,0 +1,143 @@
+"""Whatever is killed in a run on a cluster: it goes on, or it stops and goes on from there; every prompt is trained on once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from factories import toy_recipe, write_toml
+from ray.cluster_utils import Cluster
+from test_distributed import cluster_of
+
+import opd
+from opd.errors import RunError
+from opd.loop import StepReport
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes in one machine, with a place for one rank or engine each, and one to spare."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    found.add_node(num_cpus=1)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def recipe(folder: Path, cluster: Cluster | None, **changes: Any) -> dict[str, Any]:
+    places = {"address": cluster.address, "cpus_per_rank": 1, "cpus_per_engine": 1} if cluster else {}
+    tree = toy_recipe(folder, steps=5, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
+    tree |= {"mode": "distributed", "cluster": cluster_of(**places) | changes}
+    return tree
+
+
+def processes(words: str) -> list[int]:
+    """Those whose command has these words."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if words in command and int(place.name) != os.getpid():
+            found.append(int(place.name))
+    return found
+
+
+def kill(words: str) -> None:
+    victims = processes(words)
+    assert victims, words
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+
+
+def after(step: int, what: Callable[[], None]) -> Callable[[StepReport], None]:
+    """A callback that does something after one step."""
+    return lambda report: what() if report.step == step else None
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+    return opd.train(opd.parse_config(recipe(tmp_path_factory.mktemp("calm"), cluster))).run
+
+
+def assert_nothing_lost(run: Path, calm: Path) -> None:
+    """Every step trained on the prompts that it would have trained on, and metrics and losses go on as they would have."""
+    ours, wanted = opd.read_metrics(run), opd.read_metrics(calm)
+    assert [line["step"] for line in ours] == [line["step"] for line in wanted] == [1, 2, 3, 4, 5]
+    for a, b in zip(ours, wanted, strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5), a["step"]
+    for step in range(1, 6):
+        trained = [
+            [(s.rollout.id, s.rollout.token_ids.tolist()) for s in opd.read_rollouts(r, step)] for r in (run, calm)
+        ]
+        assert trained[0] == trained[1], step
+
+
+def test_a_killed_engine_is_started_again_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+    run = opd.train(
+        opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("toy_engine.py --model"))
+    ).run
+    assert_nothing_lost(run, calm)
+
+
+def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+    run = opd.train(
+        opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("ray::_EngineActor"))
+    ).run
+    assert_nothing_lost(run, calm)
+    assert not processes("toy_engine.py --model")  # nor did it leave its server behind
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_later(cluster: Cluster, calm: Path, tmp_path: Path):
+    tree = recipe(tmp_path, cluster)
+    with pytest.raises(RunError, match=r"learner rank 0 of 1 died .*--resume"):
+        opd.train(opd.parse_config(tree), on_step=after(2, lambda: kill("ray::Rank")))
+    assert opd.resume(tree["output"]).finished
+    assert_nothing_lost(Path(tree["output"]), calm)
+
+
+def test_a_lost_node_takes_its_engine_along_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+    def lose_the_engines_node() -> None:
+        from ray.util.state import list_actors
+
+        [actor] = [a for a in list_actors() if a.class_name == "_EngineActor" and a.state == "ALIVE"]
+        [node] = [n for n in cluster.list_all_nodes() if n.node_id == actor.node_id]
+        assert node is not cluster.head_node
+        cluster.remove_node(node, allow_graceful=False)
+
+    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lose_the_engines_node)).run
+    assert_nothing_lost(run, calm)
+    cluster.add_node(num_cpus=1)
+
+
+def test_a_killed_driver_leaves_nothing_running_and_its_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+    tree = recipe(tmp_path, cluster)
+    command = [
+        sys.executable,
+        "-c",
+        "from opd.cli import main; main()",
+        "train",
+        write_toml(tmp_path / "recipe.toml", tree),
+    ]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = Path(tree["output"])
+    while not (run / "checkpoints" / "step-000002").exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    end = time.monotonic() + 60
+    while processes("toy_engine.py --model") or processes("ray::Rank"):
+        assert time.monotonic() < end, "something goes on without its driver"
+        time.sleep(0.2)
+    assert opd.resume(run).finished
+    assert_nothing_lost(run, calm)
