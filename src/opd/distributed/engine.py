@@ -36,6 +36,15 @@ class EnginePlan:
     kept: int = 2
 
 
+def _free_port(wanted: int) -> int:
+    for port in dict.fromkeys((wanted, 0)):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that were cut linger
+            found.bind(("", port))
+            return int(found.getsockname()[1])
+    raise RunError("no port of this machine is free for an engine")
+
+
 class Engine:
     """A vLLM server as a child of this process. Its adapters are those that `load` was given, by version.
 
@@ -99,9 +108,7 @@ class Engine:
     def _start(self) -> None:
         self._end()
         self._starts += 1
-        with socket.socket() as found:
-            found.bind(("", self._port))  # the same one again, which its clients know
-            self._port = int(found.getsockname()[1])
+        self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
         plan = self._plan
         if shutil.which(plan.command[0]) is None:
             raise RunError(

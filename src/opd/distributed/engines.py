@@ -1,6 +1,7 @@
 """The vLLM engines that sample from the student, as Ray actors, and their weights."""
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from opd.distributed.engine import Engine, EnginePlan
 from opd.errors import OpdError, RunError, one_line
 from opd.served.wire import Endpoint
 
+_AGAIN_S = 1.0
 BASE = "student"  # the name of the student's base at its engines
 
 
@@ -48,6 +50,7 @@ class Engines:
         )
         self._actors: list[Any] = [remote.remote(plan) for _ in range(cluster.engines)]
         self._starting = [actor.address.remote() for actor in self._actors]  # nobody waits yet
+        self._patience_s = cluster.engine_start_s
         self._versions: deque[tuple[str, Any]] = deque(maxlen=plan.kept)
         self._endpoint = Endpoint("the student's engine", ())
 
@@ -82,24 +85,28 @@ class Engines:
         self._endpoint = replace(self._endpoint, urls=tuple(urls), model=model)
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
-        """Every engine's answer; one that died in between is asked again where it lives now."""
-        found = []
-        for index, ref in enumerate([getattr(actor, method).remote(*args) for actor in self._actors]):
+        """Every engine's answer; one that died in between is asked again where it lives then."""
+        refs = [getattr(actor, method).remote(*args) for actor in self._actors]
+        return [self._answer(index, ref, method, args) for index, ref in enumerate(refs)]
+
+    def _answer(self, index: int, ref: Any, method: str, args: tuple[Any, ...]) -> Any:
+        # until Ray has noticed that a node is gone, and has made the actor anew elsewhere
+        end = time.monotonic() + self._patience_s
+        while True:
             try:
-                found.append(ray.get(ref))
+                return ray.get(ref)
             except RayTaskError as error:
                 if isinstance(error.cause, OpdError):
                     raise error.cause from None
                 raise
             except RayActorError as error:
-                try:
-                    found.append(ray.get(getattr(self._actors[index], method).remote(*args)))
-                except (RayActorError, RayTaskError):
+                if time.monotonic() > end:
                     who = f"engine {index} of {len(self._actors)}"
                     raise RunError(
                         f"{who} died and does not come back ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
                     ) from None
-        return found
+                time.sleep(_AGAIN_S)
+                ref = getattr(self._actors[index], method).remote(*args)
 
 
 def _arguments(config: Config) -> list[str]:

@@ -1,22 +1,39 @@
 """Runs a command for as long as somebody holds the other end of this process's standard input.
 
 A server is a tree of processes in a session of its own. Whoever started it may be killed without a word; its end of the pipe then
-closes, and the whole tree goes with it.
+closes, and the whole tree goes with it. Ray kills an actor's children with it, so the process that watches the pipe is nobody's
+child: the one that was started waits for it, and ends with its exit code.
 
     python -m opd.distributed.keeper COMMAND ...
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
 
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
 
 def main() -> int:
     """Start the command, end it when standard input ends; returns its exit code."""
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    ended, said = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.close(ended)
+            os.write(said, bytes([_keep(sys.argv[1:]) & 0xFF]))
+        os._exit(0)
+    os.close(said)
+    os.wait()
+    return (os.read(ended, 1) or b"\x01")[0]
+
+
+def _keep(command: list[str]) -> int:
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent)
 
     def watch() -> None:
         sys.stdin.buffer.read()
@@ -28,6 +45,11 @@ def main() -> int:
     with contextlib.suppress(ProcessLookupError):  # what it leaves behind
         os.killpg(child.pid, signal.SIGKILL)
     return code
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 if __name__ == "__main__":
