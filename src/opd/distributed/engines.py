@@ -1,6 +1,7 @@
 """The vLLM engines that sample from the student, as Ray actors, and their weights."""
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ BASE = "student"  # the name of the student's base at its engines
 class _EngineActor(Engine):
     """An engine at the address of its node; what it started ends with it."""
 
-    def __init__(self, plan: EnginePlan) -> None:
+    def __init__(self, plan: EnginePlan, folder: str) -> None:
+        os.chdir(folder)  # where the recipe's paths begin, on every node
         super().__init__(plan, ray.util.get_node_ip_address())
 
 
@@ -48,7 +50,7 @@ class Engines:
             max_restarts=-1,
             max_task_retries=0,
         )
-        self._actors: list[Any] = [remote.remote(plan) for _ in range(cluster.engines)]
+        self._actors: list[Any] = [remote.remote(plan, os.getcwd()) for _ in range(cluster.engines)]
         self._starting = [actor.address.remote() for actor in self._actors]  # nobody waits yet
         self._patience_s = cluster.engine_start_s
         self._versions: deque[tuple[str, Any]] = deque(maxlen=plan.kept)

@@ -1,5 +1,6 @@
 """The ranks of the learner as Ray actors, and the roles that they play together."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ class RankGroup:
         cluster = config.cluster
         remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
         self.size = cluster.learner_ranks
-        self._actors: list[Any] = [remote.remote(config, rank, self.size) for rank in range(self.size)]
+        self._actors: list[Any] = [remote.remote(config, rank, self.size, os.getcwd()) for rank in range(self.size)]
         self._asking = threading.Lock()
         self._met = False
         self.facts: RankFacts = self.all("facts")[0]

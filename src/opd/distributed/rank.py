@@ -46,7 +46,8 @@ class RankFacts:
 class Rank:
     """Builds the parts of a recipe as one process does, then spreads their weights; see `opd.distributed.group`."""
 
-    def __init__(self, config: Config, rank: int, world: int) -> None:
+    def __init__(self, config: Config, rank: int, world: int, folder: str) -> None:
+        os.chdir(folder)  # where the recipe's paths begin, on every node
         self._config = config
         self._rank = rank
         self._world = world

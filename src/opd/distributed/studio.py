@@ -1,6 +1,7 @@
 """The parts of a run on a Ray cluster (`opd.roles.Studio`): ranks that learn, engines that sample, teachers here and there."""
 
 import logging
+import socket
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -191,12 +192,28 @@ def _require_room(config: Config) -> None:
             )
 
 
+def _require_reachable(address: str) -> None:
+    """Raise RunError where nothing listens at an address; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=10):
+            return
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"cluster.address = '{address}': {error}; start Ray there ('ray start --head'), or leave address out for one on this "
+            "machine"
+        ) from None
+
+
 def _join(config: Config) -> None:
     """Join the recipe's cluster, or start one on this machine."""
     address = config.cluster.address
+    # "local" begins one of its own, whatever else runs on this machine
     here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    if address is not None and address != "auto":
+        _require_reachable(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(
             f"cluster.address = '{address}': {one_line(str(error))[:200]}; start Ray there ('ray start --head'), or leave address "
