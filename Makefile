@@ -84,7 +84,7 @@ demo-distributed: install model vllm
 	$(BIN)/python examples/distributed/demo.py
 
 # Everything that a change must pass; .ci/run calls this.
-test: install model check
+test: install model vllm check
 	$(BIN)/pytest
 
 # Arbitrary bytes through the alignment of two tokenizers, and as turns full of tool calls, guided by coverage, for this many
