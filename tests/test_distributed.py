@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import golden
 import pytest
+import torch
 from factories import save_adapter, toy_recipe
+from safetensors.torch import load_file
 
 import opd
 from opd.report.run_folder import read_metrics
@@ -154,3 +156,18 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path):
     assert opd.resume(run).finished
     for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
+
+
+def test_mixed_precision_rounds_the_passes_and_not_the_weights(tmp_path: Path):
+    lines = []
+    for mixed in (False, True):
+        tree = sampled_recipe(tmp_path / str(mixed), learner_ranks=2, mixed_precision=mixed)
+        tree["teachers"]["odd"] = {"adapter": save_adapter(tmp_path / str(mixed) / "adapter", tree["student"], 5)}
+        run = opd.train(opd.parse_config(tree | {"steps": 2})).run
+        lines.append(read_metrics(run)[0])
+        weights = load_file(run / "student" / "adapter_model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.float32}
+    plain, mixed_line = lines
+    assert mixed_line["loss/total/sum"] != plain["loss/total/sum"]
+    assert mixed_line["loss/total/sum"] == pytest.approx(plain["loss/total/sum"], rel=0.02)
+    assert mixed_line["optim/grad_norm/mean"] == pytest.approx(plain["optim/grad_norm/mean"], rel=0.05)

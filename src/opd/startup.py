@@ -40,7 +40,7 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     )
     by_teacher = {name: [p for p in every if p.teacher == name][:_PROBES_PER_TEACHER] for name in config.teachers}
     probes = [p for chosen in by_teacher.values() for p in chosen]
-    half = config.compute.dtype != "float32"
+    half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
     for source, error in studio.packing_errors(probes).items():

@@ -51,7 +51,9 @@ class Rank:
         self._config = config
         self._rank = rank
         self._world = world
-        self._studio = build(config, served=False)
+        # in main memory, whatever the device: only a part of it goes there
+        here = config.compute.model_copy(update={"device": "cpu"})
+        self._studio = build(config.model_copy(update={"compute": here}), served=False)
         self._learner: EmbeddedLearner | None = None
 
     def free_port(self) -> int:
