@@ -136,7 +136,7 @@ class Engine:
             if self._process.poll() is not None:
                 raise RunError(f"engine '{plan.name}' ended while it started: {self._last_words(log)}")
             if time.monotonic() > end:
-                self.stop()
+                self._end()
                 raise RunError(
                     f"engine '{plan.name}' did not answer in cluster.engine_start_s = {plan.start_s:g} s: {self._last_words(log)}"
                 )

@@ -30,7 +30,7 @@ class RankGroup:
         self._actors: list[Any] = [remote.remote(config, rank, self.size, os.getcwd()) for rank in range(self.size)]
         self._asking = threading.Lock()
         self._met = False
-        self.facts: RankFacts = self.all("facts")[0]
+        self.facts: RankFacts = self._ask(["facts"] * self.size, [()] * self.size, self._actors)[0]
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
@@ -46,14 +46,15 @@ class RankGroup:
         host = ray.get(first.__ray_call__.remote(lambda rank: ray.util.get_node_ip_address()))
         port = ray.get(first.free_port.remote())
         self._met = True
-        self.all("meet", f"{host}:{port}")
+        self._ask(["meet"] * self.size, [(f"{host}:{port}",)] * self.size, self._actors)
 
     def all(self, method: str, *args: Any) -> list[Any]:
         """Ask every rank the same."""
         return self.each(method, [args] * self.size)
 
     def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Ask every rank about its own part."""
+        """Ask every rank about its own part, with its weights spread."""
+        self.meet()
         return self._ask([method] * self.size, args, self._actors)
 
     def _ask(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
@@ -125,8 +126,9 @@ class RankLearner:
 
     def optim_step(self) -> Metrics:
         """Clip, step, advance the schedule, clear the gradient."""
-        self.changes += 1
-        return self._group.all("optim_step")[0]
+        found = self._group.all("optim_step")[0]
+        self.changes += 1  # only now: what is asked for meanwhile is the student before
+        return found
 
     def weights(self) -> Mapping[str, bytes]:
         """The student as the files of its folder."""
@@ -140,5 +142,5 @@ class RankLearner:
 
     def load(self, folder: Path, values: Mapping[str, Any]) -> None:
         """Continue from what any number of ranks wrote."""
-        self.changes += 1
         self._group.all("load", str(folder.resolve()), dict(values))
+        self.changes += 1

@@ -144,8 +144,7 @@ class DistributedStudio:
         return Alone(self._served_sampler(lambda: found.endpoint, found.wire, found.context), self.tokenizer)
 
     def learner(self) -> RankLearner:
-        """All ranks together."""
-        self._group.meet()
+        """All ranks together; they meet when they are first asked."""
         return self._learner
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:

@@ -116,11 +116,13 @@ def _named_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float
     key = micro.states * (int(micro.targets.max()) + 1) + micro.targets
     teachers = dict.fromkeys(batch.teachers)
     key = key * len(teachers) + np.array([list(teachers).index(batch.teachers[o]) for o in micro.owners])
+    key = key * 2 + ~scored  # a rollout without a score says nothing of its siblings' states
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     ids, logq = batch.support_ids[flat[first]].to(device), batch.support_logprobs[flat[first]].to(device)
-    named = ids >= 0
+    named = (ids >= 0) & (ids < len(given.head))  # padding beyond the common ids is the bucket's
     states = given.hidden[torch.from_numpy(micro.states[first]).to(device)]
-    logp, entropy = support_logprobs(states, given.head, ids.clamp(min=0), temperature=how.temperature)
+    logp, entropy = support_logprobs(states, given.head, ids.where(named, 0), temperature=how.temperature)
+    logq = logq.masked_fill(~named, -torch.inf)
     logp = logp.masked_fill(~named, -torch.inf)
     divergence = support_reverse_kl(logp, logq.to(logp.dtype), logprob_floor=how.logprob_floor)
     weights = coef * batch.distill_mask[flat].double().numpy() / divisor
