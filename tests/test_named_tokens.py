@@ -95,6 +95,22 @@ def test_the_gradient_is_that_of_the_buckets_whatever_the_packing(bench: Bench):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+def test_a_rollout_without_a_score_takes_nothing_from_its_siblings(bench: Bench):
+    scored = [replace(item, score=named(bench, item)) for item in bench.scored]
+    first = scored[0]
+    twin = replace(
+        first, score=FailedScore(first.score.teacher, "gone"), rollout=replace(first.rollout, sample=9, reward=1.0)
+    )
+    alone, _ = pack(scored, logprob_floor=-50.0)
+    both, _ = pack([twin, *scored], logprob_floor=-50.0, unscored=True)
+    both = replace(both, distill_mask=both.scored)
+    assert len(both) == len(alone) + 1
+    wanted, found = (
+        bench.gradient(b, type="support", support=TOP, normalizer="constant", constant=1.0) for b in (alone, both)
+    )
+    assert_same_gradient(found, wanted, 1e-6)
+
+
 def test_parts_of_a_batch_keep_their_columns(bench: Bench):
     scored = [replace(item, score=named(bench, item)) for item in bench.scored]
     scored[2] = replace(scored[2], score=FailedScore(scored[2].score.teacher, "gone", lost=True))

@@ -167,8 +167,7 @@ def pack(
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
         teacher_parts=_parts(usable),
-        **_chunk_columns(usable),
-        **_support_columns(usable),
+        **(_chunk_columns(usable) | _support_columns(usable)),
     )
     counts = {"dropped": len(scored) - len(usable), "floored": floored}
     if unscored:

@@ -32,22 +32,20 @@ def collect(
     """
     start = time.perf_counter()
     prompts = stream.next(config.sampling.prompts_per_step)
-    units = _by_prompt(prompts) if in_units else [prompts]
-    seeds: list[Seed] = [(config.seed, "sample", step)]
-    if in_units:
-        seeds = [(config.seed, "sample", step, "prompt", unit[0].id) for unit in units]
+    units = _by_prompt(prompts) if in_units else []
 
-    def work(unit: Sequence[Prompt], seed: Seed) -> tuple[list[ScoredRollout], float]:
+    def work(unit: Sequence[Prompt]) -> tuple[list[ScoredRollout], float]:
+        seed: Seed = (config.seed, "sample", step, *(("prompt", unit[0].id) if in_units else ()))
         rollouts = sampler.sample(unit, num_samples=config.sampling.group_size, seed=seed)
         sampled = time.perf_counter()
         return score_usable(teachers, rollouts), sampled
 
     if not in_units:
-        found = [work(units[0], seeds[0])]
+        found = [work(prompts)]
     else:
         most = max(1, config.episodes.max_concurrent // config.sampling.group_size)
         with ThreadPoolExecutor(min(most, len(units)), thread_name_prefix="opd-unit") as pool:
-            found = list(pool.map(work, units, seeds))
+            found = list(pool.map(work, units))
     last = max(sampled for _, sampled in found)
     phases = {"sample": last - start, "score": time.perf_counter() - last}
     return Collected(tuple(item for scored, _ in found for item in scored), dict(stream.cursor), phases)

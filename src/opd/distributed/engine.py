@@ -59,7 +59,6 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._versions: deque[str] = deque()
-        self._starts = 0
 
     def address(self) -> str:
         """The server's URL, once it answers. Raises RunError when it does not start."""
@@ -68,10 +67,6 @@ class Engine:
             for name in self._versions:
                 self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
         return f"http://{self._host}:{self._port}"
-
-    def starts(self) -> int:
-        """How often the server was started."""
-        return self._starts
 
     def load(self, name: str, files: Mapping[str, bytes]) -> str:
         """Serve an adapter under a name; returns the name once the server has it. Older ones beyond the last few are dropped."""
@@ -107,7 +102,6 @@ class Engine:
 
     def _start(self) -> None:
         self._end()
-        self._starts += 1
         self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
         plan = self._plan
         if shutil.which(plan.command[0]) is None:

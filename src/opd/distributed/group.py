@@ -94,7 +94,6 @@ class RankTeachers:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given."""
-        self._group.meet()
         sizes = [len(r.token_ids) for r in rollouts]
         bounds = consecutive(sizes, [r.id for r in rollouts], self._group.size)
         found = self._group.each("score", [(list(rollouts[a:b]), *self._how) for a, b in bounds])

@@ -112,7 +112,6 @@ class DistributedStudio:
     def _locate(self) -> Endpoint:
         """Where the student is, as it is now."""
         with self._moving:
-            self._group.meet()
             if self._given != self._learner.changes:
                 self._given = self._learner.changes
                 self._engines.load(self._learner.weights(), version=self._given)
@@ -149,7 +148,6 @@ class DistributedStudio:
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
         """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
-        self._group.meet()
         bounds = consecutive(
             [len(s.rollout.token_ids) for s in scored], [s.rollout.id for s in scored], self._group.size
         )

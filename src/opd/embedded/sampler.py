@@ -1,6 +1,5 @@
 """Sampling from the student in process: packed prompts, then rows that grow by a token a pass, end, and make room."""
 
-from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from opd.embedded.rows import RowPlan
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed
-from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken
+from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 
@@ -54,11 +53,7 @@ class EmbeddedSampler:
         self._version = policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
-        seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
-        rows: list[tuple[Prompt, int]] = []
-        for prompt in prompts:
-            rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
-            seen[prompt.id] += num_samples
+        rows = numbered(prompts, num_samples)
         draws: dict[int, Tensor] = {}
 
         def take_turns(episodes: Sequence[Episode]) -> list[Taken]:

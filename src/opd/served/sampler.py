@@ -1,6 +1,5 @@
 """Sampling from a model behind servers: turns of episodes, all asked for at once."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from opd.records import Prompt, Rollout
 from opd.roles import Seed
 from opd.served.completions import PATH, Sampled, read_sample, sample_body
 from opd.served.wire import Answer, Call, Endpoint, Wire
-from opd.tasks.episodes import Episode, EpisodePlayer, Taken
+from opd.tasks.episodes import Episode, EpisodePlayer, Taken, numbered
 
 
 class ServedSampler:
@@ -46,11 +45,7 @@ class ServedSampler:
         self._now = self._locate(), policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
-        seen: Counter[str] = Counter()  # a prompt that stands twice goes on counting, so that ids stay unique
-        rows: list[tuple[Prompt, int]] = []
-        for prompt in prompts:
-            rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
-            seen[prompt.id] += num_samples
+        rows = numbered(prompts, num_samples)
         endpoint, version = self._now
         endpoint = endpoint or self._locate()
         return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)

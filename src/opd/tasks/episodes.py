@@ -41,6 +41,16 @@ MakeEnvironment: TypeAlias = Callable[[Prompt], Environment | None]
 """An environment for one episode on a prompt; None where one turn is all."""
 
 
+def numbered(prompts: Sequence[Prompt], num_samples: int) -> list[tuple[Prompt, int]]:
+    """Every prompt with the numbers of its samples; one that stands twice goes on counting, so that ids stay unique."""
+    seen: Counter[str] = Counter()
+    rows: list[tuple[Prompt, int]] = []
+    for prompt in prompts:
+        rows += [(prompt, seen[prompt.id] + k) for k in range(num_samples)]
+        seen[prompt.id] += num_samples
+    return rows
+
+
 def one_turn(prompt: Prompt) -> None:
     """No environment."""
 
