@@ -197,5 +197,5 @@ def make_parts(config: Config, studio: Studio, material: Material) -> Parts:
         learner=learner,
         judge=material.judge(config, tokenizer),
         special_ids=frozenset(tokenizer.all_special_ids),
-        in_units=config.mode == "distributed" and all(t.url is not None for t in config.teachers.values()),
+        in_units=config.mode == "distributed" and all(t.served for t in config.teachers.values()),
     )

@@ -13,11 +13,14 @@ class ClusterConfig(Node):
     The learner's weights lie on `learner_ranks` processes, each with `gpus_per_rank` GPUs (0: it computes on CPUs). `engines` vLLM
     servers sample from the student, each with `gpus_per_engine`; `engine_command` starts one, in whatever environment has vLLM, and
     gets `engine_args` behind the arguments that opd gives it. An engine has `engine_start_s` seconds to answer. Ray places each
-    where so many GPUs and CPUs are free; a share of a CPU, or none, is a booking, not a bound.
+    where so many GPUs and CPUs are free; a share of a CPU, or none, is a booking, not a bound. Engines that teachers ask for are
+    started with the same command; with `teachers_sleep` those of all models share their devices, and one model is awake at a time.
+
+    merge_adapter: engines get the student's adapter merged into their weights, in place, instead of beside them.
 
     max_staleness: 0 is on-policy, step after step; above it the next steps are sampled and scored while one is learnt from, by a
     student that is at most so many updates older. mixed_precision: the learner computes in bfloat16 on weights and gradients in
-    float32.
+    float32. activation_checkpointing: it keeps of each layer its input alone, and computes the layer again for the gradient.
     """
 
     address: str | None = None
@@ -30,5 +33,8 @@ class ClusterConfig(Node):
     engine_command: list[str] = Field(default_factory=lambda: ["vllm", "serve"], min_length=1)
     engine_args: list[str] = Field(default_factory=list)
     engine_start_s: Annotated[float, Field(gt=0)] = 900.0
+    merge_adapter: bool = False
+    teachers_sleep: bool = False
     max_staleness: NonNegative = 0
     mixed_precision: bool = False
+    activation_checkpointing: bool = False

@@ -1,29 +1,41 @@
 """Teachers: where each comes from, and how those behind a server are asked."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from opd.config.node import Node, Positive
+from opd.config.node import Node, NonNegative, Positive
 
 
 class TeacherConfig(Node):
     """One teacher: a whole model (hub id, folder or GGUF file), a LoRA adapter of the student's own base, a model behind a
     server, or several others at once.
 
-    `url` is that of a vLLM server (http://host:8000), or of several that serve the same model; `served_model` is its name there,
-    needed where the server has several; `api_key_env` names the environment variable that holds the server's key, if it asks for
-    one. `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three teachers does
-    not weigh three times. The student then follows their normalised geometric mean.
+    `url` is that of a server (http://host:8000), or of several that serve the same model; `server` is its kind; `served_model` is
+    its name there, needed where the server has several; `api_key_env` names the environment variable that holds the server's key,
+    if it asks for one. `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three
+    teachers does not weigh three times. The student then follows their normalised geometric mean.
+
+    `engines`, with `model` in distributed mode: so many vLLM servers of it are started on the cluster, each with `gpus_per_engine`
+    and with `engine_args` behind the arguments that opd gives them. Teachers of one model share its servers.
     """
 
     model: str | None = None
     adapter: str | None = None
     url: str | list[str] | None = None
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    server: Literal["vllm", "sglang"] = "vllm"
     served_model: str | None = None
     api_key_env: str | None = None
+    engines: Positive | None = None
+    gpus_per_engine: NonNegative = 0
+    engine_args: list[str] = Field(default_factory=list)
+
+    @property
+    def served(self) -> bool:
+        """Whether it is asked over HTTP, wherever its server came from."""
+        return self.url is not None or self.engines is not None
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -43,10 +55,20 @@ class TeacherConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _started(self) -> "TeacherConfig":
+        if self.engines is not None and self.model is None:
+            raise ValueError(f"engines = {self.engines} starts servers of a model; give it in model, or drop engines")
+        if self.engines is None:
+            for field in ("gpus_per_engine", "engine_args"):
+                if field in self.model_fields_set:
+                    raise ValueError(f"{field} belongs to engines; drop it, or say how many engines")
+        return self
+
+    @model_validator(mode="after")
     def _served(self) -> "TeacherConfig":
         if self.url is None:
-            for field in ("served_model", "api_key_env"):
-                if getattr(self, field) is not None:
+            for field in ("served_model", "api_key_env", "server"):
+                if field in self.model_fields_set:
                     raise ValueError(f"{field} belongs to url; drop it, or give the server's url")
             return self
         if not self.urls:

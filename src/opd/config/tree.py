@@ -8,6 +8,7 @@ from opd.config.checks import ChecksConfig
 from opd.config.cluster import ClusterConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
+from opd.config.modes import require_mode_fits, require_served_fit
 from opd.config.node import Node, NonNegative, Positive, nearest
 from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.teachers import ServedConfig, TeacherConfig
@@ -274,60 +275,9 @@ class Config(RunNode):
         return self
 
     @model_validator(mode="after")
-    def _mode_fits(self) -> "Config":
-        if self.mode == "embedded":
-            if self.cluster != ClusterConfig():
-                raise ValueError(
-                    "[cluster] is for mode = 'distributed', got mode = 'embedded'; drop it, or set the mode"
-                )
-            return self
-        if self.trainable == "full":
-            raise ValueError(
-                "mode = 'distributed' sends adapters to its engines, got trainable = 'full'; write trainable = 'lora', or mode = "
-                "'embedded'"
-            )
-        if self.warmup.steps:
-            raise ValueError(
-                f"warmup.steps = {self.warmup.steps} needs mode = 'embedded'; warm up there, then set lora.start"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _served_teachers_fit(self) -> "Config":
-        served = [name for name, teacher in self.teachers.items() if teacher.url is not None]
-        if not served and self.mode == "embedded" and self.served != ServedConfig():
-            raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
-        for name in served:
-            who = f"teachers.{name}.url: a server gives log-probabilities of sampled tokens and of its likeliest"
-            if self.objective.type == "support":
-                inside = [n for n, t in self.teachers.items() if t.url is None]
-                if inside:
-                    raise ValueError(
-                        f"{who}, and teacher '{inside[0]}' is in process: with type = 'support' serve all teachers, or none"
-                    )
-                if self.objective.tail_residual:
-                    raise ValueError(f"{who}, and objective.tail_residual needs whole distributions; drop it")
-            elif self.objective.needs_distributions:
-                raise ValueError(
-                    f"{who}, and objective.type = '{self.objective.type}', baseline = '{self.objective.baseline}' needs whole "
-                    "distributions; write type = 'support', or 'immediate' or 'to_go' with baseline = 'none' or "
-                    "'leave_one_out', or load the teacher in process (model)"
-                )
-            if self.temperature != 1.0:
-                raise ValueError(f"{who} at temperature 1, got temperature = {self.temperature:g}; leave it at 1")
-            if self.objective.extrapolation != 1.0:
-                raise ValueError(
-                    f"{who}, and objective.extrapolation needs the teacher in process (model); leave it at 1"
-                )
-            for mixture, teacher in self.teachers.items():
-                if name in (teacher.weights or ()):
-                    raise ValueError(
-                        f"{who}, and teachers.{mixture}.weights mixes teachers in process (model); take it out"
-                    )
-            if self.warmup.steps:
-                raise ValueError(
-                    f"{who}, and warmup.steps = {self.warmup.steps} learns from teachers in process; leave it at 0"
-                )
+    def _modes_fit(self) -> "Config":
+        require_mode_fits(self)
+        require_served_fit(self)
         return self
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     loaded: dict[str, Network] = {config.student: network} if lora else {}
     voices: dict[str, Voice] = {}
     for index, (name, teacher) in enumerate(config.teachers.items()):
-        if teacher.weights is not None or teacher.url is not None:
+        if teacher.weights is not None or teacher.served:
             continue
         source = teacher.model or config.student
         if source not in loaded:
@@ -78,7 +78,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
         net.vocab_size = vocab_size
     connected = connect_all(config, network.tokenizer) if served else {}
     identities = _identities(config, network, voices, foreign, connected)
-    apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.url is not None}
+    apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.served}
     targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
     return EmbeddedStudio(
@@ -89,7 +89,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
 
 def connect_all(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
     """The teachers behind servers, all asked who they are."""
-    given = {name: teacher for name, teacher in config.teachers.items() if teacher.url is not None}
+    given = {name: teacher for name, teacher in config.teachers.items() if teacher.served}
     if not given:
         return {}
     wire = Wire(config.served)

@@ -1,0 +1,106 @@
+"""What a recipe may ask of its mode, and of teachers behind servers."""
+
+from typing import TYPE_CHECKING
+
+from opd.config.cluster import ClusterConfig
+from opd.config.teachers import ServedConfig
+
+if TYPE_CHECKING:
+    from opd.config.tree import Config
+
+
+def require_mode_fits(config: "Config") -> None:
+    """Raise ValueError for what one process, or a cluster, cannot do."""
+    if config.mode == "embedded":
+        if config.cluster != ClusterConfig():
+            raise ValueError("[cluster] is for mode = 'distributed', got mode = 'embedded'; drop it, or set the mode")
+        for name, teacher in config.teachers.items():
+            if teacher.engines is not None:
+                raise ValueError(
+                    f"teachers.{name}.engines are started by mode = 'distributed', got mode = 'embedded'; drop it, or give the url "
+                    "of a server"
+                )
+        return
+    if config.warmup.steps:
+        raise ValueError(
+            f"warmup.steps = {config.warmup.steps} needs mode = 'embedded'; warm up there, then set lora.start"
+        )
+    cluster = config.cluster
+    whole = cluster.merge_adapter or config.trainable == "full"
+    if whole and cluster.max_staleness and config.evaluation.every:
+        raise ValueError(
+            f"evaluation.every = {config.evaluation.every} samples from the newest student, and with cluster.max_staleness = "
+            f"{cluster.max_staleness} the engines still sample from an older one, of which they hold a single copy (merge_adapter, "
+            "or trainable = 'full'); leave one of the two at 0"
+        )
+    if cluster.gpus_per_rank > 1:
+        raise ValueError(
+            f"cluster.gpus_per_rank = {cluster.gpus_per_rank}: a rank computes on one GPU; set more learner_ranks instead"
+        )
+    if config.compute.device == "cuda" and not cluster.gpus_per_rank:
+        raise ValueError("compute.device = 'cuda' and cluster.gpus_per_rank = 0: ranks would have none; write 1")
+    _require_engines_fit(config)
+
+
+def _require_engines_fit(config: "Config") -> None:
+    """Teachers of one model share its engines, and sleeping ones share their devices."""
+    started = {name: teacher for name, teacher in config.teachers.items() if teacher.engines is not None}
+    first: dict[str, str] = {}
+    for name, teacher in started.items():
+        other = started[first.setdefault(teacher.model or "", name)]
+        if (other.engines, other.gpus_per_engine, other.engine_args) != (
+            teacher.engines,
+            teacher.gpus_per_engine,
+            teacher.engine_args,
+        ):
+            raise ValueError(
+                f"teachers.{name} and teachers.{first[teacher.model or '']} are one model, '{teacher.model}', with different "
+                "engines; give both the same"
+            )
+    if not config.cluster.teachers_sleep:
+        return
+    if len(first) < 2:
+        raise ValueError(
+            f"cluster.teachers_sleep lets models take turns on their devices, and teachers.NAME.engines start {len(first)}; drop it"
+        )
+    sizes = {(teacher.engines, teacher.gpus_per_engine) for teacher in started.values()}
+    if len(sizes) > 1:
+        said = ", ".join(f"{n}: {t.engines} with {t.gpus_per_engine} GPUs" for n, t in started.items())
+        raise ValueError(f"cluster.teachers_sleep: models that share devices need the same engines, got {said}")
+
+
+def require_served_fit(config: "Config") -> None:
+    """Raise ValueError for what servers cannot give: they know log-probabilities of a few tokens, at temperature 1."""
+    served = [name for name, teacher in config.teachers.items() if teacher.served]
+    if not served and config.mode == "embedded" and config.served != ServedConfig():
+        raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
+    for name in served:
+        field = "url" if config.teachers[name].url is not None else "engines"
+        who = f"teachers.{name}.{field}: a server gives log-probabilities of sampled tokens and of its likeliest"
+        if config.objective.type == "support":
+            inside = [n for n, t in config.teachers.items() if not t.served]
+            if inside:
+                raise ValueError(
+                    f"{who}, and teacher '{inside[0]}' is in process: with type = 'support' serve all teachers, or none"
+                )
+            if config.objective.tail_residual:
+                raise ValueError(f"{who}, and objective.tail_residual needs whole distributions; drop it")
+        elif config.objective.needs_distributions:
+            raise ValueError(
+                f"{who}, and objective.type = '{config.objective.type}', baseline = '{config.objective.baseline}' needs whole "
+                "distributions; write type = 'support', or 'immediate' or 'to_go' with baseline = 'none' or "
+                "'leave_one_out', or load the teacher in process (model)"
+            )
+        if config.temperature != 1.0:
+            raise ValueError(f"{who} at temperature 1, got temperature = {config.temperature:g}; leave it at 1")
+        if config.objective.extrapolation != 1.0:
+            raise ValueError(f"{who}, and objective.extrapolation needs the teacher in process (model); leave it at 1")
+        for mixture, teacher in config.teachers.items():
+            if name in (teacher.weights or ()):
+                raise ValueError(
+                    f"{who}, and teachers.{mixture}.weights mixes teachers in process (model); take it out"
+                )
+        if config.warmup.steps:
+            raise ValueError(
+                f"{who}, and warmup.steps = {config.warmup.steps} learns from teachers in process; leave it at 0"
+            )
