@@ -21,6 +21,7 @@ import numpy as np
 
 from opd.config import ServedConfig
 from opd.records import Prompt, Rollout, Turn
+from opd.served.model import Fixed
 from opd.served.teacher import ServedTeacher
 from opd.served.wire import Endpoint, Wire
 
@@ -95,11 +96,11 @@ def measured(engines: int, slots: int, service_s: float, count: int) -> float:
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
         wire = Wire(ServedConfig(max_in_flight=2 * slots))
-        teacher = ServedTeacher("t", Endpoint("teacher 't'", urls, "m"), wire)
+        teacher = ServedTeacher("t", Fixed(Endpoint("teacher 't'", urls, "m")), "m", wire)
         items = rollouts(count)
-        teacher.start(items[: 2 * engines])()  # connections are there
+        teacher.score(items[: 2 * engines])  # connections are there
         begun = time.perf_counter()
-        found = teacher.start(items)()
+        found = teacher.score(items)
         seconds = time.perf_counter() - begun
         assert all(hasattr(item.score, "logprobs") for item in found)
         wire.close()

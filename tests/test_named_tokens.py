@@ -140,7 +140,7 @@ def test_a_server_names_the_sampled_token_and_its_likeliest(wire: Wire):
     item = rollout([5, 17, 80, 33, 200, 1], 2, prompt=prompt())
     with serving(model) as server:
         teacher = connect("t", Endpoint("teacher 't'", (server.url,)), wire, byte_tokenizer(), top=TOP)
-        [scored] = teacher.start([item])()
+        [scored] = teacher.score([item])
     assert isinstance(scored.score, SupportScore)
     with torch.no_grad():
         every = model(input_ids=torch.tensor(item.token_ids.tolist())[None]).logits[0].double().log_softmax(-1)
@@ -163,7 +163,7 @@ def test_a_server_that_names_too_few_is_no_answer(wire: Wire):
                 del choice["prompt_logprobs"][3][token]
 
         server.faults = lambda number: changed(fewer)
-        [scored] = teacher.start([rollout([5, 17, 80, 33], 2, prompt=prompt())])()
+        [scored] = teacher.score([rollout([5, 17, 80, 33], 2, prompt=prompt())])
     assert isinstance(scored.score, FailedScore)
     assert f"of the likeliest tokens at place 3, asked for {TOP} (--max-logprobs)" in scored.score.reason
 

@@ -52,7 +52,7 @@ def some_rollouts(count: int = 6) -> list[Rollout]:
 
 def test_scores_are_those_of_a_plain_forward_pass(server: ToyServer, wire: Wire):
     items = some_rollouts()
-    for item, scored in zip(items, teacher_at(server, wire=wire).start(items)(), strict=True):
+    for item, scored in zip(items, teacher_at(server, wire=wire).score(items), strict=True):
         assert scored.rollout is item
         assert isinstance(scored.score, SampledScore)
         assert scored.retries == 0
@@ -92,7 +92,7 @@ def above_zero(entry: dict[str, Any]) -> dict[str, Any]:
 def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, server: ToyServer, wire: Wire):
     server.faults = lambda number: TRANSIENT[name] if number == 1 else None
     items = some_rollouts(3)
-    found = teacher_at(server, wire=wire).start(items)()
+    found = teacher_at(server, wire=wire).score(items)
     assert sum(scored.retries for scored in found) == 1
     for item, scored in zip(items, found, strict=True):
         assert isinstance(scored.score, SampledScore)
@@ -104,7 +104,7 @@ def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str,
     bad = some_rollouts(3)[1]
     teacher = teacher_at(server, wire=wire)
     server.faults = lambda number: TRANSIENT[name] if server.asked[number]["prompt"] == bad.token_ids.tolist() else None
-    found = teacher.start(some_rollouts(3))()
+    found = teacher.score(some_rollouts(3))
     assert [isinstance(scored.score, FailedScore) for scored in found] == [False, True, False]
     score = found[1].score
     assert isinstance(score, FailedScore)
@@ -117,7 +117,7 @@ def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str,
 def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, wire: Wire):
     teacher = teacher_at(server, wire=wire)
     server.faults = lambda number: status(400)
-    [scored] = teacher.start(some_rollouts(1))()
+    [scored] = teacher.score(some_rollouts(1))
     assert scored.retries == 0
     assert len(server.asked) == 1
     assert scored.score == FailedScore("t", f"teacher 't': {server.url} answers 400: not now", lost=True)
@@ -129,7 +129,7 @@ def test_a_wait_that_the_server_names_is_kept(server: ToyServer):
         teacher = teacher_at(server, wire=wire)
         server.faults = lambda number: status(429, **{"Retry-After": "0.4"}) if number == 0 else None
         start = time.perf_counter()
-        [scored] = teacher.start(some_rollouts(1))()
+        [scored] = teacher.score(some_rollouts(1))
         assert time.perf_counter() - start >= 0.4
         assert scored.retries == 1
     finally:
@@ -143,17 +143,17 @@ def test_no_more_than_the_bound_is_in_flight(server: ToyServer, wire: Wire):
 
     teacher = teacher_at(server, wire=wire)
     server.faults = lambda number: slow
-    teacher.start(some_rollouts(12))()
+    teacher.score(some_rollouts(12))
     assert server.most_in_flight == QUICK.max_in_flight
 
 
 def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(wire: Wire):
     with serving(toy_model(7)) as one, serving(toy_model(7)) as two:
         teacher = teacher_at(one, two, wire=wire)
-        teacher.start(some_rollouts(8))()
+        teacher.score(some_rollouts(8))
         assert len(one.asked) == len(two.asked) == 4
         one.faults = lambda number: vllm_like.reset
-        found = teacher.start(some_rollouts(4))()
+        found = teacher.score(some_rollouts(4))
         assert all(isinstance(scored.score, SampledScore) for scored in found)
 
 
@@ -161,7 +161,7 @@ def test_what_is_longer_than_the_servers_context_fails_by_itself(wire: Wire):
     with serving(toy_model(7), context=8) as server:
         teacher = teacher_at(server, wire=wire)
         items = some_rollouts(4)
-        found = teacher.start(items)()
+        found = teacher.score(items)
         assert [len(i.token_ids) for i in items] == [5, 6, 7, 8]
         assert [isinstance(scored.score, FailedScore) for scored in found] == [False, False, False, True]
         assert found[3].score == FailedScore("t", "8 tokens exceed the context of teacher 't' (7)")
@@ -197,10 +197,10 @@ def test_the_key_is_sent_and_shown_nowhere(wire: Wire, monkeypatch: pytest.Monke
     with serving(toy_model(7), key=SECRET) as server:
         monkeypatch.setenv("TOY_KEY", SECRET)
         teacher = teacher_at(server, wire=wire, key_env="TOY_KEY")
-        [scored] = teacher.start(some_rollouts(1))()
+        [scored] = teacher.score(some_rollouts(1))
         assert isinstance(scored.score, SampledScore)
         server.key = "another"  # the server now repeats what it was given
-        [scored] = teacher.start(some_rollouts(1))()
+        [scored] = teacher.score(some_rollouts(1))
         assert isinstance(scored.score, FailedScore)
         assert scored.score.reason == f"teacher 't': {server.url} answers 401: bad key: Bearer ***"
         assert SECRET not in repr(teacher)

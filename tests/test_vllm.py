@@ -16,6 +16,7 @@ from opd.distributed.engine import Engine, EnginePlan
 from opd.embedded.loading import load_tokenizer
 from opd.records import Prompt, Rollout, SupportScore
 from opd.served.facts import connect
+from opd.served.model import Fixed
 from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher
 from opd.served.wire import Endpoint, Wire
@@ -30,6 +31,11 @@ ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOP = 16
 
 
+def files_of(folder: Path) -> dict[str, np.ndarray]:
+    files = (file for file in folder.iterdir() if file.is_file())
+    return {file.name: np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files}
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     assert VLLM.exists(), "run `make vllm`"
@@ -41,10 +47,10 @@ def engine() -> Iterator[Engine]:
     command = (str(VLLM), "-m", "vllm.entrypoints.openai.api_server")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        found = Engine(EnginePlan(command, str(MODEL), "base", tuple(args), 300), "127.0.0.1")
+        found = Engine(EnginePlan(command, str(MODEL), "base", tuple(args), 300, holds="adapters", kept=2), "127.0.0.1")
         with contextlib.closing(contextlib.ExitStack()) as stack:
             stack.callback(found.stop)
-            found.address()
+            found.state()
             yield found
 
 
@@ -52,7 +58,7 @@ def engine() -> Iterator[Engine]:
 def teacher(engine: Engine) -> Iterator[ServedTeacher]:
     wire = Wire(ServedConfig(timeout_s=120, attempts=2))
     tokenizer = load_tokenizer(str(MODEL)).tokenizer
-    yield connect("t", Endpoint("teacher 't'", (engine.address(),), "base"), wire, tokenizer, top=TOP)
+    yield connect("t", Endpoint("teacher 't'", (engine.state().url,), "base"), wire, tokenizer, top=TOP)
     wire.close()
 
 
@@ -62,7 +68,7 @@ def sampled(teacher: ServedTeacher) -> list[Rollout]:
     ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
     player = EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
     sampler = ServedSampler(
-        lambda: teacher.endpoint, teacher.wire, temperature=1.0, max_new_tokens=16, context=teacher.context, player=player
+        teacher.model, teacher.wire, temperature=1.0, max_new_tokens=16, context=None, player=player
     )  # fmt: skip
     prompts = [Prompt(str(i), ({"role": "user", "content": f"What is {i} + 3?"},), "t", "task") for i in range(4)]
     found = sampler.sample(prompts, num_samples=2, seed=(1,))
@@ -86,7 +92,7 @@ def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: ServedTe
     assert teacher.unknown == ""
     assert teacher.context == 511
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    for scored in teacher.start(sampled)():
+    for scored in teacher.score(sampled):
         item, score = scored.rollout, scored.score
         assert isinstance(score, SupportScore)
         np.testing.assert_allclose(score.logprobs[item.loss_mask], plain_logprobs(model, item), atol=2e-4)
@@ -103,11 +109,11 @@ def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: ServedTe
 
 @pytest.mark.real
 def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: ServedTeacher, sampled: list[Rollout]):
-    files = {file.name: file.read_bytes() for file in EXPERT.iterdir() if file.is_file()}
-    assert engine.load("student-1", files) == "student-1"
-    adapted = replace(teacher, endpoint=replace(teacher.endpoint, model="student-1"), top=0)
+    engine.load("student-1", files_of(EXPERT))
+    assert engine.state().versions == ("student-1",)
+    adapted = replace(teacher, model=Fixed(replace(teacher.model.newest(), model="student-1")), top=0)
     model = merged_model(str(MODEL), str(EXPERT))
-    for scored in adapted.start(sampled[:2])():
+    for scored in adapted.score(sampled[:2]):
         mask = scored.rollout.loss_mask
         found = scored.score.logprobs[mask]  # type: ignore[union-attr]  # a failed one has none, and fails here
         np.testing.assert_allclose(found, plain_logprobs(model, scored.rollout), atol=5e-4)

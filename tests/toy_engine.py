@@ -21,4 +21,5 @@ if options.fail:
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 torch.set_num_threads(1)
 model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-ToyServer(model, name=options.served_model_name, at=(options.host, options.port)).serve_forever()
+at = (options.host, options.port)
+ToyServer(model, name=options.served_model_name, at=at, key=os.environ["VLLM_API_KEY"]).serve_forever()

@@ -39,11 +39,29 @@ class ToyServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = 0
+        self.managed: list[str] = []
+        self.asleep = False
         self.faults: Callable[[int], Fault | None] = lambda number: None
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def manage(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What a server of vLLM does in its development mode."""
+        what, _, how = path.removeprefix("/").partition("?")
+        self.managed.append(what)
+        if what == "sleep":
+            assert how == "level=1&mode=wait"
+        if what == "pause":
+            assert how == "mode=wait&clear_cache=true"
+        if what == "collective_rpc":
+            assert self.managed[-2] == "pause", self.managed
+            assert body["method"] == "reload_weights"
+            self.model = LlamaForCausalLM.from_pretrained(body["kwargs"]["weights_path"], dtype=torch.float32).eval()
+        if what in ("sleep", "wake_up"):
+            self.asleep = what == "sleep"
+        return {}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is what some tests want."""
@@ -86,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             self.say({"object": "list", "data": [entry]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if not self.allowed():
             return
         if self.path == "/tokenize":
@@ -99,6 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/unload_lora_adapter":
             del self.server.adapters[body["lora_name"]]
             self.say({})
+            return
+        if self.path.startswith(("/pause", "/resume", "/collective_rpc", "/sleep", "/wake_up")):
+            self.say(self.server.manage(self.path, body))
             return
         assert self.path == "/v1/completions", self.path
         with self.server.lock:
@@ -117,6 +138,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.in_flight -= 1
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert not self.server.asleep, "asked while it sleeps"
         model = self.server.model if body["model"] == self.server.name else self.server.adapters[body["model"]]
         with self.server.lock:  # one forward pass at a time, as the tests run on one thread
             return {"choices": [scores(model, body) if "prompt_logprobs" in body else response(model, body)]}

@@ -60,15 +60,15 @@ class TeacherConfig(Node):
             raise ValueError(f"engines = {self.engines} starts servers of a model; give it in model, or drop engines")
         if self.engines is None:
             for field in ("gpus_per_engine", "engine_args"):
-                if field in self.model_fields_set:
+                if getattr(self, field):
                     raise ValueError(f"{field} belongs to engines; drop it, or say how many engines")
         return self
 
     @model_validator(mode="after")
     def _served(self) -> "TeacherConfig":
         if self.url is None:
-            for field in ("served_model", "api_key_env", "server"):
-                if field in self.model_fields_set:
+            for field, plain in (("served_model", None), ("api_key_env", None), ("server", "vllm")):
+                if getattr(self, field) != plain:
                     raise ValueError(f"{field} belongs to url; drop it, or give the server's url")
             return self
         if not self.urls:

@@ -1,7 +1,6 @@
-"""One vLLM server on one node: started, watched, started again, and given the student's adapters."""
+"""One vLLM server on one node: started, watched, started again, and given the student's weights."""
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -9,31 +8,239 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import httpx2
+import numpy as np
+from safetensors import SafetensorError
 
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
 _SAID = 40  # lines of a server's log that an error looks back on
 
+Files = Mapping[str, np.ndarray]
+"""The files of a folder by name, as bytes (uint8)."""
+
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How an engine is started: the command, what it serves and under which name, and for how long it may start; kept: how many
-    versions of the student it holds, for requests that began with an older one go on with it."""
+    """How an engine is started: the command, what it serves and under which name, and for how long it may start.
+
+    holds: what `load` gives it: adapters beside its base, weights in place of its own (an adapter is merged first), or nothing.
+    kept: how many adapters it holds, for requests that began with an older one go on with it. sleeps: it can free its device and
+    take it again. secret: the key that it asks for.
+    """
 
     command: Sequence[str]
     model: str
     name: str
     args: Sequence[str]
     start_s: float
-    kept: int = 2
+    holds: Literal["adapters", "weights", "nothing"] = "nothing"
+    kept: int = 1
+    sleeps: bool = False
+    secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """A server that answers: its URL, the longest sequence that it takes, and the versions that it holds."""
+
+    url: str
+    context: int | None
+    versions: tuple[str, ...]
+
+
+class Engine:
+    """A vLLM server as a child of this process, with the weights that `load` was given, by version.
+
+    A server that died is started again by the next `state`, with what it held. Meant to live in a Ray actor; knows nothing of Ray.
+    """
+
+    def __init__(self, plan: EnginePlan, host: str) -> None:
+        self._plan = plan
+        self._host = host
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._context: int | None = None
+        self._versions: deque[str] = deque()
+        self.awake = False
+        # servers of this run, which no proxy of the environment stands before
+        key = {"Authorization": f"Bearer {plan.secret}"} if plan.secret else {}
+        self._client = httpx2.Client(trust_env=False, headers=key, timeout=plan.start_s)
+
+    def state(self) -> EngineState:
+        """Where the server is, once it answers, awake. Raises RunError when it does not start."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+            for name in self._versions:
+                self._show(name)
+        elif not self.awake:
+            self._post("/wake_up")
+            self.awake = True
+        return EngineState(f"http://{self._host}:{self._port}", self._context, tuple(self._versions))
+
+    def sleep(self) -> None:
+        """Free the device; the weights wait in main memory. `state` wakes it."""
+        if self.awake and self._process is not None and self._process.poll() is None:
+            self._post("/sleep?level=1&mode=wait")
+        self.awake = False
+
+    def load(self, name: str, files: Files) -> None:
+        """Serve a version of the student; returns once the server has it. Versions before the last few are dropped."""
+        self.state()
+        if name in self._versions:
+            return
+        place = self._home / name
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            self._write(place, files)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"engine '{self._plan.name}' cannot write the student to '{place}' on {socket.gethostname()}: "
+                f"{one_line(str(error))}; free space there (or set TMPDIR), then continue with 'opd train --resume'"
+            ) from None
+        if self._plan.holds == "weights":
+            self._show(name)
+            self._versions.append(name)
+            while len(self._versions) > 1:
+                self._drop(self._versions.popleft())
+            return
+        while len(self._versions) >= self._plan.kept:
+            old = self._versions.popleft()
+            self._post("/v1/unload_lora_adapter", {"lora_name": old})
+            self._drop(old)
+        self._show(name)
+        self._versions.append(name)
+
+    def stop(self) -> None:
+        """End the server and all that it started, and remove what was written for it."""
+        self._end()
+        self._client.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _home(self) -> Path:
+        assert self._folder is not None, "state() comes first"
+        return self._folder
+
+    def _drop(self, name: str) -> None:
+        shutil.rmtree(self._home / name, ignore_errors=True)
+
+    def _write(self, place: Path, files: Files) -> None:
+        """A version's folder; an adapter whose engine holds weights becomes a whole model."""
+        place.mkdir()
+        for file, content in files.items():
+            (place / file).write_bytes(content.data)
+        if self._plan.holds == "weights" and (place / "adapter_config.json").exists():
+            from opd.embedded.export import write_merged
+
+            adapter = place.rename(place.with_name(f".{place.name}.adapter"))
+            write_merged(self._plan.model, adapter, place)
+            shutil.rmtree(adapter)
+
+    def _show(self, name: str) -> None:
+        """Let the server read a version from its folder."""
+        place = str(self._home / name)
+        if self._plan.holds == "adapters":
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
+            return
+        # what is asked is answered first; what was computed for shared beginnings belongs to the weights before
+        self._post("/pause?mode=wait&clear_cache=true")
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
+        self._post("/resume")
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"ended")  # its folder stays, it may be started again
+            self._process.stdin.close()  # the keeper ends what it keeps
+        self._process.wait()
+        self._process = None
+
+    def _start(self) -> None:
+        self._end()
+        plan = self._plan
+        if shutil.which(plan.command[0]) is None:
+            raise RunError(
+                f"cluster.engine_command = '{plan.command[0]}' is no command on {socket.gethostname()}; name one of an environment "
+                "that has vLLM"
+            )
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
+        self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
+        command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
+        command += ["--host", self._host, "--port", str(self._port), *plan.args]
+        with (self._folder / "server.log").open("a") as said:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "opd.distributed.keeper", str(self._folder), *command],
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(),
+                )
+            except OSError as error:
+                raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
+        self._wait()
+        self.awake = True
+
+    def _environment(self) -> dict[str, str]:
+        found = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        found.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs that were booked
+        if self._plan.holds == "weights" or self._plan.sleeps:
+            found["VLLM_SERVER_DEV_MODE"] = "1"  # it has the paths that weights are replaced by, and sleep
+        if self._plan.secret:
+            found["VLLM_API_KEY"] = self._plan.secret
+        return found
+
+    def _wait(self) -> None:
+        """Until the server answers, and says what it takes."""
+        plan, log = self._plan, self._home / "server.log"
+        assert self._process is not None
+        end = time.monotonic() + plan.start_s
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise RunError(f"engine '{plan.name}' ended while it started: {_last_words(log)}")
+            if time.monotonic() > end:
+                self._end()
+                raise RunError(
+                    f"engine '{plan.name}' did not answer in cluster.engine_start_s = {plan.start_s:g} s: {_last_words(log)}"
+                )
+            time.sleep(_POLL_S)
+        models = self._ask("GET", "/v1/models").json()["data"]
+        self._context = next((entry.get("max_model_len") for entry in models if entry["id"] == plan.name), None)
+
+    def _answers(self) -> bool:
+        try:
+            return self._client.get(self._at("/health"), timeout=5).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def _at(self, path: str) -> str:
+        return f"http://{self._host}:{self._port}{path}"
+
+    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+        self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
+        try:
+            answer = self._client.request(method, self._at(path), json=body)
+        except httpx2.TransportError as error:
+            raise RunError(f"engine '{self._plan.name}' cannot be asked for {path}: {error or type(error)}") from None
+        if answer.status_code != 200:
+            said = one_line(answer.text)[:200]
+            raise RunError(f"engine '{self._plan.name}' refuses {path}: {answer.status_code}: {said}")
+        return answer
 
 
 def _free_port(wanted: int) -> int:
@@ -45,120 +252,7 @@ def _free_port(wanted: int) -> int:
     raise RunError("no port of this machine is free for an engine")
 
 
-class Engine:
-    """A vLLM server as a child of this process. Its adapters are those that `load` was given, by version.
-
-    A server that died is started again by the next `address`, with the newest adapter. Meant to live in a Ray actor; knows nothing
-    of Ray.
-    """
-
-    def __init__(self, plan: EnginePlan, host: str) -> None:
-        self._plan = plan
-        self._host = host
-        self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
-        self._versions: deque[str] = deque()
-
-    def address(self) -> str:
-        """The server's URL, once it answers. Raises RunError when it does not start."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-            for name in self._versions:
-                self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
-        return f"http://{self._host}:{self._port}"
-
-    def load(self, name: str, files: Mapping[str, bytes]) -> str:
-        """Serve an adapter under a name; returns the name once the server has it. Older ones beyond the last few are dropped."""
-        self.address()
-        if name in self._versions:
-            return name
-        place = self._folder / name
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        for file, content in files.items():
-            (place / file).write_bytes(content)
-        while len(self._versions) >= self._plan.kept:
-            old = self._versions.popleft()
-            self._post("/v1/unload_lora_adapter", {"lora_name": old})
-            shutil.rmtree(self._folder / old, ignore_errors=True)
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
-        self._versions.append(name)
-        return name
-
-    def stop(self) -> None:
-        """End the server and all that it started, and remove what was written for it."""
-        self._end()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _end(self) -> None:
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # the keeper ends what it keeps
-        self._process.wait()
-        self._process = None
-
-    def _start(self) -> None:
-        self._end()
-        self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
-        plan = self._plan
-        if shutil.which(plan.command[0]) is None:
-            raise RunError(
-                f"cluster.engine_command = '{plan.command[0]}' is no command on {socket.gethostname()}; name one of an environment "
-                "that has vLLM"
-            )
-        command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
-        command += ["--host", "0.0.0.0", "--port", str(self._port), *plan.args]
-        env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        env.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs that were booked
-        log = self._folder / "server.log"
-        with log.open("a") as said:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "opd.distributed.keeper", *command],
-                    stdin=subprocess.PIPE,
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                )
-            except OSError as error:
-                raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
-        end = time.monotonic() + plan.start_s
-        while not self._answers():
-            if self._process.poll() is not None:
-                raise RunError(f"engine '{plan.name}' ended while it started: {self._last_words(log)}")
-            if time.monotonic() > end:
-                self._end()
-                raise RunError(
-                    f"engine '{plan.name}' did not answer in cluster.engine_start_s = {plan.start_s:g} s: {self._last_words(log)}"
-                )
-            time.sleep(_POLL_S)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def _last_words(self, log: Path) -> str:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-_SAID:]
-        telling = [line for line in lines if "rror" in line] or lines
-        return one_line(telling[-1])[-300:] if telling else "it said nothing"
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> None:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self._plan.start_s):
-                return
-        except urllib.error.HTTPError as error:
-            said = one_line(error.read().decode(errors="replace"))[:200]
-            raise RunError(f"engine '{self._plan.name}' refuses {path}: {error.code}: {said}") from None
-        except OSError as error:
-            raise RunError(f"engine '{self._plan.name}' cannot be asked for {path}: {error}") from None
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-_SAID:]
+    telling = [line for line in lines if "rror" in line] or lines
+    return one_line(telling[-1])[-300:] if telling else "it said nothing"

@@ -24,13 +24,26 @@ class RankGroup:
     """Every rank, asked at once. When one fails or dies, none can go on: all are ended, and the error says which it was."""
 
     def __init__(self, config: Config) -> None:
+        """They begin to load; `build` waits for them."""
         cluster = config.cluster
         remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
         self.size = cluster.learner_ranks
         self._actors: list[Any] = [remote.remote(config, rank, self.size, os.getcwd()) for rank in range(self.size)]
         self._asking = threading.Lock()
         self._met = False
-        self.facts: RankFacts = self._ask(["facts"] * self.size, [()] * self.size, self._actors)[0]
+        self._error: BaseException | None = None
+        self._loading = self._start(["build"] * self.size, [()] * self.size, self._actors)
+        self._facts: RankFacts | None = None
+
+    def build(self) -> None:
+        """Wait until every rank has loaded its models. Raises what one could not load."""
+        self._facts = self._wait(self._loading)[0]
+
+    @property
+    def facts(self) -> RankFacts:
+        """What ranks say of their models."""
+        assert self._facts is not None, "build() comes first"
+        return self._facts
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
@@ -42,6 +55,7 @@ class RankGroup:
         """Spread the weights, once."""
         if self._met:
             return
+        self._require_alive()
         first = self._actors[0]
         host = ray.get(first.__ray_call__.remote(lambda rank: ray.util.get_node_ip_address()))
         port = ray.get(first.free_port.remote())
@@ -57,26 +71,50 @@ class RankGroup:
         self.meet()
         return self._ask([method] * self.size, args, self._actors)
 
+    def weights(self) -> Any:
+        """Ray's reference to the files of the student's folder, which the first rank makes and the others help with."""
+        self.meet()
+        with self._asking:
+            self._require_alive()
+            made = [actor.files.options(num_returns=2).remote() for actor in self._actors]
+        self._wait([done for done, _ in made])
+        return made[0][1]
+
     def _ask(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
+        return self._wait(self._start(methods, args, actors))
+
+    def _start(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
         with self._asking:  # every rank gets what threads ask in the same order
-            refs = [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+            self._require_alive()
+            return [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+
+    def _wait(self, refs: Sequence[Any]) -> list[Any]:
         pending, ready = list(refs), []
         try:
             while pending:
                 ready, pending = ray.wait(pending, num_returns=1)
                 ray.get(ready)
         except RayTaskError as error:
-            self.close()
-            if isinstance(error.cause, OpdError):
-                raise error.cause from None
-            raise
+            raise self._end(error.cause if isinstance(error.cause, OpdError) else error) from None
         except RayActorError as error:
             rank = next(i for i, ref in enumerate(refs) if ref in ready)
-            self.close()
-            raise RunError(
-                f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
+            raise self._end(
+                RunError(
+                    f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
+                )
             ) from None
-        return ray.get(refs)
+        return ray.get(list(refs))
+
+    def _end(self, error: BaseException) -> BaseException:
+        """End all ranks; the first error is the one that all who ask are told."""
+        with self._asking:
+            self._error = self._error or error
+        self.close()
+        return self._error
+
+    def _require_alive(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """End every rank."""
@@ -106,14 +144,14 @@ class RankLearner:
     """The learner on several ranks (`opd.roles.Learner`): any number of them gives the same gradient."""
 
     def __init__(self, group: RankGroup, config: Config) -> None:
-        self._group = group
+        self.group = group
         self._config = config
-        self.changes = 0  # how often the student has changed
-        self._files: tuple[int, Mapping[str, bytes]] = (-1, {})
+        self._changes = 0  # how often the student has changed
+        self._files: tuple[int, Any] = (-1, None)
 
     def score_student(self, batch: Batch) -> Batch:
         """The batch with the student's own log-probabilities, KLs and baselines."""
-        found = self._group.each("score_student", [(part,) for part in split(batch, self._group.size)])
+        found = self.group.each("score_student", [(part,) for part in split(batch, self.group.size)])
         names = dict.fromkeys(name for part in found for name in part)
         columns: dict[str, Any] = {n: torch.cat([part[n] for part in found if part]) for n in names}
         return replace(batch, **columns)
@@ -121,25 +159,30 @@ class RankLearner:
     def forward_backward(self, batch: Batch) -> Metrics:
         """Add the gradient of the whole batch's loss."""
         shared = divisor(self._config.objective, batch)
-        return merge(self._group.each("forward_backward", [(part, shared) for part in split(batch, self._group.size)]))
+        return merge(self.group.each("forward_backward", [(part, shared) for part in split(batch, self.group.size)]))
 
     def optim_step(self) -> Metrics:
         """Clip, step, advance the schedule, clear the gradient."""
-        found = self._group.all("optim_step")[0]
-        self.changes += 1  # only now: what is asked for meanwhile is the student before
+        found = self.group.all("optim_step")[0]
+        self._changes += 1  # only now: what is asked for meanwhile is the student before
         return found
 
-    def weights(self) -> Mapping[str, bytes]:
-        """The student as the files of its folder."""
-        if self._files[0] != self.changes:
-            self._files = self.changes, self._group.all("files")[0]
-        return self._files[1]
+    def weights(self) -> Any:
+        """Ray's reference to the student as the files of its folder; they do not pass through this process."""
+        return self.version()[1]
+
+    def version(self) -> tuple[int, Any]:
+        """How often the student has changed, and its weights."""
+        changes = self._changes
+        if self._files[0] != changes:
+            self._files = changes, self.group.weights()
+        return self._files
 
     def save(self, folder: Path) -> Mapping[str, Any]:
         """Every rank writes its part into a folder that all of them see."""
-        return self._group.all("save", str(folder.resolve()))[0]
+        return self.group.all("save", str(folder.resolve()))[0]
 
     def load(self, folder: Path, values: Mapping[str, Any]) -> None:
         """Continue from what any number of ranks wrote."""
-        self._group.all("load", str(folder.resolve()), dict(values))
-        self.changes += 1
+        self.group.all("load", str(folder.resolve()), dict(values))
+        self._changes += 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +26,7 @@ from opd.distributed.sharding import shard
 from opd.embedded.build import build
 from opd.embedded.export import export, export_files
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.studio import EmbeddedStudio
 from opd.metrics import Metrics
 from opd.records import Prompt, Rollout, ScoredRollout
 from opd.roles import Teacher, TeacherFacts
@@ -47,29 +49,35 @@ class Rank:
     """Builds the parts of a recipe as one process does, then spreads their weights; see `opd.distributed.group`."""
 
     def __init__(self, config: Config, rank: int, world: int, folder: str) -> None:
-        os.chdir(folder)  # where the recipe's paths begin, on every node
         self._config = config
         self._rank = rank
         self._world = world
-        # in main memory, whatever the device: only a part of it goes there
-        here = config.compute.model_copy(update={"device": "cpu"})
-        self._studio = build(config.model_copy(update={"compute": here}), served=False)
+        self._folder = folder
+        self._built: EmbeddedStudio | None = None
         self._learner: EmbeddedLearner | None = None
 
-    def free_port(self) -> int:
-        """A port of this machine at which ranks can meet."""
-        with socket.socket() as found:
-            found.bind(("", 0))
-            return int(found.getsockname()[1])
-
-    def facts(self) -> RankFacts:
-        studio = self._studio
+    def build(self) -> RankFacts:
+        """Load the models, into main memory whatever the device: only a part of them goes there."""
+        os.chdir(self._folder)  # where the recipe's paths begin, on every node
+        here = self._config.compute.model_copy(update={"device": "cpu"})
+        self._built = studio = build(self._config.model_copy(update={"compute": here}), served=False)
         return RankFacts(
             teachers=studio.facts(),
             identities=studio.identities,
             single_models=tuple(studio.single_models()),
             student_context=studio.student_context,
         )
+
+    @property
+    def _studio(self) -> EmbeddedStudio:
+        assert self._built is not None, "build() comes first"
+        return self._built
+
+    def free_port(self) -> int:
+        """A port of this machine at which ranks can meet."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            return int(found.getsockname()[1])
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """As of the studio; asked before the weights are spread."""
@@ -139,12 +147,13 @@ class Rank:
     def optim_step(self) -> Metrics:
         return self._trained.optim_step()
 
-    def files(self) -> dict[str, bytes]:
-        """The student as the files of its folder; from the first rank, the others only help."""
+    def files(self) -> tuple[bool, dict[str, np.ndarray]]:
+        """That it is done, and the student as the files of its folder; from the first rank, the others only help."""
         found = {name: _whole(p) for name, p in self._trained.weights().items()}
         if self._rank:
-            return {}
-        return export_files(self._studio.student, found)
+            return True, {}
+        files = export_files(self._studio.student, found)
+        return True, {name: np.frombuffer(content, dtype=np.uint8) for name, content in files.items()}
 
     def export(self, folder: str) -> None:
         """Write the student; the first rank does, the others only help."""

@@ -2,8 +2,8 @@
 
 import logging
 import socket
-import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,25 @@ import ray
 
 from opd.batch import consecutive
 from opd.config import Config
-from opd.distributed.engines import Engines
+from opd.distributed.engines import (
+    Booking,
+    StudentEngines,
+    TeachersOnCluster,
+    booking_of_student,
+    bookings_of_teachers,
+)
 from opd.distributed.group import RankGroup, RankLearner, RankTeachers
-from opd.embedded.build import connect_all
-from opd.embedded.loading import LoadedTokenizer, gguf_folder, load_tokenizer
+from opd.embedded.loading import gguf_folder, load_tokenizer
 from opd.embedded.studio import distances_of
 from opd.errors import RunError, one_line
 from opd.metrics import merge
 from opd.records import Prompt, ScoredRollout
 from opd.roles import Alone, Sampler, Teacher, TeacherFacts
+from opd.served.facts import connect_all, connect_started
+from opd.served.model import ServedModel
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed
-from opd.served.wire import Endpoint, Wire
+from opd.served.teacher import ServedTeacher, WithServed, identities_of
+from opd.served.wire import Wire
 from opd.tasks.episodes import EpisodePlayer, MakeEnvironment
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
@@ -34,55 +41,62 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
     if Path(config.student).suffix == ".gguf":
         config = config.model_copy(update={"student": str(gguf_folder(Path(config.student)))})
     loaded = load_tokenizer(config.student)
-    _join(config)
-    try:
+    with ExitStack() as started:
+        _join(config)
+        started.callback(ray.shutdown)
         _require_room(config)
-        served = connect_all(config, loaded.tokenizer)
-        try:
-            return DistributedStudio(config, make_environment, loaded, served)
-        except BaseException:
-            for teacher in served.values():
-                teacher.wire.close()
-            raise
-    except BaseException:
-        ray.shutdown()
-        raise
+        wire = Wire(config.served)
+        started.callback(wire.close)
+        served = connect_all(config, loaded.tokenizer, wire)
+        teachers = TeachersOnCluster(config)  # they start while the ranks load
+        started.callback(teachers.close)
+        group = RankGroup(config)
+        started.callback(group.close)
+        learner = RankLearner(group, config)
+        engines = StudentEngines(config, learner.version)
+        started.callback(engines.close)
+        group.build()
+        served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
+        ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
+        chat = Chat(loaded.tokenizer)
+        player = EpisodePlayer(chat, config.episodes, end_ids=ends, make_environment=make_environment)
+        return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 
 
 class DistributedStudio:
-    """The student on several ranks, and engines that sample from it as it is."""
+    """The student on several ranks, and engines that sample from it as it is; started: what ends with it."""
 
     def __init__(
         self,
         config: Config,
-        make_environment: MakeEnvironment,
-        loaded: LoadedTokenizer,
+        tokenizer: Any,
+        player: EpisodePlayer,
+        wire: Wire,
         served: Mapping[str, ServedTeacher],
+        engines: StudentEngines,
+        learner: RankLearner,
+        started: ExitStack,
     ) -> None:
         self._config = config
+        self.tokenizer: Any = tokenizer
+        self._player = player
+        self._wire = wire
         self._served = served
-        self.tokenizer: Any = loaded.tokenizer
-        ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
-        self._player = EpisodePlayer(
-            Chat(loaded.tokenizer), config.episodes, end_ids=ends, make_environment=make_environment
-        )
-        self._wire = Wire(config.served)
-        self._engines = Engines(config)  # they start while the ranks load
-        self._group = RankGroup(config)
-        self._learner = RankLearner(self._group, config)
-        self._moving = threading.Lock()  # units of a step ask at once
-        self._given = -1  # how often the student had changed when the engines got it
+        self._engines = engines
+        self._learner = learner
+        self._group = learner.group
+        self._started = started
 
     @property
     def student_context(self) -> int | None:
-        """The longest sequence that the student takes."""
-        return self._group.facts.student_context
+        """The longest sequence that the student takes, at ranks and engines."""
+        limits = (self._group.facts.student_context, self._engines.context())
+        return min((c for c in limits if c is not None), default=None)
 
     @property
     def identities(self) -> Mapping[str, str]:
         """What must not change under a run."""
-        served = {f"teacher '{n}'": f"served model '{t.endpoint.model}'" for n, t in self._served.items()}
-        return {**self._group.facts.identities, **served}
+        return {**self._group.facts.identities, **identities_of(self._served)}
 
     def facts(self) -> TeacherFacts:
         """What the teachers are."""
@@ -96,27 +110,17 @@ class DistributedStudio:
 
     def sampler(self) -> Sampler:
         """Of the student as it is, at its engines."""
-        return self._served_sampler(self._locate, self._wire)
+        return self._sampler_of(self._engines, self._group.facts.student_context)
 
-    def _served_sampler(self, locate: Any, wire: Wire, context: int | None = None) -> ServedSampler:
-        limits = [c for c in (context, self.student_context) if c is not None]
+    def _sampler_of(self, model: ServedModel, context: int | None = None) -> ServedSampler:
         return ServedSampler(
-            locate,
-            wire,
+            model,
+            self._wire,
             temperature=self._config.temperature,
             max_new_tokens=self._config.sampling.max_new_tokens,
-            context=min(limits, default=None),
+            context=context,
             player=self._player,
         )
-
-    def _locate(self) -> Endpoint:
-        """Where the student is, as it is now."""
-        with self._moving:
-            if self._given != self._learner.changes:
-                self._given = self._learner.changes
-                self._engines.load(self._learner.weights(), version=self._given)
-                return self._engines.where
-            return self._engines.endpoint()
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         """The prompts' own; followed: what training follows."""
@@ -139,8 +143,7 @@ class DistributedStudio:
         """A teacher behind a server can be asked for answers; what ranks hold cannot."""
         if teacher not in self._served:
             return None
-        found = self._served[teacher]
-        return Alone(self._served_sampler(lambda: found.endpoint, found.wire, found.context), self.tokenizer)
+        return Alone(self._sampler_of(self._served[teacher].model), self.tokenizer)
 
     def learner(self) -> RankLearner:
         """All ranks together; they meet when they are first asked."""
@@ -164,25 +167,21 @@ class DistributedStudio:
 
     def close(self) -> None:
         """End all that was started, and leave the cluster."""
-        self._wire.close()
-        for teacher in self._served.values():
-            teacher.wire.close()
-        self._engines.close()
-        self._group.close()
-        ray.shutdown()
+        self._started.close()
 
 
 def _require_room(config: Config) -> None:
     """Raise RunError where the cluster has less than the recipe asks for: Ray would wait for it without a word."""
-    c = config.cluster
+    cluster = config.cluster
+    ranks = Booking(cluster.learner_ranks, cluster.gpus_per_rank, cluster.cpus_per_rank)
+    booked = {"ranks": ranks, "engines of the student": booking_of_student(config)}
+    booked |= {f"engines of {' and '.join(models)}": booking for models, booking in bookings_of_teachers(config)}
     found = ray.cluster_resources()
-    for kind, rank, engine in (
-        ("CPU", c.cpus_per_rank, c.cpus_per_engine),
-        ("GPU", c.gpus_per_rank, c.gpus_per_engine),
-    ):
-        needed, there = c.learner_ranks * rank + c.engines * engine, found.get(kind, 0.0)
+    for kind in ("CPU", "GPU"):
+        each = {who: b.cpus if kind == "CPU" else b.gpus for who, b in booked.items()}
+        needed, there = sum(b.places * each[who] for who, b in booked.items()), found.get(kind, 0.0)
         if needed > there:
-            asked = f"{c.learner_ranks} ranks with {rank:g} and {c.engines} engines with {engine:g}"
+            asked = ", ".join(f"{b.places} {who} with {each[who]:g}" for who, b in booked.items() if each[who])
             raise RunError(
                 f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines or "
                 f"their {kind.lower()}s, or add nodes"

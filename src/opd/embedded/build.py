@@ -15,9 +15,9 @@ from opd.embedded.network import Network
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.teacher import Part, Target, Voice
 from opd.errors import ModelError
-from opd.served.facts import connect
-from opd.served.teacher import ServedTeacher
-from opd.served.wire import Endpoint, Wire
+from opd.served.facts import connect_all
+from opd.served.teacher import ServedTeacher, identities_of
+from opd.served.wire import Wire
 from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
 from opd.text.reading import Reader
@@ -76,7 +76,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
         )
     for net in own:
         net.vocab_size = vocab_size
-    connected = connect_all(config, network.tokenizer) if served else {}
+    connected = _connected(config, network.tokenizer) if served else {}
     identities = _identities(config, network, voices, foreign, connected)
     apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.served}
     targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
@@ -87,22 +87,16 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     )  # fmt: skip
 
 
-def connect_all(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
-    """The teachers behind servers, all asked who they are."""
-    given = {name: teacher for name, teacher in config.teachers.items() if teacher.served}
-    if not given:
+def _connected(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
+    """The teachers behind servers; whoever closes one closes the connections of all."""
+    if not any(teacher.url for teacher in config.teachers.values()):
         return {}
     wire = Wire(config.served)
-    found: dict[str, ServedTeacher] = {}
     try:
-        for name, teacher in given.items():
-            endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
-            top = config.objective.support if config.objective.type == "support" else 0
-            found[name] = connect(name, endpoint, wire, tokenizer, top=top)
-    finally:
-        if len(found) < len(given):
-            wire.close()
-    return found
+        return connect_all(config, tokenizer, wire)
+    except BaseException:
+        wire.close()
+        raise
 
 
 def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:
@@ -215,7 +209,7 @@ def _identities(
 ) -> dict[str, str]:
     """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
     named = {f"teacher '{name}'": _identity(config, name, voice) for name, voice in voices.items()}
-    named |= {f"teacher '{name}'": f"served model '{teacher.endpoint.model}'" for name, teacher in served.items()}
+    named |= identities_of(served)
     named["the student's tokenizer"] = fingerprint(student.tokenizer)
     for name, voice in foreign.items():
         named[f"the tokenizer of teacher '{name}'"] = fingerprint(voice.reader.tokenizer)

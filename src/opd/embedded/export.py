@@ -5,13 +5,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from opd.embedded.loading import save_adapter_facts
+from opd.embedded.loading import quiet, save_adapter_facts
 from opd.embedded.teacher import Voice
 
 
@@ -58,6 +60,13 @@ def export_files(voice: Voice, weights: Mapping[str, Tensor]) -> dict[str, bytes
     with tempfile.TemporaryDirectory(prefix="opd-export-") as place:
         export(voice, Path(place) / "student", weights=weights)
         return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
+
+
+def write_merged(base: str, adapter: Path, folder: Path) -> None:
+    """Write a base with an adapter in its weights, in the dtype of the base."""
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+        PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
 
 
 def _sort_lists(path: Path) -> None:

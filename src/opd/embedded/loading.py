@@ -50,7 +50,7 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
         raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
     where = str(path)
     device = resolve_device(compute.device)
-    with _one_line(source), _quiet():
+    with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where)
         model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
@@ -83,7 +83,7 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
     _require_a_place(source)
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     where = str(path.parent) if file else source
-    with _one_line(source), _quiet():
+    with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, **file)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
@@ -92,7 +92,7 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
 
 def _generation_config(source: str) -> GenerationConfig | None:
     """What says how the model generates, as loading the model would find it; None where nothing does."""
-    with _quiet():
+    with quiet():
         with contextlib.suppress(OSError, ValueError):
             return GenerationConfig.from_pretrained(source)
         with contextlib.suppress(OSError, ValueError):
@@ -118,7 +118,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:  # a kill leaves the staging folder behind, never half of `folder`
-        with _one_line(str(path)), _quiet():
+        with _one_line(str(path)), quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=torch.float32
@@ -151,7 +151,7 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
         task_type="CAUSAL_LM",
     )
     try:
-        with _quiet():
+        with quiet():
             network.model = get_peft_model(network.base, peft_config, adapter_name="student")
     except ValueError as error:
         raise ModelError(f"model '{network.source}': lora.target_modules does not fit: {_first_line(error)}") from None
@@ -193,7 +193,7 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
     who = f"adapter '{folder}' (teacher '{teacher}')"
     _require_adapter(network, folder, who, otherwise=f"load the teacher as a whole model (teachers.{teacher}.model)")
     try:
-        with _quiet():
+        with quiet():
             if isinstance(network.model, PeftModel):
                 network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
             else:
@@ -265,7 +265,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the loaders' own bars and advice; ours name what matters."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

@@ -155,11 +155,11 @@ class EmbeddedStudio:
     def _served_sampler(self, teacher: ServedTeacher) -> ServedSampler:
         """A sampler of a served teacher, which is shown prompts as the student is."""
         return ServedSampler(
-            lambda: teacher.endpoint,
+            teacher.model,
             teacher.wire,
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
-            context=teacher.context,
+            context=None,
             player=episode_player(self.student.network, self.config.episodes, self.make_environment),
         )
 

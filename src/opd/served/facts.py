@@ -5,14 +5,51 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from opd.config import Config
 from opd.errors import ModelError
+from opd.served.model import Fixed, ServedModel
 from opd.served.teacher import ServedTeacher
 from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
 from opd.text.tokenizer import PROBE
 
 
+def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedTeacher]:
+    """The teachers with a url, each asked who it is."""
+    found: dict[str, ServedTeacher] = {}
+    for name, teacher in config.teachers.items():
+        if teacher.url is not None:
+            endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
+            found[name] = connect(name, endpoint, wire, tokenizer, top=_top(config))
+    return found
+
+
+def connect_started(
+    config: Config, tokenizer: Any, wire: Wire, models: Mapping[str, ServedModel]
+) -> dict[str, ServedTeacher]:
+    """The teachers at engines that this run started, each asked who it is; teachers of one model are one model."""
+    found: dict[str, ServedTeacher] = {}
+    for name, model in models.items():
+        with model.using():
+            endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), wire, tokenizer)
+        said = config.teachers[name].model or endpoint.model
+        found[name] = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
+    return found
+
+
+def _top(config: Config) -> int:
+    """How many of its likeliest tokens a server names at each place."""
+    return config.objective.support if config.objective.type == "support" else 0
+
+
 def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: int = 0) -> ServedTeacher:
-    """A served teacher that answers, whose model is known and whose tokens are the student's; top: as in `ServedTeacher`.
+    """A teacher at servers that somebody else started (`described`)."""
+    named, context, unknown = described(endpoint, wire, tokenizer)
+    return ServedTeacher(name, Fixed(named), named.model, wire, context, top, unknown)
+
+
+def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint, int | None, str]:
+    """A teacher that answers, whose model is known and whose tokens are the student's: where it is, with its name there; the
+    longest sequence that it scores; why its tokenizer could not be compared, "" where it was.
 
     Raises ModelError when a server does not answer, when it has several models and none is named, when servers of one teacher
     hold different ones, and when it cuts a text otherwise than the student's tokenizer.
@@ -31,7 +68,7 @@ def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: i
     limits = [context for _, context in found.values() if context is not None]
     # a server samples one token behind what it scores
     context = min(limits) - 1 if limits else None
-    return ServedTeacher(name, named, wire, context, top, next(filter(None, silent), ""))
+    return replace(named, context=min(limits, default=None)), context, next(filter(None, silent), "")
 
 
 def _model(answer: Mapping[str, Any], *, wanted: str) -> tuple[str, int | None]:

@@ -1,7 +1,6 @@
 """Sampling from a model behind servers: turns of episodes, all asked for at once."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,22 +8,24 @@ from opd.data.seeds import generator_of
 from opd.records import Prompt, Rollout
 from opd.roles import Seed
 from opd.served.completions import PATH, Sampled, read_sample, sample_body
+from opd.served.model import ServedModel
 from opd.served.wire import Answer, Call, Endpoint, Wire
 from opd.tasks.episodes import Episode, EpisodePlayer, Taken, numbered
 
 
 class ServedSampler:
-    """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that they take.
+    """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that it takes, where
+    that is less than its servers do.
 
-    locate: says where the model is as it is now. Every call of `sample` stays with the version that it began with; what no server
-    gave is asked for once more, at the addresses that it says then. Every turn has a seed of its own, made from that of the call
+    Every call of `sample` stays with the version that it began with; what no server gave is asked for once more, at the addresses
+    that the model has by then. Every turn has a seed of its own, made from that of the call
     and its place, so a server that draws by seed repeats itself. A turn that nobody gave ends its episode, which is counted as
     lost. Threads may share a sampler.
     """
 
     def __init__(
         self,
-        locate: Callable[[], Endpoint],
+        model: ServedModel,
         wire: Wire,
         *,
         temperature: float,
@@ -32,7 +33,7 @@ class ServedSampler:
         context: int | None,
         player: EpisodePlayer,
     ) -> None:
-        self._locate = locate
+        self._model = model
         self._wire = wire
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
@@ -42,39 +43,31 @@ class ServedSampler:
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """Calls that begin from now on sample from the model as it is now."""
-        self._now = self._locate(), policy_version
+        self._now = self._model.newest(), policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         rows = numbered(prompts, num_samples)
         endpoint, version = self._now
-        endpoint = endpoint or self._locate()
-        return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
+        with self._model.using():
+            endpoint = endpoint or self._model.newest()
+            return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
 
     def _take_turns(self, episodes: Sequence[Episode], *, endpoint: Endpoint, seed: Seed) -> list[Taken]:
-        room = [self._room(e) for e in episodes]
+        limit = min((c for c in (self._context, endpoint.context) if c is not None), default=None)
+        room = [self._room(e, limit) for e in episodes]
         fits = [i for i, left in enumerate(room) if left > 0]
-        answers = self._ask([(episodes[i], room[i]) for i in fits], endpoint, seed)
+        calls = [self._call(endpoint, episodes[i], room[i], seed) for i in fits]
+        answers = self._wire.ask_again(calls, self._wire.ask(calls), self._model.again)
         taken = [Taken([], [], "context")] * len(episodes)
         for i, answer in zip(fits, answers, strict=True):
             taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)
         return taken
 
-    def _ask(self, turns: Sequence[tuple[Episode, int]], endpoint: Endpoint, seed: Seed) -> list[Answer[Sampled]]:
-        """The turns of episodes, each with its room."""
-        answers = self._wire.ask([self._call(endpoint, episode, room, seed) for episode, room in turns])
-        lost = [i for i, answer in enumerate(answers) if answer.value is None]
-        if lost:
-            there = replace(self._locate(), model=endpoint.model)
-            again = self._wire.ask([self._call(there, *turns[i], seed) for i in lost])
-            for i, answer in zip(lost, again, strict=True):
-                answers[i] = replace(answer, retries=answers[i].retries + 1 + answer.retries)
-        return answers
-
-    def _room(self, episode: Episode) -> int:
+    def _room(self, episode: Episode, limit: int | None) -> int:
         """How many tokens its next turn may have."""
-        if self._context is None:
+        if limit is None:
             return self._max_new_tokens
-        return min(self._max_new_tokens, self._context - len(episode.token_ids))
+        return min(self._max_new_tokens, limit - len(episode.token_ids))
 
     def _call(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Call[Sampled]:
         body = sample_body(

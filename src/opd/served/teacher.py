@@ -1,6 +1,7 @@
 """Teachers behind servers: they score the very tokens that the student sampled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,46 +10,44 @@ import numpy as np
 from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, SupportScore
 from opd.roles import Teacher
 from opd.served.completions import PATH, Scores, read_scores, score_body
+from opd.served.model import ServedModel
 from opd.served.wire import Call, Endpoint, Wire
 
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model that a server holds and that has the student's tokens; context: the longest sequence that it scores;
-    top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared with
-    the student's, if it could not."""
+    """A model that a server holds and that has the student's tokens; served: its name there; context: the longest sequence that it
+    scores; top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared
+    with the student's, if it could not."""
 
     name: str
-    endpoint: Endpoint
+    model: ServedModel
+    served: str
     wire: Wire
     context: int | None = None
     top: int = 0
     unknown: str = ""
 
-    def start(self, rollouts: Sequence[Rollout]) -> Callable[[], list[ScoredRollout]]:
-        """Ask for the scores of rollouts, at once; returns what waits for them, in order. What the server could not score says
-        why."""
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """The scores of rollouts, all asked for at once, in order. What the server could not score says why."""
         fits = [i for i, r in enumerate(rollouts) if self.context is None or len(r.token_ids) <= self.context]
-        calls = [self._call(rollouts[i].token_ids) for i in fits]
-        asked = self.wire.start(calls)
+        with self.model.using():
+            endpoint = self.model.newest()
+            calls = [self._call(endpoint, rollouts[i].token_ids) for i in fits]
+            answers = self.wire.ask_again(calls, self.wire.ask(calls), self.model.again)
+        found: dict[int, ScoredRollout] = {}
+        for i, answer in zip(fits, answers, strict=True):
+            if answer.value is None:
+                score: Score = FailedScore(self.name, answer.reason, lost=True)
+            else:
+                score = self._score(rollouts[i], answer.value)
+            found[i] = ScoredRollout(rollouts[i], score, retries=answer.retries)
+        return [found[i] if i in found else self._too_long(r) for i, r in enumerate(rollouts)]
 
-        def wait() -> list[ScoredRollout]:
-            found: dict[int, ScoredRollout] = {}
-            for i, answer in zip(fits, asked.result(), strict=True):
-                rollout = rollouts[i]
-                if answer.value is None:
-                    score = FailedScore(self.name, answer.reason, lost=True)
-                else:
-                    score = self._score(rollout, answer.value)
-                found[i] = ScoredRollout(rollout, score, retries=answer.retries)
-            return [found[i] if i in found else self._too_long(r) for i, r in enumerate(rollouts)]
-
-        return wait
-
-    def _call(self, token_ids: np.ndarray) -> Call[Scores]:
+    def _call(self, endpoint: Endpoint, token_ids: np.ndarray) -> Call[Scores]:
         ids = token_ids.tolist()
-        body = score_body(self.endpoint.model, ids, top=self.top)
-        return Call(self.endpoint, PATH, body, partial(read_scores, token_ids=ids, top=self.top))
+        body = score_body(endpoint.model, ids, top=self.top)
+        return Call(endpoint, PATH, body, partial(read_scores, token_ids=ids, top=self.top))
 
     def _score(self, rollout: Rollout, found: Scores) -> Score:
         mask = rollout.loss_mask
@@ -71,13 +70,17 @@ class WithServed:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given."""
-        waiting = []
-        for name, teacher in self._served.items():
-            mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == name]
-            if mine:
-                waiting.append((mine, teacher.start([rollouts[i] for i in mine])))
+        mine = {name: [i for i, r in enumerate(rollouts) if r.prompt.teacher == name] for name in self._served}
+        asked = {name: [rollouts[i] for i in places] for name, places in mine.items() if places}
         here = [i for i, r in enumerate(rollouts) if r.prompt.teacher not in self._served]
-        found = dict(zip(here, self._others.score([rollouts[i] for i in here]) if here else [], strict=True))
-        for mine, wait in waiting:
-            found |= dict(zip(mine, wait(), strict=True))
+        with ThreadPoolExecutor(max(1, len(asked)), thread_name_prefix="opd-served") as pool:
+            waiting = {name: pool.submit(self._served[name].score, own) for name, own in asked.items()}
+            found = dict(zip(here, self._others.score([rollouts[i] for i in here]) if here else [], strict=True))
+            for name, scored in waiting.items():
+                found |= dict(zip(mine[name], scored.result(), strict=True))
         return [found[i] for i in range(len(rollouts))]
+
+
+def identities_of(served: Mapping[str, ServedTeacher]) -> dict[str, str]:
+    """What must not change under a run, in words."""
+    return {f"teacher '{name}'": f"served model '{teacher.served}'" for name, teacher in served.items()}

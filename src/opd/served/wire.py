@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import httpx2
@@ -42,21 +42,33 @@ class Endpoint:
     """One model at one or more servers that serve the same: who it is in messages, their addresses, its name there.
 
     key_env: the environment variable that holds the servers' key; the key itself is read when a request is made, and kept nowhere.
+    secret: the key of servers that this run started. context: the longest sequence that they take, where they said so.
     """
 
     who: str
     urls: tuple[str, ...]
     model: str = ""
     key_env: str | None = None
+    context: int | None = None
+    secret: str | None = field(default=None, repr=False)
+
+    @property
+    def inside(self) -> bool:
+        """Whether this run started the servers, so that no proxy stands between."""
+        return self.secret is not None
 
     def key(self) -> str | None:
-        """The key. Raises ModelError when the variable is named and not set."""
+        """The key. Raises ModelError when the variable is named and not set, or holds what no header can carry."""
         if self.key_env is None:
-            return None
+            return self.secret
         found = os.environ.get(self.key_env, "").strip()
         if not found:
             raise ModelError(
                 f"{self.who}: environment variable {self.key_env} is not set; it must hold the server's key"
+            )
+        if not (found.isascii() and found.isprintable()):
+            raise ModelError(
+                f"{self.who}: environment variable {self.key_env} holds letters that no HTTP header can carry; set the key again"
             )
         return found
 
@@ -92,7 +104,7 @@ class Wire:
     def __init__(self, limits: ServedConfig) -> None:
         self._limits = limits
         self._loop = asyncio.new_event_loop()
-        self._client: httpx2.AsyncClient | None = None
+        self._clients: dict[bool, httpx2.AsyncClient] = {}
         self._places: dict[str, asyncio.Semaphore] = {}
         self._turn = 0
         self._thread = threading.Thread(target=self._loop.run_forever, name="opd-wire", daemon=True)
@@ -107,6 +119,20 @@ class Wire:
         for endpoint in dict.fromkeys(call.endpoint for call in calls):
             endpoint.key()  # a missing key is the user's to mend, before anything is asked
         return asyncio.run_coroutine_threadsafe(self._gather(calls), self._loop)
+
+    def ask_again(
+        self, calls: Sequence[Call[T]], answers: Sequence[Answer[T]], again: Callable[[], Endpoint | None]
+    ) -> list[Answer[T]]:
+        """The answers, with what was lost asked once more where `again` says that the servers are by then, if they moved."""
+        found = list(answers)
+        lost = [i for i, answer in enumerate(found) if answer.value is None]
+        there = again() if lost else None
+        if there is None:
+            return found
+        repeated = [replace(calls[i], endpoint=replace(calls[i].endpoint, urls=there.urls)) for i in lost]
+        for i, answer in zip(lost, self.ask(repeated), strict=True):
+            found[i] = replace(answer, retries=found[i].retries + 1 + answer.retries)
+        return found
 
     def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Start a coroutine on the wire's loop, from which it may await `call`."""
@@ -126,8 +152,8 @@ class Wire:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
     async def _gather(self, calls: Sequence[Call[T]]) -> list[Answer[T]]:
         return list(await asyncio.gather(*(self.call(call) for call in calls)))
@@ -164,10 +190,7 @@ class Wire:
         return min(longest, max(drawn, asked))
 
     async def _once(self, call: Call[T], url: str) -> T:
-        if self._client is None:
-            # the bound on what is in flight is the wire's own: a pool's would count the wait for a place as time
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self._limits.max_in_flight)
-            self._client = httpx2.AsyncClient(timeout=self._limits.timeout_s, limits=limits)
+        client = self._client_of(call.endpoint)
         place = self._places.setdefault(url, asyncio.Semaphore(self._limits.max_in_flight))
         key = call.endpoint.key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -175,7 +198,7 @@ class Wire:
             try:
                 # a server that sends a byte now and then must not hold a place for ever
                 async with asyncio.timeout(self._limits.timeout_s):
-                    answer = await self._client.request(
+                    answer = await client.request(
                         "GET" if call.body is None else "POST", url + call.path, json=call.body, headers=headers
                     )
             except (httpx2.TimeoutException, TimeoutError):
@@ -183,6 +206,16 @@ class Wire:
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 raise _Failed(f"{url} cannot be asked: {_words(error, key)}") from None
         return _read(call, url, answer, key)
+
+    def _client_of(self, endpoint: Endpoint) -> httpx2.AsyncClient:
+        """The connections to servers of this run, which no proxy of the environment stands before, or those to others."""
+        if endpoint.inside not in self._clients:
+            # the bound on what is in flight is the wire's own: a pool's would count the wait for a place as time
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self._limits.max_in_flight)
+            self._clients[endpoint.inside] = httpx2.AsyncClient(
+                timeout=self._limits.timeout_s, limits=limits, trust_env=not endpoint.inside
+            )
+        return self._clients[endpoint.inside]
 
 
 def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> T:
