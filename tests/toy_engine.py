@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 
 import torch
 from transformers import LlamaForCausalLM
@@ -15,9 +16,12 @@ parser.add_argument("--host", required=True)
 parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--max-lora-rank", type=int)
 parser.add_argument("--fail", action="store_true")
+parser.add_argument("--slow", action="store_true")
 options, _ = parser.parse_known_args()
 if options.fail:
     sys.exit("RuntimeError: no such device")
+if options.slow:
+    time.sleep(60)
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 torch.set_num_threads(1)
 model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -164,7 +164,11 @@ class _Run:
         self.on_step = on_step
         self.studio = _studio(config, material)
         self.material = material
-        self.parts = make_parts(config, self.studio, material)
+        try:
+            self.parts = make_parts(config, self.studio, material)
+        except BaseException:
+            self.studio.close()
+            raise
         self.measuring = Measuring(config, folder, self.studio, self.parts, material)
         self.cursor: Mapping[str, int] = dict(self.parts.stream.cursor)  # behind the last step that is done
 

@@ -1,0 +1,229 @@
+"""Engines that a run starts: they hold the student as it is, teachers take turns at them, and they leave nothing behind."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx2
+import numpy as np
+import pytest
+from factories import save_adapter, save_toy, toy_recipe
+from test_cluster_faults import kill, processes
+from test_distributed import ENGINE, cluster_of
+
+import opd
+from opd.batch import Batch
+from opd.config import Config
+from opd.distributed.engine import Engine, EnginePlan
+from opd.distributed.engines import Turns
+from opd.errors import RunError
+from opd.report.run_folder import read_metrics
+from opd.signal import follow
+
+
+def recipe(folder: Path, *, cluster: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    tree = toy_recipe(folder, steps=4, evaluation={"num_prompts": 0}, **changes)
+    return tree | {"mode": "distributed", "cluster": cluster_of(**(cluster or {}))}
+
+
+def sampled(run: Path, steps: int) -> list[list[int]]:
+    return [s.rollout.token_ids.tolist() for step in range(1, steps + 1) for s in opd.read_rollouts(run, step)]
+
+
+def gaps_of(tree: dict[str, Any]) -> tuple[Path, list[float]]:
+    """A run, and of each step how far the log-probabilities of its engines are from the student's own."""
+    gaps: list[float] = []
+
+    def keep(config: Config, batch: Batch) -> Batch:
+        assert batch.student_logprobs is not None
+        gaps.append(float((batch.student_logprobs - batch.rollout_logprobs)[batch.loss_mask].abs().max()))
+        return follow(config, batch)
+
+    with patch("opd.loop.follow", keep):
+        run = opd.train(opd.parse_config(tree)).run
+    return run, gaps
+
+
+def test_engines_with_the_adapter_merged_sample_what_engines_with_adapters_do(tmp_path: Path):
+    found = []
+    for merged in (False, True):
+        folder = tmp_path / str(merged)
+        tree = recipe(
+            folder,
+            cluster={"merge_adapter": merged, "engines": 2},
+            objective={"type": "immediate", "correction": {"type": "truncate"}},
+        )
+        tree["lora"]["start"] = save_adapter(folder / "start", tree["student"], 7)
+        run, gaps = gaps_of(tree)
+        assert len(gaps) == 4
+        assert max(gaps) < 1e-3
+        found.append(sampled(run, 4))
+    assert found[0] == found[1]
+
+
+def test_a_whole_student_goes_to_its_engines_after_every_update(tmp_path: Path):
+    tree = recipe(
+        tmp_path,
+        cluster={"learner_ranks": 2},
+        trainable="full",
+        objective={"type": "immediate", "correction": {"type": "truncate"}},
+        optimizer={"lr": 3e-3},
+    )
+    run, gaps = gaps_of(tree)
+    assert len(gaps) == 4
+    assert max(gaps) < 1e-3
+    lines = read_metrics(run)
+    assert lines[3]["kl/token/mean"] != lines[0]["kl/token/mean"]
+
+
+def with_engines(folder: Path, **cluster: Any) -> dict[str, Any]:
+    tree = recipe(folder, cluster=cluster, objective={"type": "support", "support": 8})
+    for teacher in tree["teachers"].values():
+        teacher["engines"] = 1
+    return tree
+
+
+def test_teachers_of_one_model_are_at_one_engine_and_say_what_servers_of_it_do(tmp_path: Path):
+    tree = with_engines(tmp_path)
+    tree["teachers"]["odd"]["model"] = tree["teachers"]["even"]["model"]
+    seen: list[int] = []
+
+    def count(report: Any) -> None:
+        seen.append(
+            len([p for p in processes(f"--model {tree['teachers']['odd']['model']}") if "keeper" not in said(p)])
+        )
+
+    run = opd.train(opd.parse_config(tree), on_step=count).run
+    assert seen == [1] * 4
+    one = save_toy(tmp_path / "one", 1)
+    alone = with_engines(tmp_path / "alone")
+    alone["teachers"] = {name: {"model": one, "engines": 2} for name in ("even", "odd")}
+    for a, b in zip(read_metrics(run), read_metrics(opd.train(opd.parse_config(alone)).run), strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
+        assert "served/lost/sum" not in a
+
+
+def said(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return "keeper"
+
+
+def test_models_that_share_devices_take_turns_and_score_the_same(tmp_path: Path):
+    runs = []
+    for sleep in (False, True):
+        tree = with_engines(tmp_path / str(sleep), teachers_sleep=sleep)
+        runs.append(opd.train(opd.parse_config(tree)).run)
+    for a, b in zip(*(read_metrics(run) for run in runs), strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
+        assert not [name for line in (a, b) for name in line if name.startswith(("served/", "failed/"))]
+
+
+@pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
+def test_a_teachers_engine_that_is_killed_is_started_again(tmp_path: Path, sleep: bool):
+    calm = opd.train(opd.parse_config(with_engines(tmp_path / "calm", teachers_sleep=sleep))).run
+    tree = with_engines(tmp_path / "killed", teachers_sleep=sleep)
+    tree["served"] = {"attempts": 1, "first_wait_s": 0}
+
+    def strike(report: Any) -> None:
+        if report.step == 2:
+            kill(f"toy_engine.py --model {tree['teachers']['odd']['model']}")
+
+    run = opd.train(opd.parse_config(tree), on_step=strike).run
+    for a, b in zip(read_metrics(run), read_metrics(calm), strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
+        assert "served/lost/sum" not in a
+
+
+def test_nobody_is_awake_beside_another(tmp_path: Path):
+    turns = Turns()
+    with turns.of(0) as first, turns.of(0) as second:
+        assert (first, second) == (True, False)
+    with turns.of(1) as third:
+        assert third
+    with turns.of(0) as fourth:
+        assert fourth
+
+
+def files_of(folder: str) -> dict[str, np.ndarray]:
+    return {f.name: np.frombuffer(f.read_bytes(), dtype=np.uint8) for f in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # what the engine is asked passes by
+    base = save_toy(tmp_path / "base", 0)
+    plan = EnginePlan(tuple(ENGINE), base, "student", (), 60, holds="weights", secret="a key")
+    found = Engine(plan, "127.0.0.1")
+    yield found
+    found.stop()
+
+
+def test_an_engine_answers_nobody_without_its_key(engine: Engine):
+    url = engine.state().url
+    with httpx2.Client(trust_env=False) as client:
+        assert client.get(f"{url}/v1/models").status_code == 401
+        assert client.get(f"{url}/v1/models", headers={"Authorization": "Bearer a key"}).status_code == 200
+
+
+def test_a_version_is_loaded_once_and_survives_a_restart(engine: Engine, tmp_path: Path):
+    files = files_of(save_toy(tmp_path / "newer", 3))
+    engine.load("student-1", files)
+    state = engine.state()
+    assert (state.versions, state.context) == (("student-1",), 256)
+    engine.load("student-1", {})  # it has it
+    kill("toy_engine.py")
+    wait_for(lambda: not processes("toy_engine.py"))
+    assert engine.state() == state  # at the same address
+
+
+def test_a_full_disk_at_an_engine_is_one_line(engine: Engine, tmp_path: Path):
+    engine.state()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (
+        patch.object(Path, "write_bytes", full),
+        pytest.raises(RunError, match=r"cannot write the student.*No space left"),
+    ):
+        engine.load("student-1", files_of(save_toy(tmp_path / "newer", 3)))
+
+
+@pytest.mark.parametrize("when", ["at its end", "while engines start"])
+def test_a_run_leaves_no_folder_and_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray puts sockets there, too
+    monkeypatch.setenv("TMPDIR", str(place))
+    tree = recipe(tmp_path)
+    if when == "at its end":
+        opd.train(opd.parse_config(tree))
+    else:
+        tree["cluster"]["engine_args"] = ["--slow"]
+        tree["teachers"]["even"]["adapter"] = tree["teachers"]["even"].pop(
+            "model"
+        )  # no adapter there: ranks cannot load
+        with pytest.raises(opd.errors.ModelError, match="even"):
+            opd.train(opd.parse_config(tree))
+    wait_for(lambda: not processes("toy_engine.py") and not list(place.glob("opd-engine-*")))
+    shutil.rmtree(place)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_what_cannot_be_made_of_the_parts_ends_all_that_was_started(tmp_path: Path):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no parts")
+
+    with patch("opd.launch.make_parts", broken), pytest.raises(RuntimeError, match="no parts"):
+        opd.train(opd.parse_config(recipe(tmp_path)))
+    wait_for(lambda: not processes("toy_engine.py"))
