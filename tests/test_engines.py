@@ -114,30 +114,36 @@ def said(pid: int) -> str:
         return "keeper"
 
 
-def test_models_that_share_devices_take_turns_and_score_the_same(tmp_path: Path):
-    runs = []
-    for sleep in (False, True):
-        tree = with_engines(tmp_path / str(sleep), teachers_sleep=sleep)
-        runs.append(opd.train(opd.parse_config(tree)).run)
-    for a, b in zip(*(read_metrics(run) for run in runs), strict=True):
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run whose teachers each have a place of their own, and that nothing happens to."""
+    return opd.train(opd.parse_config(with_engines(tmp_path_factory.mktemp("apart")))).run
+
+
+def assert_the_same(run: Path, calm: Path) -> None:
+    ours, wanted = read_metrics(run), read_metrics(calm)
+    for a, b in zip(ours, wanted, strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
-        assert not [name for line in (a, b) for name in line if name.startswith(("served/", "failed/"))]
+        assert "served/lost/sum" not in a
+
+
+def test_models_that_share_devices_take_turns_and_score_the_same(apart: Path, tmp_path: Path):
+    run = opd.train(opd.parse_config(with_engines(tmp_path, teachers_sleep=True))).run
+    assert_the_same(run, apart)
+    lines = [*read_metrics(run), *read_metrics(apart)]
+    assert not [name for line in lines for name in line if name.startswith(("served/", "failed/"))]
 
 
 @pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
-def test_a_teachers_engine_that_is_killed_is_started_again(tmp_path: Path, sleep: bool):
-    calm = opd.train(opd.parse_config(with_engines(tmp_path / "calm", teachers_sleep=sleep))).run
-    tree = with_engines(tmp_path / "killed", teachers_sleep=sleep)
+def test_a_teachers_engine_that_is_killed_is_started_again(apart: Path, tmp_path: Path, sleep: bool):
+    tree = with_engines(tmp_path, teachers_sleep=sleep)
     tree["served"] = {"attempts": 1, "first_wait_s": 0}
 
     def strike(report: Any) -> None:
         if report.step == 2:
             kill(f"toy_engine.py --model {tree['teachers']['odd']['model']}")
 
-    run = opd.train(opd.parse_config(tree), on_step=strike).run
-    for a, b in zip(read_metrics(run), read_metrics(calm), strict=True):
-        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
-        assert "served/lost/sum" not in a
+    assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart)
 
 
 def test_nobody_is_awake_beside_another(tmp_path: Path):
