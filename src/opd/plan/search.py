@@ -189,8 +189,8 @@ def _ranks(config: Config, work: Work, gpus: int, assumed: Assumptions) -> list[
     todo += ["a smaller compute.max_tokens"] if config.compute.max_tokens > work.length else ["shorter responses"]
     todo += ["engines for the teachers in process (teachers.NAME.engines)"] if work.frozen else []
     raise DoesNotFit(
-        f"{gpus} GPUs: a learner rank of {least} needs {(room + over[least]) / GIB:.1f} GiB and a {assumed.device.name} has "
-        f"{room / GIB:.1f}, {over[least] / GIB:.1f} GiB too few; the most is '{name}' with {size / GIB:.1f}; try {_either(todo)}"
+        f"{gpus} GPUs: one of {least} learner ranks needs {(room + over[least]) / GIB:.1f} GiB of the {room / GIB:.1f} of each "
+        f"{assumed.device.name}, {over[least] / GIB:.1f} too few; most of it is '{name}' with {size / GIB:.1f}; try {_either(todo)}"
     )
 
 
@@ -256,7 +256,7 @@ def _no_engine(
     todo += ["a --gpu with more memory", "shorter sequences"]
     return DoesNotFit(
         f"{gpus} GPUs: an engine of '{shape.source}' over {devices} of them may take {engine_room(args, assumed) / GIB:.1f} GiB of "
-        f"each {assumed.device.name} and needs {sum(parts.values()) + one:.1f} ({said}, one sequence of {work.length} tokens "
+        f"each {assumed.device.name}, and needs {sum(parts.values()) + one:.1f} ({said}, one sequence of {work.length} tokens "
         f"{one:.1f}), {one - left:.1f} too few; try {_either(todo)}"
     )
 

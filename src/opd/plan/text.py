@@ -148,7 +148,9 @@ def _memory(config: Config, work: Work, plan: Plan, assumed: Assumptions) -> str
             columns.append(_engine(f"engine of {', '.join(pool.names)}", memory, pool.engine_args, assumed))
     names = dict.fromkeys(name for _, parts, _ in columns for name, size in parts.items() if size)
     last = [name for name in ("reserve", "KV cache", "free") if name in names]
-    rows: list[list[object]] = [[f"memory of a device, GiB of {assumed.device.memory_gib:g}", *(c[0] for c in columns)]]
+    rows: list[Sequence[object]] = [
+        [f"memory of a device, GiB of {assumed.device.memory_gib:g}", *(c[0] for c in columns)]
+    ]
     rows += [
         [name, *(f"{parts[name] / GIB:.1f}" if name in parts else "" for _, parts, _ in columns)]
         for name in [*(n for n in names if n not in last), *last]
@@ -171,7 +173,7 @@ def _times(config: Config, work: Work, plan: Plan, own: Plan | None) -> str:
     rows = [
         ("phase", "seconds"),
         ("sample", _s(plan.sample)),
-        ("score", _s(plan.score) + plus),
+        ("score", _s(plan.score) + plus if plan.score else plus.removeprefix(" + ")),
         ("update", _s(plan.update)),
         ("weights to engines", _s(plan.transfer)),
         ("step, one after the other", _s(plan.step) + plus),
