@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,7 +138,7 @@ def _config(source: str) -> Any:
     try:
         with _quiet():
             found = AutoConfig.from_pretrained(source).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
             f"model '{source}' has no config.json that can be read: {one_line(str(error))[:200]}; name a folder with one"
         ) from None
