@@ -239,9 +239,7 @@ def test_messages_are_parts_of_what_is_gathered_or_summed(folders: dict[str, str
     ("heads", "kv_heads", "fit"), [(16, 8, [1, 2, 4, 8]), (12, 4, [1, 2, 4]), (9, 3, [1]), (8, 1, [1, 2, 4, 8])]
 )
 def test_engines_split_a_model_where_its_heads_do(tmp_path: Path, heads: int, kv_heads: int, fit: list[int]):
-    LlamaConfig(
-        **SMALL | {"hidden_size": 288, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    ).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=288, num_attention_heads=heads, num_key_value_heads=kv_heads).save_pretrained(tmp_path)
     assert [n for n in (1, 2, 4, 8) if read_shape(str(tmp_path)).splits(n)] == fit
 
 
