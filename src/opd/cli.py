@@ -1,4 +1,4 @@
-"""The command line: `opd train | sft | eval | check | align | theory`.
+"""The command line: `opd train | sft | eval | check | align | theory | cluster plan`.
 
 What a user can mend ends with one line on stderr and exit code 2; an interrupted run with 130.
 """
@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="On-policy distillation of language models.",
 )
+
+cluster = typer.Typer(no_args_is_help=True, help="What a cluster is asked for, before there is one.")
+app.add_typer(cluster, name="cluster")
 
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ holds some.")]
 Overrides = Annotated[
@@ -140,6 +143,30 @@ def theory(
         failed = _claims(output, as_json=as_json)
     if failed:
         raise typer.Exit(1)
+
+
+@cluster.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="How many: one plan for each, such as 8,64,512.")] = "8",
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200 or b200.")] = "h100",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; data is not read.")] = 512,
+    network: Annotated[float, typer.Option(min=0.1, help="GB/s of each GPU between nodes, one direction.")] = 50.0,
+) -> None:
+    """Estimate placement, memory and step time of a distributed recipe from its models' shapes; nothing is run or measured."""
+    with _one_line():
+        from opd.config import load_config
+
+        config = load_config(recipe, overrides or [])
+        from opd.plan.devices import Assumptions, device_of
+        from opd.plan.text import gpus_of, plan_text
+
+        assumed = Assumptions(device_of(gpu), prompt_tokens=prompt_tokens, network_gb_s=network)
+        said, refused = plan_text(config, gpus_of(gpus), assumed)
+        typer.echo(said)
+        if refused:
+            raise refused[0]
 
 
 def _claims(output: Path, *, as_json: bool) -> int:

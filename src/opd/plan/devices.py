@@ -1,0 +1,90 @@
+"""Accelerators as their makers describe them, and everything else that a plan takes for granted."""
+
+from dataclasses import dataclass
+
+from opd.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator: dense bfloat16 and float32 (no tensor cores) rates in TFLOPS, memory in GiB, its bandwidth in GB/s, and in
+    GB/s and one direction the link to its neighbours in a node and that to the host."""
+
+    name: str
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gib: float
+    memory_gb_s: float
+    link_gb_s: float
+    host_gb_s: float
+
+    def tflops(self, bytes_each: int) -> float:
+        """The rate for numbers of so many bytes: float32 products do not use tensor cores, as torch is set up by default."""
+        return self.bf16_tflops if bytes_each == 2 else self.fp32_tflops
+
+
+# Source: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (per GPU). Rates are without sparsity, which
+# the sheets of Hopper and Blackwell double; NVLink (600, 900, 900 and 1800 GB/s) and PCIe (gen 4: 64, gen 5: 128 GB/s) are both
+# directions together there, and halved here. Memory is the sheet's number taken as 10^9 bytes, the smaller reading.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100-80", 312, 19.5, 74.5, 2039, 300, 32),
+        Device("h100", 989, 67, 74.5, 3350, 450, 64),
+        Device("h200", 989, 67, 131.3, 4800, 450, 64),
+        Device("b200", 2250, 75, 167.6, 8000, 900, 64),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the model of a step takes for granted, beside the device. None of it was measured on the cluster in question.
+
+    prompt_tokens: of every prompt. gpus_per_node: they share the device's link; others meet over network_gb_s (one direction, for
+    each GPU). The shares are what is reached of a peak. step_ms: what an engine adds to each pass for scheduling and launches.
+    collective_us: what a collective takes whatever its size. disk_gb_s: of writing or reading a file of weights. driver_us: what
+    the driver spends on each token that a served teacher scores. reserve_gib: what contexts, libraries and fragments take of a
+    device, sleeper_gib what a sleeping engine leaves there. Unless an engine's arguments say otherwise it computes batched_tokens
+    in one pass, runs so many sequences at once, and takes engine_share of a device's memory.
+    """
+
+    device: Device
+    prompt_tokens: int = 512
+    gpus_per_node: int = 8
+    network_gb_s: float = 50.0  # 400 Gbit/s for each GPU
+    matmul_share: float = 0.5
+    memory_share: float = 0.7
+    link_share: float = 0.7
+    step_ms: float = 2.0
+    collective_us: float = 10.0
+    disk_gb_s: float = 2.0
+    driver_us: float = 10.0  # docs/distributed.md: 2.5 ms for 256 tokens, driver and stand-in together, on two cores
+    reserve_gib: float = 3.0
+    sleeper_gib: float = 1.5
+    batched_tokens: int = 8192
+    running: int = 256
+    engine_share: float = 0.9
+
+    def flops(self, bytes_each: int) -> float:
+        """Operations a second that one device reaches on numbers of so many bytes."""
+        return self.device.tflops(bytes_each) * 1e12 * self.matmul_share
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second that one device reads."""
+        return self.device.memory_gb_s * 1e9 * self.memory_share
+
+    def link(self, devices: int) -> float:
+        """Bytes a second, one direction, between so many devices: within a node as far as they fit there."""
+        rate = self.device.link_gb_s if devices <= self.gpus_per_node else self.network_gb_s
+        return rate * 1e9 * self.link_share
+
+
+def device_of(name: str) -> Device:
+    """The device of that name. Raises ConfigError with those that are known."""
+    if name not in DEVICES:
+        raise ConfigError(f"--gpu {name}: no known device; expected one of {', '.join(DEVICES)}")
+    return DEVICES[name]

@@ -1,0 +1,56 @@
+"""Recipes to plan, and the folders of their models: a config.json each."""
+
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config
+
+from opd.config import Config, parse_config
+from opd.plan.devices import DEVICES, Assumptions
+from opd.plan.search import best_plan
+from opd.plan.work import work_of
+
+H100 = Assumptions(DEVICES["h100"])
+SMALL: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 32, "vocab_size": 300, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders with a config.json alone: a small student, two teachers of a billion parameters, one that no node holds."""
+    base = tmp_path_factory.mktemp("shapes")
+    wide = {**SMALL, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000}
+    wide |= {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
+    vast = {**wide, "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 120}
+    every = {"student": SMALL, "one": wide, "two": wide, "vast": vast}
+    for name, dims in every.items():
+        Qwen3Config(**dims).save_pretrained(base / name)
+    return {name: str(base / name) for name in every}
+
+
+def recipe(folders: dict[str, str], teachers: dict[str, Any] | None = None, **changes: Any) -> Config:
+    """A distributed recipe whose teachers are two models at engines; tables that are given are merged into its own."""
+    engines = {"engines": 1, "gpus_per_engine": 1, "engine_args": ["--max-num-batched-tokens", "1024"]}
+    teachers = teachers or {name: {"model": folders[name], **engines} for name in ("one", "two")}
+    tree: dict[str, Any] = {
+        "student": folders["student"],
+        "output": "runs/none",
+        "mode": "distributed",
+        "cluster": {},
+        "teachers": teachers,
+        "tasks": {n: {"type": "file", "path": "x.jsonl", "teacher": n} for n in teachers},
+        "sampling": {"prompts_per_step": 16, "group_size": 4, "max_new_tokens": 256},
+        "objective": {"type": "support", "support": 8},
+        "lora": {"rank": 8, "alpha": 8},
+        "compute": {"dtype": "bfloat16", "max_tokens": 4096},
+        "served": {"max_in_flight": 64},
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+    return parse_config(tree)
+
+
+def plan(config: Config, gpus: int, assumed: Assumptions = H100):
+    return best_plan(config, work_of(config, prompt_tokens=assumed.prompt_tokens), gpus, assumed)
