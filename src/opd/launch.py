@@ -164,12 +164,14 @@ class _Run:
         self.on_step = on_step
         self.studio = _studio(config, material)
         self.material = material
-        self.parts = make_parts(config, self.studio, material)
+        self.say: Callable[[str], None] = print  # until there is a line to say it above
+        self.parts = make_parts(config, self.studio, material, warn=lambda text: self.say(text))
         self.measuring = Measuring(config, folder, self.studio, self.parts, material)
         self.cursor: Mapping[str, int] = dict(self.parts.stream.cursor)  # behind the last step that is done
 
     def go(self, *, resume: bool) -> Result:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
+            self.say = line.say
             findings = run_checks(self.config, self.studio, self.material)
             preflight.require(findings)
             for finding in findings:
