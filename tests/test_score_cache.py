@@ -97,6 +97,17 @@ def test_failures_are_asked_again_and_the_oldest_is_forgotten():
     assert len(inner.asked[-1]) == 2  # the failure, and the first of three where two are kept
 
 
+def test_what_was_used_last_is_forgotten_last():
+    inner = Recorder()
+    teacher = CachedTeacher(inner, [InMemory(2)])
+    one, two, three = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3, 4)]
+    teacher.score([one, two])
+    teacher.score([one])
+    teacher.score([three])
+    [found] = teacher.score([one])
+    assert found.cached
+
+
 def test_training_with_kept_scores_follows_the_same_numbers(tmp_path: Path):
     """One token a response: by the time that prompts come again, some responses do too."""
     found = []

@@ -266,13 +266,17 @@ def test_another_teacher_under_the_same_name_gets_none_of_its_scores(tmp_path: P
     assert_same_bits(files(tmp_path, says=[-1.31, -1.96]).find([key])[key], other)
 
 
-@pytest.mark.parametrize("says", [[float("nan"), -2.0], [-1.0]])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("says", [[NAN, -2.0], [NAN, -1.0], [-1.0, NAN], [-2.0, NAN], [NAN, NAN], [-1.0]])
 def test_a_probe_that_cannot_be_compared_is_another_teacher(says: list[float], tmp_path: Path):
     key, score = some_score(1)
     files(tmp_path).keep({key: score})
     said: list[str] = []
     assert files(tmp_path, said.append, says=says).find([key]) == {}
     assert "is not what it was" in said[0]
+    assert key in files(tmp_path).find([key])  # and hides nothing of the one that it is beside
 
 
 def test_scores_of_a_teacher_that_does_not_say_who_it_is_are_not_used(tmp_path: Path):
@@ -395,13 +399,16 @@ def test_a_resumed_run_finds_its_scores_and_gives_the_same_losses(tmp_path: Path
         ({"objective": {"extrapolation": 1.5, "reference": "student"}}, False),
     ],
 )
-def test_runs_share_the_scores_that_would_be_the_same(change: dict[str, Any], shared: bool, tmp_path: Path):
+def test_runs_share_the_scores_that_would_be_the_same(
+    change: dict[str, Any], shared: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """By what the two keep under: equal folders are equal identities."""
     for number, changes in enumerate(({}, change)):
         tree = kept_recipe(tmp_path, f"run{number}", steps=2, **changes)
         opd.train(opd.parse_config(tree))
     found = list((tmp_path / "kept").glob("*/teacher.json"))
     assert len(found) == (2 if shared else 4)  # two teachers a run
+    assert "is not what it was" not in capsys.readouterr().out  # the probe is not what told them apart
 
 
 def test_other_weights_in_process_are_another_teacher(tmp_path: Path):
