@@ -220,7 +220,8 @@ def test_a_run_with_a_teacher_behind_sglang_is_that_with_the_same_teacher_in_pro
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss/total/sum", "optim/grad_norm/mean", "kl/token/mean", "kl/token/odd/mean"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-    assert {row.teacher: row for row in results[1].parity}["odd"].expert is not None  # it was asked for answers too
+    assert {row.teacher: row for row in results[1].parity}["odd"].expert is not None
+    assert any("logprob_start_len" not in body for body in server.asked)  # it was asked for answers too
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
