@@ -70,6 +70,7 @@ class ToyServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: ToyServer
     protocol_version = "HTTP/1.1"
+    counted = "/v1/completions"
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -121,7 +122,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith(("/pause", "/resume", "/collective_rpc", "/sleep", "/wake_up")):
             self.say(self.server.manage(self.path, body))
             return
-        assert self.path == "/v1/completions", self.path
+        if self.path != self.counted:
+            self.say({"detail": "Not Found"}, 404)
+            return
         with self.server.lock:
             number = len(self.server.asked)
             self.server.asked.append(body)
@@ -179,8 +182,8 @@ def response(model: LlamaForCausalLM, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(model: LlamaForCausalLM, **options: Any) -> Iterator[ToyServer]:
-    server = ToyServer(model, **options)
+def serving(model: LlamaForCausalLM, *, kind: type[ToyServer] = ToyServer, **options: Any) -> Iterator[ToyServer]:
+    server = kind(model, **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

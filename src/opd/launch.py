@@ -164,8 +164,9 @@ class _Run:
         self.on_step = on_step
         self.studio = _studio(config, material)
         self.material = material
+        self.say: Callable[[str], None] = print  # until there is a line to say it above
         try:
-            self.parts = make_parts(config, self.studio, material)
+            self.parts = make_parts(config, self.studio, material, warn=lambda text: self.say(text))
         except BaseException:
             self.studio.close()
             raise
@@ -174,6 +175,7 @@ class _Run:
 
     def go(self, *, resume: bool) -> Result:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
+            self.say = line.say
             findings = run_checks(self.config, self.studio, self.material)
             preflight.require(findings)
             for finding in findings:

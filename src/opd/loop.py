@@ -160,7 +160,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= followed | _sampling_metrics(rollouts, scored)
     metrics |= {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
-    if config.compute.score_cache:
+    if config.compute.keeps_scores:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
     integrated = config.objective.coef if config.objective.integrated else 0.0

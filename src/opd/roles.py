@@ -12,6 +12,9 @@ from opd.records import Message, Prompt, Rollout, ScoredRollout
 
 Seed: TypeAlias = tuple[int | str, ...]
 
+INITIAL_STUDENT = "the initial student"
+"""The name of the student as it was before the first step, among those who score (`Studio.identities`)."""
+
 
 @dataclass(frozen=True)
 class Step:

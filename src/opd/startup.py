@@ -1,7 +1,9 @@
 """Before the first step: the prompts of a recipe, and every start-up check on the real weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from opd.config import Config
@@ -12,8 +14,10 @@ from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
-from opd.roles import Environment, Studio, Task
-from opd.score_cache import CachedTeacher
+from opd.roles import Environment, Studio, Task, Teacher
+from opd.score_cache.cached import CachedTeacher, InMemory, Kept
+from opd.score_cache.files import ScoreFiles
+from opd.score_cache.identity import identities, probe
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
@@ -183,8 +187,11 @@ def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> Non
             )
 
 
-def make_parts(config: Config, studio: Studio, material: Material) -> Parts:
-    """What a recipe's training loop is made of."""
+def make_parts(config: Config, studio: Studio, material: Material, *, warn: Callable[[str], None] = print) -> Parts:
+    """What a recipe's training loop is made of; warn: shows a line that the user should know of, then or later.
+
+    Raises RunError when the folder for scores cannot be written to.
+    """
     weights = {name: task.weight for name, task in config.tasks.items()}
     train = {name: splits["train"] for name, splits in material.prompts.items()}
     learner = studio.learner()
@@ -193,9 +200,24 @@ def make_parts(config: Config, studio: Studio, material: Material) -> Parts:
     return Parts(
         stream=PromptStream(train, weights, seed=config.seed),
         sampler=studio.sampler(),
-        teachers=CachedTeacher(teachers, size=config.compute.score_cache) if config.compute.score_cache else teachers,
+        teachers=_keeping(config, studio, teachers, warn),
         learner=learner,
         judge=material.judge(config, tokenizer),
         special_ids=frozenset(tokenizer.all_special_ids),
         in_units=config.mode == "distributed" and all(t.served for t in config.teachers.values()),
     )
+
+
+def _keeping(config: Config, studio: Studio, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
+    """The teachers, which keep their scores where the recipe says."""
+    places: list[Kept] = []
+    if config.compute.score_cache:
+        places.append(InMemory(config.compute.score_cache))
+    if (folder := config.compute.score_cache_folder) is not None:
+        known = identities(config, studio)
+        ask = partial(
+            probe, teachers, tuple(known), known=frozenset(studio.facts().foreign), tokenizer=studio.tokenizer
+        )
+        # from where the command runs, whatever the process does later
+        places.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))
+    return CachedTeacher(teachers, places) if places else teachers

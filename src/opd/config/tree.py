@@ -143,13 +143,19 @@ class WarmupConfig(Node):
 
 class ComputeConfig(Node):
     """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass, `score_cache` is how many
-    scored responses are kept in training (0: none)."""
+    scored responses training keeps in memory (0: none), `score_cache_folder` where on disk, for this run and others."""
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive = 2048
     score_cache: NonNegative = 0
+    score_cache_folder: str | None = None
     threads: NonNegative = 0
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether a response that comes again is not scored again."""
+        return bool(self.score_cache) or self.score_cache_folder is not None
 
 
 class CheckpointConfig(Node):

@@ -27,9 +27,11 @@ from opd.metrics import merge
 from opd.records import Prompt, ScoredRollout
 from opd.roles import Alone, Sampler, Teacher, TeacherFacts
 from opd.served.facts import connect_all, connect_started
+from opd.served.form import Form
 from opd.served.model import ServedModel
 from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher, WithServed, identities_of
+from opd.served.vllm_form import VLLM
 from opd.served.wire import Wire
 from opd.tasks.episodes import EpisodePlayer, MakeEnvironment
 from opd.text.chat import Chat
@@ -112,7 +114,7 @@ class DistributedStudio:
         """Of the student as it is, at its engines."""
         return self._sampler_of(self._engines, self._group.facts.student_context)
 
-    def _sampler_of(self, model: ServedModel, context: int | None = None) -> ServedSampler:
+    def _sampler_of(self, model: ServedModel, context: int | None = None, form: Form = VLLM) -> ServedSampler:
         return ServedSampler(
             model,
             self._wire,
@@ -120,6 +122,7 @@ class DistributedStudio:
             max_new_tokens=self._config.sampling.max_new_tokens,
             context=context,
             player=self._player,
+            form=form,
         )
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
@@ -143,7 +146,8 @@ class DistributedStudio:
         """A teacher behind a server can be asked for answers; what ranks hold cannot."""
         if teacher not in self._served:
             return None
-        return Alone(self._sampler_of(self._served[teacher].model), self.tokenizer)
+        found = self._served[teacher]
+        return Alone(self._sampler_of(found.model, form=found.form), self.tokenizer)
 
     def learner(self) -> RankLearner:
         """All ranks together; they meet when they are first asked."""

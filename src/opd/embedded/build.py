@@ -15,6 +15,7 @@ from opd.embedded.network import Network
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.teacher import Part, Target, Voice
 from opd.errors import ModelError
+from opd.roles import INITIAL_STUDENT
 from opd.served.facts import connect_all
 from opd.served.teacher import ServedTeacher, identities_of
 from opd.served.wire import Wire
@@ -25,7 +26,6 @@ from opd.text.spelling import Writer
 from opd.text.tokenizer import difference, fingerprint
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
-_INITIAL_VOICE = "the initial student"
 
 
 def prepare(compute: ComputeConfig) -> None:
@@ -64,8 +64,8 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
             loaded[config.student] = load_network(config.student, config.compute)
         # A fresh adapter changes nothing before the first step: its base is the student as it was.
         if config.lora.start is not None:
-            add_adapter(loaded[config.student], config.lora.start, teacher=_INITIAL_VOICE, name="initial")
-        voices[_INITIAL_VOICE] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
+            add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
+        voices[INITIAL_STUDENT] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
     foreign = _foreign(config, network, voices)
     own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
     vocab_size = min(n.vocab_size for n in own)
@@ -111,7 +111,7 @@ def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -
     share, reference = config.objective.extrapolation, config.objective.reference
     if reference is None:
         return target
-    name = _INITIAL_VOICE if reference == _INITIAL else reference
+    name = INITIAL_STUDENT if reference == _INITIAL else reference
     scaled = tuple(replace(part, weight=share * part.weight) for part in target)
     return (*scaled, Part(name, voices[name], 1.0 - share))
 
@@ -220,7 +220,7 @@ def _identities(
 
 def _identity(config: Config, name: str, voice: Voice) -> str:
     """What makes this teacher this teacher: its base's weights and its adapter's file."""
-    adapter = config.lora.start if name == _INITIAL_VOICE else config.teachers[name].adapter
+    adapter = config.lora.start if name == INITIAL_STUDENT else config.teachers[name].adapter
     base = voice.network.fingerprint()
     if adapter is None:
         return base

@@ -161,6 +161,7 @@ class EmbeddedStudio:
             max_new_tokens=self.config.sampling.max_new_tokens,
             context=None,
             player=episode_player(self.student.network, self.config.episodes, self.make_environment),
+            form=teacher.form,
         )
 
     def _contexts(self) -> dict[str, int | None]:

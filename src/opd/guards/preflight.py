@@ -149,7 +149,10 @@ def informative(
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
         mine = [_units(s) for s in scored if not isinstance(s.score, FailedScore) and s.score.teacher == teacher]
         if not mine:
-            findings.append(Finding(f"teacher '{teacher}' is not uniform", False, "it could score no rollout"))
+            why = next(
+                s.score.reason for s in scored if isinstance(s.score, FailedScore) and s.score.teacher == teacher
+            )
+            findings.append(Finding(f"teacher '{teacher}' is not uniform", False, f"it could score no rollout: {why}"))
             continue
         logprobs = np.concatenate(mine)
         if not len(logprobs):

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd.config import Config
 from opd.errors import ModelError
+from opd.served.form import Form
 from opd.served.model import Fixed, ServedModel
+from opd.served.sglang_form import SGLANG
 from opd.served.teacher import ServedTeacher
+from opd.served.vllm_form import VLLM
 from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
 from opd.text.tokenizer import PROBE
 
@@ -19,7 +22,8 @@ def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedT
     for name, teacher in config.teachers.items():
         if teacher.url is not None:
             endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
-            found[name] = connect(name, endpoint, wire, tokenizer, top=_top(config))
+            form = SGLANG if teacher.server == "sglang" else VLLM
+            found[name] = connect(name, endpoint, wire, tokenizer, top=_top(config), form=form)
     return found
 
 
@@ -41,10 +45,12 @@ def _top(config: Config) -> int:
     return config.objective.support if config.objective.type == "support" else 0
 
 
-def connect(name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: int = 0) -> ServedTeacher:
-    """A teacher at servers that somebody else started (`described`)."""
+def connect(
+    name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: int = 0, form: Form = VLLM
+) -> ServedTeacher:
+    """A teacher at servers that somebody else started (`described`); vLLM's, unless `form` says otherwise."""
     named, context, unknown = described(endpoint, wire, tokenizer)
-    return ServedTeacher(name, Fixed(named), named.model, wire, context, top, unknown)
+    return ServedTeacher(name, Fixed(named), named.model, wire, context, top, unknown, form)
 
 
 def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint, int | None, str]:
@@ -54,25 +60,33 @@ def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint,
     Raises ModelError when a server does not answer, when it has several models and none is named, when servers of one teacher
     hold different ones, and when it cuts a text otherwise than the student's tokenizer.
     """
-    found: dict[str, tuple[str, int | None]] = {}
+    found: dict[str, _Held] = {}
     for url in endpoint.urls:
         one = replace(endpoint, urls=(url,))
         [answer] = wire.ask([Call(one, "/v1/models", None, partial(_model, wanted=endpoint.model))])
         found[url] = _value(answer)
-    models = {model for model, _ in found.values()}
+    models = {held.model for held in found.values()}
     if len(models) > 1:
-        said = ", ".join(f"{url}: '{model}'" for url, (model, _) in found.items())
+        said = ", ".join(f"{url}: '{held.model}'" for url, held in found.items())
         raise ModelError(f"{endpoint.who}: its servers hold different models ({said}); name one of each kind a teacher")
-    named = replace(endpoint, model=models.pop())
+    named = replace(endpoint, model=models.pop(), adapter=any(held.adapter for held in found.values()))
     silent = [_compare_tokens(replace(named, urls=(url,)), wire, tokenizer) for url in endpoint.urls]
-    limits = [context for _, context in found.values() if context is not None]
-    # a server samples one token behind what it scores
+    limits = [held.context for held in found.values() if held.context is not None]
+    # vLLM samples one token behind what it scores, and SGLang wants room for one
     context = min(limits) - 1 if limits else None
     return replace(named, context=min(limits, default=None)), context, next(filter(None, silent), "")
 
 
-def _model(answer: Mapping[str, Any], *, wanted: str) -> tuple[str, int | None]:
-    """The name of the model to ask, and the longest sequence that it takes."""
+class _Held(NamedTuple):
+    """The name of the model to ask, the longest sequence that it takes, and whether it is an adapter on another."""
+
+    model: str
+    context: int | None
+    adapter: bool
+
+
+def _model(answer: Mapping[str, Any], *, wanted: str) -> _Held:
+    """What a server says of the model that is wanted, or of its only one."""
     every = {entry["id"]: entry for entry in answer["data"]}
     # the adapters that a server holds stand beside their base, which they name
     bases = [name for name, entry in every.items() if entry.get("parent") is None]
@@ -86,7 +100,7 @@ def _model(answer: Mapping[str, Any], *, wanted: str) -> tuple[str, int | None]:
     context = entry.get("max_model_len") or above.get("max_model_len")
     if context is not None and (not isinstance(context, int) or context < 2):
         raise Unusable(f"max_model_len = {context!r}")
-    return name, context
+    return _Held(name, context, entry.get("parent") is not None)
 
 
 def _compare_tokens(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> str:
@@ -112,7 +126,7 @@ def _tokens(answer: Mapping[str, Any]) -> list[int]:
     return [int(token) for token in answer["tokens"]]
 
 
-def _value(answer: Answer[tuple[str, int | None]]) -> tuple[str, int | None]:
+def _value(answer: Answer[_Held]) -> _Held:
     if answer.value is None:
         raise ModelError(f"{answer.reason}; start the server, or mend teachers.NAME.url")
     return answer.value

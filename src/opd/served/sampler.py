@@ -7,8 +7,9 @@ from typing import Any
 from opd.data.seeds import generator_of
 from opd.records import Prompt, Rollout
 from opd.roles import Seed
-from opd.served.completions import PATH, Sampled, read_sample, sample_body
+from opd.served.form import Form, Sampled
 from opd.served.model import ServedModel
+from opd.served.vllm_form import VLLM
 from opd.served.wire import Answer, Call, Endpoint, Wire
 from opd.tasks.episodes import Episode, EpisodePlayer, Taken, numbered
 
@@ -32,7 +33,9 @@ class ServedSampler:
         max_new_tokens: int,
         context: int | None,
         player: EpisodePlayer,
+        form: Form = VLLM,
     ) -> None:
+        self._form = form
         self._model = model
         self._wire = wire
         self._temperature = temperature
@@ -70,15 +73,16 @@ class ServedSampler:
         return min(self._max_new_tokens, limit - len(episode.token_ids))
 
     def _call(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Call[Sampled]:
-        body = sample_body(
-            endpoint.model,
+        body = self._form.sample_body(
+            endpoint,
             episode.token_ids,
             max_tokens=room,
             temperature=self._temperature,
             seed=generator_of(*seed, "row", episode.row, "turn", episode.turn).initial_seed(),
             end_ids=self._player.end_ids,
         )
-        return Call(endpoint, PATH, body, partial(read_sample, max_tokens=room, end_ids=self._player.end_ids))
+        read = partial(self._form.read_sample, max_tokens=room, end_ids=self._player.end_ids)
+        return Call(endpoint, self._form.path, body, read)
 
 
 def _taken(answer: Answer[Sampled], *, cut: bool) -> Taken:

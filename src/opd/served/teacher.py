@@ -9,8 +9,9 @@ import numpy as np
 
 from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, SupportScore
 from opd.roles import Teacher
-from opd.served.completions import PATH, Scores, read_scores, score_body
+from opd.served.form import Form, Scores
 from opd.served.model import ServedModel
+from opd.served.vllm_form import VLLM
 from opd.served.wire import Call, Endpoint, Wire
 
 
@@ -18,7 +19,7 @@ from opd.served.wire import Call, Endpoint, Wire
 class ServedTeacher:
     """A model that a server holds and that has the student's tokens; served: its name there; context: the longest sequence that it
     scores; top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared
-    with the student's, if it could not."""
+    with the student's, if it could not; form: how its servers are asked."""
 
     name: str
     model: ServedModel
@@ -27,6 +28,7 @@ class ServedTeacher:
     context: int | None = None
     top: int = 0
     unknown: str = ""
+    form: Form = VLLM
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """The scores of rollouts, all asked for at once, in order. What the server could not score says why."""
@@ -46,8 +48,8 @@ class ServedTeacher:
 
     def _call(self, endpoint: Endpoint, token_ids: np.ndarray) -> Call[Scores]:
         ids = token_ids.tolist()
-        body = score_body(endpoint.model, ids, top=self.top)
-        return Call(endpoint, PATH, body, partial(read_scores, token_ids=ids, top=self.top))
+        body = self.form.score_body(endpoint, ids, top=self.top)
+        return Call(endpoint, self.form.path, body, partial(self.form.read_scores, token_ids=ids, top=self.top))
 
     def _score(self, rollout: Rollout, found: Scores) -> Score:
         mask = rollout.loss_mask

@@ -41,6 +41,8 @@ class _Failed(Exception):
 class Endpoint:
     """One model at one or more servers that serve the same: who it is in messages, their addresses, its name there.
 
+    adapter: the name is that of an adapter on the model that the servers hold.
+
     key_env: the environment variable that holds the servers' key; the key itself is read when a request is made, and kept nowhere.
     secret: the key of servers that this run started. context: the longest sequence that they take, where they said so.
     """
@@ -51,6 +53,7 @@ class Endpoint:
     key_env: str | None = None
     context: int | None = None
     secret: str | None = field(default=None, repr=False)
+    adapter: bool = False
 
     @property
     def inside(self) -> bool:

@@ -1,0 +1,1 @@
+"""Scores that are kept, in memory and on disk, so that no teacher is asked twice about the same response."""
