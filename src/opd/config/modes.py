@@ -47,14 +47,14 @@ def _require_engines_fit(config: "Config") -> None:
     started = {name: teacher for name, teacher in config.teachers.items() if teacher.engines is not None}
     first: dict[str, str] = {}
     for name, teacher in started.items():
-        other = started[first.setdefault(teacher.model or "", name)]
+        other = started[first.setdefault(teacher.source or "", name)]
         if (other.engines, other.gpus_per_engine, other.engine_args) != (
             teacher.engines,
             teacher.gpus_per_engine,
             teacher.engine_args,
         ):
             raise ValueError(
-                f"teachers.{name} and teachers.{first[teacher.model or '']} are one model, '{teacher.model}', with different "
+                f"teachers.{name} and teachers.{first[teacher.source or '']} are one model, '{teacher.source}', with different "
                 "engines; give both the same"
             )
     if not config.cluster.teachers_sleep:

@@ -17,8 +17,9 @@ class TeacherConfig(Node):
     if it asks for one. `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three
     teachers does not weigh three times. The student then follows their normalised geometric mean.
 
-    `engines`, with `model` in distributed mode: so many vLLM servers of it are started on the cluster, each with `gpus_per_engine`
-    and with `engine_args` behind the arguments that opd gives them. Teachers of one model share its servers.
+    `engines`, with `model` or `adapter` in distributed mode: so many vLLM servers of it are started on the cluster (an adapter is
+    merged into the student's base for them), each with `gpus_per_engine` and with `engine_args` behind the arguments that opd gives
+    them. Teachers of one model share its servers.
     """
 
     model: str | None = None
@@ -36,6 +37,11 @@ class TeacherConfig(Node):
     def served(self) -> bool:
         """Whether it is asked over HTTP, wherever its server came from."""
         return self.url is not None or self.engines is not None
+
+    @property
+    def source(self) -> str | None:
+        """The folder, file or hub id that its weights come from, if it is known."""
+        return self.model or self.adapter
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -56,8 +62,14 @@ class TeacherConfig(Node):
 
     @model_validator(mode="after")
     def _started(self) -> "TeacherConfig":
-        if self.engines is not None and self.model is None:
-            raise ValueError(f"engines = {self.engines} starts servers of a model; give it in model, or drop engines")
+        if self.engines is not None and self.source is None:
+            raise ValueError(
+                f"engines = {self.engines} starts servers of a model; give it in model or adapter, or drop engines"
+            )
+        if self.engines is not None and (self.model or "").endswith(".gguf"):
+            raise ValueError(
+                f"engines = {self.engines}: they do not read '{self.model}'; give a folder with safetensors, or drop engines"
+            )
         if self.engines is None:
             for field in ("gpus_per_engine", "engine_args"):
                 if getattr(self, field):

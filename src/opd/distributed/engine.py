@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import httpx2
 import numpy as np
 from safetensors import SafetensorError
 
+from opd.embedded.export import write_merged
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
@@ -31,7 +32,8 @@ Files = Mapping[str, np.ndarray]
 class EnginePlan:
     """How an engine is started: the command, what it serves and under which name, and for how long it may start.
 
-    holds: what `load` gives it: adapters beside its base, weights in place of its own (an adapter is merged first), or nothing.
+    adapter: is merged into the model before the start, in this dtype. holds: what `load` gives it: adapters beside its base, weights
+    in place of its own (an adapter is merged first), or nothing.
     kept: how many adapters it holds, for requests that began with an older one go on with it. sleeps: it can free its device and
     take it again. secret: the key that it asks for.
     """
@@ -45,6 +47,8 @@ class EnginePlan:
     kept: int = 1
     sleeps: bool = False
     secret: str | None = field(default=None, repr=False)
+    adapter: str | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,8 @@ class Engine:
         if name in self._versions:
             return
         place = self._home / name
-        shutil.rmtree(place, ignore_errors=True)
-        try:
+        with self._writes("the student", place):
             self._write(place, files)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"engine '{self._plan.name}' cannot write the student to '{place}' on {socket.gethostname()}: "
-                f"{one_line(str(error))}; free space there (or set TMPDIR), then continue with 'opd train --resume'"
-            ) from None
         if self._plan.holds == "weights":
             self._show(name)
             self._versions.append(name)
@@ -134,16 +132,26 @@ class Engine:
     def _drop(self, name: str) -> None:
         shutil.rmtree(self._home / name, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _writes(self, what: str, place: Path) -> Iterator[None]:
+        """Whatever was left there is gone; a disk that takes no more is one line."""
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"engine '{self._plan.name}' cannot write {what} to '{place}' on {socket.gethostname()}: "
+                f"{one_line(str(error))}; free space there (or set TMPDIR), then continue with 'opd train --resume'"
+            ) from None
+
     def _write(self, place: Path, files: Files) -> None:
         """A version's folder; an adapter whose engine holds weights becomes a whole model."""
         place.mkdir()
         for file, content in files.items():
             (place / file).write_bytes(content.data)
         if self._plan.holds == "weights" and (place / "adapter_config.json").exists():
-            from opd.embedded.export import write_merged
-
             adapter = place.rename(place.with_name(f".{place.name}.adapter"))
-            write_merged(self._plan.model, adapter, place)
+            write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=self._plan.name)
             shutil.rmtree(adapter)
 
     def _show(self, name: str) -> None:
@@ -177,8 +185,9 @@ class Engine:
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
+        served = plan.model if plan.adapter is None else self._merged(plan.adapter)
         self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
-        command = [*plan.command, "--model", plan.model, "--served-model-name", plan.name]
+        command = [*plan.command, "--model", served, "--served-model-name", plan.name]
         command += ["--host", self._host, "--port", str(self._port), *plan.args]
         with (self._folder / "server.log").open("a") as said:
             try:
@@ -193,6 +202,16 @@ class Engine:
                 raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
         self._wait()
         self.awake = True
+
+    def _merged(self, adapter: str) -> str:
+        """The folder of the model with an adapter in its weights, written before the first start."""
+        place = self._home / "merged"
+        if not place.exists():
+            staging = self._home / ".merged"
+            with self._writes("its merged model", staging):
+                write_merged(self._plan.model, Path(adapter), staging, dtype=self._plan.dtype, whose=self._plan.name)
+            staging.rename(place)
+        return str(place)
 
     def _environment(self) -> dict[str, str]:
         found = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}

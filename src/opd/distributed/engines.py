@@ -136,6 +136,7 @@ class StudentEngines:
             holds="weights" if whole else "adapters",
             kept=1 if whole else _versions(config),
             secret=secrets.token_hex(16),
+            dtype=config.compute.dtype,
         )
         self._places = Places([self._plan], booking_of_student(config))
         self._newest = newest
@@ -212,7 +213,9 @@ class TeacherEngines:
             yield
 
     def _refreshed(self) -> Endpoint:
-        self._now = _endpoint(f"an engine of '{self._plan.model}'", self._places.states(self._model), self._plan)
+        self._now = _endpoint(
+            f"an engine of '{self._plan.adapter or self._plan.model}'", self._places.states(self._model), self._plan
+        )
         return self._now
 
 
@@ -247,10 +250,10 @@ class TeachersOnCluster:
         started = {name: t for name, t in config.teachers.items() if t.engines is not None}
         plans: dict[str, EnginePlan] = {}
         for teacher in started.values():
-            assert teacher.model is not None
-            plans[teacher.model] = EnginePlan(
+            plans[teacher.source or ""] = EnginePlan(
                 command=tuple(config.cluster.engine_command),
-                model=teacher.model,
+                model=teacher.model or config.student,
+                adapter=teacher.adapter,
                 name="teacher",
                 args=(
                     *_common(config),
@@ -262,6 +265,7 @@ class TeachersOnCluster:
                 start_s=config.cluster.engine_start_s,
                 sleeps=config.cluster.teachers_sleep,
                 secret=secret,
+                dtype=config.compute.dtype,
             )
         self._groups: list[Places] = []
         engines: dict[str, TeacherEngines] = {}
@@ -271,7 +275,7 @@ class TeachersOnCluster:
             turns = Turns()
             for index, model in enumerate(models):
                 engines[model] = TeacherEngines(plans[model], places, index, turns)
-        self.models = {name: engines[t.model] for name, t in started.items() if t.model is not None}
+        self.models = {name: engines[t.source or ""] for name, t in started.items()}
 
     def close(self) -> None:
         """End them all."""
@@ -289,8 +293,10 @@ def bookings_of_teachers(config: Config) -> list[tuple[list[str], Booking]]:
     """Which models share places, and what those need: each model has its own, but where teachers sleep all share."""
     found: dict[str, Booking] = {}
     for teacher in config.teachers.values():
-        if teacher.engines is not None and teacher.model is not None:
-            found[teacher.model] = Booking(teacher.engines, teacher.gpus_per_engine, config.cluster.cpus_per_engine)
+        if teacher.engines is not None:
+            found[teacher.source or ""] = Booking(
+                teacher.engines, teacher.gpus_per_engine, config.cluster.cpus_per_engine
+            )
     if config.cluster.teachers_sleep:
         return [(list(found), next(iter(found.values())))]
     return [([model], booking) for model, booking in found.items()]

@@ -5,15 +5,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from opd.embedded.loading import quiet, save_adapter_facts
+from opd.config import ComputeConfig
+from opd.embedded.loading import add_adapter, load_network, save_adapter_facts
 from opd.embedded.teacher import Voice
 
 
@@ -62,11 +61,17 @@ def export_files(voice: Voice, weights: Mapping[str, Tensor]) -> dict[str, bytes
         return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
 
 
-def write_merged(base: str, adapter: Path, folder: Path) -> None:
-    """Write a base with an adapter in its weights, in the dtype of the base."""
-    with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
-        PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
+def write_merged(base: str, adapter: Path, folder: Path, *, dtype: str, whose: str) -> None:
+    """Write a base with an adapter in its weights, its tokenizer beside it. whose: in errors, a teacher's name.
+
+    dtype: that in which it will be computed; adding to weights of less precision would round the adapter away. Raises ModelError
+    where the two do not fit.
+    """
+    network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
+    add_adapter(network, str(adapter), teacher=whose, name="merged")
+    assert isinstance(network.model, PeftModel)
+    network.model.merge_and_unload().save_pretrained(folder)
+    network.tokenizer.save_pretrained(folder)
 
 
 def _sort_lists(path: Path) -> None:

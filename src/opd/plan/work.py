@@ -140,11 +140,16 @@ def _pools(config: Config, asked: Mapping[str, float], shape: Callable[[str], Sh
     """The models that engines are started for, each once."""
     started: dict[str, list[str]] = {}
     for name, teacher in config.teachers.items():
-        if teacher.engines is not None and teacher.model is not None:
-            started.setdefault(teacher.model, []).append(name)
+        if teacher.engines is not None and teacher.source is not None:
+            started.setdefault(teacher.source, []).append(name)
     return tuple(
-        Pool(shape(model), tuple(names), sum(asked[n] for n in names), tuple(config.teachers[names[0]].engine_args))
-        for model, names in started.items()
+        Pool(
+            shape(_source(config, names[0])),
+            tuple(names),
+            sum(asked[n] for n in names),
+            tuple(config.teachers[names[0]].engine_args),
+        )
+        for names in started.values()
     )
 
 

@@ -35,7 +35,7 @@ def connect_started(
     for name, model in models.items():
         with model.using():
             endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), wire, tokenizer)
-        said = config.teachers[name].model or endpoint.model
+        said = config.teachers[name].source or endpoint.model
         found[name] = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
     return found
 
