@@ -62,10 +62,10 @@ def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator)
 
     given_ = [normal(1, n, len(tree), 4).requires_grad_() for n in (many, few, few)]
-    plan = TreePlan(tree, device=torch.device("cpu"), dtype=torch.float64)
+    plan = TreePlan(tree, device=torch.device("cpu"))
     found, expected = plan.attend(0, *given_, 0.3), dense(tree, *given_, 0.3)
     assert found.shape == expected.shape == (1, len(tree), many, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -78,7 +78,7 @@ def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(mon
     """Wide groups attend once more for their gradient, which stays the same."""
     tree = one_tree([[1] * 300 + [2] * 300, [1] * 300 + [3] * 300])
     given_ = [torch.randn(1, 2, len(tree), 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    plan = TreePlan(tree, device=torch.device("cpu"), dtype=torch.float64)
+    plan = TreePlan(tree, device=torch.device("cpu"))
     found, kept = [], []
     for wide in (10**6, 64):
         monkeypatch.setattr("opd.embedded.attention._WIDE", wide)
@@ -95,13 +95,13 @@ def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(mon
 def test_a_shared_prefix_keeps_its_gradient_in_half_precision():
     """Three hundred branches see the prefix: summed in bfloat16 one after another, its gradient would be a twentieth off."""
     tree = one_tree([[1] * 8 + [2 + branch] * 64 for branch in range(300)])
-    plans = {
-        dtype: TreePlan(tree, device=torch.device("cpu"), dtype=dtype) for dtype in (torch.bfloat16, torch.float64)
-    }
+    plan = TreePlan(
+        tree, device=torch.device("cpu")
+    )  # one for both: mixed precision computes in another dtype than the weights'
     torch.manual_seed(0)
     numbers = [torch.randn(1, 2, len(tree), 8).bfloat16() for _ in range(3)]
     gradients = []
-    for dtype, plan in plans.items():
+    for dtype in (torch.bfloat16, torch.float64):
         mine = [x.to(dtype).requires_grad_() for x in numbers]
         out = plan.attend(0, *mine, None)
         gradients.append(torch.autograd.grad(out.sum(), mine[2])[0][:, :, :8].double())

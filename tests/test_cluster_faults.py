@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from factories import toy_recipe, write_toml
+from factories import processes, toy_recipe, write_toml
 from ray.cluster_utils import Cluster
 from test_distributed import cluster_of
 
@@ -37,19 +37,6 @@ def recipe(folder: Path, cluster: Cluster | None, **changes: Any) -> dict[str, A
     tree = toy_recipe(folder, steps=5, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
     tree |= {"mode": "distributed", "cluster": cluster_of(**places) | changes}
     return tree
-
-
-def processes(words: str) -> list[int]:
-    """Those whose command has these words."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in command and int(place.name) != os.getpid():
-            found.append(int(place.name))
-    return found
 
 
 def kill(words: str) -> None:

@@ -1,6 +1,7 @@
 """A run on a Ray cluster is the run in one process: the same losses, the same weights, whatever the number of ranks."""
 
 import json
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,13 @@ from unittest.mock import patch
 import golden
 import pytest
 import torch
-from factories import save_adapter, toy_recipe
+from factories import processes, save_adapter, toy_recipe
 from safetensors.torch import load_file
 
 import opd
+from opd.checkpoint import list_checkpoints
+from opd.distributed.group import RankLearner
+from opd.distributed.rank import Saved
 from opd.report.run_folder import read_metrics
 from opd.served.sampler import ServedSampler
 from opd.signal import follow
@@ -52,6 +56,7 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
 OBJECTIVES = {
     "exact": {"objective": {"type": "exact"}},
     "exact to go": {"objective": {"type": "exact_to_go", "discount": 0.5, "baseline": "leave_one_out"}},
+    "the whole student": {"objective": {"type": "immediate"}, "trainable": "full"},
 }
 
 
@@ -156,6 +161,41 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path):
     assert opd.resume(run).finished
     for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
+
+
+def test_a_full_disk_at_a_rank_keeps_the_earlier_checkpoint_and_the_run_goes_on_later(tmp_path: Path):
+    tree = sampled_recipe(tmp_path, learner_ranks=2)
+    whole = opd.train(opd.parse_config(tree | {"output": str(tmp_path / "whole")})).run
+
+    def fill(report: Any) -> None:
+        if report.step == 2:
+            for pid in processes("ray::Rank"):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (100, 100))  # bytes; no file of a rank grows past them
+
+    with pytest.raises(
+        opd.errors.RunError, match=r"learner rank \d cannot write the checkpoint '.*File too large.*--resume"
+    ):
+        opd.train(opd.parse_config(tree), on_step=fill)
+    run = Path(tree["output"])
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-000001"]
+    assert not list(run.rglob("*partial*"))
+    assert opd.resume(run).finished
+    for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
+
+
+def test_ranks_that_see_another_disk_cannot_save(tmp_path: Path):
+    (tmp_path / "shard-00001.safetensors").touch()
+
+    class Apart:
+        size = 2
+
+        def all(self, *_: Any) -> list[Saved]:
+            return [Saved({}, f"node{n}", frozenset({f"shard-0000{n}.safetensors"})) for n in (1, 2)]
+
+    learner = RankLearner(Apart(), opd.parse_config(toy_recipe(tmp_path)))  # type: ignore[arg-type]
+    with pytest.raises(opd.errors.RunError, match=r"learner rank 1 on node2 wrote 'shard-00002.*all nodes share"):
+        learner.save(tmp_path)
 
 
 def test_mixed_precision_rounds_the_passes_and_not_the_weights(tmp_path: Path):

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import httpx2
 import numpy as np
 import pytest
-from factories import save_adapter, save_toy, toy_recipe
-from test_cluster_faults import kill, processes
+from factories import processes, save_adapter, save_toy, toy_recipe
+from test_cluster_faults import kill
 from test_distributed import ENGINE, cluster_of
 
 import opd

@@ -112,6 +112,21 @@ def test_any_split_into_passes_gives_the_same_gradient(bench: Bench, options: di
         assert split_loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_layers_that_are_computed_again_have_the_same_gradient_and_keep_less(tmp_path: Path, trainable: str):
+    found, kept = [], []
+    for again in (False, True):
+        own = make_bench(tmp_path / str(again), trainable=trainable, compute={"activation_checkpointing": again})
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            found.append(own.gradient_and_loss(own.batch, type="exact"))
+        kept.append(sum(sizes))
+    (plain, loss), (checkpointed, other) = found
+    assert loss == other
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    assert kept[1] < kept[0] / 2
+
+
 def test_a_split_makes_several_passes(bench: Bench):
     whole, split = (values(bench.learner(max_tokens=n).forward_backward(bench.batch)) for n in (10_000, 37))
     tokens = len(bench.batch.token_ids)

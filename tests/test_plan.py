@@ -182,7 +182,7 @@ def test_activations_that_do_not_fit_say_what_to_set(folders: dict[str, str]):
     changes: dict[str, Any] = {"student": folders["one"], "sampling": {"max_new_tokens": 2048, "prompts_per_step": 64}}
     config = recipe(folders, compute={"max_tokens": 65536}, **changes)
     with pytest.raises(
-        DoesNotFit, match=r"'activations'.*try cluster.activation_checkpointing = true or a smaller compute.max"
+        DoesNotFit, match=r"'activations'.*try compute.activation_checkpointing = true or a smaller compute.max"
     ):
         plan(config, 8)
     assert fits(recipe(folders, compute={"max_tokens": 8192}, **changes), 8)

@@ -255,7 +255,7 @@ def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[
     head = head_flops(work.student, 64 * 256) / free.flops(2)
     forward = seconds(objective=sampled) / 2
     assert seconds() == pytest.approx(2 * forward + head)  # logits of named tokens are made again
-    assert seconds(objective=sampled, cluster={"activation_checkpointing": True}) == pytest.approx(3 * forward - head)
+    assert seconds(objective=sampled, compute={"activation_checkpointing": True}) == pytest.approx(3 * forward - head)
     assert seconds(objective=sampled | {"correction": {"type": "reject"}}) == pytest.approx(3 * forward)
     assert seconds(objective=sampled | {"loss": "ppo", "epochs": 2}) == pytest.approx(4 * forward)
     whole = {"trainable": "full", "compute": {"dtype": "float32"}}
@@ -264,7 +264,7 @@ def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_one_of_them_whole(folders: dict[str, str]):
-    config = recipe(folders, cluster={"activation_checkpointing": True})
+    config = recipe(folders, compute={"activation_checkpointing": True})
     found = rank_memory(config, work_of(config, prompt_tokens=512), 1, H100)["activations"]
     assert found == 4096 * (kept_a_token(config, read_shape(folders["student"])) + 2 * 128 * 2)
 

@@ -302,6 +302,8 @@ def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Pat
         ({"warmup": {"steps": 2}}, "learns from teachers in process"),
         ({"teachers": {"odd": {"url": "http://name:word@host"}}}, "credentials"),
         ({"teachers": {"odd": {"url": "host:8000"}}}, "is no address of a server"),
+        ({"teachers": {"odd": {"url": "http://host:port"}}}, "is no address of a server"),
+        ({"teachers": {"odd": {"url": ["http://host:1", "http://host:70000"]}}}, "70000' is no address of a server"),
         ({"teachers": {"odd": {"url": []}}}, "names no server"),
         ({"teachers": {"odd": {"model": "x", "served_model": "y"}}}, "served_model belongs to url"),
     ],

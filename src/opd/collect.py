@@ -61,8 +61,12 @@ def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredR
     """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
     usable = [r for r in rollouts if r.failure is None]
     scored = iter(teachers.score(usable) if usable else [])
+    # an episode that a server lost is lost with all its parts, of which one carries what happened
+    lost = {(r.prompt.id, r.sample) for r in rollouts if r.events.get("lost")}
     return [
-        next(scored) if r.failure is None else ScoredRollout(r, FailedScore(r.prompt.teacher, r.failure))
+        next(scored)
+        if r.failure is None
+        else ScoredRollout(r, FailedScore(r.prompt.teacher, r.failure, lost=(r.prompt.id, r.sample) in lost))
         for r in rollouts
     ]
 

@@ -174,7 +174,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
 
 def _lost(scored: ScoredRollout) -> bool:
     """Whether a server lost it: it was never sampled, or never scored, for no reason of its own."""
-    return bool(scored.rollout.events.get("lost")) or (isinstance(scored.score, FailedScore) and scored.score.lost)
+    return isinstance(scored.score, FailedScore) and scored.score.lost
 
 
 def _why(lost: Sequence[ScoredRollout]) -> str:

@@ -20,7 +20,7 @@ class ClusterConfig(Node):
 
     max_staleness: 0 is on-policy, step after step; above it the next steps are sampled and scored while one is learnt from, by a
     student that is at most so many updates older. mixed_precision: the learner computes in bfloat16 on weights and gradients in
-    float32. activation_checkpointing: it keeps of each layer its input alone, and computes the layer again for the gradient.
+    float32.
     """
 
     address: str | None = None
@@ -37,4 +37,3 @@ class ClusterConfig(Node):
     teachers_sleep: bool = False
     max_staleness: NonNegative = 0
     mixed_precision: bool = False
-    activation_checkpointing: bool = False

@@ -92,9 +92,17 @@ class TeacherConfig(Node):
                 raise ValueError(
                     "url holds credentials or a query; name the environment variable with the key in api_key_env instead"
                 )
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(url):
                 raise ValueError(f"url = '{url}' is no address of a server, such as http://127.0.0.1:8000")
         return self
+
+
+def _has_port(url: str) -> bool:
+    """Whether its port, if it names one, is one."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 class ServedConfig(Node):

@@ -143,13 +143,17 @@ class WarmupConfig(Node):
 
 class ComputeConfig(Node):
     """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass, `score_cache` is how many
-    scored responses training keeps in memory (0: none), `score_cache_folder` where on disk, for this run and others."""
+    scored responses training keeps in memory (0: none), `score_cache_folder` where on disk, for this run and others.
+
+    activation_checkpointing: for the gradient the student keeps of each layer its input alone, and computes the layer again.
+    """
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive = 2048
     score_cache: NonNegative = 0
     score_cache_folder: str | None = None
+    activation_checkpointing: bool = False
     threads: NonNegative = 0
 
     @property

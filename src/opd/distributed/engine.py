@@ -32,10 +32,9 @@ Files = Mapping[str, np.ndarray]
 class EnginePlan:
     """How an engine is started: the command, what it serves and under which name, and for how long it may start.
 
-    adapter: is merged into the model before the start, in this dtype. holds: what `load` gives it: adapters beside its base, weights
-    in place of its own (an adapter is merged first), or nothing.
-    kept: how many adapters it holds, for requests that began with an older one go on with it. sleeps: it can free its device and
-    take it again. secret: the key that it asks for.
+    adapter: is merged into the model before the start, in `dtype`. holds: what `load` gives it: adapters beside its base, weights
+    in place of its own (an adapter is merged first), or nothing. kept: how many adapters it holds, for requests that began with an
+    older one go on with it. sleeps: it can free its device and take it again. secret: the key that it asks for.
     """
 
     command: Sequence[str]

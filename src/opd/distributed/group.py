@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from opd.batch import Batch, consecutive, split
 from opd.config import Config
-from opd.distributed.rank import Rank, RankFacts, Who
+from opd.distributed.rank import Rank, RankFacts, Saved, Who
 from opd.errors import OpdError, RunError, one_line
 from opd.metrics import Metrics, merge
 from opd.records import Prompt, Rollout, ScoredRollout
@@ -179,8 +179,16 @@ class RankLearner:
         return self._files
 
     def save(self, folder: Path) -> Mapping[str, Any]:
-        """Every rank writes its part into a folder that all of them see."""
-        return self.group.all("save", str(folder.resolve()))[0]
+        """Every rank writes its part into a folder that all of them see. Raises RunError where one sees another folder."""
+        saved: list[Saved] = self.group.all("save", str(folder.resolve()))
+        here = {file.name for file in folder.iterdir()}
+        for rank, found in enumerate(saved):
+            if found.files - here:
+                raise RunError(
+                    f"learner rank {rank} on {found.node} wrote '{min(found.files - here)}' to '{folder.resolve()}', which is not "
+                    "the folder here; put output on a disk that all nodes share"
+                )
+        return saved[0].values
 
     def load(self, folder: Path, values: Mapping[str, Any]) -> None:
         """Continue from what any number of ranks wrote."""

@@ -6,7 +6,8 @@ when all of them call it.
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -27,6 +29,7 @@ from opd.embedded.build import build
 from opd.embedded.export import export, export_files
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.studio import EmbeddedStudio
+from opd.errors import RunError, one_line
 from opd.metrics import Metrics
 from opd.records import Prompt, Rollout, ScoredRollout
 from opd.roles import Teacher, TeacherFacts
@@ -43,6 +46,15 @@ class RankFacts:
     identities: Mapping[str, str]
     single_models: tuple[str, ...]
     student_context: int | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The plain values that go with a checkpoint's tensors, and what a rank sees of them in its folder, on which node."""
+
+    values: Mapping[str, Any]
+    node: str
+    files: frozenset[str]
 
 
 class Rank:
@@ -161,19 +173,34 @@ class Rank:
         if not self._rank:
             export(self._studio.student, Path(folder), weights=found)
 
-    def save(self, folder: str) -> Mapping[str, Any]:
+    def save(self, folder: str) -> Saved:
         """Write this rank's part of the weights and moments."""
         tensors, values = self._trained.state()
-        state_dict_saver.save(
-            dict(tensors), storage_writer=HuggingFaceStorageWriter(path=folder, save_distributed=True)
-        )
-        return values
+        writer = HuggingFaceStorageWriter(path=folder, save_distributed=True)
+        with _one_line_of(folder, "write the checkpoint"):
+            state_dict_saver.save(dict(tensors), storage_writer=writer)
+        files = frozenset(path.name for path in Path(folder).glob("*.safetensors"))
+        return Saved(values, socket.gethostname(), files)
 
     def load(self, folder: str, values: Mapping[str, Any]) -> None:
         """Read this rank's part of what any number of ranks wrote."""
         tensors = self._trained.blank_state(with_moments=bool(values["num_updates"]))
-        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(path=folder))
+        with _one_line_of(folder, "read the checkpoint"):
+            state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(path=folder))
         self._trained.load_state(tensors, values)
+
+
+@contextmanager
+def _one_line_of(folder: str, what: str) -> Iterator[None]:
+    """Raise RunError where torch says at length that one rank could not."""
+    try:
+        yield
+    except CheckpointException as error:  # no Exception: Ray would take it for the end of this process
+        rank, (why, _) = next(iter(error.failures.items()))
+        raise RunError(
+            f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; mend the disk there, then continue with "
+            "'opd train --resume'"
+        ) from None
 
 
 def _whole(tensor: Tensor) -> Tensor:

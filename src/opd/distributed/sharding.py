@@ -1,6 +1,5 @@
 """A network whose weights lie on several ranks: torch's FSDP2, layer by layer."""
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -50,7 +49,7 @@ def shard(network: Network, mesh: DeviceMesh, trainable: list[str], *, compute_d
     backbone = cast(nn.Module, network.base.base_model)
     head, embeddings = cast(Any, network.base.get_output_embeddings()), cast(Any, network.base.get_input_embeddings())
     tied = head.weight is embeddings.weight
-    layers = list(_layers(network))
+    layers = list(network.layers())
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {p for p in network.base.parameters() if id(p) not in inside}
     names = set(trainable)
@@ -76,11 +75,3 @@ def shard(network: Network, mesh: DeviceMesh, trainable: list[str], *, compute_d
             module.set_force_sum_reduction_for_comms(True)
     parameters = dict(network.model.named_parameters())
     network.shards = ShardedWeights(network, mesh, [parameters[name] for name in trainable], tied=tied)
-
-
-def _layers(network: Network) -> Iterator[nn.Module]:
-    """The blocks of a model, those that transformers would not split over devices."""
-    blocks = set(getattr(network.base, "_no_split_modules", None) or ())
-    for module in network.base.modules():
-        if type(module).__name__ in blocks:
-            yield module

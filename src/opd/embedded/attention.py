@@ -70,18 +70,13 @@ class TreePlan:
     """A token of a packed tree sees itself and its ancestors. With `keep`, `kept` has each layer's keys and values
     [tokens, key heads, size] afterwards."""
 
-    def __init__(self, tree: TokenTree, *, device: torch.device, dtype: torch.dtype, keep: bool = False) -> None:
+    def __init__(self, tree: TokenTree, *, device: torch.device, keep: bool = False) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._chain = bool((tree.parents == np.arange(len(tree)) - 1).all())
         groups = [] if self._chain else tile_groups(tree, size=_TILE)
         self._keys = [torch.from_numpy(group.keys).to(device) for group in groups]
-        self._hidden = [
-            torch.zeros(group.visible.shape, dtype=dtype)
-            .masked_fill_(~torch.from_numpy(group.visible), -torch.inf)
-            .to(device)
-            for group in groups
-        ]
-        self._masks: dict[int, list[Tensor]] = {}
+        self._visible = [torch.from_numpy(group.visible).to(device) for group in groups]
+        self._masks: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._places = torch.from_numpy(_places(groups, len(tree))).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -92,14 +87,15 @@ class TreePlan:
             key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
         heads, size, width = key.shape[1], query.shape[3], value.shape[3]
-        if shared not in self._masks:
-            self._masks = {shared: [mask.repeat(1, shared, 1)[:, None] for mask in self._hidden]}
+        kind = (shared, query.dtype)  # under mixed precision not that of the weights
+        if kind not in self._masks:
+            self._masks = {kind: [_mask(visible, shared, query.dtype) for visible in self._visible]}
         counts = [len(keys) for keys in self._keys]
         queries = _Put.apply(query[0].transpose(0, 1).flatten(1), self._places, sum(counts) * _TILE)
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         found = []
         for mine, seen, mask in zip(
-            queries.view(-1, _TILE, heads, shared, size).split(counts), self._keys, self._masks[shared], strict=True
+            queries.view(-1, _TILE, heads, shared, size).split(counts), self._keys, self._masks[kind], strict=True
         ):
             # The heads that share a key head are further rows of it, so keys are not repeated.
             given = mine.permute(0, 2, 3, 1, 4).reshape(len(seen), heads, shared * _TILE, size)
@@ -107,6 +103,12 @@ class TreePlan:
             found.append(one.view(len(seen), heads, shared, _TILE, width).permute(0, 3, 1, 2, 4).flatten(0, 1))
         whole = torch.cat([one.flatten(1) for one in found])
         return _Take.apply(whole, self._places).view(1, -1, heads * shared, width)
+
+
+def _mask(visible: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores [tiles, 1, shared * rows, keys]: -inf where nothing is seen."""
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return hidden.repeat(1, shared, 1)[:, None]
 
 
 def _looked_at(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, mask: Tensor, scale: float | None) -> Tensor:

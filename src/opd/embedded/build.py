@@ -40,11 +40,8 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
     student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
     """
-    prepare(config.compute)
-    network = load_network(config.student, config.compute)
+    network = _student(config)
     lora = config.trainable == "lora"
-    if lora:
-        add_student_adapter(network, config.lora, seed=config.seed)
     loaded: dict[str, Network] = {config.student: network} if lora else {}
     voices: dict[str, Voice] = {}
     for index, (name, teacher) in enumerate(config.teachers.items()):
@@ -118,11 +115,18 @@ def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -
 
 def build_student(config: SftConfig) -> Voice:
     """A student to fine-tune, without teachers."""
+    return Voice(_student(config), "student" if config.trainable == "lora" else None)
+
+
+def _student(config: Config | SftConfig) -> Network:
+    """What is to be trained, as it trains."""
     prepare(config.compute)
     network = load_network(config.student, config.compute)
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)
-    return Voice(network, "student" if config.trainable == "lora" else None)
+    if config.compute.activation_checkpointing:
+        network.checkpoint_layers()
+    return network
 
 
 def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, ForeignVoice]:

@@ -2,14 +2,16 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from opd.data.micro import MicroBatch
@@ -19,11 +21,8 @@ from opd.embedded.linear import few_rows, merged
 from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
 
-_NO_MASK = torch.ones(
-    1, 1, 1, 1, dtype=torch.bool
-)  # of four dimensions, so that transformers makes none: a plan says it
-
-
+# of four dimensions, so that transformers makes none: a plan says it
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 [(_, _ONE_TOKEN)] = pack_trees([[0]], max_tokens=1)
 
 
@@ -124,6 +123,19 @@ class Network:
             self.shards.keep_trainable()
         self._active = (adapter, trainable)
 
+    def layers(self) -> Iterator[torch.nn.Module]:
+        """The blocks of the model, those that transformers would not split over devices."""
+        blocks = set(getattr(self.base, "_no_split_modules", None) or ())
+        for module in self.base.modules():
+            if type(module).__name__ in blocks:
+                yield module
+
+    def checkpoint_layers(self) -> None:
+        """From now on keep of each layer its input alone for the gradient, and compute the layer again."""
+        for layer in self.layers():
+            # of this one module, inside of what FSDP does around its call
+            layer.forward = partial(_checkpointed, layer.forward)
+
     def remember_fingerprint(self) -> None:
         """Keep the fingerprint: weights on several ranks cannot be read by one."""
         self._fingerprint = self.fingerprint()
@@ -144,7 +156,7 @@ class Network:
 
     def hidden_states(self, tree: TokenTree) -> Tensor:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
-        plan = TreePlan(tree, device=self.device, dtype=self.base.dtype)
+        plan = TreePlan(tree, device=self.device)
         return self._run(tree.token_ids[None], tree.positions[None], plan)[0]
 
     def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
@@ -170,7 +182,7 @@ class Network:
         [sequences, hidden] after the last token of each."""
         found = []
         for _, tree in pack_trees(sequences, max_tokens=max_tokens):
-            plan = TreePlan(tree, device=self.device, dtype=self.base.dtype, keep=True)
+            plan = TreePlan(tree, device=self.device, keep=True)
             hidden = self._run(tree.token_ids[None], tree.positions[None], plan)[0]
             rows.add(plan.kept or {}, tree.paths)
             found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
@@ -209,3 +221,11 @@ class Network:
             gap = float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max())
             worst = float(np.maximum(worst, gap))  # unlike max(), keeps a nan
         return worst
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )  # nothing is drawn in a layer

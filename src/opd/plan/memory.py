@@ -82,8 +82,8 @@ def rank_memory(config: Config, work: Work, ranks: int, assumed: Assumptions) ->
     if not lora:
         # embeddings stay gathered, the head is made whole with its gradient, and gradients of one layer are whole
         gathered += student.outside * each.computed + 2 * student.head * each.stored + 4 * student.largest
-    layers = 1 if config.cluster.activation_checkpointing else student.layers
-    inputs = student.layers * student.width * each.computed if config.cluster.activation_checkpointing else 0
+    layers = 1 if config.compute.activation_checkpointing else student.layers
+    inputs = student.layers * student.width * each.computed if config.compute.activation_checkpointing else 0
     # each part of a target has logits of its own beside the student's; working copies are float32
     mixed = max(len(teacher.weights or (1,)) for teacher in config.teachers.values())
     voices = mixed + (config.objective.reference is not None) if config.objective.integrated and work.voices else 0

@@ -122,7 +122,7 @@ def update_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> fl
     lora = config.trainable == "lora"
     forward = _forward_flops(student, work, part)
     head = head_flops(student, part.rollouts * work.response)
-    again = config.cluster.activation_checkpointing * (forward - head)
+    again = config.compute.activation_checkpointing * (forward - head)
     flops = (2 if lora else 3) * forward + again
     if config.objective.type == "support" and not work.voices:
         flops += head  # its gradient makes the logits again

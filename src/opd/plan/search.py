@@ -185,7 +185,7 @@ def _ranks(config: Config, work: Work, gpus: int, assumed: Assumptions) -> list[
     least = min(every, key=lambda n: over[n])
     parts = rank_memory(config, work, least, assumed)
     name, size = max(parts.items(), key=lambda part: part[1])
-    todo = [] if config.cluster.activation_checkpointing else ["cluster.activation_checkpointing = true"]
+    todo = [] if config.compute.activation_checkpointing else ["compute.activation_checkpointing = true"]
     todo += ["a smaller compute.max_tokens"] if config.compute.max_tokens > work.length else ["shorter responses"]
     todo += ["engines for the teachers in process (teachers.NAME.engines)"] if work.frozen else []
     raise DoesNotFit(
