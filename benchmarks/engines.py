@@ -1,10 +1,10 @@
-"""How scoring grows with the number of engines, and what the driver itself costs a rollout.
+"""How sampling and scoring grow with the number of engines, and what the driver and Ray cost a rollout.
 
     .venv/bin/python benchmarks/engines.py
 
 Engines are stand-ins: each answers `--slots` requests at once, each after `--service-s` seconds, whatever is asked; so two cores
 can show what many engines would wait for. Linear is what the engines could give if the driver cost nothing. The driver's own cost
-is measured with engines that answer at once.
+is measured with engines that answer at once; Ray's with a rank that has its scores ready.
 """
 
 import argparse
@@ -16,16 +16,26 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
+import ray
 
-from opd.config import ServedConfig
-from opd.records import Prompt, Rollout, Turn
+from opd.config import EpisodesConfig, ServedConfig
+from opd.distributed.group import RankTeachers
+from opd.embedded.loading import load_tokenizer
+from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, Turn
 from opd.served.model import Fixed
+from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher
 from opd.served.wire import Endpoint, Wire
+from opd.tasks.episodes import EpisodePlayer, one_turn
+from opd.text.chat import Chat
+from opd.text.tokenizer import end_token_ids
 
+STUDENT = "models/smollm2-135m-instruct"
 TOKENS, PROMPT, END = 256, 64, 2
+WIDTH = 576  # of a teacher's hidden states
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -90,25 +100,86 @@ def rollouts(count: int) -> list[Rollout]:
     ]
 
 
-def measured(engines: int, slots: int, service_s: float, count: int) -> float:
-    """Rollouts scored a second."""
+def player() -> EpisodePlayer:
+    loaded = load_tokenizer(STUDENT)
+    ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
+    assert END in ends
+    return EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
+
+
+def measured(what: str, engines: int, slots: int, service_s: float, count: int) -> float:
+    """Rollouts sampled or scored a second."""
     servers = start(engines, slots, service_s)
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
         wire = Wire(ServedConfig(max_in_flight=2 * slots))
-        teacher = ServedTeacher("t", Fixed(Endpoint("teacher 't'", urls, "m")), "m", wire)
-        items = rollouts(count)
-        teacher.score(items[: 2 * engines])  # connections are there
-        begun = time.perf_counter()
-        found = teacher.score(items)
-        seconds = time.perf_counter() - begun
-        assert all(hasattr(item.score, "logprobs") for item in found)
+        model = Fixed(Endpoint("the model", urls, "m"))
+        if what == "score":
+            teacher, items = ServedTeacher("t", model, "m", wire), rollouts(count)
+            teacher.score(items[: 2 * engines])  # connections are there
+            begun = time.perf_counter()
+            found = teacher.score(items)
+            seconds = time.perf_counter() - begun
+            assert all(isinstance(item.score, SampledScore) for item in found)
+        else:
+            sampler = ServedSampler(model, wire, temperature=1.0, max_new_tokens=TOKENS, context=None, player=player())
+            prompts = [Prompt(f"p{i}", ({"role": "user", "content": "?"},), "t", "task") for i in range(count)]
+            sampler.sample(prompts[: 2 * engines], num_samples=1, seed=(0,))
+            begun = time.perf_counter()
+            made = sampler.sample(prompts, num_samples=1, seed=(1,))
+            seconds = time.perf_counter() - begun
+            assert all(item.failure is None and item.num_actions == TOKENS - PROMPT for item in made)
         wire.close()
         return count / seconds
     finally:
         for server in servers:
             server.kill()
             server.communicate()
+
+
+class ReadyRank:
+    """A rank whose scores are there when it is asked."""
+
+    def score(self, items: list[Rollout], who: str, names: list[str], keep_hidden: bool) -> list[ScoredRollout]:
+        return [ScoredRollout(item, self.one(item, keep_hidden)) for item in items]
+
+    def one(self, item: Rollout, keep_hidden: bool) -> Score:
+        logprobs = np.full(TOKENS, -0.5, dtype=np.float32)
+        if not keep_hidden:
+            return SampledScore("t", logprobs)
+        hidden = np.zeros((item.num_actions, WIDTH), dtype=np.float32)
+        return HiddenScore("t", logprobs, (HiddenPart("t", 1.0, hidden),))
+
+
+class ReadyGroup:
+    """One such rank, asked as `opd.distributed.group` asks its ranks."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.actor = ray.remote(ReadyRank).options(num_cpus=0).remote()
+
+    def each(self, method: str, args: list[tuple[object, ...]]) -> list[object]:
+        return [ray.get(getattr(self.actor, method).remote(*args[0]))]
+
+
+def through_ray(count: int, *, keep_hidden: bool) -> tuple[float, float]:
+    """Milliseconds a rollout to a rank and back with its score, and the MB by which this process has grown meanwhile."""
+    teachers = RankTeachers(ReadyGroup(), "teachers", keep_hidden=keep_hidden)  # type: ignore[arg-type]
+    items = rollouts(count)
+    teachers.score(items[:1])
+    before = resident_mb()
+    begun = time.perf_counter()
+    found = teachers.score(items)
+    seconds = time.perf_counter() - begun
+    assert len(found) == count
+    return 1000 * seconds / count, resident_mb() - before
+
+
+def resident_mb() -> float:
+    """What this process holds, shared memory of Ray's store included."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -122,21 +193,31 @@ def main() -> None:
         serve(options.slots, options.service_s)
         return
     print(f"{TOKENS} tokens a rollout; engines of {options.slots} slots, {options.service_s} s a request")
-    print("| engines | rollouts a second | of linear |\n|---|---|---|")
-    for engines in (1, 2, 4):
-        linear = engines * options.slots / options.service_s
-        rates = [
-            measured(engines, options.slots, options.service_s, 20 * engines * options.slots)
-            for _ in range(options.rounds)
-        ]
-        shares = sorted(rate / linear for rate in rates)
-        middle, low, high = statistics.median(shares), shares[0], shares[-1]
-        print(f"| {engines} | {statistics.median(rates):.1f} | {middle:.3f} [{low:.3f}, {high:.3f}] |", flush=True)
-    print("\n| rollouts at once | ms each, driver and stand-in on two cores | driver's peak, MB |\n|---|---|---|")
-    for count in (64, 256, 1024):
-        rate = measured(1, 64, 0.0, count)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"| {count} | {1000 / rate:.2f} | {peak:.0f} |", flush=True)
+    print("| | engines | rollouts a second | of linear |\n|---|---|---|---|")
+    for what in ("sample", "score"):
+        for engines in (1, 2, 4):
+            linear = engines * options.slots / options.service_s
+            rates = [
+                measured(what, engines, options.slots, options.service_s, 20 * engines * options.slots)
+                for _ in range(options.rounds)
+            ]
+            shares = sorted(rate / linear for rate in rates)
+            middle, low, high = statistics.median(shares), shares[0], shares[-1]
+            said = f"{statistics.median(rates):.1f} | {middle:.3f} [{low:.3f}, {high:.3f}]"
+            print(f"| {what} | {engines} | {said} |", flush=True)
+    print("\n| | rollouts at once | ms each, driver and stand-in on two cores | driver's peak, MB |\n|---|---|---|---|")
+    for what in ("sample", "score"):
+        for count in (64, 256, 1024):
+            rate = measured(what, 1, 64, 0.0, count)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"| {what} | {count} | {1000 / rate:.2f} | {peak:.0f} |", flush=True)
+    print("\n| to a rank and back with | rollouts at once | ms each | MB |\n|---|---|---|---|")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1)
+    for keep_hidden, name in ((False, "sampled scores"), (True, f"hidden states of width {WIDTH}")):
+        for count in (64, 256, 1024):
+            milliseconds, grown = through_ray(count, keep_hidden=keep_hidden)
+            print(f"| {name} | {count} | {milliseconds:.2f} | {grown:.0f} |", flush=True)
+    ray.shutdown()
 
 
 if __name__ == "__main__":
