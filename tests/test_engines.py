@@ -1,5 +1,6 @@
 """Engines that a run starts: they hold the student as it is, teachers take turns at them, and they leave nothing behind."""
 
+import json
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ from opd.batch import Batch
 from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan
 from opd.distributed.engines import Turns
-from opd.errors import RunError
+from opd.errors import ModelError, RunError
 from opd.report.run_folder import read_metrics
 from opd.signal import follow
 
@@ -114,6 +115,18 @@ def said(pid: int) -> str:
         return "keeper"
 
 
+def test_a_teachers_adapter_at_an_engine_says_what_it_says_at_the_ranks(tmp_path: Path):
+    lines = []
+    for engines in (None, 1):
+        tree = recipe(tmp_path / str(engines), objective={"type": "immediate"}, trainable="full")
+        odd = {"adapter": save_adapter(tmp_path / str(engines) / "adapter", tree["student"], 5)}
+        tree["teachers"]["odd"] = odd if engines is None else {**odd, "engines": engines}
+        lines.append(read_metrics(opd.train(opd.parse_config(tree)).run))
+    for inside, engine in zip(*lines, strict=True):
+        assert engine["loss/total/sum"] == pytest.approx(inside["loss/total/sum"], rel=1e-4)
+        assert "served/lost/sum" not in engine
+
+
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run whose teachers each have a place of their own, and that nothing happens to."""
@@ -186,6 +199,16 @@ def test_a_version_is_loaded_once_and_survives_a_restart(engine: Engine, tmp_pat
     kill("toy_engine.py")
     wait_for(lambda: not processes("toy_engine.py"))
     assert engine.state() == state  # at the same address
+
+
+def test_an_adapter_of_another_base_is_refused_at_its_engine(tmp_path: Path):
+    base = save_toy(tmp_path / "base", 0)
+    adapter = Path(save_adapter(tmp_path / "adapter", base, 5))
+    (adapter / "opd.json").write_text(json.dumps({"base": "another", "base_fingerprint": "0"}))
+    engine = Engine(EnginePlan(tuple(ENGINE), base, "teacher", (), 60, adapter=str(adapter)), "127.0.0.1")
+    with pytest.raises(ModelError, match=r"was made on another base \('another'"):
+        engine.state()
+    engine.stop()
 
 
 def test_a_full_disk_at_an_engine_is_one_line(engine: Engine, tmp_path: Path):

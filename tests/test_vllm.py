@@ -1,9 +1,10 @@
 """A real vLLM server on the real model says what transformers says."""
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,22 +37,29 @@ def files_of(folder: Path) -> dict[str, np.ndarray]:
     return {file.name: np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files}
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+@contextmanager
+def started(*args: str, **plan: Any) -> Iterator[Engine]:
     assert VLLM.exists(), "run `make vllm`"
     assert MODEL.is_dir(), "run `make model`"
-    args = ["--dtype", "float32", "--generation-config", "vllm", "--max-model-len", "512", "--enforce-eager"]
-    args += ["--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", *ADAPTED]
     # a seed and a prompt in chunks crash vLLM 0.32 on a CPU
-    args += ["--no-enable-chunked-prefill"]
+    common = ("--dtype", "float32", "--generation-config", "vllm", "--max-model-len", "512", "--enforce-eager")
+    args = (*common, "--no-enable-chunked-prefill", *args)
     command = (str(VLLM), "-m", "vllm.entrypoints.openai.api_server")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        found = Engine(EnginePlan(command, str(MODEL), "base", tuple(args), 300, holds="adapters", kept=2), "127.0.0.1")
-        with contextlib.closing(contextlib.ExitStack()) as stack:
-            stack.callback(found.stop)
+        found = Engine(EnginePlan(command, str(MODEL), "base", args, 300, **plan), "127.0.0.1")
+        try:
             found.state()
             yield found
+        finally:
+            found.stop()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    args = ("--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", *ADAPTED)
+    with started(*args, holds="adapters", kept=2) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +70,16 @@ def teacher(engine: Engine) -> Iterator[ServedTeacher]:
     wire.close()
 
 
-@pytest.fixture(scope="module")
-def sampled(teacher: ServedTeacher) -> list[Rollout]:
+def sampler_of(teacher: ServedTeacher) -> ServedSampler:
     loaded = load_tokenizer(str(MODEL))
     ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
     player = EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
-    sampler = ServedSampler(
-        teacher.model, teacher.wire, temperature=1.0, max_new_tokens=16, context=None, player=player
-    )  # fmt: skip
+    return ServedSampler(teacher.model, teacher.wire, temperature=1.0, max_new_tokens=16, context=None, player=player)
+
+
+@pytest.fixture(scope="module")
+def sampled(teacher: ServedTeacher) -> list[Rollout]:
+    sampler = sampler_of(teacher)
     prompts = [Prompt(str(i), ({"role": "user", "content": f"What is {i} + 3?"},), "t", "task") for i in range(4)]
     found = sampler.sample(prompts, num_samples=2, seed=(1,))
     again = sampler.sample(prompts, num_samples=2, seed=(1,))
@@ -117,3 +127,21 @@ def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: Ser
         mask = scored.rollout.loss_mask
         found = scored.score.logprobs[mask]  # type: ignore[union-attr]  # a failed one has none, and fails here
         np.testing.assert_allclose(found, plain_logprobs(model, scored.rollout), atol=5e-4)
+
+
+@pytest.mark.real
+def test_weights_that_took_the_place_of_an_engines_own_speak(teacher: ServedTeacher, sampled: list[Rollout]):
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with started(holds="weights", secret="a key") as engine:
+        endpoint = Endpoint("the student", (engine.state().url,), "base", secret="a key")
+        student = replace(teacher, model=Fixed(endpoint), top=0)
+        prompts = [item.prompt for item in sampled[::2]]  # their beginnings are cached when they come again
+        for model in (base, merged_model(str(MODEL), str(EXPERT))):
+            for scored in student.score(sampled[:4]):
+                mask = scored.rollout.loss_mask
+                found = scored.score.logprobs[mask]  # type: ignore[union-attr]  # a failed one has none, and fails here
+                np.testing.assert_allclose(found, plain_logprobs(model, scored.rollout), atol=5e-4)
+            for item in sampler_of(student).sample(prompts, num_samples=1, seed=(2,)):
+                ours = item.rollout_logprobs[item.loss_mask]
+                np.testing.assert_allclose(ours, plain_logprobs(model, item), atol=5e-4)
+            engine.load("student-1", files_of(EXPERT))
