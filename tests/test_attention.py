@@ -62,7 +62,7 @@ def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     given_ = [normal(1, n, len(tree), 4).requires_grad_() for n in (many, few, few)]
     plan = TreePlan(tree, device=torch.device("cpu"))
@@ -95,9 +95,8 @@ def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(mon
 def test_a_shared_prefix_keeps_its_gradient_in_half_precision():
     """Three hundred branches see the prefix: summed in bfloat16 one after another, its gradient would be a twentieth off."""
     tree = one_tree([[1] * 8 + [2 + branch] * 64 for branch in range(300)])
-    plan = TreePlan(
-        tree, device=torch.device("cpu")
-    )  # one for both: mixed precision computes in another dtype than the weights'
+    # one for both: mixed precision computes in another dtype than the weights'
+    plan = TreePlan(tree, device=torch.device("cpu"))
     torch.manual_seed(0)
     numbers = [torch.randn(1, 2, len(tree), 8).bfloat16() for _ in range(3)]
     gradients = []

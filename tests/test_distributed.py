@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +14,9 @@ import golden
 import pytest
 import torch
 from factories import processes, save_adapter, toy_recipe
+from foreign import save_foreign
 from safetensors.torch import load_file
+from zoo import toy_ascii
 
 import opd
 from opd.checkpoint import list_checkpoints
@@ -60,14 +63,28 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def with_a_foreign_teacher(folder: Path) -> dict[str, Any]:
+    """A teacher with another tokenizer, compared on what both have in common, beside one with the student's."""
+    tree = recipe(folder, objective={"type": "support"})
+    tree["student"] = save_foreign(folder / "ascii", toy_ascii(), seed=4)
+    tree["teachers"]["even"] = {"model": save_foreign(folder / "same", toy_ascii(), seed=6)}
+    merges = [(a, b) for a in "aeiou" for b in "nrst"]
+    tree["teachers"]["odd"] = {"model": save_foreign(folder / "merged", toy_ascii(*merges), seed=5)}
+    return tree
+
+
+RECIPES = {name: partial(recipe, **changes) for name, changes in OBJECTIVES.items()}
+RECIPES["another tokenizer"] = with_a_foreign_teacher
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_ten_steps_are_those_of_one_process(name: str, tmp_path: Path):
     calls: list[Any] = []
     with golden.recorded(calls):
-        here = opd.train(opd.parse_config(recipe(tmp_path, **OBJECTIVES[name]))).run
+        here = opd.train(opd.parse_config(RECIPES[name](tmp_path))).run
     found = {}
     for ranks in (1, 2):
-        tree = recipe(tmp_path / str(ranks), **OBJECTIVES[name])
+        tree = RECIPES[name](tmp_path / str(ranks))
         tree |= {"mode": "distributed", "cluster": cluster_of(learner_ranks=ranks)}
         with replayed(calls):
             found[ranks] = read_metrics(opd.train(opd.parse_config(tree)).run)
