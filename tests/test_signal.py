@@ -252,6 +252,9 @@ def test_truncated_weights_multiply_and_are_counted():
     plain = (batch.student_logprobs - batch.rollout_logprobs)[batch.loss_mask].exp()
     assert values(metrics)["correction/truncated/sum"] == float((plain > 1.1).sum()) > 0
     assert values(metrics)["correction/weight/mean"] == pytest.approx(float(plain.mean()))
+    gaps = plain.double().log().abs()
+    assert values(metrics)["correction/gap/mean"] == pytest.approx(float(gaps.mean()), rel=1e-5)
+    assert values(metrics)["correction/gap/max"] == pytest.approx(float(gaps.max()), rel=1e-5)
 
 
 def test_rejected_tokens_leave_what_trains():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd.batch import Batch
 from opd.config import Config, CorrectionConfig, ObjectiveConfig
-from opd.metrics import Metrics, Sum, mean_of
+from opd.metrics import Max, Metrics, Sum, mean_of
 from opd.objectives import advantages as adv
 from opd.objectives import baselines, corrections
 from opd.objectives.reduce import denominator, without_errors
@@ -144,11 +144,16 @@ def _outcome(config: Config, batch: Batch) -> Tensor:
 
 
 def _correction(config: CorrectionConfig, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-    """(weights, the mask of what is kept, both [batch, tokens], and how many actions a bound touched)."""
-    plain = corrections.importance_weights(
-        _needed(batch, "student_logprobs"), batch.padded(batch.rollout_logprobs), mask, config.level
-    )
-    metrics: Metrics = {"correction/weight/mean": mean_of(plain[mask].double().tolist())}
+    """(weights, the mask of what is kept, both [batch, tokens]; how far sampled log-probabilities are from the student's as it is,
+    and how many actions a bound touched)."""
+    mine, sampled = _needed(batch, "student_logprobs"), batch.padded(batch.rollout_logprobs)
+    plain = corrections.importance_weights(mine, sampled, mask, config.level)
+    gaps = (mine - sampled)[mask].double().abs().tolist()
+    metrics: Metrics = {
+        "correction/weight/mean": mean_of(plain[mask].double().tolist()),
+        "correction/gap/mean": mean_of(gaps),
+        "correction/gap/max": Max(max(gaps, default=0.0)),
+    }
     if config.type == "truncate":
         weights, kept = corrections.truncated(plain, mask, config.cap)
         metrics["correction/truncated/sum"] = Sum(int(((plain > config.cap) & mask).sum()))
