@@ -1,7 +1,6 @@
 """Builders that the tests share: a toy transformer, a byte tokenizer, prompts, rollouts and recipes."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -210,16 +209,3 @@ def write_toml(path: Path, tree: Mapping[str, Any]) -> str:
 
     path.write_text("\n".join(lines(tree, "")) + "\n", encoding="utf-8")
     return str(path)
-
-
-def processes(words: str) -> list[int]:
-    """Those whose command has these words."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in command and int(place.name) != os.getpid():
-            found.append(int(place.name))
-    return found

@@ -1,7 +1,5 @@
 """Whatever is killed in a run on a cluster: it goes on, or it stops and goes on from there; every prompt is trained on once."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,9 +9,9 @@ from typing import Any
 
 import pytest
 import ray
-from factories import processes, toy_recipe, write_toml
+from clusters import cluster_of, kill, processes
+from factories import toy_recipe, write_toml
 from ray.cluster_utils import Cluster
-from test_distributed import cluster_of
 
 import opd
 from opd.errors import RunError
@@ -32,18 +30,11 @@ def cluster() -> Iterator[Cluster]:
     found.shutdown()
 
 
-def recipe(folder: Path, cluster: Cluster | None, **changes: Any) -> dict[str, Any]:
-    places = {"address": cluster.address, "cpus_per_rank": 1, "cpus_per_engine": 1} if cluster else {}
+def recipe(folder: Path, cluster: Cluster, **changes: Any) -> dict[str, Any]:
+    places = {"address": cluster.address, "cpus_per_rank": 1, "cpus_per_engine": 1}
     tree = toy_recipe(folder, steps=5, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
     tree |= {"mode": "distributed", "cluster": cluster_of(**places) | changes}
     return tree
-
-
-def kill(words: str) -> None:
-    victims = processes(words)
-    assert victims, words
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
 
 
 def after(step: int, what: Callable[[], None]) -> Callable[[StepReport], None]:

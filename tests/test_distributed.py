@@ -2,7 +2,6 @@
 
 import json
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,8 @@ from unittest.mock import patch
 import golden
 import pytest
 import torch
-from factories import processes, save_adapter, toy_recipe
+from clusters import cluster_of, processes
+from factories import save_adapter, toy_recipe
 from foreign import save_foreign
 from safetensors.torch import load_file
 from zoo import toy_ascii
@@ -26,12 +26,6 @@ from opd.report.run_folder import read_metrics
 from opd.served.sampler import ServedSampler
 from opd.signal import follow
 from opd.tasks.episodes import Taken
-
-ENGINE = [sys.executable, str(Path(__file__).with_name("toy_engine.py"))]
-
-
-def cluster_of(**changes: Any) -> dict[str, Any]:
-    return {"engine_command": ENGINE, "engine_start_s": 60, "cpus_per_rank": 0, "cpus_per_engine": 0, **changes}
 
 
 @contextmanager

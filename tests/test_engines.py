@@ -12,9 +12,8 @@ from unittest.mock import patch
 import httpx2
 import numpy as np
 import pytest
-from factories import processes, save_adapter, save_toy, toy_recipe
-from test_cluster_faults import kill
-from test_distributed import ENGINE, cluster_of
+from clusters import ENGINE, cluster_of, kill, processes
+from factories import save_adapter, save_toy, toy_recipe
 
 import opd
 from opd.batch import Batch
