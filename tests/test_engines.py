@@ -198,6 +198,8 @@ def test_a_version_is_loaded_once_and_survives_a_restart(engine: Engine, tmp_pat
     kill("toy_engine.py")
     wait_for(lambda: not processes("toy_engine.py"))
     assert engine.state() == state  # at the same address
+    [running] = [p for p in processes("toy_engine.py --model") if "keeper" not in said(p)]
+    assert "/student-1 " in said(running)  # from its first answer on it is that version
 
 
 def test_an_adapter_of_another_base_is_refused_at_its_engine(tmp_path: Path):

@@ -82,7 +82,7 @@ class Engine:
         """Where the server is, once it answers, awake. Raises RunError when it does not start."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-            for name in self._versions:
+            for name in self._versions if self._plan.holds == "adapters" else ():
                 self._show(name)
         elif not self.awake:
             self._post("/wake_up")
@@ -184,9 +184,8 @@ class Engine:
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
-        served = plan.model if plan.adapter is None else self._merged(plan.adapter)
         self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
-        command = [*plan.command, "--model", served, "--served-model-name", plan.name]
+        command = [*plan.command, "--model", self._source(), "--served-model-name", plan.name]
         command += ["--host", self._host, "--port", str(self._port), *plan.args]
         with (self._folder / "server.log").open("a") as said:
             try:
@@ -201,6 +200,12 @@ class Engine:
                 raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
         self._wait()
         self.awake = True
+
+    def _source(self) -> str:
+        """What the server reads when it starts: the weights that it was given, for who still knows its address asks it at once."""
+        if self._plan.holds == "weights" and self._versions:
+            return str(self._home / self._versions[-1])
+        return self._plan.model if self._plan.adapter is None else self._merged(self._plan.adapter)
 
     def _merged(self, adapter: str) -> str:
         """The folder of the model with an adapter in its weights, written before the first start."""
