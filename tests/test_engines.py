@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -166,6 +168,14 @@ def test_nobody_is_awake_beside_another(tmp_path: Path):
         assert third
     with turns.of(0) as fourth:
         assert fourth
+
+
+def test_who_only_watches_a_server_loads_no_torch():
+    code = (
+        "import sys, opd.distributed.engines; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def files_of(folder: str) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ import httpx2
 import numpy as np
 from safetensors import SafetensorError
 
-from opd.embedded.export import write_merged
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
@@ -150,8 +149,13 @@ class Engine:
             (place / file).write_bytes(content.data)
         if self._plan.holds == "weights" and (place / "adapter_config.json").exists():
             adapter = place.rename(place.with_name(f".{place.name}.adapter"))
-            write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=self._plan.name)
+            self._merge(adapter, place)
             shutil.rmtree(adapter)
+
+    def _merge(self, adapter: Path, place: Path) -> None:
+        from opd.embedded.export import write_merged  # torch and all that reads models: most engines do without
+
+        write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=self._plan.name)
 
     def _show(self, name: str) -> None:
         """Let the server read a version from its folder."""
@@ -213,7 +217,7 @@ class Engine:
         if not place.exists():
             staging = self._home / ".merged"
             with self._writes("its merged model", staging):
-                write_merged(self._plan.model, Path(adapter), staging, dtype=self._plan.dtype, whose=self._plan.name)
+                self._merge(Path(adapter), staging)
             staging.rename(place)
         return str(place)
 
