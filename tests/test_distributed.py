@@ -155,9 +155,14 @@ def test_what_cannot_start_is_one_line_and_leaves_nothing(tmp_path: Path, cluste
     assert not Path(tree["output"]).exists()
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks that nothing happens to."""
+    return opd.train(opd.parse_config(sampled_recipe(tmp_path_factory.mktemp("whole"), learner_ranks=2))).run
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(whole: Path, tmp_path: Path):
     tree = sampled_recipe(tmp_path, learner_ranks=2)
-    whole = opd.train(opd.parse_config(tree | {"output": str(tmp_path / "whole")})).run
 
     def stop(report: Any) -> None:
         if report.step == 3:
@@ -174,9 +179,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
 
 
-def test_a_full_disk_at_a_rank_keeps_the_earlier_checkpoint_and_the_run_goes_on_later(tmp_path: Path):
+def test_a_full_disk_at_a_rank_keeps_the_earlier_checkpoint_and_the_run_goes_on_later(whole: Path, tmp_path: Path):
     tree = sampled_recipe(tmp_path, learner_ranks=2)
-    whole = opd.train(opd.parse_config(tree | {"output": str(tmp_path / "whole")})).run
 
     def fill(report: Any) -> None:
         if report.step == 2:
