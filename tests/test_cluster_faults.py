@@ -94,6 +94,14 @@ def test_a_lost_node_takes_its_engine_along_and_the_run_goes_on(cluster: Cluster
     cluster.add_node(num_cpus=1)
 
 
+def test_what_fits_no_node_is_refused_at_once(cluster: Cluster, tmp_path: Path):
+    with pytest.raises(
+        RunError,
+        match=r"engines of the student need 2 CPUs each on one node, and no node of the cluster has more than 1",
+    ):
+        opd.train(opd.parse_config(recipe(tmp_path, cluster, cpus_per_engine=2)))
+
+
 def test_a_killed_driver_leaves_nothing_running_and_its_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
     tree = recipe(tmp_path, cluster)
     command = [

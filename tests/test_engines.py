@@ -1,12 +1,16 @@
 """Engines that a run starts: they hold the student as it is, teachers take turns at them, and they leave nothing behind."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +24,12 @@ from factories import save_adapter, save_toy, toy_recipe
 import opd
 from opd.batch import Batch
 from opd.config import Config
-from opd.distributed.engine import Engine, EnginePlan
-from opd.distributed.engines import Turns
+from opd.distributed.engine import Engine, EnginePlan, EngineState
+from opd.distributed.engines import StudentEngines, Turns
 from opd.errors import ModelError, RunError
 from opd.report.run_folder import read_metrics
+from opd.served.facts import _weights_of
+from opd.served.sampler import ServedSampler
 from opd.signal import follow
 
 
@@ -85,8 +91,14 @@ def test_a_whole_student_goes_to_its_engines_after_every_update(tmp_path: Path):
 def with_engines(folder: Path, **cluster: Any) -> dict[str, Any]:
     tree = recipe(folder, cluster=cluster, objective={"type": "support", "support": 8})
     for teacher in tree["teachers"].values():
-        teacher["engines"] = 1
+        teacher |= {"engines": 1, "gpus_per_engine": int(cluster.get("teachers_sleep", False))}
     return tree
+
+
+@pytest.fixture(autouse=True)
+def _one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes this machine for one with a GPU, which models can share."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
 
 
 def test_teachers_of_one_model_are_at_one_engine_and_say_what_servers_of_it_do(tmp_path: Path):
@@ -160,14 +172,76 @@ def test_a_teachers_engine_that_is_killed_is_started_again(apart: Path, tmp_path
     assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart)
 
 
-def test_nobody_is_awake_beside_another(tmp_path: Path):
+def test_nobody_is_awake_beside_another():
     turns = Turns()
-    with turns.of(0) as first, turns.of(0) as second:
-        assert (first, second) == (True, False)
-    with turns.of(1) as third:
-        assert third
-    with turns.of(0) as fourth:
-        assert fourth
+    entered = threading.Event()
+
+    def wait() -> bool:
+        with turns.of(1) as woken:
+            entered.set()
+            return woken
+
+    with ThreadPoolExecutor(1) as pool:
+        with turns.of(0) as first:
+            other = pool.submit(wait)
+            with turns.of(0) as second:
+                assert (first, second) == (True, False)
+            assert not entered.wait(0.3)
+        assert other.result(timeout=10)
+    with turns.of(0) as again:
+        assert again
+
+
+class OnePlace:
+    """Stands in for the places of engines."""
+
+    def __init__(self, *_: Any) -> None:
+        self.loaded: list[str] = []
+
+    def states(self) -> list[EngineState]:
+        return [EngineState("http://127.0.0.1:1", 64, tuple(self.loaded))]
+
+    def load_all(self, name: str, files: Any) -> None:
+        time.sleep(0.2)
+        self.loaded.append(name)
+
+
+class Playing:
+    """A player that takes a while, and says what the engines held before and behind."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+
+    def play(self, rows: Any, take: Any, *, version: int) -> Any:
+        before = list(self.places.loaded)
+        self.started.set()
+        time.sleep(0.3)
+        return version, before, list(self.places.loaded)
+
+    places: Any = None
+
+
+def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_them(tmp_path: Path):
+    versions = iter([(0, None), (1, None)])
+    with patch("opd.distributed.engines.Places", OnePlace):
+        engines = StudentEngines(
+            opd.parse_config(recipe(tmp_path, cluster={"merge_adapter": True})), lambda: next(versions)
+        )
+    playing = Playing()
+    playing.places = engines._places
+    sampler = ServedSampler(engines, None, temperature=1.0, max_new_tokens=4, context=None, player=playing)  # type: ignore[arg-type]
+    sampler.load_weights(None, policy_version=0)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(sampler.sample, [], num_samples=1, seed=(0,))
+        playing.started.wait()
+        change = pool.submit(sampler.load_weights, None, policy_version=1)
+        second = pool.submit(sampler.sample, [], num_samples=1, seed=(1,))
+        change.result()
+        third = pool.submit(sampler.sample, [], num_samples=1, seed=(2,))
+    old = (0, ["student-0"], ["student-0"])
+    new = (1, ["student-0", "student-1"], ["student-0", "student-1"])
+    found: list[Any] = [asked.result() for asked in (first, second, third)]
+    assert found in ([old, old, new], [old, new, new])
 
 
 def test_who_only_watches_a_server_loads_no_torch():
@@ -222,6 +296,51 @@ def test_an_adapter_of_another_base_is_refused_at_its_engine(tmp_path: Path):
     engine.stop()
 
 
+def test_a_server_that_answers_no_more_is_started_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("opd.distributed.engine._PULSES", 1)
+    first = engine.state()
+    [hung] = [p for p in processes("toy_engine.py --model") if "keeper" not in said(p)]
+    os.kill(hung, signal.SIGSTOP)
+    assert engine.state().versions == first.versions
+    assert hung not in processes("toy_engine.py --model")
+
+
+@pytest.mark.parametrize("holds", ["weights", "adapters"])
+def test_a_server_that_dies_while_it_is_given_weights_gets_them_when_it_is_back(tmp_path: Path, holds: Any):
+    base = save_toy(tmp_path / "base", 0)
+    engine = Engine(EnginePlan(tuple(ENGINE), base, "student", (), 60, holds=holds, secret="a key"), "127.0.0.1")
+    adapters = [files_of(save_adapter(tmp_path / str(seed), base, seed)) for seed in (1, 2)]
+    ask = engine._ask
+
+    def dies(method: str, path: str, body: Any = None) -> Any:
+        if path.startswith(("/collective_rpc", "/v1/unload_lora_adapter")) and not died:
+            died.append(path)
+            kill("toy_engine.py --model")
+        return ask(method, path, body)
+
+    died: list[str] = []
+    try:
+        if holds == "adapters":
+            engine.load("student-1", adapters[0])
+        with patch.object(engine, "_ask", dies):
+            engine.load("student-2", adapters[1])
+        assert len(died) == 1
+        assert engine.state().versions == ("student-2",)
+    finally:
+        engine.stop()
+
+
+def test_a_teachers_folder_with_other_weights_is_another_teacher(tmp_path: Path):
+    folder = Path(save_toy(tmp_path / "model", 0))
+    before = _weights_of(str(folder))
+    assert _weights_of(str(folder)) == before
+    save_toy(folder, 1)
+    assert _weights_of(str(folder)) != before
+    assert _weights_of("owner/name") == "owner/name"
+
+
 def test_a_full_disk_at_an_engine_is_one_line(engine: Engine, tmp_path: Path):
     engine.state()
 
@@ -241,7 +360,9 @@ def test_a_run_leaves_no_folder_and_no_process(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TMPDIR", str(place))
     tree = recipe(tmp_path)
     if when == "at its end":
-        opd.train(opd.parse_config(tree))
+        seen: list[Path] = []
+        opd.train(opd.parse_config(tree), on_step=lambda _: seen.extend(place.glob("opd-engine-*")))
+        assert seen
     else:
         tree["cluster"]["engine_args"] = ["--slow"]
         tree["teachers"]["even"]["adapter"] = tree["teachers"]["even"].pop(

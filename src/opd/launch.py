@@ -234,8 +234,12 @@ class _Run:
         watcher = Watcher(config.guards, self.folder, line.say)
         done, saved, stopped = start, start, False
         try:
-            with _interrupts() as interrupted, Background() as records:
-                for report in train_steps(config, self.parts, start=start):
+            with (
+                _interrupts() as interrupted,
+                Background() as records,
+                closing(train_steps(config, self.parts, start=start)) as reports,
+            ):
+                for report in reports:
                     done, self.cursor = report.step, report.cursor
                     values, alarmed = watcher.observe(done, {**report.values, **self.measuring.held_out(done)})
                     self._record(replace(report, values=values), line, records)

@@ -5,7 +5,7 @@ Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +79,7 @@ class _Clock:
         return times
 
 
-def train_steps(config: Config, parts: Parts, *, start: int) -> Iterator[StepReport]:
+def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
     With `cluster.max_staleness` above 0 the steps that follow are sampled and scored meanwhile, by a student that is at most so

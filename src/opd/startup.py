@@ -204,8 +204,14 @@ def make_parts(config: Config, studio: Studio, material: Material, *, warn: Call
         learner=learner,
         judge=material.judge(config, tokenizer),
         special_ids=frozenset(tokenizer.all_special_ids),
-        in_units=config.mode == "distributed" and all(t.served for t in config.teachers.values()),
+        in_units=_in_units(config),
     )
+
+
+def _in_units(config: Config) -> bool:
+    """Whether prompts go each its own way: where servers do the work, and no model would be woken for each."""
+    cluster = config.mode == "distributed" and not config.cluster.teachers_sleep
+    return cluster and all(t.served for t in config.teachers.values())
 
 
 def _keeping(config: Config, studio: Studio, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:

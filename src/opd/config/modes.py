@@ -26,13 +26,6 @@ def require_mode_fits(config: "Config") -> None:
             f"warmup.steps = {config.warmup.steps} needs mode = 'embedded'; warm up there, then set lora.start"
         )
     cluster = config.cluster
-    whole = cluster.merge_adapter or config.trainable == "full"
-    if whole and cluster.max_staleness and config.evaluation.every:
-        raise ValueError(
-            f"evaluation.every = {config.evaluation.every} samples from the newest student, and with cluster.max_staleness = "
-            f"{cluster.max_staleness} the engines still sample from an older one, of which they hold a single copy (merge_adapter, "
-            "or trainable = 'full'); leave one of the two at 0"
-        )
     if cluster.gpus_per_rank > 1:
         raise ValueError(
             f"cluster.gpus_per_rank = {cluster.gpus_per_rank}: a rank computes on one GPU; set more learner_ranks instead"
@@ -62,6 +55,11 @@ def _require_engines_fit(config: "Config") -> None:
     if len(first) < 2:
         raise ValueError(
             f"cluster.teachers_sleep lets models take turns on their devices, and teachers.NAME.engines start {len(first)}; drop it"
+        )
+    awake = [name for name, teacher in started.items() if not teacher.gpus_per_engine]
+    if awake:
+        raise ValueError(
+            f"cluster.teachers_sleep frees GPUs (vLLM sleeps on no CPU), and teachers.{awake[0]}.gpus_per_engine = 0; drop it"
         )
     sizes = {(teacher.engines, teacher.gpus_per_engine) for teacher in started.values()}
     if len(sizes) > 1:

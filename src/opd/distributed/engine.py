@@ -1,6 +1,7 @@
 """One vLLM server on one node: started, watched, started again, and given the student's weights."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -9,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import httpx2
 import numpy as np
@@ -21,6 +22,9 @@ from safetensors import SafetensorError
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
+_PULSES = 4  # times that a server is asked whether it lives
+_LOG = "server.log"
+_NOT_LOADED = b"weights were not loaded"
 _SAID = 40  # lines of a server's log that an error looks back on
 
 Files = Mapping[str, np.ndarray]
@@ -68,6 +72,7 @@ class Engine:
         self._plan = plan
         self._host = host
         self._folder: Path | None = None
+        self._guard: subprocess.Popen[bytes] | None = None  # removes the folder when this process is gone
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._context: int | None = None
@@ -78,20 +83,24 @@ class Engine:
         self._client = httpx2.Client(trust_env=False, headers=key, timeout=plan.start_s)
 
     def state(self) -> EngineState:
-        """Where the server is, once it answers, awake. Raises RunError when it does not start."""
-        if self._process is None or self._process.poll() is not None:
+        """Where the server is, once it answers, awake. One that died, or answers no more, is started again. Raises RunError when it
+        does not start."""
+        if not self._lives():
             self._start()
             for name in self._versions if self._plan.holds == "adapters" else ():
                 self._show(name)
         elif not self.awake:
-            self._post("/wake_up")
+            self._asked(lambda: self._post("/wake_up"))
             self.awake = True
         return EngineState(f"http://{self._host}:{self._port}", self._context, tuple(self._versions))
 
     def sleep(self) -> None:
         """Free the device; the weights wait in main memory. `state` wakes it."""
-        if self.awake and self._process is not None and self._process.poll() is None:
-            self._post("/sleep?level=1&mode=wait")
+        if self.awake and self._plan.sleeps and self._process is not None and self._process.poll() is None:
+            try:
+                self._post("/sleep?level=1&mode=wait")
+            except _Unanswered:
+                self._end()  # it is started again when it is needed
         self.awake = False
 
     def load(self, name: str, files: Files) -> None:
@@ -102,25 +111,44 @@ class Engine:
         place = self._home / name
         with self._writes("the student", place):
             self._write(place, files)
-        if self._plan.holds == "weights":
-            self._show(name)
-            self._versions.append(name)
-            while len(self._versions) > 1:
-                self._drop(self._versions.popleft())
-            return
-        while len(self._versions) >= self._plan.kept:
+        if self._plan.holds == "adapters" and len(self._versions) >= self._plan.kept:
             old = self._versions.popleft()
-            self._post("/v1/unload_lora_adapter", {"lora_name": old})
+            self._asked(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
             self._drop(old)
-        self._show(name)
+        if not self._asked(lambda: self._show(name)):
+            self._show(name)
         self._versions.append(name)
+        while self._plan.holds == "weights" and len(self._versions) > 1:
+            self._drop(self._versions.popleft())
+
+    def _lives(self) -> bool:
+        """Whether the server answers, given some time: the process may outlive what computes in it."""
+        for attempt in range(_PULSES):
+            if self._process is None or self._process.poll() is not None:
+                return False
+            if self._answers():
+                return True
+            time.sleep(_POLL_S * (attempt + 1))
+        return False
+
+    def _asked(self, ask: Callable[[], None]) -> bool:
+        """Whether the server did what it was asked; one that died meanwhile was started again instead."""
+        try:
+            ask()
+        except _Unanswered:
+            self._end()
+            self.state()
+            return False
+        return True
 
     def stop(self) -> None:
         """End the server and all that it started, and remove what was written for it."""
         self._end()
         self._client.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guard is not None:
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            self._guard.wait()
 
     @property
     def _home(self) -> Path:
@@ -137,9 +165,11 @@ class Engine:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            mend = "free space there (or set TMPDIR)" if full else "mend that"
             raise RunError(
                 f"engine '{self._plan.name}' cannot write {what} to '{place}' on {socket.gethostname()}: "
-                f"{one_line(str(error))}; free space there (or set TMPDIR), then continue with 'opd train --resume'"
+                f"{one_line(str(error))}; {mend}, then continue with 'opd train --resume'"
             ) from None
 
     def _write(self, place: Path, files: Files) -> None:
@@ -165,8 +195,18 @@ class Engine:
             return
         # what is asked is answered first; what was computed for shared beginnings belongs to the weights before
         self._post("/pause?mode=wait&clear_cache=true")
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
-        self._post("/resume")
+        said = (self._home / _LOG).stat().st_size
+        try:
+            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
+        finally:
+            self._post("/resume")
+        with (self._home / _LOG).open("rb") as log:
+            log.seek(said)
+            if _NOT_LOADED in log.read():  # which vLLM takes for a success
+                raise RunError(
+                    f"engine '{self._plan.name}' did not find all weights of '{self._plan.model}' in what it was sent, as its log "
+                    "says; this architecture cannot be reloaded: leave merge_adapter out"
+                )
 
     def _end(self) -> None:
         if self._process is None:
@@ -188,18 +228,14 @@ class Engine:
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
+            self._guard = _kept(self._folder, ["sleep", "infinity"], stdout=subprocess.DEVNULL)
+        source = self._source()  # which may take minutes
         self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
-        command = [*plan.command, "--model", self._source(), "--served-model-name", plan.name]
+        command = [*plan.command, "--model", source, "--served-model-name", plan.name]
         command += ["--host", self._host, "--port", str(self._port), *plan.args]
-        with (self._folder / "server.log").open("a") as said:
+        with (self._folder / _LOG).open("a") as said:
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "opd.distributed.keeper", str(self._folder), *command],
-                    stdin=subprocess.PIPE,
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                )
+                self._process = _kept(self._folder, command, stdout=said, env=self._environment())
             except OSError as error:
                 raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
         self._wait()
@@ -232,10 +268,12 @@ class Engine:
 
     def _wait(self) -> None:
         """Until the server answers, and says what it takes."""
-        plan, log = self._plan, self._home / "server.log"
+        plan, log = self._plan, self._home / _LOG
         assert self._process is not None
         end = time.monotonic() + plan.start_s
-        while not self._answers():
+        while True:
+            if self._process.poll() is None and self._answers():
+                break  # not somebody else's server at its port
             if self._process.poll() is not None:
                 raise RunError(f"engine '{plan.name}' ended while it started: {_last_words(log)}")
             if time.monotonic() > end:
@@ -263,11 +301,25 @@ class Engine:
         try:
             answer = self._client.request(method, self._at(path), json=body)
         except httpx2.TransportError as error:
-            raise RunError(f"engine '{self._plan.name}' cannot be asked for {path}: {error or type(error)}") from None
+            raise _Unanswered(
+                f"engine '{self._plan.name}' cannot be asked for {path}: {error or type(error)}"
+            ) from None
         if answer.status_code != 200:
-            said = one_line(answer.text)[:200]
-            raise RunError(f"engine '{self._plan.name}' refuses {path}: {answer.status_code}: {said}")
+            refused = f"engine '{self._plan.name}' refuses {path}: {answer.status_code}: {one_line(answer.text)[:200]}"
+            raise _Unanswered(refused) if answer.status_code >= 500 else RunError(refused)
         return answer
+
+
+class _Unanswered(RunError):
+    """A server that is not there, or that failed: it may answer once it is started again."""
+
+
+def _kept(
+    folder: Path, command: Sequence[str], stdout: int | IO[str], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A command that ends with this process, and the folder with both (`opd.distributed.keeper`)."""
+    keeper = [sys.executable, "-m", "opd.distributed.keeper", str(folder), *command]
+    return subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, env=env)
 
 
 def _free_port(wanted: int) -> int:

@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState, Files
+from opd.distributed.node import enter
 from opd.errors import OpdError, RunError, one_line
 from opd.served.wire import Endpoint
 
 _AGAIN_S = 1.0
 _STOP_S = 5.0  # for an engine to end in order; what starts still is ended by its keeper
+_ASKED, _CHANGED = 0, 1  # what weights that take each other's place are at a time
 STUDENT = "student"  # the name of the student's base at its engines
 
 
@@ -28,11 +30,12 @@ class _Place:
     """A place on a node, with its devices; the engines of several models may take turns there."""
 
     def __init__(self, plans: Sequence[EnginePlan], folder: str) -> None:
-        os.chdir(folder)  # where the recipe's paths begin, on every node
+        self._folder = folder
         self._engines = [Engine(plan, ray.util.get_node_ip_address()) for plan in plans]
 
     def state(self, model: int) -> EngineState:
         """Of the engine of one model, awake; the others sleep."""
+        enter(self._folder)
         for other, engine in enumerate(self._engines):
             if other != model:
                 engine.sleep()
@@ -68,11 +71,14 @@ class Places:
         self._actors: list[Any] = [remote.remote(list(plans), os.getcwd()) for _ in range(booking.places)]
         self._names = [plan.name for plan in plans]
         self._patience_s = max(plan.start_s for plan in plans)
-        self._first = [actor.state.remote(0) for actor in self._actors]  # they start; nobody waits yet
+        self._first: list[Any] | None = [
+            actor.state.remote(0) for actor in self._actors
+        ]  # they start; nobody waits yet
 
     def states(self, model: int = 0) -> list[EngineState]:
         """Of the engines of one model."""
-        return self._ask("state", model)
+        first, self._first = self._first, None
+        return self._ask("state", model, asked=None if model else first)
 
     def load(self, place: int, name: str, files: Any) -> None:
         """Give one engine a version of the student; files: Ray's reference to them."""
@@ -82,9 +88,9 @@ class Places:
         """Give it to all; returns when each has acknowledged it."""
         self._ask("load", name, files)
 
-    def _ask(self, method: str, *args: Any) -> list[Any]:
-        """Every place's answer; one that died in between is asked again where it lives then."""
-        refs = [getattr(actor, method).remote(*args) for actor in self._actors]
+    def _ask(self, method: str, *args: Any, asked: list[Any] | None = None) -> list[Any]:
+        """Every place's answer to this, or to what was `asked`; one that died in between is asked again where it lives then."""
+        refs = asked or [getattr(actor, method).remote(*args) for actor in self._actors]
         return [self._answer(index, ref, method, args) for index, ref in enumerate(refs)]
 
     def _answer(self, index: int, ref: Any, method: str, args: tuple[Any, ...]) -> Any:
@@ -109,15 +115,19 @@ class Places:
     def close(self) -> None:
         """End every engine: in order where it listens, else with its actor."""
         asked = [actor.stop.remote() for actor in self._actors]
-        with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):  # it is gone, or starts still
-            ray.get(asked, timeout=_STOP_S)
+        if asked:  # one that is gone, or starts still, keeps nobody from stopping in order
+            ray.wait(asked, num_returns=len(asked), timeout=_STOP_S)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
 
 class StudentEngines:
-    """The engines that sample from the student (`opd.served.model.ServedModel`); they get its weights when they are asked for."""
+    """The engines that sample from the student (`opd.served.model.ServedModel`); they get its weights when they are asked for.
+
+    Adapters stand beside each other, so who began with an older one goes on with it. Whole weights take each other's place: whoever
+    uses the engines is waited for, and who comes meanwhile waits.
+    """
 
     def __init__(self, config: Config, newest: Callable[[], tuple[int, Any]]) -> None:
         """newest: the student's version, and Ray's reference to the files of its folder; version 0 is what engines start with."""
@@ -143,6 +153,7 @@ class StudentEngines:
         self._held: deque[tuple[str, Any]] = deque(maxlen=self._plan.kept)
         self._version: int | None = None
         self._moving = threading.Lock()  # units of a step ask at once
+        self._turns = Turns()
         self._now = Endpoint("the student's engine", ())
 
     def context(self) -> int | None:
@@ -154,6 +165,8 @@ class StudentEngines:
         with self._moving:
             version, files = self._newest()
             if version != self._version:
+                if self._held:
+                    self._refreshed()  # an engine drops the version that it got first, so it gets them in order
                 name = f"{STUDENT}-{version}"
                 self._held.append((name, files))
                 self._places.load_all(name, files)
@@ -167,7 +180,10 @@ class StudentEngines:
             return self._refreshed()
 
     def using(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
+        return self._turns.of(_ASKED) if self._plan.holds == "weights" else contextlib.nullcontext()
+
+    def changing(self) -> AbstractContextManager[Any]:
+        return self._turns.of(_CHANGED) if self._plan.holds == "weights" else contextlib.nullcontext()
 
     def close(self) -> None:
         """End every engine."""
@@ -212,6 +228,9 @@ class TeacherEngines:
                 self.again()
             yield
 
+    def changing(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
     def _refreshed(self) -> Endpoint:
         self._now = _endpoint(
             f"an engine of '{self._plan.adapter or self._plan.model}'", self._places.states(self._model), self._plan
@@ -220,7 +239,7 @@ class TeacherEngines:
 
 
 class Turns:
-    """Who is awake where several models share devices: any number of users of one model, and nobody of another meanwhile."""
+    """Who is awake where several models share devices: any number of users of one, and nobody of another meanwhile."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -246,7 +265,6 @@ class TeachersOnCluster:
     """Every engine that teachers ask for: `models` says which model's engines a teacher is at."""
 
     def __init__(self, config: Config) -> None:
-        secret = secrets.token_hex(16)
         started = {name: t for name, t in config.teachers.items() if t.engines is not None}
         plans: dict[str, EnginePlan] = {}
         for teacher in started.values():
@@ -264,7 +282,7 @@ class TeachersOnCluster:
                 ),
                 start_s=config.cluster.engine_start_s,
                 sleeps=config.cluster.teachers_sleep,
-                secret=secret,
+                secret=secrets.token_hex(16),  # its own: one model's engine must not pass for another's
                 dtype=config.compute.dtype,
             )
         self._groups: list[Places] = []

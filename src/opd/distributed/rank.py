@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from opd.batch import Batch, pack
 from opd.config import Config
+from opd.distributed.node import enter
 from opd.distributed.sharding import shard
 from opd.embedded.build import build
 from opd.embedded.export import export, export_files
@@ -70,7 +71,7 @@ class Rank:
 
     def build(self) -> RankFacts:
         """Load the models, into main memory whatever the device: only a part of them goes there."""
-        os.chdir(self._folder)  # where the recipe's paths begin, on every node
+        enter(self._folder)
         here = self._config.compute.model_copy(update={"device": "cpu"})
         self._built = studio = build(self._config.model_copy(update={"compute": here}), served=False)
         return RankFacts(
@@ -164,7 +165,13 @@ class Rank:
         found = {name: _whole(p) for name, p in self._trained.weights().items()}
         if self._rank:
             return True, {}
-        files = export_files(self._studio.student, found)
+        try:
+            files = export_files(self._studio.student, found)
+        except OSError as error:
+            raise RunError(
+                f"learner rank 0 on {socket.gethostname()} cannot write the student for its engines: {error}; free space for "
+                "temporary files there (or set TMPDIR), then continue with 'opd train --resume'"
+            ) from None
         return True, {name: np.frombuffer(content, dtype=np.uint8) for name, content in files.items()}
 
     def export(self, folder: str) -> None:

@@ -181,8 +181,10 @@ def _require_room(config: Config) -> None:
     booked = {"ranks": ranks, "engines of the student": booking_of_student(config)}
     booked |= {f"engines of {' and '.join(models)}": booking for models, booking in bookings_of_teachers(config)}
     found = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind in ("CPU", "GPU"):
         each = {who: b.cpus if kind == "CPU" else b.gpus for who, b in booked.items()}
+        largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
         needed, there = sum(b.places * each[who] for who, b in booked.items()), found.get(kind, 0.0)
         if needed > there:
             asked = ", ".join(f"{b.places} {who} with {each[who]:g}" for who, b in booked.items() if each[who])
@@ -190,6 +192,12 @@ def _require_room(config: Config) -> None:
                 f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines or "
                 f"their {kind.lower()}s, or add nodes"
             )
+        for who, one in each.items():
+            if one > largest:
+                raise RunError(
+                    f"{who} need {one:g} {kind}s each on one node, and no node of the cluster has more than {largest:g}; ask for "
+                    "less, or add such nodes"
+                )
 
 
 def _require_reachable(address: str) -> None:

@@ -1,8 +1,10 @@
 """What a server says of the model that it holds, asked before anything is scored."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd.config import Config
@@ -14,6 +16,8 @@ from opd.served.teacher import ServedTeacher
 from opd.served.vllm_form import VLLM
 from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
 from opd.text.tokenizer import PROBE
+
+_READ_WHOLE = 2**28  # bytes
 
 
 def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedTeacher]:
@@ -35,9 +39,24 @@ def connect_started(
     for name, model in models.items():
         with model.using():
             endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), wire, tokenizer)
-        said = config.teachers[name].source or endpoint.model
+        said = _weights_of(config.teachers[name].source or endpoint.model)
         found[name] = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
     return found
+
+
+def _weights_of(source: str) -> str:
+    """A model's folder with what tells its weights from others in the same place: every file's name and size, and what small ones
+    (an adapter's) hold. A hub id is known by itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for file in sorted((*folder.glob("*.json"), *folder.glob("*.safetensors"))):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        if size <= _READ_WHOLE:
+            digest.update(file.read_bytes())
+    return f"{source}+{digest.hexdigest()[:32]}"
 
 
 def _top(config: Config) -> int:

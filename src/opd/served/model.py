@@ -19,7 +19,11 @@ class ServedModel(Protocol):
         ...
 
     def using(self) -> AbstractContextManager[Any]:
-        """Held while it is asked: a model that takes turns with others stays awake."""
+        """Held while it is asked: a model that takes turns with others stays awake, and its weights stay what they are."""
+        ...
+
+    def changing(self) -> AbstractContextManager[Any]:
+        """Held while it becomes the newest: where that takes the place of what is asked, nobody asks meanwhile."""
         ...
 
 
@@ -36,4 +40,7 @@ class Fixed:
         return None
 
     def using(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def changing(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -46,12 +46,13 @@ class ServedSampler:
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """Calls that begin from now on sample from the model as it is now."""
-        self._now = self._model.newest(), policy_version
+        with self._model.changing():
+            self._now = self._model.newest(), policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         rows = numbered(prompts, num_samples)
-        endpoint, version = self._now
         with self._model.using():
+            endpoint, version = self._now
             endpoint = endpoint or self._model.newest()
             return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
 
