@@ -141,9 +141,15 @@ def test_a_teachers_adapter_at_an_engine_says_what_it_says_at_the_ranks(tmp_path
 
 
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run whose teachers each have a place of their own, and that nothing happens to."""
-    return opd.train(opd.parse_config(with_engines(tmp_path_factory.mktemp("apart")))).run
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Runs whose teachers each have a place of their own, and that nothing happens to; True: prompts go all together, as they do
+    where models take turns, not each its own way."""
+    found = {}
+    for together in (False, True):
+        with patch("opd.startup._in_units", lambda _, together=together: not together):
+            tree = with_engines(tmp_path_factory.mktemp("apart"))
+            found[together] = opd.train(opd.parse_config(tree)).run
+    return found
 
 
 def assert_the_same(run: Path, calm: Path) -> None:
@@ -153,15 +159,15 @@ def assert_the_same(run: Path, calm: Path) -> None:
         assert "served/lost/sum" not in a
 
 
-def test_models_that_share_devices_take_turns_and_score_the_same(apart: Path, tmp_path: Path):
+def test_models_that_share_devices_take_turns_and_score_the_same(apart: dict[bool, Path], tmp_path: Path):
     run = opd.train(opd.parse_config(with_engines(tmp_path, teachers_sleep=True))).run
-    assert_the_same(run, apart)
-    lines = [*read_metrics(run), *read_metrics(apart)]
+    assert_the_same(run, apart[True])
+    lines = [*read_metrics(run), *read_metrics(apart[True])]
     assert not [name for line in lines for name in line if name.startswith(("served/", "failed/"))]
 
 
 @pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
-def test_a_teachers_engine_that_is_killed_is_started_again(apart: Path, tmp_path: Path, sleep: bool):
+def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
     tree = with_engines(tmp_path, teachers_sleep=sleep)
     tree["served"] = {"attempts": 1, "first_wait_s": 0}
 
@@ -169,7 +175,7 @@ def test_a_teachers_engine_that_is_killed_is_started_again(apart: Path, tmp_path
         if report.step == 2:
             kill(f"toy_engine.py --model {tree['teachers']['odd']['model']}")
 
-    assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart)
+    assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart[sleep])
 
 
 def test_nobody_is_awake_beside_another():
@@ -281,7 +287,8 @@ def test_a_version_is_loaded_once_and_survives_a_restart(engine: Engine, tmp_pat
     engine.load("student-1", {})  # it has it
     kill("toy_engine.py")
     wait_for(lambda: not processes("toy_engine.py"))
-    assert engine.state() == state  # at the same address
+    back = engine.state()
+    assert (back.versions, back.context) == (state.versions, state.context)
     [running] = [p for p in processes("toy_engine.py --model") if "keeper" not in said(p)]
     assert "/student-1 " in said(running)  # from its first answer on it is that version
 
