@@ -177,8 +177,9 @@ def test_eval_prints_the_parity_table_of_a_run(tree: dict[str, Any], tmp_path: P
 
 def test_every_command_explains_itself():
     shown = invoke("--help").stdout
-    assert all(name in shown for name in ("train", "sft", "eval", "check"))
-    for name in ("train", "sft", "eval", "check"):
+    commands = ("train", "sft", "eval", "check", "align", "cluster", "theory")
+    assert all(name in shown for name in commands)
+    for name in commands:
         result = invoke(name, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout
