@@ -22,6 +22,7 @@ from opd.embedded.network import Network
 from opd.plan.devices import GIB
 from opd.plan.memory import engine_memory, kept_a_token, rank_memory, rank_share
 from opd.plan.roofline import head_flops, layers_flops, pool_s, sample_s, split_s, update_s
+from opd.plan.search import DoesNotFit, own_plan
 from opd.plan.shapes import adapter_parameters, read_shape
 from opd.plan.work import work_of
 
@@ -296,3 +297,25 @@ def test_an_adapter_goes_to_engines_faster_than_the_whole_student(folders: dict[
 ADAPTER = (
     16 * 8 * (2 * 2048 + 2 * (2048 + 512) + 2 * 2048 + 3 * (2048 + 8192))
 )  # of rank 8 on all linear layers of "one"
+
+
+def test_a_placement_that_an_engine_cannot_split_has_no_time(folders: dict[str, str]):
+    ranks = {"learner_ranks": 1, "gpus_per_rank": 1, "engines": 1}
+    heads = read_shape(folders["student"]).heads
+    assert heads % 3
+    for gpus, there in ((1, True), (3, False)):
+        config = recipe(folders, cluster={**ranks, "gpus_per_engine": gpus})
+        assert (own_plan(config, work_of(config, prompt_tokens=512), H100) is not None) == there
+
+
+def test_sleeping_teachers_that_share_no_size_are_refused(folders: dict[str, str], tmp_path: Path):
+    common = {"vocab_size": 32000, "num_key_value_heads": 4, "head_dim": 128}
+    large = {"hidden_size": 12288, "intermediate_size": 32768, "num_hidden_layers": 96, "num_attention_heads": 96}
+    twelve = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 12}
+    for name, dims in (("large", large), ("twelve", twelve)):
+        Qwen3Config(**common, **dims).save_pretrained(tmp_path / name)
+    engine = {"engines": 1, "gpus_per_engine": 8, "engine_args": ["--max-num-batched-tokens", "1024"]}
+    teachers = {name: {"model": str(tmp_path / name), **engine} for name in ("large", "twelve")}
+    config = recipe(folders, teachers, cluster={"teachers_sleep": True})
+    with pytest.raises(DoesNotFit, match=r"twelve' fits 1, 2, 4 GPUs, those before it 8; drop it"):
+        plan(config, 64)

@@ -140,7 +140,8 @@ def own_plan(config: Config, work: Work, assumed: Assumptions) -> Plan | None:
     chosen = [config.teachers[group[0].names[0]] for group in groups(config, work)]
     running = student_running(config, work, c.gpus_per_engine, assumed) if c.gpus_per_engine else 0
     rank = sum(rank_memory(config, work, c.learner_ranks, assumed).values())
-    if not c.gpus_per_rank or not running or rank > assumed.device.memory_gib * GIB:
+    splits = work.student.splits(c.gpus_per_engine) if c.gpus_per_engine else False
+    if not c.gpus_per_rank or not running or not splits or rank > assumed.device.memory_gib * GIB:
         return None
     teachers = []
     for group, teacher in zip(groups(config, work), chosen, strict=True):
@@ -216,12 +217,19 @@ def _group(config: Config, work: Work, group: Sequence[Pool], gpus: int, assumed
     found = []
     allowed = sizes(gpus, assumed)
     for pool in group:
-        splits = [n for n in allowed if pool.shape.splits(n)]
+        splits = [n for n in sizes(gpus, assumed) if pool.shape.splits(n)]
         memory = {n: pool_memory(config, work, pool, n, assumed) for n in splits}
-        allowed = [n for n in splits if memory[n].sequences > 0 and n in allowed]
-        if not allowed:
+        fits = [n for n in splits if memory[n].sequences > 0]
+        if not fits:
             n = max(splits)
             raise _no_engine(gpus, work, pool.shape, n, memory[n], pool.engine_args, assumed)
+        if not set(allowed) & set(fits):
+            raise DoesNotFit(
+                f"{gpus} GPUs: cluster.teachers_sleep lets teachers share devices, and no engine's size fits all of them: "
+                f"'{pool.shape.source}' fits {', '.join(map(str, fits))} GPUs, those before it {', '.join(map(str, allowed))}; "
+                "drop it"
+            )
+        allowed = [n for n in allowed if n in fits]
     for devices in allowed:
         found += [
             Engines(count, devices, _group_s(config, work, group, count, devices, assumed))

@@ -154,8 +154,8 @@ def _pools(config: Config, asked: Mapping[str, float], shape: Callable[[str], Sh
 
 
 def _in_flight(config: Config, rollouts: int) -> int:
-    """How many rollouts are sampled at once: where all teachers are served, prompts go one by one (`opd.collect`)."""
-    if not all(teacher.served for teacher in config.teachers.values()):
+    """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.collect`)."""
+    if config.cluster.teachers_sleep or not all(teacher.served for teacher in config.teachers.values()):
         return rollouts
     group = config.sampling.group_size
     return min(rollouts, max(1, config.episodes.max_concurrent // group) * group)

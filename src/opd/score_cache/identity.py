@@ -28,6 +28,8 @@ def identities(config: Config, studio: Studio) -> dict[str, dict[str, Any]]:
             # nothing else is known of its weights but what the probe says
             identity["model"] = studio.identities[f"teacher '{name}'"]
             identity["named"] = config.objective.support if config.objective.type == "support" else 0
+            if teacher.engines is not None:
+                identity["engine"] = [config.compute.dtype, teacher.engine_args]
             found[name] = identity
             continue
         weights = teacher.weights or {name: 1.0}

@@ -39,7 +39,10 @@ def connect_started(
     for name, model in models.items():
         with model.using():
             endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), wire, tokenizer)
-        said = _weights_of(config.teachers[name].source or endpoint.model)
+        teacher = config.teachers[name]
+        # an adapter is merged into the student's base
+        sources = [config.student, teacher.adapter] if teacher.adapter else [teacher.model or endpoint.model]
+        said = " with ".join(map(_weights_of, sources))
         found[name] = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
     return found
 
