@@ -8,6 +8,7 @@ is measured with engines that answer at once; Ray's with a rank that has its sco
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -24,7 +25,7 @@ import ray
 from opd.config import EpisodesConfig, ServedConfig
 from opd.distributed.group import RankTeachers
 from opd.embedded.loading import load_tokenizer
-from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, Turn
+from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, SupportScore, Turn
 from opd.served.model import Fixed
 from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher
@@ -52,17 +53,26 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.slots:
             time.sleep(self.service_s)
-        choice: dict[str, object] = {"finish_reason": "stop"}
-        if "prompt_logprobs" in body:
-            choice["prompt_logprobs"] = [None, *({str(t): {"logprob": -0.5, "rank": 1}} for t in body["prompt"][1:])]
-        else:
-            made = [7] * (TOKENS - PROMPT - 1) + [END]
-            choice |= {"token_ids": made, "logprobs": {"token_logprobs": [-0.5] * len(made)}}
-        text = json.dumps({"choices": [choice]}).encode()
+        text = said(tuple(body["prompt"]), body["prompt_logprobs"]) if "prompt_logprobs" in body else response()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
+
+
+@functools.cache  # the driver is what is timed
+def said(tokens: tuple[int, ...], top: int) -> bytes:
+    """Scores of a prompt: each token's own, and those of `top` others."""
+    each = {"logprob": -0.5123456, "rank": 1, "decoded_token": " word"}
+    named = [{str(t): each} | {str(40000 + other): each for other in range(top)} for t in tokens[1:]]
+    return json.dumps({"choices": [{"finish_reason": "stop", "prompt_logprobs": [None, *named]}]}).encode()
+
+
+@functools.cache
+def response() -> bytes:
+    made = [7] * (TOKENS - PROMPT - 1) + [END]
+    choice = {"finish_reason": "stop", "token_ids": made, "logprobs": {"token_logprobs": [-0.5123456] * len(made)}}
+    return json.dumps({"choices": [choice]}).encode()
 
 
 def serve(slots: int, service_s: float) -> None:
@@ -107,20 +117,20 @@ def player() -> EpisodePlayer:
     return EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
 
 
-def measured(what: str, engines: int, slots: int, service_s: float, count: int) -> float:
-    """Rollouts sampled or scored a second."""
+def measured(what: str, engines: int, slots: int, service_s: float, count: int, top: int = 0) -> float:
+    """Rollouts sampled or scored a second; top: how many tokens a score names beside each."""
     servers = start(engines, slots, service_s)
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
         wire = Wire(ServedConfig(max_in_flight=2 * slots))
         model = Fixed(Endpoint("the model", urls, "m"))
         if what == "score":
-            teacher, items = ServedTeacher("t", model, "m", wire), rollouts(count)
+            teacher, items = ServedTeacher("t", model, "m", wire, top=top), rollouts(count)
             teacher.score(items[: 2 * engines])  # connections are there
             begun = time.perf_counter()
             found = teacher.score(items)
             seconds = time.perf_counter() - begun
-            assert all(isinstance(item.score, SampledScore) for item in found)
+            assert all(isinstance(item.score, SupportScore if top else SampledScore) for item in found)
         else:
             sampler = ServedSampler(model, wire, temperature=1.0, max_new_tokens=TOKENS, context=None, player=player())
             prompts = [Prompt(f"p{i}", ({"role": "user", "content": "?"},), "t", "task") for i in range(count)]
@@ -206,11 +216,12 @@ def main() -> None:
             said = f"{statistics.median(rates):.1f} | {middle:.3f} [{low:.3f}, {high:.3f}]"
             print(f"| {what} | {engines} | {said} |", flush=True)
     print("\n| | rollouts at once | ms each, driver and stand-in on two cores | driver's peak, MB |\n|---|---|---|---|")
-    for what in ("sample", "score"):
+    for what, top in (("sample", 0), ("score", 0), ("score", 20)):
         for count in (64, 256, 1024):
-            rate = measured(what, 1, 64, 0.0, count)
+            rate = measured(what, 1, 64, 0.0, count, top)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"| {what} | {count} | {1000 / rate:.2f} | {peak:.0f} |", flush=True)
+            name = f"{what}, {top} tokens named" if top else what
+            print(f"| {name} | {count} | {1000 / rate:.2f} | {peak:.0f} |", flush=True)
     print("\n| to a rank and back with | rollouts at once | ms each | MB |\n|---|---|---|---|")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1)
     for keep_hidden, name in ((False, "sampled scores"), (True, f"hidden states of width {WIDTH}")):

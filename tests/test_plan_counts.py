@@ -20,11 +20,11 @@ from opd.data.tree import pack_trees
 from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
 from opd.plan.devices import GIB
-from opd.plan.memory import engine_memory, kept_a_token, rank_memory, rank_share
-from opd.plan.roofline import head_flops, layers_flops, pool_s, sample_s, split_s, update_s
-from opd.plan.search import DoesNotFit, own_plan
+from opd.plan.memory import _tiles, engine_memory, kept_a_token, kv_bytes_here, rank_memory, rank_share
+from opd.plan.roofline import driver_s, head_flops, layers_flops, pool_s, sample_s, split_s, update_s
+from opd.plan.search import DoesNotFit, Plan, own_plan
 from opd.plan.shapes import adapter_parameters, read_shape
-from opd.plan.work import work_of
+from opd.plan.work import flag, work_of
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples/distributed/shapes"
@@ -97,15 +97,25 @@ def sum_without_rotations(counted: FlopCounterMode) -> int:
 def test_a_layer_keeps_as_many_bytes_of_a_token_as_the_plan_says(
     folders: dict[str, str], tmp_path: Path, kind: Any, dtype: str, trainable: str
 ):
-    kept = [bytes_kept(kind(**SMALL | {"num_hidden_layers": n}), getattr(torch, dtype), trainable) for n in (1, 3)]
+    def kept_a_layer(sequences: list[list[int]]) -> float:
+        models = [kind(**SMALL | {"num_hidden_layers": n}) for n in (1, 3)]
+        kept = [bytes_kept(m, getattr(torch, dtype), trainable, sequences) for m in models]
+        return (kept[1] - kept[0]) / 2
+
     kind(**SMALL).save_pretrained(tmp_path)
-    config = recipe(folders, trainable=trainable, compute={"dtype": dtype})
-    said = kept_a_token(config, read_shape(str(tmp_path)))
-    assert said == pytest.approx((kept[1] - kept[0]) / 2, rel=0.05)
+    config, shape = recipe(folders, trainable=trainable, compute={"dtype": dtype}), read_shape(str(tmp_path))
+    said = kept_a_token(config, shape)
+    assert said == pytest.approx(kept_a_layer([np.arange(200).tolist()]) / 200, rel=0.05)
+    # of several sequences that see few keys every layer keeps the keys of every tile, at most as many as the plan says
+    several = [[*range(100), *np.random.default_rng(i).integers(100, 300, 100).tolist()] for i in range(4)]
+    more = kept_a_layer(several) - 500 * said
+    each = {"float32": 4, "bfloat16": 2}[dtype]
+    copies = _tiles(shape, 500, 200, each, 2) - _tiles(shape, 500, 200, each, 1)
+    assert 0.5 * copies < more < 1.1 * copies
 
 
-def bytes_kept(config: Any, dtype: torch.dtype, trainable: str) -> float:
-    """Bytes that torch keeps of each token of a packed pass over one sequence, weights left out."""
+def bytes_kept(config: Any, dtype: torch.dtype, trainable: str, sequences: list[list[int]]) -> float:
+    """Bytes that torch keeps of a packed pass over sequences, weights left out."""
     model = (
         AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
     )
@@ -114,7 +124,7 @@ def bytes_kept(config: Any, dtype: torch.dtype, trainable: str) -> float:
         network.model = with_adapter(network.base)
         fuse_adapters(network.base)
     network.activate("student" if trainable == "lora" else None, trainable=True)
-    [(_, tree)] = pack_trees([np.arange(200).tolist()], max_tokens=10**6)
+    [(_, tree)] = pack_trees(sequences, max_tokens=10**6)
     weights = {p.untyped_storage().data_ptr() for p in network.base.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -126,7 +136,7 @@ def bytes_kept(config: Any, dtype: torch.dtype, trainable: str) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network.hidden_states(tree)
-    return sum(storage.nbytes() for storage in kept.values()) / len(tree)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 # Memory and time, by hand
@@ -216,8 +226,10 @@ def test_scoring_and_updating_are_bound_by_products():
     seen = 8 * (512 * 256 + 1536 * (512 + 768))
     head = 2 * 151936 * 2048 * written
     forward = 2 * student.products * 8 * 2048 + 4 * 28 * 2048 * seen
-    # frozen weights: backward costs as much as forward; logits are made, made again, and multiplied for their gradient
-    expected = (2 * forward + 3 * head) / 989e12 + 28 * work.trainable / (3350e9 * 0.7)
+    attention = 4 * 28 * 2048 * seen
+    # frozen weights: backward costs as much as forward, of attention (a sequence a pass) two and a half times; logits are made,
+    # made again, and multiplied for their gradient
+    expected = (2 * forward + 1.5 * attention + 3 * head) / 989e12 + 28 * work.trainable / (3350e9 * 0.7)
     assert update_s(config, work, 1, free) == pytest.approx(expected)
 
 
@@ -229,11 +241,50 @@ def test_messages_are_parts_of_what_is_gathered_or_summed(folders: dict[str, str
     expected = 2 * (layers + 4 * work.trainable * 3 / 4) / (450e9 * 0.7)  # two passes
     assert update_s(config, work, 4, slow) == pytest.approx(expected, rel=1e-6)
     nodes = update_s(config, work, 16, slow) / ((layers + 4 * work.trainable * 3 / 4) * 15 / 16 * 4 / 3)
-    assert nodes == pytest.approx(1 / (50e9 * 0.7), rel=1e-6)  # past a node; one pass is left
+    assert nodes == pytest.approx(1 / (8 * 50e9 * 0.7), rel=1e-6)  # past a node, by eight ways; one pass is left
+    assert replace(slow, network_gb_s=100.0).link(16) == 450e9 * 0.7  # but no faster than within one
+    assert slow.link(12) == 4 * 50e9 * 0.7  # one node has four of them
     # of each of two sums a layer three quarters pass twice
     expected = 2 * 2 * 10 * 128 * 2 * 2 * 3 / 4 / (450e9 * 0.7) + 2 * 2 * 5 * 3e-6
     assert split_s(work.student, 10, 5, 4, 2, slow) == pytest.approx(expected)
     assert split_s(work.student, 10, 5, 1, 2, slow) == 0
+
+
+def test_devices_that_share_a_key_head_read_its_cache_each(tmp_path: Path):
+    # eight devices and two key heads: four copies of the cache
+    Qwen3Config(**SMALL | {"num_attention_heads": 8}).save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    assert [kv_bytes_here(shape, n, 2) * n / shape.kv_bytes(2) for n in (1, 2, 4, 8)] == [1, 1, 2, 4]
+    config = parse_config({**EXAMPLE.model_dump(), "student": str(tmp_path), "sampling": {"max_new_tokens": 2048}})
+    free = replace(H100, matmul_share=1e9, link_share=1e9, step_ms=0.0, collective_us=0.0, memory_share=1.0)
+    work = replace(work_of(config, prompt_tokens=1), trainable=0)
+    read = 2 * (shape.products + shape.head), 2048 * shape.kv_bytes(2) / 2 * 32
+    for devices, copies in ((1, 1), (8, 4)):
+        expected = 2048 * (read[0] + copies * read[1]) / devices / 3350e9
+        assert sample_s(config, work, 1, devices, 256, free) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("args", "number"),
+    [
+        ([], 7),
+        (["--max-num-seqs", "64"], 64),
+        (["--max_num_seqs=64"], 64),
+        (["--max-num-seqs=8k"], 8000),
+        (["--max-num-seqs", "8K"], 8192),
+        (["--max-num-seqs=1.5k"], 1500),
+        (["--max-num-seqs=64", "--max-num-seqs=32"], 32),
+    ],
+)
+def test_arguments_of_engines_are_read_as_vllm_reads_them(args: list[str], number: float):
+    assert flag(args, "--max-num-seqs", 7) == number
+
+
+def test_the_driver_reads_every_token_that_is_named(folders: dict[str, str]):
+    for objective, named in (({"support": 20}, 20), ({"type": "immediate", "support": 32}, 0)):
+        config = recipe(folders, objective=objective)
+        found = driver_s(config, work_of(config, prompt_tokens=512), H100)
+        assert found == pytest.approx(64 * (1.6e-3 + 768 * (1e-6 + 0.4e-6 * named)))
 
 
 @pytest.mark.parametrize(
@@ -254,14 +305,25 @@ def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[
 
     work = work_of(recipe(folders), prompt_tokens=512)
     head = head_flops(work.student, 64 * 256) / free.flops(2)
-    forward = seconds(objective=sampled) / 2
-    assert seconds() == pytest.approx(2 * forward + head)  # logits of named tokens are made again
-    assert seconds(objective=sampled, compute={"activation_checkpointing": True}) == pytest.approx(3 * forward - head)
-    assert seconds(objective=sampled | {"correction": {"type": "reject"}}) == pytest.approx(3 * forward)
-    assert seconds(objective=sampled | {"loss": "ppo", "epochs": 2}) == pytest.approx(4 * forward)
+    # by hand: 64 responses of 256 tokens, four to a prompt of 512
+    tokens, seen = 64 * 256 + 16 * 512, 64 * 256 * (512 + 128) + 16 * 512 * 256
+    attention = 4 * 2 * 256 * seen / free.flops(2)
+    forward = 2 * work.student.products * tokens / free.flops(2) + attention + head
+    once = 2 * forward + 2.5 * attention  # its keys are copied again for the gradient
+    assert seconds(objective=sampled) == pytest.approx(once)
+    assert seconds() == pytest.approx(once + head)  # logits of named tokens are made again
+    again = seconds(objective=sampled, compute={"activation_checkpointing": True})
+    assert again == pytest.approx(once + forward - head)
+    assert seconds(objective=sampled | {"correction": {"type": "reject"}}) == pytest.approx(once + forward)
+    assert seconds(objective=sampled | {"loss": "ppo", "epochs": 2}) == pytest.approx(2 * once)
     whole = {"trainable": "full", "compute": {"dtype": "float32"}}
-    assert seconds(objective=sampled, **whole) == pytest.approx(3 * forward * 989 / 67)
-    assert seconds(objective=sampled, cluster={"mixed_precision": True}, **whole) == pytest.approx(3 * forward)
+    assert seconds(objective=sampled, **whole) == pytest.approx((3 * forward + 1.5 * attention) * 989 / 67)
+    mixed = seconds(objective=sampled, cluster={"mixed_precision": True}, **whole)
+    assert mixed == pytest.approx(3 * forward + 1.5 * attention)
+    alone = seconds(objective=sampled, compute={"max_tokens": 100})  # one sequence a pass: 64 whole ones
+    attention = 4 * 2 * 256 * (64 * 256 * (512 + 128) + 64 * 512 * 256) / free.flops(2)
+    forward = 2 * work.student.products * 64 * 768 / free.flops(2) + attention + head
+    assert alone == pytest.approx(2 * forward + 1.5 * attention)
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_one_of_them_whole(folders: dict[str, str]):
@@ -305,7 +367,12 @@ def test_a_placement_that_an_engine_cannot_split_has_no_time(folders: dict[str, 
     assert heads % 3
     for gpus, there in ((1, True), (3, False)):
         config = recipe(folders, cluster={**ranks, "gpus_per_engine": gpus})
-        assert (own_plan(config, work_of(config, prompt_tokens=512), H100) is not None) == there
+        own = own_plan(config, work_of(config, prompt_tokens=512), H100)
+        assert isinstance(own, Plan) == there
+        assert there or own == "an engine of the student does not fit 3 GPUs, or cannot be split over them"
+    config = recipe(folders, cluster={"learner_ranks": 1, "engines": 1, "gpus_per_engine": 1})
+    own = own_plan(config, work_of(config, prompt_tokens=512), H100)
+    assert own == "cluster.gpus_per_rank is 0, so it asks for no GPU"
 
 
 def test_sleeping_teachers_that_share_no_size_are_refused(folders: dict[str, str], tmp_path: Path):

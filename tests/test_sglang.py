@@ -95,7 +95,7 @@ WRONG = {
     "another token": (at_4("input_token_logprobs", [-1.0, 256, None]), "token 256 at place 4, asked for"),
     "a token by the name of the last": (at_4("input_token_logprobs", [-1.0, 0, None]), "token 0 at place 4, asked for"),
     "an uncomputed one": (lambda answer, meta: meta["input_token_logprobs"][4].__setitem__(0, None), "None as a log-"),
-    "a nan": (lambda answer, meta: meta["input_token_logprobs"][4].__setitem__(0, float("nan")), "nan as a log-prob"),
+    "a nan": (lambda answer, meta: meta["input_token_logprobs"][4].__setitem__(0, float("nan")), "NaN or an infinity"),
     "above zero": (lambda answer, meta: meta["input_token_logprobs"][4].__setitem__(0, 0.5), "0.5 as a log-prob"),
     "a null": (at_4("input_token_logprobs", None), "another form"),
     "no scores": (lambda answer, meta: meta.pop("input_token_logprobs"), "no input_token_logprobs; an SGLang server"),
@@ -105,7 +105,7 @@ WRONG = {
     "none of the likeliest": (at_4("input_top_logprobs", None), "0 of the likeliest tokens at place 4, asked for 5"),
     "a bad one of the likeliest": (
         lambda answer, meta: meta["input_top_logprobs"][4][2].__setitem__(0, float("nan")),
-        "nan as a log-probability at place 4",
+        "NaN or an infinity",
     ),
     "broken off": (
         lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "weights change"}),

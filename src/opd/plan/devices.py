@@ -10,7 +10,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Device:
     """One accelerator: dense bfloat16 and float32 (no tensor cores) rates in TFLOPS, memory in GiB, its bandwidth in GB/s, and in
-    GB/s and one direction the link to its neighbours in a node and that to the host."""
+    GB/s and one direction the link to its neighbours in a node and that to the host; how many tokens a vLLM server computes in one
+    pass there, and how many sequences it runs at once, unless its arguments say otherwise."""
 
     name: str
     bf16_tflops: float
@@ -19,6 +20,8 @@ class Device:
     memory_gb_s: float
     link_gb_s: float
     host_gb_s: float
+    batched_tokens: int
+    running: int
 
     def tflops(self, bytes_each: int) -> float:
         """The rate for numbers of so many bytes: float32 products do not use tensor cores, as torch is set up by default."""
@@ -27,14 +30,15 @@ class Device:
 
 # Source: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 (per GPU). Rates are without sparsity, which
 # the sheets of Hopper and Blackwell double; NVLink (600, 900, 900 and 1800 GB/s) and PCIe (gen 4: 64, gen 5: 128 GB/s) are both
-# directions together there, and halved here. Memory is the sheet's number taken as 10^9 bytes, the smaller reading.
+# directions together there, and halved here. Memory is the sheet's number taken as 10^9 bytes, the smaller reading. The last two
+# numbers are vLLM 0.32's (`EngineArgs.get_batch_defaults`, for its server).
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-80", 312, 19.5, 74.5, 2039, 300, 32),
-        Device("h100", 989, 67, 74.5, 3350, 450, 64),
-        Device("h200", 989, 67, 131.3, 4800, 450, 64),
-        Device("b200", 2250, 75, 167.6, 8000, 900, 64),
+        Device("a100-80", 312, 19.5, 74.5, 2039, 300, 32, 2048, 256),
+        Device("h100", 989, 67, 74.5, 3350, 450, 64, 8192, 1024),
+        Device("h200", 989, 67, 131.3, 4800, 450, 64, 8192, 1024),
+        Device("b200", 2250, 75, 167.6, 8000, 900, 64, 16384, 1024),
     )
 }
 
@@ -45,10 +49,10 @@ class Assumptions:
 
     prompt_tokens: of every prompt. gpus_per_node: they share the device's link; others meet over network_gb_s (one direction, for
     each GPU). The shares are what is reached of a peak. step_ms: what an engine adds to each pass for scheduling and launches.
-    collective_us: what a collective takes whatever its size. disk_gb_s: of writing or reading a file of weights. driver_us: what
-    the driver spends on each token that a served teacher scores. reserve_gib: what contexts, libraries and fragments take of a
-    device, sleeper_gib what a sleeping engine leaves there. Unless an engine's arguments say otherwise it computes batched_tokens
-    in one pass, runs so many sequences at once, and takes engine_share of a device's memory.
+    collective_us: what a collective takes whatever its size. disk_gb_s: of writing or reading a file of weights. driver_ms: what
+    the driver spends on each rollout that a served teacher scores, driver_us on each of its tokens, driver_named_us on each token
+    that is named beside it. reserve_gib: what contexts, libraries and fragments take of a device, sleeper_gib what a sleeping
+    engine leaves there. Unless its arguments say otherwise an engine takes engine_share of a device's memory.
     """
 
     device: Device
@@ -61,11 +65,11 @@ class Assumptions:
     step_ms: float = 2.0
     collective_us: float = 10.0
     disk_gb_s: float = 2.0
-    driver_us: float = 10.0  # docs/distributed.md: 2.5 ms for 256 tokens, driver and stand-in together, on two cores
+    driver_ms: float = 1.6  # this and the next two: docs/distributed.md, on two cores beside the stand-in of an engine
+    driver_us: float = 1.0
+    driver_named_us: float = 0.4
     reserve_gib: float = 3.0
     sleeper_gib: float = 1.5
-    batched_tokens: int = 8192
-    running: int = 256
     engine_share: float = 0.9
 
     def flops(self, bytes_each: int) -> float:
@@ -78,8 +82,11 @@ class Assumptions:
         return self.device.memory_gb_s * 1e9 * self.memory_share
 
     def link(self, devices: int) -> float:
-        """Bytes a second, one direction, between so many devices: within a node as far as they fit there."""
-        rate = self.device.link_gb_s if devices <= self.gpus_per_node else self.network_gb_s
+        """Bytes a second, one direction, that each of so many devices gets of what all of them exchange. Past a node all devices of
+        the smallest one carry it to the others together, each over its own part of the network."""
+        rate = self.device.link_gb_s
+        if devices > self.gpus_per_node:
+            rate = min(rate, self.network_gb_s * (devices % self.gpus_per_node or self.gpus_per_node))
         return rate * 1e9 * self.link_share
 
 

@@ -10,6 +10,7 @@ from opd.plan.shapes import Shape
 from opd.plan.work import Pool, Work, flag, share
 
 _TILE = 64  # tokens of one tile of attention (opd.embedded.attention)
+_WIDE = 512  # keys; tiles that see more copy them again for their gradient
 _STATES = 256  # states whose logits exist at once (opd.objectives.tiles)
 
 
@@ -95,18 +96,25 @@ def rank_memory(config: Config, work: Work, ranks: int, assumed: Assumptions) ->
         "optimizer moments": 8 * work.trainable / ranks,
         "gathered layers": gathered,
         "activations": part.largest * (layers * kept_a_token(config, student) + inputs),
-        "attention tiles": _tiles(student, part.largest, work.length, each.computed),
+        "attention tiles": _tiles(student, part.largest, work.length, each.computed, layers),
         "logits": float(logits),
         "reserve": assumed.reserve_gib * GIB,
     }
 
 
-def _tiles(shape: Shape, tokens: int, length: int, each: int) -> float:
-    """At most: keys and values that the tiles of one layer look at, with their gradients, and which of them each token sees."""
+def attention_again(work: Work, part: RankShare) -> bool:
+    """Whether attention is computed once more for its gradient: of several sequences in a pass whose tiles see many keys."""
+    return part.largest > work.length > _WIDE
+
+
+def _tiles(shape: Shape, tokens: int, length: int, each: int, layers: int) -> float:
+    """At most: keys and values that the tiles of one layer look at, with their gradients, and which of them each token sees.
+    layers: so many keep theirs, where the tiles see few keys."""
     if tokens <= length:
         return 0.0  # one sequence alone needs neither
-    copies = tokens / _TILE * length * 2 * shape.keys * each * 2
-    return copies + tokens * length * each * (1 + shape.heads // shape.kv_heads)
+    copies = tokens / _TILE * length * 2 * shape.keys * each
+    kept = layers if length <= _WIDE else 1
+    return (kept + 1) * copies + tokens * length * each * (1 + shape.heads // shape.kv_heads)
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,8 @@ def engine_memory(
 ) -> EngineMemory:
     """Of each of `devices` that one engine is split over. scores: it gives log-probabilities of whole prompts, whose logits exist
     for all tokens of a pass; beside: bytes of adapters that it holds."""
-    batched = flag(args, "--max-num-batched-tokens", assumed.batched_tokens)
-    running = flag(args, "--max-num-seqs", assumed.running)
+    batched = flag(args, "--max-num-batched-tokens", assumed.device.batched_tokens)
+    running = flag(args, "--max-num-seqs", assumed.device.running)
     rows = batched if scores else running
     # bfloat16 logits, float32 ones, and their log-softmax
     logits = rows * shape.vocab * (each + 4 + 4)
@@ -162,7 +170,7 @@ def engine_room(args: Sequence[str], assumed: Assumptions) -> float:
 def student_running(config: Config, work: Work, devices: int, assumed: Assumptions) -> int:
     """How many sequences an engine of the student runs at once; 0 where not even one fits."""
     found = student_memory(config, work, devices, assumed)
-    limit = int(flag(config.cluster.engine_args, "--max-num-seqs", assumed.running))
+    limit = int(flag(config.cluster.engine_args, "--max-num-seqs", assumed.device.running))
     return min(found.sequences, limit, config.served.max_in_flight)
 
 

@@ -9,14 +9,19 @@ from math import ceil
 
 from opd.config import Config
 from opd.plan.devices import Assumptions
-from opd.plan.memory import RankShare, bytes_of, rank_share
+from opd.plan.memory import RankShare, attention_again, bytes_of, kv_bytes_here, rank_share
 from opd.plan.shapes import Shape
 from opd.plan.work import Pool, Work, flag, share
 
 
 def layers_flops(shape: Shape, tokens: float, seen: float) -> float:
     """One pass forward through the layers over `tokens` tokens, which look at `seen` keys together."""
-    return 2.0 * shape.products * tokens + 4.0 * shape.layers * shape.queries * seen
+    return 2.0 * shape.products * tokens + attention_flops(shape, seen)
+
+
+def attention_flops(shape: Shape, seen: float) -> float:
+    """Of them those of attention: scores and what they weigh."""
+    return 4.0 * shape.layers * shape.queries * seen
 
 
 def head_flops(shape: Shape, states: float) -> float:
@@ -49,7 +54,7 @@ def sample_s(config: Config, work: Work, engines: int, devices: int, running: in
     at_once = min(given, running, share(work.in_flight, engines))
     prompts = min(given, ceil(work.rollouts / work.group)) * work.turns
     tokens = prompts * work.prompt
-    batched = flag(config.cluster.engine_args, "--max-num-batched-tokens", assumed.batched_tokens)
+    batched = flag(config.cluster.engine_args, "--max-num-batched-tokens", assumed.device.batched_tokens)
     seen = prompts * work.prompt**2 / 2
     first = _chunked_s(shape, layers_flops(shape, tokens, seen), tokens, batched, devices, each, assumed)
     whole, rest = divmod(given, at_once)
@@ -65,7 +70,8 @@ def _token_s(config: Config, work: Work, rows: int, devices: int, assumed: Assum
     seen = rows * (work.prompt + work.response / 2)
     flops = layers_flops(shape, rows, seen) + head_flops(shape, rows)
     adapter = work.trainable if config.trainable == "lora" and not config.cluster.merge_adapter else 0
-    read = (shape.products + shape.head + adapter) * each + seen * shape.kv_bytes(each)
+    # of a cache that is copied each device reads its own
+    read = (shape.products + shape.head + adapter) * each + seen * kv_bytes_here(shape, devices, each) * devices
     return engine_pass_s(shape, flops, read, rows, devices, each, assumed)
 
 
@@ -85,7 +91,7 @@ def pool_s(config: Config, work: Work, pool: Pool, engines: int, devices: int, a
     each, shape = bytes_of(config).served, pool.shape
     tokens = share(pool.rollouts, engines) * work.length
     flops = layers_flops(shape, tokens, tokens * work.length / 2) + head_flops(shape, tokens)
-    batched = flag(pool.engine_args, "--max-num-batched-tokens", assumed.batched_tokens)
+    batched = flag(pool.engine_args, "--max-num-batched-tokens", assumed.device.batched_tokens)
     return _chunked_s(shape, flops, tokens, batched, devices, each, assumed)
 
 
@@ -94,9 +100,16 @@ def wake_s(shape: Shape, devices: int, each: int, assumed: Assumptions) -> float
     return 2 * shape.parameters * each / devices / (assumed.device.host_gb_s * 1e9 * assumed.link_share)
 
 
-def driver_s(work: Work, assumed: Assumptions) -> float:
+def named_tokens(config: Config) -> int:
+    """How many tokens an engine of a teacher names beside each that it scores (`opd.served.facts`)."""
+    return config.objective.support if config.objective.type == "support" else 0
+
+
+def driver_s(config: Config, work: Work, assumed: Assumptions) -> float:
     """The one process that reads what engines answer, while they go on."""
-    return sum(pool.rollouts for pool in work.pools) * work.length * assumed.driver_us * 1e-6
+    token_us = assumed.driver_us + named_tokens(config) * assumed.driver_named_us
+    each = assumed.driver_ms * 1e-3 + work.length * token_us * 1e-6
+    return sum(pool.rollouts for pool in work.pools) * each
 
 
 def inside_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> float:
@@ -114,16 +127,19 @@ def inside_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> fl
 def update_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> float:
     """The passes of an update over a rank's rollouts, and the optimizer, for every epoch.
 
-    Backward costs as much as forward to the inputs of frozen layers, and as much again to weights that train; activations that are
-    not kept cost another forward. Where advantages need the student's own scores, one more pass comes first. Gathering the layers
-    for the next pass and summing gradients go on beside the products, so the longer of both counts.
+    Backward costs as much as forward to the inputs of frozen layers, and as much again to weights that train; that of attention two
+    and a half times its forward, with five products for two; activations that are not kept cost another forward. Where advantages
+    need the student's own scores, one more pass comes first. Gathering the layers for the next pass and summing gradients go on
+    beside the products, so the longer of both counts.
     """
     student, each, part = work.student, bytes_of(config), _part(config, work, ranks)
     lora = config.trainable == "lora"
     forward = _forward_flops(student, work, part)
     head = head_flops(student, part.rollouts * work.response)
+    attention = attention_flops(student, _seen(work, part))
     again = config.compute.activation_checkpointing * (forward - head)
-    flops = (2 if lora else 3) * forward + again
+    again += attention_again(work, part) * attention
+    flops = (2 if lora else 3) * (forward - attention) + 3.5 * attention + again
     if config.objective.type == "support" and not work.voices:
         flops += head  # its gradient makes the logits again
     for voice in work.voices if config.objective.integrated else ():
@@ -148,10 +164,13 @@ def _part(config: Config, work: Work, ranks: int) -> RankShare:
 
 def _forward_flops(shape: Shape, work: Work, part: RankShare) -> float:
     """Layers over a rank's distinct tokens, and the head at every token that the student wrote."""
+    return layers_flops(shape, part.tokens, _seen(work, part)) + head_flops(shape, part.rollouts * work.response)
+
+
+def _seen(work: Work, part: RankShare) -> float:
+    """Keys that a rank's distinct tokens look at together."""
     written = part.rollouts * work.response
-    prompts = part.tokens - written
-    seen = prompts * work.prompt / 2 + written * (work.prompt + work.response / 2)
-    return layers_flops(shape, part.tokens, seen) + head_flops(shape, written)
+    return (part.tokens - written) * work.prompt / 2 + written * (work.prompt + work.response / 2)
 
 
 def _gather_s(size: float, ranks: int, assumed: Assumptions) -> float:

@@ -1,11 +1,11 @@
 """The placement with the shortest modelled step among all that fit, for a number of GPUs."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from opd.config import Config
+from opd.config import Config, TeacherConfig
 from opd.errors import ConfigError
 from opd.plan.devices import GIB, Assumptions
 from opd.plan.memory import (
@@ -103,20 +103,22 @@ def best_plan(config: Config, work: Work, gpus: int, assumed: Assumptions) -> Pl
     students = _students(config, work, gpus, assumed)
     teachers = _together([_group(config, work, g, gpus, assumed) for g in groups(config, work)], gpus)
     _require_room(config, work, gpus, ranks, students, teachers)
-    counts, driver = [_gpus(found) for found in teachers], driver_s(work, assumed)
+    counts, driver = [_gpus(found) for found in teachers], driver_s(config, work, assumed)
+    faster = [-_slowest(found) for found in teachers]  # from the slowest to the fastest
     found: dict[int, Plan] = {}  # the fastest by how many GPUs they use
     for n in ranks:
         inside, update = inside_s(config, work, n, assumed), update_s(config, work, n, assumed)
-        # teachers that are no slower than what waits for them anyway need no more devices
         floor = max(driver, inside)
-        enough = next((i for i, some in enumerate(teachers) if _slowest(some) <= floor), len(teachers))
         for student in students:
             room = bisect_right(counts, gpus - n - student.gpus) - 1
             if room < 0:
                 continue
-            chosen = teachers[min(room, enough)]
-            score = max(floor, _slowest(chosen))
             transfer = transfer_s(config, work, student.count, student.devices, n, assumed)
+            # teachers that are no slower than what waits for them anyway need no more devices
+            spare = inside + update + transfer - student.seconds if config.cluster.max_staleness else 0.0
+            waited = max(floor, spare)
+            chosen = teachers[min(room, bisect_left(faster, -waited))]
+            score = max(floor, _slowest(chosen))
             plan = Plan(
                 gpus,
                 n,
@@ -134,29 +136,48 @@ def best_plan(config: Config, work: Work, gpus: int, assumed: Assumptions) -> Pl
     return replace(fastest, nearly=enough)
 
 
-def own_plan(config: Config, work: Work, assumed: Assumptions) -> Plan | None:
-    """The recipe's own placement; None where it does not say how many GPUs, or where a part does not fit."""
+def own_plan(config: Config, work: Work, assumed: Assumptions) -> Plan | str:
+    """The recipe's own placement, or in words why it has no time: it does not say how many GPUs, or a part does not fit."""
     c = config.cluster
     chosen = [config.teachers[group[0].names[0]] for group in groups(config, work)]
-    running = student_running(config, work, c.gpus_per_engine, assumed) if c.gpus_per_engine else 0
-    rank = sum(rank_memory(config, work, c.learner_ranks, assumed).values())
-    splits = work.student.splits(c.gpus_per_engine) if c.gpus_per_engine else False
-    if not c.gpus_per_rank or not running or not splits or rank > assumed.device.memory_gib * GIB:
-        return None
+    if unfit := _unfit(config, work, chosen, assumed):
+        return unfit
     teachers = []
     for group, teacher in zip(groups(config, work), chosen, strict=True):
-        if not teacher.gpus_per_engine or not _group_fits(config, work, group, teacher.gpus_per_engine, assumed):
-            return None
         count, devices = teacher.engines or 1, teacher.gpus_per_engine
         teachers.append(Engines(count, devices, _group_s(config, work, group, count, devices, assumed)))
+    running = student_running(config, work, c.gpus_per_engine, assumed)
     seconds = sample_s(config, work, c.engines, c.gpus_per_engine, running, assumed)
     student = Engines(c.engines, c.gpus_per_engine, seconds)
     inside, update = (f(config, work, c.learner_ranks, assumed) for f in (inside_s, update_s))
-    score = max(driver_s(work, assumed), inside, _slowest(teachers))
+    score = max(driver_s(config, work, assumed), inside, _slowest(teachers))
     transfer = transfer_s(config, work, c.engines, c.gpus_per_engine, c.learner_ranks, assumed)
     overlapped = _overlapped(config, student, score, inside + update + transfer)
     plan = Plan(0, c.learner_ranks, student, tuple(teachers), score, update, transfer, overlapped)
     return replace(plan, gpus=plan.used, nearly=plan.used)
+
+
+def _unfit(config: Config, work: Work, chosen: Sequence[TeacherConfig], assumed: Assumptions) -> str:
+    """What keeps the recipe's own placement from having a time, "" if nothing does."""
+    c = config.cluster
+    missing = [name for name in ("gpus_per_rank", "gpus_per_engine") if not getattr(c, name)]
+    found = [f"cluster.{name} is 0" for name in missing]
+    found += [
+        f"gpus_per_engine of '{group[0].names[0]}' is 0"
+        for group, teacher in zip(groups(config, work), chosen, strict=True)
+        if not teacher.gpus_per_engine
+    ]
+    if found:
+        return f"{' and '.join(found)}, so it asks for no GPU"
+    if not _rank_fits(config, work, c.learner_ranks, assumed):
+        return f"{c.learner_ranks} learner ranks have too little memory"
+    student = work.student.splits(c.gpus_per_engine) and student_running(config, work, c.gpus_per_engine, assumed)
+    if not student:
+        return f"an engine of the student does not fit {c.gpus_per_engine} GPUs, or cannot be split over them"
+    for group, teacher in zip(groups(config, work), chosen, strict=True):
+        if not _group_fits(config, work, group, teacher.gpus_per_engine, assumed):
+            return f"an engine of {_named(group)} does not fit {teacher.gpus_per_engine} GPUs, or cannot be split over them"
+    return ""
 
 
 def _overlapped(config: Config, student: Engines, score: float, learner: float) -> float | None:
@@ -179,20 +200,28 @@ def _ranks(config: Config, work: Work, gpus: int, assumed: Assumptions) -> list[
     """The numbers of ranks whose memory suffices."""
     room = assumed.device.memory_gib * GIB
     every = numbers_of_ranks(min(gpus, work.rollouts), assumed)
-    over = {n: sum(rank_memory(config, work, n, assumed).values()) - room for n in every}
-    fits = [n for n in every if over[n] <= 0]
+    fits = [n for n in every if _rank_fits(config, work, n, assumed)]
     if fits:
         return fits
+    over = {n: sum(rank_memory(config, work, n, assumed).values()) - room for n in every}
     least = min(every, key=lambda n: over[n])
     parts = rank_memory(config, work, least, assumed)
     name, size = max(parts.items(), key=lambda part: part[1])
     todo = [] if config.compute.activation_checkpointing else ["compute.activation_checkpointing = true"]
     todo += ["a smaller compute.max_tokens"] if config.compute.max_tokens > work.length else ["shorter responses"]
     todo += ["engines for the teachers in process (teachers.NAME.engines)"] if work.frozen else []
+    more = next(
+        (n for n in numbers_of_ranks(work.rollouts, assumed) if n > gpus and _rank_fits(config, work, n, assumed)), 0
+    )
+    todo += [f"more GPUs ({more} ranks fit)"] if more else []
     raise DoesNotFit(
         f"{gpus} GPUs: one of {least} learner ranks needs {(room + over[least]) / GIB:.1f} GiB of the {room / GIB:.1f} of each "
         f"{assumed.device.name}, {over[least] / GIB:.1f} too few; most of it is '{name}' with {size / GIB:.1f}; try {_either(todo)}"
     )
+
+
+def _rank_fits(config: Config, work: Work, ranks: int, assumed: Assumptions) -> bool:
+    return sum(rank_memory(config, work, ranks, assumed).values()) <= assumed.device.memory_gib * GIB
 
 
 def _students(config: Config, work: Work, gpus: int, assumed: Assumptions) -> list[Engines]:

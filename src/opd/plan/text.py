@@ -17,6 +17,7 @@ from opd.plan.memory import (
     student_memory,
     student_running,
 )
+from opd.plan.roofline import named_tokens
 from opd.plan.search import DoesNotFit, Plan, best_plan, groups, own_plan
 from opd.plan.work import Work, work_of
 
@@ -78,12 +79,14 @@ def _assumptions(config: Config, work: Work, assumed: Assumptions) -> str:
         f"of links; {assumed.step_ms:g} ms more for each pass of an engine, {assumed.collective_us:g} us for each collective, "
         f"{assumed.disk_gb_s:g} GB/s for files",
         f"memory: {assumed.reserve_gib:g} GiB of each device for contexts and fragments; unless its engine_args say otherwise an "
-        f"engine takes {assumed.engine_share:.0%} of a device, computes {assumed.batched_tokens} tokens a pass and runs "
-        f"{assumed.running} sequences",
+        f"engine takes {assumed.engine_share:.0%} of a device, computes {d.batched_tokens} tokens a pass and runs "
+        f"{d.running} sequences",
     ]
     if work.pools:
         lines.append(
-            f"driver: {assumed.driver_us:g} us for each token that engines of teachers score, while they go on"
+            f"driver: {assumed.driver_ms:g} ms for each rollout that engines of teachers score, {assumed.driver_us:g} us for each "
+            f"of its tokens and {assumed.driver_named_us:g} us for each that they name beside it ({named_tokens(config)}), while "
+            "they go on"
         )
     told = [fill(line, 118, initial_indent="  ", subsequent_indent="    ") for line in lines]
     return "ESTIMATES from the assumptions below; nothing here was measured.\n\n" + "\n".join(told)
@@ -109,7 +112,7 @@ def _model(source: str) -> str:
     return Path(source).name
 
 
-def _one(config: Config, work: Work, plan: Plan, own: Plan | None, assumed: Assumptions) -> str:
+def _one(config: Config, work: Work, plan: Plan, own: Plan | str, assumed: Assumptions) -> str:
     """One plan: placement, memory, times, settings."""
     return "\n\n".join(
         [
@@ -168,7 +171,7 @@ def _engine(
     return name, {**memory.parts, "free": free}, str(memory.sequences)
 
 
-def _times(config: Config, work: Work, plan: Plan, own: Plan | None) -> str:
+def _times(config: Config, work: Work, plan: Plan, own: Plan | str) -> str:
     plus = " + unknown" if work.unknown else ""
     rows = [
         ("phase", "seconds"),
@@ -184,8 +187,10 @@ def _times(config: Config, work: Work, plan: Plan, own: Plan | None) -> str:
     said = _table(rows)
     if plan.nearly < plan.used:
         said += f"\n  {plan.nearly} GPUs would take at most 5 % longer"
-    if own is not None:
+    if isinstance(own, Plan):
         said += f"\n  the recipe's own placement takes {own.used} GPUs and {_s(own.period)} s a step{plus}"
+    else:
+        said += f"\n  the recipe's own placement has no time here: {own}"
     return said
 
 

@@ -8,6 +8,8 @@ from opd.config import Config
 from opd.errors import ConfigError
 from opd.plan.shapes import Shape, adapter_of, adapter_parameters, read_shape
 
+# as vLLM reads them
+_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TURNS = ("tools", "textarena")  # tasks whose episodes have several turns of the student
 
 
@@ -154,21 +156,25 @@ def _pools(config: Config, asked: Mapping[str, float], shape: Callable[[str], Sh
 
 
 def _in_flight(config: Config, rollouts: int) -> int:
-    """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.collect`)."""
+    """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.collect`); games
+    are hosted, so many at once."""
     if config.cluster.teachers_sleep or not all(teacher.served for teacher in config.teachers.values()):
-        return rollouts
+        hosted = any(task.type in _TURNS for task in config.tasks.values())
+        return min(rollouts, config.episodes.max_concurrent) if hosted else rollouts
     group = config.sampling.group_size
     return min(rollouts, max(1, config.episodes.max_concurrent // group) * group)
 
 
 def flag(args: Sequence[str], name: str, default: float) -> float:
-    """The number behind an argument of an engine ("--max-num-seqs 64" or "--max-num-seqs=64"), or what it is without it."""
-    for place, arg in enumerate(args):
-        key, sign, value = arg.partition("=")
-        if key == name:
+    """The number behind an argument of an engine ("--max-num-seqs 64", "--max_num_seqs=64", "8k"), the last where it stands twice,
+    or what it is without it."""
+    for place in reversed(range(len(args))):
+        key, sign, value = args[place].partition("=")
+        if key.replace("_", "-") == name:
             text = value if sign else next(iter(args[place + 1 : place + 2]), "")
+            factor = _FACTORS.get(text[-1:], 1)
             try:
-                return float(text)
+                return float(text[:-1] if factor > 1 else text) * factor
             except ValueError:
                 raise ConfigError(f"engine_args: {name} {text!r} is no number") from None
     return default

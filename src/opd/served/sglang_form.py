@@ -6,12 +6,14 @@ for every token of the prompt, null for the first's, under the model as it is: `
 `input_top_logprobs` holds the k most probable at each place, in the same form, the token itself among them only if it is one.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.served.form import Sampled, Scores, as_logprob, gathered, response
-from opd.served.wire import Endpoint, Unusable
+import msgspec
+
+from opd.served.form import Named, Sampled, Scores, gathered, response
+from opd.served.wire import ANYTHING, Endpoint, Unusable
 
 _CLIPPED = 0  # what the server calls the last id of its vocabulary where it lists the prompt's tokens
 
@@ -21,6 +23,7 @@ class SglangForm:
     """The form of an SGLang server (`opd.served.form.Form`)."""
 
     path: str = "/generate"
+    scores: msgspec.json.Decoder[Any] = ANYTHING
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         return {
@@ -41,19 +44,21 @@ class SglangForm:
             if len(row) != len(token_ids):
                 raise Unusable(f"{what} of {len(row)} tokens, asked for {len(token_ids)}")
         highest = max(token_ids)
-
-        def places() -> Iterator[tuple[float, dict[int, float]]]:
-            for place, token in enumerate(token_ids):
-                value, said, *_ = found[place]
-                if said != token and not (said == _CLIPPED and token == highest):
-                    raise Unusable(f"a log-probability of token {said} at place {place}, asked for {token}")
-                if place:
-                    where, named = f"place {place}", likeliest[place] or []
-                    if len(named) < top:
-                        raise Unusable(f"{len(named)} of the likeliest tokens at {where}, asked for {top}")
-                    yield as_logprob(value, where), {int(name): as_logprob(v, where) for v, name, *_ in named}
-
-        return gathered(token_ids, places(), top=top)
+        for place, token in enumerate(token_ids):
+            _, said, *_ = found[place]
+            if said != token and not (said == _CLIPPED and token == highest):
+                raise Unusable(f"a log-probability of token {said} at place {place}, asked for {token}")
+        entries = [entry or [] for entry in likeliest[1:]]
+        for place, entry in enumerate(entries, start=1):
+            if (distinct := len({name for _, name, *_ in entry})) < max(top, len(entry)):
+                raise Unusable(f"{distinct} of the likeliest tokens at place {place}, asked for {top}")
+        named = Named(
+            own=[value for value, *_ in found[1:]],
+            counts=[len(entry) for entry in entries],
+            ids=[name for entry in entries for _, name, *_ in entry],
+            values=[value for entry in entries for value, *_ in entry],
+        )
+        return gathered(token_ids, named, top=top)
 
     def sample_body(
         self,

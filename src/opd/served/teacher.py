@@ -49,7 +49,8 @@ class ServedTeacher:
     def _call(self, endpoint: Endpoint, token_ids: np.ndarray) -> Call[Scores]:
         ids = token_ids.tolist()
         body = self.form.score_body(endpoint, ids, top=self.top)
-        return Call(endpoint, self.form.path, body, partial(self.form.read_scores, token_ids=ids, top=self.top))
+        read = partial(self.form.read_scores, token_ids=ids, top=self.top)
+        return Call(endpoint, self.form.path, body, read, decoder=self.form.scores)
 
     def _score(self, rollout: Rollout, found: Scores) -> Score:
         mask = rollout.loss_mask

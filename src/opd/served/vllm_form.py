@@ -4,12 +4,34 @@ Written against vLLM 0.32: `prompt_logprobs` holds, for every token of the promp
 under the model as it is (no temperature), beside the k most probable; `return_token_ids` gives what was sampled as ids.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.served.form import Sampled, Scores, as_logprob, gathered, response
+import msgspec
+
+from opd.served.form import Named, Sampled, Scores, gathered, response
 from opd.served.wire import Endpoint, Unusable
+
+
+class _Named(msgspec.Struct, gc=False):
+    """A token that is named at a place; its text and its rank are not read."""
+
+    logprob: float
+
+
+class _Choice(msgspec.Struct):
+    prompt_logprobs: list[dict[int, _Named] | None] | None = None
+
+
+class _Scored(msgspec.Struct):
+    """An answer with scores."""
+
+    choices: list[_Choice]
+
+
+_SCORED = msgspec.json.Decoder(_Scored)
+_NO_CHOICE = "an answer without its one choice"
 
 
 @dataclass(frozen=True)
@@ -17,6 +39,7 @@ class VllmForm:
     """The form of a vLLM server (`opd.served.form.Form`)."""
 
     path: str = "/v1/completions"
+    scores: msgspec.json.Decoder[Any] = _SCORED
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         return {
@@ -28,22 +51,26 @@ class VllmForm:
             "temperature": 0.0,
         }
 
-    def read_scores(self, answer: Mapping[str, Any], *, token_ids: Sequence[int], top: int) -> Scores:
-        found = _choice(answer).get("prompt_logprobs")
-        if not isinstance(found, list):
+    def read_scores(self, answer: _Scored, *, token_ids: Sequence[int], top: int) -> Scores:
+        if len(answer.choices) != 1:
+            raise Unusable(_NO_CHOICE)
+        found = answer.choices[0].prompt_logprobs
+        if found is None:
             raise Unusable("no prompt_logprobs; a vLLM server gives them")
         if len(found) != len(token_ids):
             raise Unusable(f"log-probabilities of {len(found)} tokens, asked for {len(token_ids)}")
-
-        def places() -> Iterator[tuple[float, dict[int, float]]]:
-            for place, (entry, token) in enumerate(zip(found[1:], token_ids[1:], strict=True), start=1):
-                own = entry.get(str(token)) if isinstance(entry, Mapping) else None
-                if own is None:
-                    raise Unusable(f"no log-probability of token {token} at place {place}")
-                said = {int(name): as_logprob(each["logprob"], f"place {place}") for name, each in entry.items()}
-                yield said[token], said
-
-        return gathered(token_ids, places(), top=top, mend=" (--max-logprobs)")
+        entries, own = [entry or {} for entry in found[1:]], []
+        for place, (entry, token) in enumerate(zip(entries, token_ids[1:], strict=True), start=1):
+            if token not in entry:
+                raise Unusable(f"no log-probability of token {token} at place {place}")
+            own.append(entry[token].logprob)
+        named = Named(
+            own,
+            counts=[len(entry) for entry in entries],
+            ids=[name for entry in entries for name in entry],
+            values=[each.logprob for entry in entries for each in entry.values()],
+        )
+        return gathered(token_ids, named, top=top, mend=" (--max-logprobs)")
 
     def sample_body(
         self,
@@ -91,5 +118,5 @@ VLLM = VllmForm()
 def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1:
-        raise Unusable("an answer without its one choice")
+        raise Unusable(_NO_CHOICE)
     return choices[0]

@@ -1,7 +1,6 @@
 """Requests to servers: retried with growing waits, bounded in flight, and never a secret in what they say."""
 
 import asyncio
-import json
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -10,12 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import httpx2
+import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from opd.config import ServedConfig
 from opd.errors import ModelError, one_line
 
 T = TypeVar("T")
+
+ANYTHING: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 _AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 _SHOWN = 200  # characters of a server's own words
@@ -78,14 +80,15 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request, and how its answer is read; `read` raises Unusable for one that is not what was asked for. Without a body it is a
-    GET. attempts: how often it is made, where that is not what the recipe says."""
+    """A request, and how its answer is read: decoded from JSON, then by `read`, which raises Unusable for one that is not what was
+    asked for. Without a body it is a GET. attempts: how often it is made, where that is not what the recipe says."""
 
     endpoint: Endpoint
     path: str
     body: Mapping[str, Any] | None
     read: Callable[[Any], T]
     attempts: int | None = None
+    decoder: msgspec.json.Decoder[Any] = ANYTHING
 
 
 @dataclass(frozen=True)
@@ -228,13 +231,26 @@ def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> 
             raise _Failed(words, _retry_after(answer))
         raise Refused(words)
     try:
-        return call.read(answer.json())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _Failed(f"{url} answers what is not JSON ({_words(error, key)})") from None
+        return call.read(call.decoder.decode(answer.content))
     except Unusable as error:
         raise _Failed(f"{url} gives {_words(error, key)}") from None
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except msgspec.DecodeError as error:
+        if isinstance(error, msgspec.ValidationError):
+            raise _Failed(f"{url} gives an answer of another form ({_words(error, key)})") from None
+        if _python_reads(answer):
+            raise _Failed(f"{url} gives NaN or an infinity, which JSON does not have") from None
+        raise _Failed(f"{url} answers what is not JSON ({_words(error, key)})") from None
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise _Failed(f"{url} gives an answer of another form ({type(error).__name__}: {_words(error, key)})") from None
+
+
+def _python_reads(answer: httpx2.Response) -> bool:
+    """Whether Python's own reader takes it, which knows more numbers than the standard."""
+    try:
+        answer.json()
+    except ValueError:
+        return False
+    return True
 
 
 def _message(answer: httpx2.Response) -> str:
