@@ -85,7 +85,8 @@ demo-distributed: install model vllm
 
 # Everything that a change must pass; .ci/run calls this.
 test: install model vllm check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 -m 'not processes'
+	$(BIN)/pytest -m processes
 
 # Arbitrary bytes through the alignment of two tokenizers, and as turns full of tool calls, guided by coverage, for this many
 # seconds each.

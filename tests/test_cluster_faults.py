@@ -17,6 +17,9 @@ import opd
 from opd.errors import RunError
 from opd.loop import StepReport
 
+# They count and kill processes by their names, so nothing of their kind may run beside them.
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:

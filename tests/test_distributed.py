@@ -27,6 +27,9 @@ from opd.served.sampler import ServedSampler
 from opd.signal import follow
 from opd.tasks.episodes import Taken
 
+# They count and kill processes by their names, so nothing of their kind may run beside them.
+pytestmark = pytest.mark.processes
+
 
 @contextmanager
 def replayed(calls: list[Any]) -> Iterator[None]:

@@ -32,6 +32,9 @@ from opd.served.facts import _weights_of
 from opd.served.sampler import ServedSampler
 from opd.signal import follow
 
+# They count and kill processes by their names, so nothing of their kind may run beside them.
+pytestmark = pytest.mark.processes
+
 
 def recipe(folder: Path, *, cluster: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     tree = toy_recipe(folder, steps=4, evaluation={"num_prompts": 0}, **changes)

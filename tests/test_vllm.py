@@ -25,6 +25,9 @@ from opd.tasks.episodes import EpisodePlayer, one_turn
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 
+# They count and kill processes by their names, so nothing of their kind may run beside them.
+pytestmark = pytest.mark.processes
+
 MODEL = Path("models/smollm2-135m-instruct").absolute()
 EXPERT = Path("examples/merge/letters").absolute()
 VLLM = Path(".venv-vllm/bin/python").absolute()
