@@ -144,7 +144,10 @@ def test_rollouts_on_an_older_student_are_compared_with_the_student_as_it_is(tmp
 @pytest.mark.parametrize(
     ("cluster", "line"),
     [
-        ({"engine_args": ["--fail"]}, r"engine 'student' ended while it started: RuntimeError: no such device"),
+        (
+            {"engine_args": ["--fail"]},
+            r"engine of the student ended while it started: ValueError: no such device; all that it said: /.*opd-engine-.*\.log ",
+        ),
         ({"engine_command": ["no-such-program"]}, r"cluster.engine_command = 'no-such-program' is no command on"),
         ({"gpus_per_rank": 1}, r"the cluster has 0 GPUs, and 1 ranks with 1 need 1; lower"),
         ({"address": "127.0.0.1:1"}, r"cluster.address = '127.0.0.1:1': .*start Ray there"),
@@ -156,6 +159,17 @@ def test_what_cannot_start_is_one_line_and_leaves_nothing(tmp_path: Path, cluste
     with pytest.raises(opd.errors.RunError, match=line):
         opd.train(opd.parse_config(tree))
     assert not Path(tree["output"]).exists()
+
+
+def test_an_adapter_that_is_not_there_is_named_before_a_cluster_starts(tmp_path: Path):
+    tree = sampled_recipe(tmp_path)
+    tree["teachers"]["even"] = {"adapter": str(tmp_path / "nowhere"), "engines": 1}
+    tree["objective"] = {"type": "immediate", "support": 32}
+    with (
+        patch("ray.init", side_effect=AssertionError("a cluster")),
+        pytest.raises(opd.errors.ModelError, match=r"nowhere' \(teacher 'even'\) has no adapter_config.json"),
+    ):
+        opd.train(opd.parse_config(tree))
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 counted, with its reason."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -186,8 +188,49 @@ def test_servers_with_different_models_are_no_one_teacher(server: ToyServer, wir
 
 
 def test_a_model_that_the_server_does_not_hold_is_named(server: ToyServer, wire: Wire):
-    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'"):
+    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; mend served_model$"):
         teacher_at(server, wire=wire, model="toi")
+
+
+def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(server: ToyServer, wire: Wire):
+    server.adapters["letters"] = server.model
+    with pytest.raises(ModelError, match=r"holds 'toy', 'letters'; name one with served_model$"):
+        teacher_at(server, wire=wire)
+    assert teacher_at(server, wire=wire, model="letters").model.newest().adapter
+    assert not teacher_at(server, wire=wire, model="toy").model.newest().adapter
+
+
+def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores(server: ToyServer):
+    patient = Wire(ServedConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
+    with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.served.facts._FIRST_S", 0.2):
+        endpoint = Endpoint("teacher 't'", (f"http://127.0.0.1:{silent.getsockname()[1]}",))
+        begun = time.perf_counter()
+        with pytest.raises(ModelError, match=r"no answer from .* in 0.2 s \(2 attempts\); start the server"):
+            connect("t", endpoint, patient, byte_tokenizer())
+    assert time.perf_counter() - begun < 5
+    patient.close()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "key_env", "line"),
+    [
+        ((401, {"error": "Unauthorized"}), "TOY_KEY", r"answers 401: Unauthorized; mend the key in TOY_KEY$"),
+        ((403, {}), None, r"answers 403: .*; it wants a key: name its environment variable with api_key_env$"),
+        ((404, None), None, r"answers 404: nothing; is a vLLM or SGLang server there\? it has no /v1/models$"),
+        ((400, {"message": "no"}), None, r"answers 400: no; start the server, or mend its url$"),
+    ],
+)
+def test_what_a_server_refuses_at_the_start_says_what_to_mend(
+    refusal: Any, key_env: str | None, line: str, server: ToyServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TOY_KEY", "wrong")
+    status, body = refusal
+    text = b"" if body is None else json.dumps(body).encode()
+    with (
+        patch.object(vllm_like.Handler, "do_GET", lambda handler: handler.say_bytes(text, status)),
+        pytest.raises(ModelError, match=line),
+    ):
+        teacher_at(server, wire=wire, key_env=key_env)
 
 
 SECRET = "sk-a-secret-that-nobody-may-see"

@@ -19,7 +19,9 @@ parser.add_argument("--fail", action="store_true")
 parser.add_argument("--slow", action="store_true")
 options, _ = parser.parse_known_args()
 if options.fail:
-    sys.exit("RuntimeError: no such device")
+    print("WARNING ImportError: no such thing, which does no harm")
+    print("(EngineCore pid=1) ERROR 11-23 [core.py:1] ValueError: no such device")
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}")
 if options.slow:
     time.sleep(60)
 assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"

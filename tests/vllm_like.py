@@ -102,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             self.say({})
         elif self.allowed():
             entry = {"id": self.server.name, "max_model_len": self.server.context, "parent": None}
-            self.say({"object": "list", "data": [entry]})
+            beside = [{"id": name, "parent": self.server.name} for name in self.server.adapters]
+            self.say({"object": "list", "data": [entry, *beside]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")

@@ -27,6 +27,7 @@ def server(config: opd.Config) -> EnginePlan:
         model=config.student,
         adapter="examples/merge/matrix",
         name="matrix",
+        teachers=("matrix",),
         args=("--dtype", config.compute.dtype, *cluster.engine_args),
         start_s=cluster.engine_start_s,
     )

@@ -211,7 +211,10 @@ def _one_line() -> Iterator[None]:
         place = f" '{error.filename}'" if error.filename else ""
         _fail(f"the system refuses{place}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("opd: stopped at once; a run goes on from its newest checkpoint: opd train --resume RUN", file=sys.stderr)
+        print(
+            "opd: stopped at once; a run goes on from its newest checkpoint (opd train --resume RUN), or begins again without one",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -25,7 +26,7 @@ _POLL_S = 0.25
 _PULSES = 4  # times that a server is asked whether it lives
 _LOG = "server.log"
 _NOT_LOADED = b"weights were not loaded"
-_SAID = 40  # lines of a server's log that an error looks back on
+_ERROR = re.compile(r"(?:\b[\w.]*(?:Error|Exception)|\berror): .*")
 
 Files = Mapping[str, np.ndarray]
 """The files of a folder by name, as bytes (uint8)."""
@@ -35,9 +36,10 @@ Files = Mapping[str, np.ndarray]
 class EnginePlan:
     """How an engine is started: the command, what it serves and under which name, and for how long it may start.
 
-    adapter: is merged into the model before the start, in `dtype`. holds: what `load` gives it: adapters beside its base, weights
-    in place of its own (an adapter is merged first), or nothing. kept: how many adapters it holds, for requests that began with an
-    older one go on with it. sleeps: it can free its device and take it again. secret: the key that it asks for.
+    teachers: who speaks through it, if not the student. adapter: is merged into the model before the start, in `dtype`. holds: what
+    `load` gives it: adapters beside its base, weights in place of its own (an adapter is merged first), or nothing. kept: how many
+    adapters it holds, for requests that began with an older one go on with it. sleeps: it can free its device and take it again.
+    secret: the key that it asks for.
     """
 
     command: Sequence[str]
@@ -51,15 +53,24 @@ class EnginePlan:
     secret: str | None = field(default=None, repr=False)
     adapter: str | None = None
     dtype: str = "float32"
+    teachers: tuple[str, ...] = ()
+
+    @property
+    def who(self) -> str:
+        """Whose it is, in errors."""
+        names = " and ".join(f"'{name}'" for name in self.teachers)
+        return f"teacher{'s' * (len(self.teachers) > 1)} {names}" if names else "the student"
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """A server that answers: its URL, the longest sequence that it takes, and the versions that it holds."""
+    """A server that answers: its URL, the longest sequence that it takes, the versions that it holds, and how often it was
+    started."""
 
     url: str
     context: int | None
     versions: tuple[str, ...]
+    starts: int = 1
 
 
 class Engine:
@@ -78,6 +89,7 @@ class Engine:
         self._context: int | None = None
         self._versions: deque[str] = deque()
         self.awake = False
+        self.starts = 0
         # servers of this run, which no proxy of the environment stands before
         key = {"Authorization": f"Bearer {plan.secret}"} if plan.secret else {}
         self._client = httpx2.Client(trust_env=False, headers=key, timeout=plan.start_s)
@@ -92,7 +104,8 @@ class Engine:
         elif not self.awake:
             self._asked(lambda: self._post("/wake_up"))
             self.awake = True
-        return EngineState(f"http://{self._host}:{self._port}", self._context, tuple(self._versions))
+        url = f"http://{self._host}:{self._port}"
+        return EngineState(url, self._context, tuple(self._versions), self.starts)
 
     def sleep(self) -> None:
         """Free the device; the weights wait in main memory. `state` wakes it."""
@@ -168,7 +181,7 @@ class Engine:
             full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             mend = "free space there (or set TMPDIR)" if full else "mend that"
             raise RunError(
-                f"engine '{self._plan.name}' cannot write {what} to '{place}' on {socket.gethostname()}: "
+                f"engine of {self._plan.who} cannot write {what} to '{place}' on {socket.gethostname()}: "
                 f"{one_line(str(error))}; {mend}, then continue with 'opd train --resume'"
             ) from None
 
@@ -185,7 +198,8 @@ class Engine:
     def _merge(self, adapter: Path, place: Path) -> None:
         from opd.embedded.export import write_merged  # torch and all that reads models: most engines do without
 
-        write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=self._plan.name)
+        whose = self._plan.teachers[0] if self._plan.teachers else self._plan.name
+        write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=whose)
 
     def _show(self, name: str) -> None:
         """Let the server read a version from its folder."""
@@ -204,7 +218,7 @@ class Engine:
             log.seek(said)
             if _NOT_LOADED in log.read():  # which vLLM takes for a success
                 raise RunError(
-                    f"engine '{self._plan.name}' did not find all weights of '{self._plan.model}' in what it was sent, as its log "
+                    f"engine of {self._plan.who} did not find all weights of '{self._plan.model}' in what it was sent, as its log "
                     "says; this architecture cannot be reloaded: leave merge_adapter out"
                 )
 
@@ -234,11 +248,13 @@ class Engine:
         command = [*plan.command, "--model", source, "--served-model-name", plan.name]
         command += ["--host", self._host, "--port", str(self._port), *plan.args]
         with (self._folder / _LOG).open("a") as said:
+            began = said.tell()
             try:
                 self._process = _kept(self._folder, command, stdout=said, env=self._environment())
             except OSError as error:
-                raise RunError(f"engine '{plan.name}' cannot be started: {error}") from None
-        self._wait()
+                raise RunError(f"engine of {plan.who} cannot be started: {error}") from None
+        self._wait(began)
+        self.starts += 1
         self.awake = True
 
     def _source(self) -> str:
@@ -266,8 +282,8 @@ class Engine:
             found["VLLM_API_KEY"] = self._plan.secret
         return found
 
-    def _wait(self) -> None:
-        """Until the server answers, and says what it takes."""
+    def _wait(self, began: int) -> None:
+        """Until the server answers, and says what it takes. began: where its log begins."""
         plan, log = self._plan, self._home / _LOG
         assert self._process is not None
         end = time.monotonic() + plan.start_s
@@ -275,11 +291,12 @@ class Engine:
             if self._process.poll() is None and self._answers():
                 break  # not somebody else's server at its port
             if self._process.poll() is not None:
-                raise RunError(f"engine '{plan.name}' ended while it started: {_last_words(log)}")
+                raise RunError(f"engine of {plan.who} ended while it started: {_why(log, began)}; {_keep(log)}")
             if time.monotonic() > end:
                 self._end()
                 raise RunError(
-                    f"engine '{plan.name}' did not answer in cluster.engine_start_s = {plan.start_s:g} s: {_last_words(log)}"
+                    f"engine of {plan.who} did not answer in cluster.engine_start_s = {plan.start_s:g} s; last it said: "
+                    f"{(_lines(log, began) or ['nothing'])[-1][-200:]}; {_keep(log)}"
                 )
             time.sleep(_POLL_S)
         models = self._ask("GET", "/v1/models").json()["data"]
@@ -302,10 +319,10 @@ class Engine:
             answer = self._client.request(method, self._at(path), json=body)
         except httpx2.TransportError as error:
             raise _Unanswered(
-                f"engine '{self._plan.name}' cannot be asked for {path}: {error or type(error)}"
+                f"engine of {self._plan.who} cannot be asked for {path}: {error or type(error)}"
             ) from None
         if answer.status_code != 200:
-            refused = f"engine '{self._plan.name}' refuses {path}: {answer.status_code}: {one_line(answer.text)[:200]}"
+            refused = f"engine of {self._plan.who} refuses {path}: {answer.status_code}: {one_line(answer.text)[:200]}"
             raise _Unanswered(refused) if answer.status_code >= 500 else RunError(refused)
         return answer
 
@@ -331,7 +348,26 @@ def _free_port(wanted: int) -> int:
     raise RunError("no port of this machine is free for an engine")
 
 
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-_SAID:]
-    telling = [line for line in lines if "rror" in line] or lines
-    return one_line(telling[-1])[-300:] if telling else "it said nothing"
+def _lines(log: Path, began: int) -> list[str]:
+    """What a server's log says from there on."""
+    with log.open("rb") as text:
+        text.seek(began)
+        return [one_line(line) for line in text.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def _why(log: Path, began: int) -> str:
+    """The last error that a log names; where that one only points above, the one before."""
+    lines = _lines(log, began)
+    errors = [found[0] for line in lines if (found := _ERROR.search(line)) and "root cause above" not in line]
+    return (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def _keep(log: Path) -> str:
+    """Put a log where it outlives its engine, and say where."""
+    try:
+        handle, place = tempfile.mkstemp(prefix="opd-engine-", suffix=".log")
+        os.close(handle)
+        shutil.copyfile(log, place)
+    except OSError as error:
+        return f"its log could not be kept ({error.strerror})"
+    return f"all that it said: {place} on {socket.gethostname()}"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -69,16 +70,24 @@ class Places:
             num_cpus=booking.cpus, num_gpus=booking.gpus, max_restarts=-1, max_task_retries=0
         )
         self._actors: list[Any] = [remote.remote(list(plans), os.getcwd()) for _ in range(booking.places)]
-        self._names = [plan.name for plan in plans]
+        self._whose = [plan.who for plan in plans]
+        self._started: dict[tuple[int, int], tuple[int, str]] = {}
         self._patience_s = max(plan.start_s for plan in plans)
         self._first: list[Any] | None = [
             actor.state.remote(0) for actor in self._actors
         ]  # they start; nobody waits yet
 
     def states(self, model: int = 0) -> list[EngineState]:
-        """Of the engines of one model."""
+        """Of the engines of one model; those that were started again since are named on stderr."""
         first, self._first = self._first, None
-        return self._ask("state", model, asked=None if model else first)
+        found: list[EngineState] = self._ask("state", model, asked=None if model else first)
+        for place, state in enumerate(found):
+            before, now = self._started.get((model, place)), (state.starts, state.url)
+            if before not in (None, now):  # an actor that was made anew counts from 1, at another address
+                who = f"engine {place + 1} of {len(found)} of {self._whose[model]}"
+                print(f"warning: {who} ended, or answered no more, and was started again", file=sys.stderr)
+            self._started[model, place] = now
+        return found
 
     def load(self, place: int, name: str, files: Any) -> None:
         """Give one engine a version of the student; files: Ray's reference to them."""
@@ -105,7 +114,7 @@ class Places:
                 raise
             except RayActorError as error:
                 if time.monotonic() > end:
-                    who = f"engine {index} of {len(self._actors)} ('{', '.join(self._names)}')"
+                    who = f"engine {index + 1} of {len(self._actors)} of {' and '.join(self._whose)}"
                     raise RunError(
                         f"{who} died and does not come back ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
                     ) from None
@@ -232,9 +241,7 @@ class TeacherEngines:
         return contextlib.nullcontext()
 
     def _refreshed(self) -> Endpoint:
-        self._now = _endpoint(
-            f"an engine of '{self._plan.adapter or self._plan.model}'", self._places.states(self._model), self._plan
-        )
+        self._now = _endpoint(f"an engine of {self._plan.who}", self._places.states(self._model), self._plan)
         return self._now
 
 
@@ -268,6 +275,7 @@ class TeachersOnCluster:
         started = {name: t for name, t in config.teachers.items() if t.engines is not None}
         plans: dict[str, EnginePlan] = {}
         for teacher in started.values():
+            names = [name for name, other in started.items() if other.source == teacher.source]
             plans[teacher.source or ""] = EnginePlan(
                 command=tuple(config.cluster.engine_command),
                 model=teacher.model or config.student,
@@ -284,6 +292,7 @@ class TeachersOnCluster:
                 sleeps=config.cluster.teachers_sleep,
                 secret=secrets.token_hex(16),  # its own: one model's engine must not pass for another's
                 dtype=config.compute.dtype,
+                teachers=tuple(names),
             )
         self._groups: list[Places] = []
         engines: dict[str, TeacherEngines] = {}

@@ -20,7 +20,7 @@ from opd.distributed.engines import (
     bookings_of_teachers,
 )
 from opd.distributed.group import RankGroup, RankLearner, RankTeachers
-from opd.embedded.loading import gguf_folder, load_tokenizer
+from opd.embedded.loading import gguf_folder, load_tokenizer, require_adapter_folder
 from opd.embedded.studio import distances_of
 from opd.errors import RunError, one_line
 from opd.metrics import merge
@@ -42,6 +42,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
     """Start the ranks and the engines on the cluster that the recipe names, and connect the teachers behind servers."""
     if Path(config.student).suffix == ".gguf":
         config = config.model_copy(update={"student": str(gguf_folder(Path(config.student)))})
+    for name, teacher in config.teachers.items():
+        if teacher.adapter is not None:  # what can be seen here need not wait for a cluster
+            require_adapter_folder(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
     loaded = load_tokenizer(config.student)
     with ExitStack() as started:
         _join(config)
@@ -189,8 +192,8 @@ def _require_room(config: Config) -> None:
         if needed > there:
             asked = ", ".join(f"{b.places} {who} with {each[who]:g}" for who, b in booked.items() if each[who])
             raise RunError(
-                f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines or "
-                f"their {kind.lower()}s, or add nodes"
+                f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines, "
+                f"cluster.{kind.lower()}s_per_rank or {kind.lower()}s_per_engine (parts of one are possible), or add nodes"
             )
         for who, one in each.items():
             if one > largest:

@@ -212,13 +212,19 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
     network.base.requires_grad_(False)
 
 
-def _require_adapter(network: Network, folder: str, who: str, *, otherwise: str) -> None:
-    """Raise ModelError where a folder is no LoRA adapter, or one of another base."""
+def require_adapter_folder(folder: str, who: str) -> None:
+    """Raise ModelError where a folder is no LoRA adapter."""
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         raise ModelError(f"{who} has no adapter_config.json; expected a PEFT LoRA folder")
     if not (path / "adapter_model.safetensors").exists():
         raise ModelError(f"{who} has no adapter_model.safetensors; pickles are not loaded")
+
+
+def _require_adapter(network: Network, folder: str, who: str, *, otherwise: str) -> None:
+    """Raise ModelError where a folder is no LoRA adapter, or one of another base."""
+    require_adapter_folder(folder, who)
+    path = Path(folder)
     facts = _adapter_facts(path)
     if facts and facts.get("base_fingerprint") != network.fingerprint():
         raise ModelError(
@@ -254,7 +260,9 @@ def _one_line(source: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's own (disk full, no permission), not the model's
-        raise ModelError(f"model '{source}' cannot be loaded: {_first_line(error)}") from None
+        # what is no folder is asked of the hub
+        where = "" if Path(source).exists() else "there is no such folder here, and as a model of the hub: "
+        raise ModelError(f"model '{source}' cannot be loaded: {where}{_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

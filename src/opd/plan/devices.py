@@ -92,6 +92,7 @@ class Assumptions:
 
 def device_of(name: str) -> Device:
     """The device of that name. Raises ConfigError with those that are known."""
+    name = name.lower()
     if name not in DEVICES:
         raise ConfigError(f"--gpu {name}: no known device; expected one of {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -139,8 +139,9 @@ def _config(source: str) -> Any:
         with _quiet():
             found = AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        where = "" if Path(source).exists() else ", there is no such folder here"
         raise ModelError(
-            f"model '{source}' has no config.json that can be read: {one_line(str(error))[:200]}; name a folder with one"
+            f"model '{source}' has no config.json that can be read{where}: {one_line(str(error))[:200]}; name a folder with one"
         ) from None
     odd = {"kv_lora_rank": "latent attention", "num_experts": "experts", "num_local_experts": "experts"}
     kinds = set(getattr(found, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

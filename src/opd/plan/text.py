@@ -64,11 +64,16 @@ def _assumptions(config: Config, work: Work, assumed: Assumptions) -> str:
     d, each = assumed.device, bytes_of(config)
     turns = f" in {work.turns} turns" if work.turns > 1 else ""
     rate = d.tflops(each.computed)
-    served = config.served.max_in_flight
+    served, most = config.served.max_in_flight, config.episodes.max_concurrent
+    limit = (
+        "all of a step"
+        if work.in_flight == work.rollouts
+        else f"episodes.max_concurrent = {most}; a larger one lets more"
+    )
     lines = [
         f"a step: {work.rollouts} rollouts (groups of {work.group}), prompts of {work.prompt} tokens (--prompt-tokens), responses "
         f"of {work.response}{turns}: as long as they may be, which real ones seldom are",
-        f"at once: {work.in_flight} rollouts (episodes.max_concurrent), {served} at one engine (served.max_in_flight)",
+        f"at once: {work.in_flight} rollouts ({limit}), at most {served} at one engine (served.max_in_flight)",
         f"student: {_model(config.student)}, {work.student.parameters:,} parameters, {work.trainable:,} train "
         f"({config.trainable}); {_DTYPES[each.stored]} weights, {_DTYPES[each.computed]} products",
         *_teachers(work),

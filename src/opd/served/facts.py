@@ -18,6 +18,7 @@ from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
 from opd.text.tokenizer import PROBE
 
 _READ_WHOLE = 2**28  # bytes
+_FIRST_S = 20.0  # for what a server knows without computing
 
 
 def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedTeacher]:
@@ -85,7 +86,8 @@ def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint,
     found: dict[str, _Held] = {}
     for url in endpoint.urls:
         one = replace(endpoint, urls=(url,))
-        [answer] = wire.ask([Call(one, "/v1/models", None, partial(_model, wanted=endpoint.model))])
+        read = partial(_model, wanted=endpoint.model)
+        [answer] = wire.ask([Call(one, "/v1/models", None, read, timeout_s=_FIRST_S)])
         found[url] = _value(answer)
     models = {held.model for held in found.values()}
     if len(models) > 1:
@@ -110,13 +112,13 @@ class _Held(NamedTuple):
 def _model(answer: Mapping[str, Any], *, wanted: str) -> _Held:
     """What a server says of the model that is wanted, or of its only one."""
     every = {entry["id"]: entry for entry in answer["data"]}
-    # the adapters that a server holds stand beside their base, which they name
-    bases = [name for name, entry in every.items() if entry.get("parent") is None]
-    if not wanted and len(bases) != 1:
-        raise Refused(f"holds {', '.join(map(repr, every)) or 'no model'}; name one with served_model")
-    name = wanted or bases[0]
+    said = f"holds {', '.join(map(repr, every)) or 'no model'}"
+    # a base that stands beside adapters may not be who is meant
+    if not wanted and len(every) != 1:
+        raise Refused(said, "name one with served_model")
+    name = wanted or next(iter(every))
     if name not in every:
-        raise Refused(f"holds {', '.join(map(repr, every)) or 'no model'}, not '{name}'; mend served_model")
+        raise Refused(f"{said}, not '{name}'", "mend served_model")
     entry = every[name]
     above = every.get(entry.get("parent") or "", {})
     context = entry.get("max_model_len") or above.get("max_model_len")
@@ -150,5 +152,5 @@ def _tokens(answer: Mapping[str, Any]) -> list[int]:
 
 def _value(answer: Answer[_Held]) -> _Held:
     if answer.value is None:
-        raise ModelError(f"{answer.reason}; start the server, or mend teachers.NAME.url")
+        raise ModelError(f"{answer.reason}; {answer.mend or 'start the server, or mend its url'}")
     return answer.value

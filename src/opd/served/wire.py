@@ -28,7 +28,11 @@ class Unusable(Exception):
 
 
 class Refused(Exception):
-    """An answer that no repetition will change."""
+    """An answer that no repetition will change; `mend` is what would, where that is known."""
+
+    def __init__(self, reason: str, mend: str = "") -> None:
+        super().__init__(reason)
+        self.mend = mend
 
 
 class _Failed(Exception):
@@ -81,23 +85,27 @@ class Endpoint:
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """A request, and how its answer is read: decoded from JSON, then by `read`, which raises Unusable for one that is not what was
-    asked for. Without a body it is a GET. attempts: how often it is made, where that is not what the recipe says."""
+    asked for. Without a body it is a GET. attempts: how often it is made, where that is not what the recipe says; timeout_s: how
+    long it waits at most, where that is less than the recipe's."""
 
     endpoint: Endpoint
     path: str
     body: Mapping[str, Any] | None
     read: Callable[[Any], T]
     attempts: int | None = None
+    timeout_s: float | None = None
     decoder: msgspec.json.Decoder[Any] = ANYTHING
 
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What a call brought: its value, or in words why there is none; retries: how often it was made again."""
+    """What a call brought: its value, or in words why there is none, and what to do, where that is known; retries: how often it
+    was made again."""
 
     value: T | None
     reason: str = ""
     retries: int = 0
+    mend: str = ""
 
 
 class Wire:
@@ -182,7 +190,7 @@ class Wire:
                     url = call.endpoint.urls[(first + made - 1) % len(call.endpoint.urls)]
                     return Answer(await self._once(call, url), retries=made - 1)
         except Refused as error:
-            return Answer(None, f"{call.endpoint.who}: {error}", made - 1)
+            return Answer(None, f"{call.endpoint.who}: {error}", made - 1, error.mend)
         except _Failed as error:
             return Answer(None, f"{call.endpoint.who}: {error} ({made} attempts)", made - 1)
         raise AssertionError("unreachable")
@@ -200,15 +208,16 @@ class Wire:
         place = self._places.setdefault(url, asyncio.Semaphore(self._limits.max_in_flight))
         key = call.endpoint.key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        most_s = min(call.timeout_s or self._limits.timeout_s, self._limits.timeout_s)
         async with place:
             try:
                 # a server that sends a byte now and then must not hold a place for ever
-                async with asyncio.timeout(self._limits.timeout_s):
+                async with asyncio.timeout(most_s):
                     answer = await client.request(
                         "GET" if call.body is None else "POST", url + call.path, json=call.body, headers=headers
                     )
             except (httpx2.TimeoutException, TimeoutError):
-                raise _Failed(f"no answer from {url} in {self._limits.timeout_s:g} s") from None
+                raise _Failed(f"no answer from {url} in {most_s:g} s") from None
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 raise _Failed(f"{url} cannot be asked: {_words(error, key)}") from None
         return _read(call, url, answer, key)
@@ -229,7 +238,7 @@ def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> 
         words = f"{url} answers {answer.status_code}: {_words(_message(answer), key)}"
         if answer.status_code in _AGAIN or answer.status_code >= 500:
             raise _Failed(words, _retry_after(answer))
-        raise Refused(words)
+        raise Refused(words, _mend(call, answer))
     try:
         return call.read(call.decoder.decode(answer.content))
     except Unusable as error:
@@ -264,6 +273,14 @@ def _message(answer: httpx2.Response) -> str:
         return answer.text
 
 
+def _mend(call: Call[Any], answer: httpx2.Response) -> str:
+    """What to do about a refusal, where its number says it."""
+    if answer.status_code in (401, 403):
+        env = call.endpoint.key_env
+        return f"mend the key in {env}" if env else "it wants a key: name its environment variable with api_key_env"
+    return f"is a vLLM or SGLang server there? it has no {call.path}" if answer.status_code == 404 else ""
+
+
 def _retry_after(answer: httpx2.Response) -> float:
     """Seconds, where the server names them; dates are not read."""
     try:
@@ -274,7 +291,7 @@ def _retry_after(answer: httpx2.Response) -> float:
 
 def _words(said: object, key: str | None) -> str:
     """Somebody else's words in one short line, without the key that they may repeat."""
-    text = str(said) or type(said).__name__
+    text = str(said) or ("nothing" if isinstance(said, str) else type(said).__name__)
     if key:
         text = text.replace(key, "***")
     text = one_line(text)
