@@ -12,6 +12,7 @@ from factories import save_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -212,6 +213,64 @@ def test_merged_weights_speak_as_the_adapter_and_are_gone_afterwards(tmp_path, o
     with model.disable_adapter():
         torch.testing.assert_close(bare, model(input_ids=ids).logits, rtol=0, atol=1e-10)
     assert float((bare - before).abs().max()) > 1e-3
+
+
+def test_merged_weights_are_used_with_gradients_until_their_parts_change(tmp_path):
+    plain = adapted(tmp_path)
+    fused = copy.deepcopy(plain)
+    fuse_adapters(fused)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    layers = [m for m in fused.modules() if isinstance(m, LoraLinear)]
+    assert len(layers) == 14
+
+    def sums_in_use() -> int:
+        """Layers whose gradient is taken through the sum."""
+        made = [layer.opd_whole._sum for layer in layers]
+        used: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: used.add(t.data_ptr()) or t, lambda t: t):
+            fused(input_ids=ids)
+        return sum(one is not None and one.data_ptr() in used for one in made)
+
+    assert sums_in_use() == 0  # none was made
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (plain, fused)]
+    for step in range(3):
+        with torch.no_grad(), merged(fused):
+            fused(input_ids=ids)
+        assert sums_in_use() == len(layers)
+        buffers = [layer.opd_whole._sum.data_ptr() for layer in layers]
+        for model, optimizer in zip((plain, fused), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(input_ids=ids).logits.sin().sum().backward()
+        for (name, mine), (_, other) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+            if mine.requires_grad:
+                torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-9, msg=f"{name}, step {step}")
+        for optimizer in optimizers:
+            optimizer.step()
+        assert sums_in_use() == 0  # the update changed what they were made of
+        with torch.no_grad(), merged(fused):
+            assert buffers == [layer.opd_whole._sum.data_ptr() for layer in layers]
+    fused.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    fused.double().set_adapter("other")
+    assert sums_in_use() == 0  # nor are they another adapter's
+    with fused.disable_adapter():
+        assert sums_in_use() == 0
+
+
+def test_a_sum_that_is_made_anew_before_its_gradient_is_noticed(tmp_path):
+    model = adapted(tmp_path)
+    fuse_adapters(model)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad(), merged(model):
+        model(input_ids=ids)
+    logits = model(input_ids=ids).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+        with merged(model):
+            model(input_ids=ids)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd.objectives.baselines import score_weighted
 from opd.objectives.divergences import forward_kl, jsd, reverse_kl, support_reverse_kl, tail_logprob
+from opd.objectives.tiles import tiles
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, state_statistics, vocabulary_loss
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -69,6 +70,34 @@ def test_chunked_equals_dense_in_value_and_gradient(
     expected = torch.autograd.grad((weights * wanted).sum(), (hidden, head))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("max_logits", [1, 2 * VOCAB, 10_000])
+def test_models_that_share_a_head_are_as_if_each_had_its_own(max_logits: int):
+    hidden, head, teachers, weights, _ = given_states()
+    how = VocabularyLoss(max_logits=max_logits)
+    found = []
+    for own in (head.detach(), head.detach().clone()):  # the student's very head, or another that is equal
+        both = [TeacherStates(draw(STATES, 4, seed=6), own, 0.4), TeacherStates(*teachers[1][:2], 0.6)]
+        loss, stats = vocabulary_loss(hidden, head, both, weights, how)
+        found.append((stats.divergence, *torch.autograd.grad(loss, (hidden, head))))
+        wanted = dense("reverse_kl", hidden @ head.T, both, how).detach()
+        torch.testing.assert_close(stats.divergence, wanted, rtol=1e-12, atol=1e-12)
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-12, atol=1e-12)
+
+
+def test_a_shared_head_is_read_once_a_tile(monkeypatch: pytest.MonkeyPatch):
+    hidden, head, _, _, _ = given_states()
+    products: list[int] = []
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(len(a)) or plain(a, b, out=out))
+    for own, expected in ((head, [2, 2, 2, 2, 2]), (head.clone(), [1] * 10), (head[:-1], [1] * 10)):
+        products.clear()
+        for rows, (ours, theirs) in tiles([(hidden, head), (-hidden, own)], max_logits=VOCAB):
+            torch.testing.assert_close(ours, (hidden @ head.T)[rows].detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(theirs, -(hidden @ own.T)[rows].detach(), rtol=1e-12, atol=1e-12)
+        assert products == expected
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,48 @@ from torch.autograd.function import once_differentiable
 _FEW = 512  # rows; up to here W x^T, a product with a few columns, is faster on a CPU than x W^T with a few rows
 
 
+class _Whole:
+    """A layer's weight with an adapter's update added, W + scale B A, in a buffer that lives as long as the layer: a new one for
+    every step would cost as much in fresh memory pages as what it saves."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+        self._state: tuple[Any, ...] = ()
+
+    def make(self, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The sum; it stays as it is until it is made of other parts."""
+        found = self.current(weight, down, up, scale)
+        if found is None:
+            kept = self._sum
+            if kept is None or kept.dtype != weight.dtype or kept.device != weight.device:
+                kept = torch.empty_like(weight)
+            with torch.no_grad():
+                found = torch.addmm(weight, up, down, alpha=scale, out=kept)
+            self._sum, self._parts, self._state = found, (weight, down, up), _state(scale, weight, down, up)
+        return found
+
+    def current(self, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor | None:
+        """The sum if it was made of these parts as they are now."""
+        same = all(a is b for a, b in zip(self._parts, (weight, down, up), strict=False))
+        return self._sum if same and self._state == _state(scale, weight, down, up) else None
+
+
+def _state(scale: float, *parts: Tensor) -> tuple[Any, ...]:
+    """What tells what they hold from what they held before: torch counts what is written into each."""
+    return scale, *((part.data_ptr(), part._version) for part in parts)
+
+
 def fuse_adapters(model: nn.Module) -> None:
     """Let every LoRA layer compute W x + scale B A x and its gradients without intermediate [tokens, width] results.
 
+    Where the sum W + scale B A is there (`merged`) and is still that of the layer's weights, it is used with gradients too.
     Layers of another kind (DoRA, biases in the adapter, dropout while it trains, another dtype than the base) stay as peft has
     them.
     """
     for layer in model.modules():
         if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
+            layer.opd_whole = _Whole()  # type: ignore[assignment]  # no module and no tensor
             layer.forward = partial(_adapted, layer)  # type: ignore[method-assign]  # of this one layer, not of peft's class
 
 
@@ -29,8 +63,8 @@ def fuse_adapters(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[None]:
     """For passes of few tokens without gradients: every linear layer with its active adapter added to a copy of its weight.
 
-    The copies live as long as the context; the model's own weights are not touched. Weights of half precision stay as they are:
-    adding to them would round the update away.
+    The copies stay for what comes next with the same weights (`fuse_adapters`); the model's own are not touched. Weights of half
+    precision stay as they are: adding to them would round the update away.
     """
     changed: list[tuple[nn.Module, Any]] = []
     try:
@@ -71,8 +105,8 @@ def _sum(layer: Any) -> tuple[Tensor | None, Tensor | None]:
         return base.weight, base.bias
     if base.weight.dtype.itemsize < torch.float32.itemsize:
         return None, None
-    down, up, scale = adapters[0]
-    return torch.addmm(base.weight, up, down, alpha=scale), base.bias
+    whole = getattr(layer, "opd_whole", None) or _Whole()
+    return whole.make(base.weight, *adapters[0]), base.bias
 
 
 def _plain_adapters(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
@@ -100,18 +134,22 @@ def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     if not adapters:
         return base(x)
     down, up, scale = adapters[0]
-    return _Adapted.apply(x, base.weight, base.bias, down, up, scale)  # type: ignore[no-any-return]  # torch types it as Any
+    whole = layer.opd_whole.current(base.weight, down, up, scale)
+    return _Adapted.apply(x, base.weight, base.bias, down, up, scale, whole)  # type: ignore[no-any-return]  # torch types it as Any
 
 
 class _Adapted(torch.autograd.Function):
-    """x [..., in] -> W x + bias + scale B A x, [..., out]; W and its bias are frozen."""
+    """x [..., in] -> W x + bias + scale B A x, [..., out]; W and its bias are frozen. whole: W + scale B A, if it is there."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, scale):  # type: ignore[override]  # torch declares (*args)
+    def forward(ctx, x, weight, bias, down, up, scale, whole):  # type: ignore[override]  # torch declares (*args)
         rows = x.reshape(-1, x.shape[-1])
-        small = rows @ down.T
+        weight = weight if whole is None else whole
         out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        out.addmm_(small, up.T, alpha=scale)
+        small = None
+        if whole is None:
+            small = rows @ down.T
+            out.addmm_(small, up.T, alpha=scale)
         ctx.save_for_backward(rows, small, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], -1)
@@ -124,10 +162,13 @@ class _Adapted(torch.autograd.Function):
         grad_small = (grad @ up).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_small, down).view(ctx.shape)
+            grad_x = grad @ weight
+            grad_x = (grad_x if small is None else grad_x.addmm_(grad_small, down)).view(ctx.shape)
         grad_down = (rows.T @ grad_small).T if ctx.needs_input_grad[3] else None
-        grad_up = (grad.T @ small).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_down, grad_up, None
+        grad_up = None
+        if ctx.needs_input_grad[4]:
+            grad_up = (grad.T @ (rows @ down.T if small is None else small)).mul_(ctx.scale)
+        return grad_x, None, None, grad_down, grad_up, None, None
 
 
 def few_rows(weight: Tensor, bias: Tensor | None, x: Tensor, *, together: bool = True) -> Tensor:

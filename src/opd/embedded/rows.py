@@ -21,6 +21,7 @@ class RowPlan:
         self._device = device
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._which = torch.empty(0)
         self._at = torch.empty(0)
         self._mask = torch.empty(0)
 
@@ -72,6 +73,7 @@ class RowPlan:
         hidden = torch.arange(width) > at[:, None]
         self._mask = torch.zeros(len(self), 1, 1, width, dtype=dtype).masked_fill_(hidden[:, None, None], -torch.inf)
         self._mask, self._at = self._mask.to(self._device), at.to(self._device)
+        self._which = torch.arange(len(self), device=self._device)
         self.lengths = [length + 1 for length in self.lengths]
         return self._at
 
@@ -79,9 +81,8 @@ class RowPlan:
         """query [rows, heads, 1, size], key and value [rows, key heads, 1, size] -> [rows, 1, heads, size]."""
         rows, heads, width = len(self), key.shape[1], self._mask.shape[-1]
         keys, values = self._keys[layer], self._values[layer]
-        which = torch.arange(rows, device=self._device)
-        keys[which, :, self._at] = key[:, :, 0]
-        values[which, :, self._at] = value[:, :, 0]
+        keys[self._which, :, self._at] = key[:, :, 0]
+        values[self._which, :, self._at] = value[:, :, 0]
         # The heads that share a key head are rows of it.
         shared = query.reshape(rows, heads, -1, query.shape[-1]).contiguous()
         mask = self._mask.expand(rows, 1, shared.shape[2], width)

@@ -24,13 +24,26 @@ def tiles(pairs: Sequence[tuple[Tensor, Tensor]], *, max_logits: int) -> Iterato
     num_states = len(pairs[0][0])
     most = max(1, max_logits // max(len(head) for _, head in pairs))
     size = min(num_states, _STATES, most // _ROUND * _ROUND or most)
-    buffers = [head.new_empty(size, len(head)) for _, head in pairs]
+    sharing = _sharing([head for _, head in pairs])
+    buffers = [head.new_empty(len(members) * size, len(head)) for head, members in sharing]
     for start in range(0, num_states, size or 1):
         rows = slice(start, min(start + size, num_states))
-        found = [buffer[: rows.stop - rows.start] for buffer in buffers]
-        for (hidden, head), out in zip(pairs, found, strict=True):
-            _product(hidden[rows], head, out)
-        yield rows, found
+        found: dict[int, Tensor] = {}
+        for (head, members), buffer in zip(sharing, buffers, strict=True):
+            hidden = torch.cat([pairs[i][0][rows].detach() for i in members])
+            out = buffer[: len(hidden)]
+            _product(hidden, head.detach(), out)
+            found |= zip(members, out.split(rows.stop - rows.start), strict=True)
+        yield rows, [found[i] for i in range(len(pairs))]
+
+
+def _sharing(heads: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
+    """Each head once, and which models have it: their states go through it together, so it is read once."""
+    found: dict[tuple[object, ...], tuple[Tensor, list[int]]] = {}
+    for i, head in enumerate(heads):
+        key = (head.data_ptr(), head.shape, head.stride(), head.dtype)
+        found.setdefault(key, (head, []))[1].append(i)
+    return list(found.values())
 
 
 def blocks(rows: slice, widest: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -44,7 +57,6 @@ def blocks(rows: slice, widest: int, device: torch.device) -> Iterator[tuple[sli
 
 def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """hidden @ head.T into `out`."""
-    hidden, head = hidden.detach(), head.detach()
     columns = _COLUMNS if head.device.type == "cpu" else len(head)
     for start in range(0, len(head), columns):
         torch.mm(hidden, head[start : start + columns].T, out=out[:, start : start + columns])
