@@ -150,7 +150,7 @@ def test_an_adapter_is_asked_for_by_its_name(tmp_path: Path, wire: Wire):
     with serving(toy_model(7), kind=SglangServer) as server:
         assert isinstance(server, SglangServer)
         server.adapt("expert", save_adapter(tmp_path / "expert", base, 3), base)
-        for name, model in (("", server.model), ("expert", server.adapters["expert"])):
+        for name, model in (("toy", server.model), ("expert", server.adapters["expert"])):
             teacher = teacher_at(server, wire, model=name)
             [scored] = teacher.score([item])
             assert isinstance(scored.score, SampledScore)
