@@ -64,15 +64,24 @@ def assert_nothing_lost(run: Path, calm: Path) -> None:
         assert trained[0] == trained[1], step
 
 
-def test_a_killed_engine_is_started_again_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+NOTICE = "warning: engine 1 of 1 of the student ended, or answered no more, and was started again\n"
+
+
+def test_a_killed_engine_is_started_again_and_the_run_goes_on(
+    cluster: Cluster, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = opd.train(
         opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("toy_engine.py --model"))
     ).run
+    assert capsys.readouterr().err.count(NOTICE) == 1
     assert_nothing_lost(run, calm)
 
 
-def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
+def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(
+    cluster: Cluster, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("ray::_Place"))).run
+    assert capsys.readouterr().err.count(NOTICE) == 1
     assert_nothing_lost(run, calm)
     assert not processes("toy_engine.py --model")  # nor did it leave its server behind
 

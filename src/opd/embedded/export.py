@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd.config import ComputeConfig
-from opd.embedded.loading import add_adapter, load_network, save_adapter_facts
+from opd.embedded.loading import add_adapter, load_network, quiet, save_adapter_facts
 from opd.embedded.teacher import Voice
 
 
@@ -28,7 +28,8 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32", weights: Mappi
         if voice.adapter is None:
             kept = None if weights is None else {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
             model = network.base if weights is not None else network.base.to(getattr(torch, dtype))  # type: ignore[call-arg]  # a decorator hides its signature
-            model.save_pretrained(staging, state_dict=kept)
+            with quiet():
+                model.save_pretrained(staging, state_dict=kept)
             network.tokenizer.save_pretrained(staging)
         else:
             assert isinstance(network.model, PeftModel)
@@ -70,7 +71,8 @@ def write_merged(base: str, adapter: Path, folder: Path, *, dtype: str, whose: s
     network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
     add_adapter(network, str(adapter), teacher=whose, name="merged")
     assert isinstance(network.model, PeftModel)
-    network.model.merge_and_unload().save_pretrained(folder)
+    with quiet():
+        network.model.merge_and_unload().save_pretrained(folder)
     network.tokenizer.save_pretrained(folder)
 
 
