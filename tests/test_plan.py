@@ -231,6 +231,11 @@ def test_models_that_the_plan_cannot_count_are_refused(folders: dict[str, str], 
         (["--prompt-tokens", "5000"], "lower --prompt-tokens"),
         (["--gpus", "2"], "2 GPUs: at least 4 are needed"),
         (["cluster.engine_args=['--max-num-seqs', 'many']"], "engine_args: --max-num-seqs 'many' is no number"),
+        (
+            ["cluster.engine_args=['--max-num-seqs=nan']"],
+            "engine_args: --max-num-seqs 'nan', expected a number above 0",
+        ),
+        (["cluster.engine_args=['--max-num-batched-tokens=0']"], "'0', expected a number above 0"),
     ],
 )
 def test_the_command_refuses_in_one_line(folders: dict[str, str], tmp_path: Path, arguments: list[str], reason: str):

@@ -22,9 +22,9 @@ from opd.embedded.network import Network
 from opd.plan.devices import GIB
 from opd.plan.memory import _tiles, engine_memory, kept_a_token, kv_bytes_here, rank_memory, rank_share
 from opd.plan.roofline import driver_s, head_flops, layers_flops, pool_s, sample_s, split_s, update_s
-from opd.plan.search import DoesNotFit, Plan, own_plan
+from opd.plan.search import DoesNotFit
 from opd.plan.shapes import adapter_parameters, read_shape
-from opd.plan.work import flag, work_of
+from opd.plan.work import work_of
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples/distributed/shapes"
@@ -264,35 +264,11 @@ def test_devices_that_share_a_key_head_read_its_cache_each(tmp_path: Path):
         assert sample_s(config, work, 1, devices, 256, free) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("args", "number"),
-    [
-        ([], 7),
-        (["--max-num-seqs", "64"], 64),
-        (["--max_num_seqs=64"], 64),
-        (["--max-num-seqs=8k"], 8000),
-        (["--max-num-seqs", "8K"], 8192),
-        (["--max-num-seqs=1.5k"], 1500),
-        (["--max-num-seqs=64", "--max-num-seqs=32"], 32),
-    ],
-)
-def test_arguments_of_engines_are_read_as_vllm_reads_them(args: list[str], number: float):
-    assert flag(args, "--max-num-seqs", 7) == number
-
-
 def test_the_driver_reads_every_token_that_is_named(folders: dict[str, str]):
     for objective, named in (({"support": 20}, 20), ({"type": "immediate", "support": 32}, 0)):
         config = recipe(folders, objective=objective)
         found = driver_s(config, work_of(config, prompt_tokens=512), H100)
         assert found == pytest.approx(64 * (1.6e-3 + 768 * (1e-6 + 0.4e-6 * named)))
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "fit"), [(16, 8, [1, 2, 4, 8]), (12, 4, [1, 2, 4]), (9, 3, [1]), (8, 1, [1, 2, 4, 8])]
-)
-def test_engines_split_a_model_where_its_heads_do(tmp_path: Path, heads: int, kv_heads: int, fit: list[int]):
-    LlamaConfig(hidden_size=288, num_attention_heads=heads, num_key_value_heads=kv_heads).save_pretrained(tmp_path)
-    assert [n for n in (1, 2, 4, 8) if read_shape(str(tmp_path)).splits(n)] == fit
 
 
 def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[str, str]):
@@ -359,20 +335,6 @@ def test_an_adapter_goes_to_engines_faster_than_the_whole_student(folders: dict[
 ADAPTER = (
     16 * 8 * (2 * 2048 + 2 * (2048 + 512) + 2 * 2048 + 3 * (2048 + 8192))
 )  # of rank 8 on all linear layers of "one"
-
-
-def test_a_placement_that_an_engine_cannot_split_has_no_time(folders: dict[str, str]):
-    ranks = {"learner_ranks": 1, "gpus_per_rank": 1, "engines": 1}
-    heads = read_shape(folders["student"]).heads
-    assert heads % 3
-    for gpus, there in ((1, True), (3, False)):
-        config = recipe(folders, cluster={**ranks, "gpus_per_engine": gpus})
-        own = own_plan(config, work_of(config, prompt_tokens=512), H100)
-        assert isinstance(own, Plan) == there
-        assert there or own == "an engine of the student does not fit 3 GPUs, or cannot be split over them"
-    config = recipe(folders, cluster={"learner_ranks": 1, "engines": 1, "gpus_per_engine": 1})
-    own = own_plan(config, work_of(config, prompt_tokens=512), H100)
-    assert own == "cluster.gpus_per_rank is 0, so it asks for no GPU"
 
 
 def test_sleeping_teachers_that_share_no_size_are_refused(folders: dict[str, str], tmp_path: Path):

@@ -2,6 +2,7 @@
 counted, with its reason."""
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -123,6 +124,25 @@ def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, wire: Wi
     assert scored.retries == 0
     assert len(server.asked) == 1
     assert scored.score == FailedScore("t", f"teacher 't': {server.url} answers 400: not now", lost=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": NaN}}]}]}', "gives NaN or an infinity"),
+        (b'{"choices": -Infinity}', "gives NaN or an infinity"),
+        (b'\xef\xbb\xbf{"choices": []}', "answers what is not JSON"),  # a byte order mark
+        (b'{"choices": [], "text": "\\ud800"}', "answers what is not JSON"),  # half of a character
+        (b"[" * 100_000, "is not JSON|another form"),
+        (b"", "answers what is not JSON"),
+    ],
+)
+def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, wire: Wire, content: bytes, line: str):
+    teacher = teacher_at(server, wire=wire)
+    server.faults = lambda number: lambda handler, body: handler.say_bytes(content)
+    [scored] = teacher.score(some_rollouts(1))
+    assert isinstance(scored.score, FailedScore)
+    assert re.search(line, scored.score.reason), scored.score.reason
 
 
 def test_a_wait_that_the_server_names_is_kept(server: ToyServer):

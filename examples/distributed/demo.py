@@ -1,5 +1,7 @@
 """Runs recipes/distributed.toml on one machine: two Ray nodes, a vLLM server with one expert, and the run, which starts the rest.
 
+Stopped and started again, it goes on where it was, with the server and the nodes where they are then.
+
 make demo-distributed
 .venv/bin/python examples/distributed/demo.py [KEY=VALUE ...]
 """
@@ -47,7 +49,9 @@ def main() -> None:
         cluster.add_node(num_cpus=2)
         print(f"the cluster: {cluster.address}, 2 nodes", flush=True)
         places = [f"cluster.address={cluster.address}", f"teachers.matrix.url={url}"]
-        result = opd.train(opd.load_config(RECIPE, [*places, *sys.argv[1:]]))
+        config = opd.load_config(RECIPE, [*places, *sys.argv[1:]])
+        begun = (Path(config.output) / "config.json").exists()
+        result = opd.resume(config.output, [*places, *sys.argv[1:]]) if begun else opd.train(config)
     print(f"done: {result.run}")
 
 

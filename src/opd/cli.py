@@ -35,18 +35,25 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
 ) -> None:
-    """Distil one or several teachers into a student, on the student's own samples."""
+    """Distil one or several teachers into a student, on the student's own samples.
+
+    With --resume, KEY=VALUE pairs say where and how the run goes on, such as a server's new address.
+    """
     with _one_line():
-        if (recipe is None) == (resume is None):
-            raise ConfigError("give a recipe, or --resume RUN (which uses the recipe that the run was started with)")
         if resume is not None:
             from opd.launch import resume as continue_run
 
-            result = continue_run(resume)
+            pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
+            if recipe is not None and "=" not in recipe:
+                raise ConfigError(
+                    f"give a recipe, or --resume RUN (which uses the recipe that the run was started with), got both: '{recipe}'"
+                )
+            result = continue_run(resume, pairs)
+        elif recipe is None:
+            raise ConfigError("give a recipe, or --resume RUN (which uses the recipe that the run was started with)")
         else:
             from opd.config import load_config
 
-            assert recipe is not None
             config = load_config(recipe, overrides or [])
             from opd.launch import train as start_run
 
@@ -70,12 +77,17 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command(name="eval")
-def evaluate(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="where it runs now, as for --resume", metavar="[KEY=VALUE]...")
+    ] = None,
+) -> None:
     """Evaluate a run's student and its teachers, and print the parity table."""
     with _one_line():
         from opd.launch import evaluate_run
 
-        evaluate_run(run)
+        evaluate_run(run, overrides or [])
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from types import FrameType
 import torch
 
 from opd import checkpoint
-from opd.config import Config
+from opd.config import Config, config_changes, dump_config, moved_config
 from opd.embedded import build as embedded
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.warmup import warm_up
@@ -87,6 +88,7 @@ def train(
 
 def resume(
     run: str | Path,
+    overrides: Sequence[str] = (),
     *,
     reward: Reward | None = None,
     environment: MakeEnvironment | None = None,
@@ -94,11 +96,13 @@ def resume(
 ) -> Result:
     """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped.
 
-    A run that was started with a reward function or environments of the user's own needs them again.
+    A run that was started with a reward function or environments of the user's own needs them again. overrides: where and how it
+    goes on, such as "teachers.math.url=http://10.0.0.8:8000" or "cluster.learner_ranks=8"; config.json holds them from then on.
+    Raises ConfigError for one that would change what is learnt.
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = folder.config()
+    config = moved_config(folder.config(), overrides)
     require_installed(config.logging.writers)
     return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
 
@@ -112,15 +116,20 @@ def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvi
 
 
 def evaluate_run(
-    run: str | Path, *, reward: Reward | None = None, environment: MakeEnvironment | None = None
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    reward: Reward | None = None,
+    environment: MakeEnvironment | None = None,
 ) -> list[ParityRow]:
-    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew.
+    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew. overrides: as for `resume`, but
+    config.json stays as it is.
 
     Raises RunError for a run without evaluation prompts, and for one that was started with a reward function and gets none.
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = folder.config()
+    config = moved_config(folder.config(), overrides)
     if not config.evaluation.num_prompts:
         raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
@@ -191,7 +200,10 @@ class _Run:
         config = self.config
         restored = self._restore(line.say) if resume else None
         start = restored or 0
+        if start > config.steps:
+            raise ConfigError(f"steps = {config.steps}: step {start} of this run is done; ask for as many or more")
         if resume:
+            self._note_changes(line.say)
             self.folder.truncate_metrics(start)
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
@@ -219,6 +231,14 @@ class _Run:
             draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
         rows = self.measuring.parity(before, line)
         return Result(self.folder.path, done, finished=True, parity=tuple(rows))
+
+    def _note_changes(self, say: Callable[[str], None]) -> None:
+        """Write where and how the run goes on into its folder, when that has changed."""
+        changes = config_changes(self.folder.config(), self.config)
+        for key, before, after in changes:
+            say(f"changed: {key} = {json.dumps(after)}, was {json.dumps(before)}")
+        if changes:
+            self.folder.write_text("config.json", dump_config(self.config))
 
     def evaluate_only(self) -> list[ParityRow]:
         with closing(self.studio), ProgressLine(self.config.steps) as line:

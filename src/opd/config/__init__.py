@@ -8,6 +8,7 @@ from opd.config.checks import ChecksConfig
 from opd.config.cluster import ClusterConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
+from opd.config.moved import config_changes, moved_config
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
@@ -57,8 +58,10 @@ __all__ = [
     "TextArenaTask",
     "ToolTask",
     "WarmupConfig",
+    "config_changes",
     "dump_config",
     "load_config",
+    "moved_config",
     "nearest",
     "parse_config",
 ]

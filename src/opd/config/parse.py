@@ -31,8 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[A
         raise ConfigError(f"recipe '{path}' is a folder; name a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe '{path}' is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(tree, override)
+    apply_overrides(tree, overrides)
     return parse_config(tree, kind=kind, source=str(path))
 
 
@@ -47,6 +46,12 @@ def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, sou
 def dump_config(config: Config | SftConfig) -> str:
     """The resolved tree as JSON; `parse_config(json.loads(dump_config(c))) == c`."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key=value` pairs into the tree of a recipe, in place; raises ConfigError for what is no such pair."""
+    for override in overrides:
+        _apply(tree, override)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

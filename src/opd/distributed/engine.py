@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -20,13 +19,13 @@ import httpx2
 import numpy as np
 from safetensors import SafetensorError
 
+from opd.distributed.engine_log import keep, lines_of, reason
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
 _PULSES = 4  # times that a server is asked whether it lives
 _LOG = "server.log"
 _NOT_LOADED = b"weights were not loaded"
-_ERROR = re.compile(r"(?:\b[\w.]*(?:Error|Exception)|\berror): .*")
 
 Files = Mapping[str, np.ndarray]
 """The files of a folder by name, as bytes (uint8)."""
@@ -290,13 +289,13 @@ class Engine:
         while True:
             if self._process.poll() is None and self._answers():
                 break  # not somebody else's server at its port
-            if self._process.poll() is not None:
-                raise RunError(f"engine of {plan.who} ended while it started: {_why(log, began)}; {_keep(log)}")
+            if (code := self._process.poll()) is not None:
+                raise RunError(f"engine of {plan.who} ended while it started: {reason(log, began, code)}; {keep(log)}")
             if time.monotonic() > end:
                 self._end()
                 raise RunError(
                     f"engine of {plan.who} did not answer in cluster.engine_start_s = {plan.start_s:g} s; last it said: "
-                    f"{(_lines(log, began) or ['nothing'])[-1][-200:]}; {_keep(log)}"
+                    f"{(lines_of(log, began) or ['nothing'])[-1][:200]}; {keep(log)}"
                 )
             time.sleep(_POLL_S)
         models = self._ask("GET", "/v1/models").json()["data"]
@@ -346,28 +345,3 @@ def _free_port(wanted: int) -> int:
             found.bind(("", port))
             return int(found.getsockname()[1])
     raise RunError("no port of this machine is free for an engine")
-
-
-def _lines(log: Path, began: int) -> list[str]:
-    """What a server's log says from there on."""
-    with log.open("rb") as text:
-        text.seek(began)
-        return [one_line(line) for line in text.read().decode(errors="replace").splitlines() if line.strip()]
-
-
-def _why(log: Path, began: int) -> str:
-    """The last error that a log names; where that one only points above, the one before."""
-    lines = _lines(log, began)
-    errors = [found[0] for line in lines if (found := _ERROR.search(line)) and "root cause above" not in line]
-    return (errors or lines or ["it said nothing"])[-1][-300:]
-
-
-def _keep(log: Path) -> str:
-    """Put a log where it outlives its engine, and say where."""
-    try:
-        handle, place = tempfile.mkstemp(prefix="opd-engine-", suffix=".log")
-        os.close(handle)
-        shutil.copyfile(log, place)
-    except OSError as error:
-        return f"its log could not be kept ({error.strerror})"
-    return f"all that it said: {place} on {socket.gethostname()}"

@@ -191,9 +191,10 @@ def _require_room(config: Config) -> None:
         needed, there = sum(b.places * each[who] for who, b in booked.items()), found.get(kind, 0.0)
         if needed > there:
             asked = ", ".join(f"{b.places} {who} with {each[who]:g}" for who, b in booked.items() if each[who])
+            parts = " (parts of one are possible)" if kind == "CPU" else ""
             raise RunError(
                 f"the cluster has {there:g} {kind}s, and {asked} need {needed:g}; lower cluster.learner_ranks, cluster.engines, "
-                f"cluster.{kind.lower()}s_per_rank or {kind.lower()}s_per_engine (parts of one are possible), or add nodes"
+                f"cluster.{kind.lower()}s_per_rank or {kind.lower()}s_per_engine{parts}, or add nodes"
             )
         for who, one in each.items():
             if one > largest:

@@ -27,8 +27,8 @@ class _Whole:
         """The sum; it stays as it is until it is made of other parts."""
         found = self.current(weight, down, up, scale)
         if found is None:
-            kept = self._sum
-            if kept is None or kept.dtype != weight.dtype or kept.device != weight.device:
+            kept, self._parts = self._sum, ()  # an error on the way leaves no sum that counts
+            if kept is None or kept.is_inference() or (kept.dtype, kept.device) != (weight.dtype, weight.device):
                 kept = torch.empty_like(weight)
             with torch.no_grad():
                 found = torch.addmm(weight, up, down, alpha=scale, out=kept)
@@ -37,12 +37,13 @@ class _Whole:
 
     def current(self, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor | None:
         """The sum if it was made of these parts as they are now."""
-        same = all(a is b for a, b in zip(self._parts, (weight, down, up), strict=False))
+        same = self._parts and all(a is b for a, b in zip(self._parts, (weight, down, up), strict=True))
         return self._sum if same and self._state == _state(scale, weight, down, up) else None
 
 
 def _state(scale: float, *parts: Tensor) -> tuple[Any, ...]:
-    """What tells what they hold from what they held before: torch counts what is written into each."""
+    """What tells what they hold from what they held before: torch counts what is written into each, but for what fused optimizers
+    write, and what is written through `.data`."""
     return scale, *((part.data_ptr(), part._version) for part in parts)
 
 

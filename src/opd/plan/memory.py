@@ -140,9 +140,8 @@ def engine_memory(
 ) -> EngineMemory:
     """Of each of `devices` that one engine is split over. scores: it gives log-probabilities of whole prompts, whose logits exist
     for all tokens of a pass; beside: bytes of adapters that it holds."""
-    batched = flag(args, "--max-num-batched-tokens", assumed.device.batched_tokens)
-    running = flag(args, "--max-num-seqs", assumed.device.running)
-    rows = batched if scores else running
+    batched = engine_batched(args, assumed)
+    rows = batched if scores else engine_running(args, assumed)
     # bfloat16 logits, float32 ones, and their log-softmax
     logits = rows * shape.vocab * (each + 4 + 4)
     passing = batched * each * (4 * shape.width + 3 * shape.intermediate / devices)
@@ -167,10 +166,20 @@ def engine_room(args: Sequence[str], assumed: Assumptions) -> float:
     return assumed.device.memory_gib * GIB * flag(args, "--gpu-memory-utilization", assumed.engine_share)
 
 
+def engine_batched(args: Sequence[str], assumed: Assumptions) -> float:
+    """Tokens of one pass of an engine."""
+    return flag(args, "--max-num-batched-tokens", assumed.device.batched_tokens)
+
+
+def engine_running(args: Sequence[str], assumed: Assumptions) -> float:
+    """Sequences that an engine runs at once; where it is not told, no more than a pass has tokens (vLLM 0.32)."""
+    return flag(args, "--max-num-seqs", min(assumed.device.running, engine_batched(args, assumed)))
+
+
 def student_running(config: Config, work: Work, devices: int, assumed: Assumptions) -> int:
     """How many sequences an engine of the student runs at once; 0 where not even one fits."""
     found = student_memory(config, work, devices, assumed)
-    limit = int(flag(config.cluster.engine_args, "--max-num-seqs", assumed.device.running))
+    limit = int(engine_running(config.cluster.engine_args, assumed))
     return min(found.sequences, limit, config.served.max_in_flight)
 
 

@@ -169,6 +169,14 @@ def _unfit(config: Config, work: Work, chosen: Sequence[TeacherConfig], assumed:
     ]
     if found:
         return f"{' and '.join(found)}, so it asks for no GPU"
+    split = {"cluster.gpus_per_engine": c.gpus_per_engine}
+    split |= {
+        f"gpus_per_engine of '{group[0].names[0]}'": teacher.gpus_per_engine
+        for group, teacher in zip(groups(config, work), chosen, strict=True)
+    }
+    for name, devices in split.items():
+        if devices > assumed.gpus_per_node:
+            return f"{name} is {devices}, and an engine lives on one node of {assumed.gpus_per_node}"
     if not _rank_fits(config, work, c.learner_ranks, assumed):
         return f"{c.learner_ranks} learner ranks have too little memory"
     student = work.student.splits(c.gpus_per_engine) and student_running(config, work, c.gpus_per_engine, assumed)

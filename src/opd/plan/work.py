@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 from opd.config import Config
 from opd.errors import ConfigError
@@ -174,9 +174,12 @@ def flag(args: Sequence[str], name: str, default: float) -> float:
             text = value if sign else next(iter(args[place + 1 : place + 2]), "")
             factor = _FACTORS.get(text[-1:], 1)
             try:
-                return float(text[:-1] if factor > 1 else text) * factor
+                number = float(text[:-1] if factor > 1 else text) * factor
             except ValueError:
                 raise ConfigError(f"engine_args: {name} {text!r} is no number") from None
+            if not 0 < number < inf:
+                raise ConfigError(f"engine_args: {name} {text!r}, expected a number above 0")
+            return number
     return default
 
 

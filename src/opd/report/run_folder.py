@@ -29,6 +29,7 @@ from opd.errors import RunError
 from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
 _OWN_CODE = "own_code.txt"
+_LOCK = ".lock"  # not config.json, which is replaced when a run has moved
 
 
 class RunFolder:
@@ -96,7 +97,9 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep the folder to this process; raises RunError when another one trains in it. A killed one leaves no lock."""
-        with (self.path / "config.json").open() as file:
+        with explain_io(self.path / _LOCK):
+            file = (self.path / _LOCK).open("a")  # over NFS a lock that excludes others needs a file open for writing
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

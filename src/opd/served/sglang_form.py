@@ -50,8 +50,10 @@ class SglangForm:
                 raise Unusable(f"a log-probability of token {said} at place {place}, asked for {token}")
         entries = [entry or [] for entry in likeliest[1:]]
         for place, entry in enumerate(entries, start=1):
-            if (distinct := len({name for _, name, *_ in entry})) < max(top, len(entry)):
-                raise Unusable(f"{distinct} of the likeliest tokens at place {place}, asked for {top}")
+            if len({name for _, name, *_ in entry}) < len(entry):
+                raise Unusable(f"a token that is named twice at place {place}")
+            if len(entry) < top:
+                raise Unusable(f"{len(entry)} of the likeliest tokens at place {place}, asked for {top}")
         named = Named(
             own=[value for value, *_ in found[1:]],
             counts=[len(entry) for entry in entries],

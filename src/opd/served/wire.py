@@ -1,6 +1,8 @@
 """Requests to servers: retried with growing waits, bounded in flight, and never a secret in what they say."""
 
 import asyncio
+import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -246,20 +248,19 @@ def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> 
     except msgspec.DecodeError as error:
         if isinstance(error, msgspec.ValidationError):
             raise _Failed(f"{url} gives an answer of another form ({_words(error, key)})") from None
-        if _python_reads(answer):
+        if _has_no_number(answer):
             raise _Failed(f"{url} gives NaN or an infinity, which JSON does not have") from None
         raise _Failed(f"{url} answers what is not JSON ({_words(error, key)})") from None
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise _Failed(f"{url} gives an answer of another form ({type(error).__name__}: {_words(error, key)})") from None
 
 
-def _python_reads(answer: httpx2.Response) -> bool:
-    """Whether Python's own reader takes it, which knows more numbers than the standard."""
-    try:
-        answer.json()
-    except ValueError:
-        return False
-    return True
+def _has_no_number(answer: httpx2.Response) -> bool:
+    """Whether there is NaN or an infinity in it, which Python's own reader knows."""
+    found: list[str] = []
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(answer.content, parse_constant=found.append)
+    return bool(found)
 
 
 def _message(answer: httpx2.Response) -> str:
