@@ -132,6 +132,7 @@ def test_a_run_folder_holds_what_its_contract_lists(mixed: Run):
         "student",
         "alarms.jsonl",
         "own_code.txt",  # this run has a reward function
+        ".lock",
     }
     assert not [p for p in mixed.path.rglob("*") if "partial" in p.name]
     config = json.loads((mixed.path / "config.json").read_text())

@@ -9,6 +9,8 @@ before.json        the student's evaluation before the first step
 parity.json        the parity table; parity.md the same to read
 curves.png         the picture
 student/           the trained student, a PEFT adapter or a Hugging Face folder
+own_code.txt       the callables of the user's that the run was started with, if any
+.lock              held while a process trains in the folder
 """
 
 import contextlib
