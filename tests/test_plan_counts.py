@@ -155,13 +155,13 @@ def test_the_memory_of_a_rank_is_what_a_hand_reckons(folders: dict[str, str]):
     # 4096 tokens in the largest pass; a layer keeps of each: 8 x 128 bytes of norms, 4 x (256 x 4 + 384 x 4 + 2 x 128) of what is
     # multiplied, 4 x (256 + 64) of queries and keys as normalised, and for weights that train 4 x (2 x 128 + 256 + 64) of norms
     assert parts["activations"] == 4096 * 2 * (8 * 128 + 4 * (1024 + 1536 + 256) + 4 * 320 + 4 * 576)
-    assert parts["logits"] == 256 * 300 * (4 + 4 * 4)
+    assert parts["logits"] == 512 * 300 * (4 + 4 * 4)
     inside = {n: {"model": folders[n]} for n in ("one", "two")}
     exact = recipe(folders, inside, objective={"type": "exact", "support": 32})
     parts = rank_memory(exact, work_of(exact, prompt_tokens=512), 4, H100)
     teacher = read_shape(folders["one"])
     assert parts["teachers' weights"] == 2 * 2 * (teacher.inside / 4 + 32000 * 2048 + 2048)
-    assert parts["logits"] == 256 * 300 * (2 * 2 + 4 * 4)
+    assert parts["logits"] == 512 * 300 * (2 * 2 + 4 * 4)
     adapter = recipe(folders)
     parts = rank_memory(adapter, work_of(adapter, prompt_tokens=512), 4, H100)
     trainable = adapter_parameters(folders["student"], rank=8, target_modules="all-linear")

@@ -312,3 +312,24 @@ def test_score_weighted_is_the_baseline_of_least_variance():
 def test_score_weighted_is_zero_where_the_student_is_certain():
     student = torch.tensor([1000.0, 0.0, 0.0], dtype=torch.float64)
     assert float(score_weighted(student, torch.zeros(3, dtype=torch.float64))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("states", "sizes"),
+    [
+        (0, []),
+        (1, [1]),
+        (300, [256, 44]),
+        (2048, [256] * 8),
+        (3000, [320] * 9 + [120]),
+        (4096, [512] * 8),
+        (9000, [512] * 17 + [296]),
+    ],
+)
+def test_tiles_grow_only_where_they_are_a_small_share(states: int, sizes: list[int]):
+    hidden, head = torch.randn(states, 2), torch.randn(3, 2)
+    found = []
+    for rows, (logits,) in tiles([(hidden, head)], max_logits=2**20):
+        found.append(rows.stop - rows.start)
+        torch.testing.assert_close(logits, hidden[rows] @ head.T)
+    assert found == sizes

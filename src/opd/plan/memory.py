@@ -11,7 +11,7 @@ from opd.plan.work import Pool, Work, flag, share
 
 _TILE = 64  # tokens of one tile of attention (opd.embedded.attention)
 _WIDE = 512  # keys; tiles that see more copy them again for their gradient
-_STATES = 256  # states whose logits exist at once (opd.objectives.tiles)
+_STATES = 256, 512  # whose logits exist at once, an eighth of a pass between these (opd.objectives.tiles)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def rank_memory(config: Config, work: Work, ranks: int, assumed: Assumptions) ->
     # each part of a target has logits of its own beside the student's; working copies are float32
     mixed = max(len(teacher.weights or (1,)) for teacher in config.teachers.values())
     voices = mixed + (config.objective.reference is not None) if config.objective.integrated and work.voices else 0
-    logits = _STATES * student.vocab * ((1 + voices) * each.computed + 4 * 4)
+    states = min(max(_STATES[0], part.largest // 8), _STATES[1])
+    logits = states * student.vocab * ((1 + voices) * each.computed + 4 * 4)
     return {
         "weights": own * each.stored + (4 * work.trainable / ranks if lora else 0),
         "teachers' weights": teachers * each.stored,
