@@ -30,8 +30,10 @@ def in_turns(commands: Mapping[str, Sequence[str]], *, rounds: int) -> dict[str,
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """theirs / ours of each round: the median, the least and the largest."""
+    """theirs / ours of each round: the median, and of several the least and the largest."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
     return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
 
 

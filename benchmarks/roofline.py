@@ -176,12 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of opd")
     options = parser.parse_args(arguments)
-    print("| batch | score, s | update, s | matrix rate, G/s | score | update | both |\n|---|---|---|---|---|---|---|")
+    print(
+        "| batch | score, s | update, s | matrix rate, GFLOPS | score | update | both |\n|---|---|---|---|---|---|---|"
+    )
     for length in options.lengths:
         for _ in range(options.rounds):
             print(training("8x4", length, options.steps, options.set), flush=True)
     print(
-        "\n| rows | ms a token of each | matrix rate, G/s | memory, GB/s | roofline, ms | reached |\n|---|---|---|---|---|---|"
+        "\n| rows | ms a token of all rows, prompts included | matrix rate, GFLOPS | memory, GB/s | roofline, ms | reached |\n"
+        "|---|---|---|---|---|---|"
     )
     for rows in options.rows:
         for _ in range(options.rounds):

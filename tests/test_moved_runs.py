@@ -95,23 +95,68 @@ def test_more_steps_at_a_constant_rate_are_those_of_a_longer_run(tmp_path: Path)
     assert_same_training(run, whole)
 
 
+KEEPS = "a run that goes on keeps what it learns from"
+
+
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("override", "line"),
     [
-        ("optimizer.lr=0.1", "optimizer.lr"),
-        ("steps=9", "steps"),  # the rate falls to the end of the steps
-        ("seed=2", "seed"),
-        ("compute.dtype=bfloat16", "compute.dtype"),
-        ("sampling.group_size=3", "sampling.group_size"),
-        ("tasks.first.weight=2.0", "tasks.first.weight"),
-        ("teachers.third.model=x", "teachers.third.model"),
-        ("output=elsewhere", "output"),
+        ("optimizer.lr=0.1", rf"^optimizer.lr = 0.1: {KEEPS}"),
+        ("steps=9", "^steps = 9: with optimizer.schedule = 'cosine' the rate of the steps that are done depends on it"),
+        ("seed=2", KEEPS),
+        ("compute.dtype=bfloat16", rf'^compute.dtype = "bfloat16": {KEEPS}'),
+        ("sampling.group_size=3", KEEPS),
+        ("tasks.first.weight=2.0", KEEPS),
+        ("evaluation.num_prompts=2", KEEPS),  # the table's rows would not be those of the student before
+        ("teachers.evn.model=x", r"this run has no teacher 'evn' \(even, odd\); did you mean 'even'\?"),
+        ("output=elsewhere", "a run is where its folder is; move the folder"),
     ],
 )
-def test_what_a_run_learns_from_may_not_change(tmp_path: Path, override: str, key: str):
+def test_what_a_run_learns_from_may_not_change(tmp_path: Path, override: str, line: str):
     config = opd.parse_config(toy_recipe(tmp_path))
-    with pytest.raises(ConfigError, match=rf"^{key} = .*: a run that goes on keeps what it learns from"):
+    with pytest.raises(ConfigError, match=line):
         moved_config(config, [override])
+
+
+def test_a_run_without_evaluation_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path: Path):
+    run = opd.train(opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))).run
+    noted = (run / "config.json").read_bytes()
+    with pytest.raises(opd.OpdError, match=r"such as evaluation.num_prompts=128"):
+        opd.evaluate_run(run)
+    rows = opd.evaluate_run(run, ["evaluation.num_prompts=3"])
+    assert {row.after.total for row in rows} == {3}
+    assert {row.before for row in rows} == {None}
+    assert (run / "config.json").read_bytes() == noted
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 0.1: a run is evaluated as it was trained"):
+        opd.evaluate_run(run, ["optimizer.lr=0.1"])
+
+
+def test_a_second_process_is_refused_before_it_reads_anything(tmp_path: Path):
+    run = stopped(recipe(tmp_path, steps=6))
+    (run / "config.json").write_text("{")  # which would be the first error otherwise
+    with (
+        RunFolder(run).locked(),
+        pytest.raises(opd.OpdError, match="another process trains in run folder"),
+    ):
+        opd.resume(run, ["compute.max_tokens=512"])
+
+
+def test_a_finished_run_keeps_the_configuration_that_it_was_made_with(tmp_path: Path):
+    run = opd.train(opd.parse_config(recipe(tmp_path, steps=2))).run
+    noted = (run / "config.json").read_bytes()
+    assert opd.resume(run, ["compute.max_tokens=512"]).finished
+    assert (run / "config.json").read_bytes() == noted
+
+
+def test_an_adapter_that_is_gone_says_how_to_name_its_new_place(tmp_path: Path):
+    run = stopped(recipe(tmp_path, steps=6))
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    for go_on in (opd.resume, opd.evaluate_run):
+        with pytest.raises(
+            opd.OpdError, match=r"is no folder here; if it has moved, say where: teachers.odd.adapter=PATH"
+        ):
+            go_on(run)
+    assert opd.resume(run, [f"teachers.odd.adapter={tmp_path}/moved"]).finished
 
 
 def test_where_and_how_it_runs_may(tmp_path: Path):

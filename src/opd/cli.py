@@ -31,20 +31,23 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A TOML recipe; recipes/ holds some.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A TOML recipe; recipes/ holds some. None with --resume.")
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
 ) -> None:
     """Distil one or several teachers into a student, on the student's own samples.
 
-    With --resume, KEY=VALUE pairs say where and how the run goes on, such as a server's new address.
+    With --resume RUN and no recipe, KEY=VALUE pairs say where and how the run goes on, such as a server's new address:
+    docs/distributed.md, "Going on elsewhere", lists what may change.
     """
     with _one_line():
         if resume is not None:
             from opd.launch import resume as continue_run
 
             pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
-            if recipe is not None and "=" not in recipe:
+            if recipe is not None and recipe.endswith(".toml"):
                 raise ConfigError(
                     f"give a recipe, or --resume RUN (which uses the recipe that the run was started with), got both: '{recipe}'"
                 )
@@ -80,7 +83,8 @@ def sft(recipe: Recipe, overrides: Overrides = None) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="where it runs now, as for --resume", metavar="[KEY=VALUE]...")
+        list[str] | None,
+        typer.Argument(help="evaluation.num_prompts, and where it runs, as for --resume", metavar="[KEY=VALUE]..."),
     ] = None,
 ) -> None:
     """Evaluate a run's student and its teachers, and print the parity table."""

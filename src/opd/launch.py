@@ -101,10 +101,12 @@ def resume(
     Raises ConfigError for one that would change what is learnt.
     """
     folder = RunFolder.open(run)
-    folder.require_own_code(_own_code(reward, environment))
-    config = moved_config(folder.config(), overrides)
-    require_installed(config.logging.writers)
-    return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
+    with folder.locked():  # before anything is read, which another process may be changing
+        folder.require_own_code(_own_code(reward, environment))
+        config = moved_config(folder.config(), overrides)
+        _require_adapters(config, folder)
+        require_installed(config.logging.writers)
+        return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
 
 
 def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvironment | None = None) -> list[Finding]:
@@ -122,16 +124,20 @@ def evaluate_run(
     reward: Reward | None = None,
     environment: MakeEnvironment | None = None,
 ) -> list[ParityRow]:
-    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew. overrides: as for `resume`, but
-    config.json stays as it is.
+    """Evaluate a run's student as it is in the newest checkpoint, and write its parity table anew. overrides: as for `resume`, and
+    evaluation.num_prompts; config.json stays as it is.
 
     Raises RunError for a run without evaluation prompts, and for one that was started with a reward function and gets none.
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = moved_config(folder.config(), overrides)
+    config = moved_config(folder.config(), overrides, evaluation=True)
+    _require_adapters(config, folder)
     if not config.evaluation.num_prompts:
-        raise RunError(f"run '{run}' has evaluation.num_prompts = 0, so there is nothing to evaluate on")
+        raise RunError(
+            f"run '{run}' has evaluation.num_prompts = 0; say on how many prompts of each task and split, such as "
+            "evaluation.num_prompts=128"
+        )
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
 
 
@@ -146,6 +152,16 @@ def _studio(config: Config, material: Material) -> Studio:
             f"mode = 'distributed' needs more packages ({error.name} is missing): pip install 'opd[distributed]'"
         ) from None
     return build(config, material.make_environment)
+
+
+def _require_adapters(config: Config, folder: RunFolder) -> None:
+    """Raise RunError for a teacher's adapter that is not where it was: only a folder can be one."""
+    for name, teacher in config.teachers.items():
+        if teacher.adapter is not None and not Path(teacher.adapter).is_dir():
+            raise RunError(
+                f"run '{folder.path}': teachers.{name}.adapter = '{teacher.adapter}' is no folder here; if it has moved, say "
+                f"where: teachers.{name}.adapter=PATH behind the run"
+            )
 
 
 def _own_code(reward: Reward | None, environment: MakeEnvironment | None) -> list[str]:
@@ -183,6 +199,7 @@ class _Run:
         self.cursor: Mapping[str, int] = dict(self.parts.stream.cursor)  # behind the last step that is done
 
     def go(self, *, resume: bool) -> Result:
+        """Train to the end. resume: in a folder that is there, and locked."""
         with closing(self.studio), ProgressLine(self.config.steps) as line:
             self.say = line.say
             findings = run_checks(self.config, self.studio, self.material)
@@ -190,11 +207,12 @@ class _Run:
             for finding in findings:
                 if finding.warning and not resume:
                     line.say(f"warning: {finding.name}: {finding.detail}")
-            if not resume:
-                # Only now, so that a recipe that is refused leaves nothing behind.
-                RunFolder.create(self.folder.path, self.config, own_code=self.own_code)
+            if resume:
+                return self._train(line, resume=True)
+            # Only now, so that a recipe that is refused leaves nothing behind.
+            RunFolder.create(self.folder.path, self.config, own_code=self.own_code)
             with self.folder.locked():
-                return self._train(line, resume=resume)
+                return self._train(line, resume=False)
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:
         config = self.config
@@ -203,7 +221,8 @@ class _Run:
         if start > config.steps:
             raise ConfigError(f"steps = {config.steps}: step {start} of this run is done; ask for as many or more")
         if resume:
-            self._note_changes(line.say)
+            if start < config.steps:  # a run that is done was made as its configuration says
+                self._note_changes(line.say)
             self.folder.truncate_metrics(start)
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
@@ -313,8 +332,10 @@ class _Run:
         for what, identity in self._identities().items():
             began = found.state["identities"].get(what, identity)  # an older checkpoint may not name it
             if began != identity:
+                be = "are" if what.startswith("the training prompts") else "is"
                 raise CheckError(
-                    f"{what} is not what this run began with (identity {began}, now {identity}); restore it, or start a new run"
+                    f"{what} {be} not what this run began with (identity {began}, now {identity}); give it what it began with, or "
+                    "start a new run"
                 )
         self.parts.learner.load(found.path, found.state["learner"])
         self.parts.stream.cursor = dict(found.state["cursor"])

@@ -1,10 +1,11 @@
-"""What may change when a run goes on: where its parts are and how they run, not what it learns."""
+"""What may change when a run goes on, or is evaluated: where its parts are and how they run, not what it learns."""
 
 import fnmatch
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from opd.config.node import nearest
 from opd.config.parse import apply_overrides, dump_config, parse_config
 from opd.config.tree import Config
 from opd.errors import ConfigError
@@ -19,24 +20,26 @@ _MAY_CHANGE = (
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
 _MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
+_MEASURED = ("evaluation.num_prompts",)
+_LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
 
-def moved_config(config: Config, overrides: Sequence[str]) -> Config:
+def moved_config(config: Config, overrides: Sequence[str], *, evaluation: bool = False) -> Config:
     """The configuration of a run that goes on, with `key=value` overrides of where and how it runs.
 
-    `steps` may change as well where the learning rate is constant. Raises ConfigError for what would change what is learnt.
+    `steps` may change as well where the learning rate is constant. evaluation: nothing is learnt any more, so the number of prompts
+    may change, and steps may not. Raises ConfigError for what would change what is learnt.
     """
-    before = json.loads(dump_config(config))
     tree = json.loads(dump_config(config))
+    known = dict(_leaves(tree))
     apply_overrides(tree, overrides)
+    for name in set(tree["teachers"]) - set(config.teachers):
+        has = ", ".join(config.teachers)
+        raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
     moved = parse_config(tree, source="overrides")
     for key, _, new in config_changes(config, moved):
-        if not (_may_change(key) and _has(before, key)) and not (key == "steps" and _constant_rate(config)):
-            raise ConfigError(
-                f"{key} = {json.dumps(new)}: a run that goes on keeps what it learns from; a new one can begin where this one is "
-                "(lora.start = 'RUN/student'). What may change is where and how it runs: cluster, served, compute, teachers' "
-                "addresses, folders, and steps at a constant rate"
-            )
+        if key not in known or not _may_change(key, config, evaluation=evaluation):
+            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
     return moved
 
 
@@ -46,17 +49,30 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, config: Config, *, evaluation: bool) -> bool:
+    if evaluation and key in _MEASURED:
+        return True
+    if key == "steps":
+        return config.optimizer.schedule == "constant" and not evaluation
     return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)
 
 
-def _constant_rate(config: Config) -> bool:
-    return config.optimizer.schedule == "constant"
-
-
-def _has(tree: Mapping[str, Any], key: str) -> bool:
-    """Whether the run had such a key: a teacher that is new is no other place of one."""
-    return key in dict(_leaves(tree))
+def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
+    if key == "output":
+        return "a run is where its folder is; move the folder, and name its new place"
+    if evaluation:
+        return (
+            f"a run is evaluated as it was trained; only {_MEASURED[0]}, and where and how it runs, may change: {_LIST}"
+        )
+    if key == "steps":
+        return (
+            f"with optimizer.schedule = '{config.optimizer.schedule}' the rate of the steps that are done depends on it; begin a "
+            "new run (lora.start = 'RUN/student' begins where this one is)"
+        )
+    return (
+        "a run that goes on keeps what it learns from; begin a new one (lora.start = 'RUN/student' begins where this one is). What "
+        f"may change is where and how it runs: {_LIST}"
+    )
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
