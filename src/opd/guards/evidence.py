@@ -93,7 +93,7 @@ def longest_run(low: np.ndarray) -> int:
 
 
 def _units(batch: Batch) -> _Units:
-    log_ratio = _log_ratio(batch)
+    log_ratio = batch.log_ratio.double().numpy()
     places = np.flatnonzero(batch.scored.numpy())
     owners = np.repeat(np.arange(len(batch)), batch.lengths.numpy())[places]
     if batch.chunks is None or not len(places):
@@ -103,12 +103,6 @@ def _units(batch: Batch) -> _Units:
     starts = np.flatnonzero(np.r_[True, (np.diff(chunks) != 0) | (np.diff(owners) != 0)])
     last = np.r_[starts[1:], len(places)] - 1
     return _Units(np.add.reduceat(log_ratio[places], starts), owners[starts], places[last])
-
-
-def _log_ratio(batch: Batch) -> np.ndarray:
-    """Teacher minus student, as the student was before the update, [tokens] float64."""
-    student = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
-    return (batch.teacher_logprobs - student).double().numpy()
 
 
 def _texts(rollouts: Sequence[Rollout]) -> Metrics:
@@ -222,7 +216,7 @@ def _advantages(batch: Batch, integrated: float) -> Metrics:
     whole = sampled
     if integrated or batch.advantages is None:
         over_vocabulary = batch.distill_mask if batch.compared is None else batch.distill_mask & batch.compared
-        whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), _log_ratio(batch), 0.0)
+        whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), batch.log_ratio.double().numpy(), 0.0)
     sampled, whole = (np.where(np.isfinite(x), x, 0.0)[actions] for x in (sampled, whole))
     flagged = batch.flagged.numpy()[actions]
     metrics: Metrics = {}
