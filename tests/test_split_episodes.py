@@ -3,20 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import prompt, rollout, scored
+from factories import CHATML, byte_tokenizer, prompt, rollout, scored, toy_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_agents import always_echo
 from test_signal import config
 
+from opd import parse_config
+from opd import probe as probe_module
 from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
+from opd.guards.evidence import evidence
 from opd.metrics import values
-from opd.records import FailedScore, Flag, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Flag, ScoredRollout, Turn
 from opd.signal import divisor, follow
 
 CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
@@ -239,3 +244,54 @@ def test_parts_that_come_out_of_order_are_put_in_order():
     mixed, _ = pack([one[1], *two, one[0]], logprob_floor=-50.0)
     assert mixed.rollout_ids == straight.rollout_ids == ("p0/0", "p0/0.1", "p1/0")
     assert torch.equal(mixed.teacher_logprobs, straight.teacher_logprobs)
+
+
+def test_chunks_of_different_parts_are_different_chunks():
+    """Both parts number their chunks from 0; the second's first chunk is not open when the first's is chosen."""
+    found = []
+    for item in parts(Played([[-1.0, -1.0], [-3.0, -1.0]], [[0.0, -5.0], [0.0, -7.0]]), "p0", 0):
+        chunks = np.where(item.rollout.loss_mask, 0, -1)
+        found.append(ScoredRollout(item.rollout, ChunkScore("t", item.score.logprobs, chunks, 4, {})))  # type: ignore[union-attr]  # none failed
+    followed, _ = follow(config(objective={"type": "immediate"}), pack(found, logprob_floor=-50.0)[0])
+    assert followed.advantages is not None
+    assert followed.advantages[followed.loss_mask].tolist() == [-3.0, -4.0, -3.0, -6.0]
+
+
+def test_detectors_read_the_same_of_an_episode_in_parts():
+    """Loops, windows, rankings and advantages: long responses of three turns, some of them repeated tokens."""
+    generator = np.random.default_rng(0)
+    played = []
+    for name, sample in product(("p0", "p1"), (0, 1)):
+        ours = [(-generator.exponential(size=100)).tolist() for _ in range(3)]
+        theirs = [(-generator.exponential(size=100) * (0.01 if sample else 1.0)).tolist() for _ in range(3)]
+        played.append((Played(ours, theirs, float(sample), (1, 5) if name == "p1" else None), name, sample))
+    how = config(objective={"type": "to_go", "discount": 1.0})
+    seen = []
+    for make in (whole, parts):
+        items = [item for each in played for item in make(*each)]
+        found = values(evidence(items, follow(how, pack(items, logprob_floor=-50.0)[0])[0], special_ids=frozenset({4})))
+        seen.append(found)
+    assert seen[0].keys() == seen[1].keys() >= {"guard/low_kl/mean", "guard/looping/mean", "guard/auroc/mean"}
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+
+
+def test_a_probe_takes_an_episode_in_parts_as_one_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two estimators that are one function of an unsplit response agree; a group holds all parts of a prompt's samples."""
+    forgets = CHATML.replace("+ m['content'] +", "+ (m['content'] if loop.last else m['content'][:1]) +")
+    tree = toy_recipe(tmp_path, sampling={"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 30})
+    for name in ("student", "even", "odd"):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = forgets
+        tokenizer.save_pretrained(tmp_path / name)
+    read = probe_module.read_tasks
+    monkeypatch.setattr(probe_module, "read_tasks", lambda config, reward: read(config, reward, always_echo))
+    monkeypatch.setattr(probe_module, "run_checks", lambda config, studio, material: [])
+    monkeypatch.setattr(probe_module, "ESTIMATORS", {n: probe_module.ESTIMATORS[n] for n in ("exact", "immediate")})
+    packed: list[Batch] = []
+    own = probe_module._packed
+    monkeypatch.setattr(probe_module, "_packed", lambda *given: packed.append(own(*given)) or packed[-1])
+    found = probe_module.probe(parse_config(tree | {"temperature": 3.0}), num_prompts=4, samples=3, repeats=20)
+    assert [len(batch.first_parts) for batch in packed] == [3] * 4
+    assert any(len(batch) > 3 for batch in packed)
+    assert all(len({name.split("/")[0] for name in batch.rollout_ids}) == 1 for batch in packed)
+    assert found.rows[0].cosine == pytest.approx(1.0, abs=1e-6)

@@ -53,7 +53,7 @@ def evidence(
     metrics = _texts(rollouts) | _format_errors(rollouts) | _outcomes(scored) | _advantages(batch, integrated)
     units = _units(batch)
     if len(units.ratio) and np.isfinite(units.ratio).all():
-        metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(units)
+        metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(batch, units)
     return metrics
 
 
@@ -106,15 +106,18 @@ def _units(batch: Batch) -> _Units:
 
 
 def _texts(rollouts: Sequence[Rollout]) -> Metrics:
-    """How repetitive the responses are: the mean share of repeated 3-grams, the mean compression of those that are long
-    enough to compress, and the share of responses that are one loop by either measure."""
-    repeated, ratios, looping = [], [], []
+    """How repetitive the responses are, an episode being one: the mean share of repeated 3-grams, the mean compression of those
+    that are long enough to compress, and the share of responses that are one loop by either measure."""
+    said: dict[tuple[str, str, int], tuple[list[np.ndarray], list[str]]] = {}
     for rollout in rollouts:
-        if not rollout.num_actions:
-            continue
-        ids = rollout.token_ids[rollout.loss_mask]
+        if rollout.num_actions:
+            ids, texts = said.setdefault(_episode(rollout), ([], []))
+            ids.append(rollout.token_ids[rollout.loss_mask])
+            texts += _said(rollout)
+    repeated, ratios, looping = [], [], []
+    for parts, texts in said.values():
+        ids, text = np.concatenate(parts), "".join(texts)
         repeated.append(repeated_trigrams(ids))
-        text = "".join(_said(rollout))
         ratio = compression(text) if len(text) >= _MIN_BYTES else 0.0
         if ratio:
             ratios.append(ratio)
@@ -124,6 +127,10 @@ def _texts(rollouts: Sequence[Rollout]) -> Metrics:
         "guard/compression/mean": mean_of(ratios),
         "guard/looping/mean": mean_of(looping),
     }
+
+
+def _episode(rollout: Rollout) -> tuple[str, str, int]:
+    return rollout.prompt.id, rollout.prompt.teacher, rollout.sample
 
 
 def _said(rollout: Rollout) -> Iterator[str]:
@@ -137,8 +144,7 @@ def _format_errors(rollouts: Sequence[Rollout]) -> Metrics:
     """The share of episodes with a format error, and in how many each rule found one."""
     broken: dict[tuple[str, str, int], set[str]] = {}
     for rollout in rollouts:
-        episode = (rollout.prompt.id, rollout.prompt.teacher, rollout.sample)
-        broken.setdefault(episode, set()).update(flag.rule for flag in rollout.flags)
+        broken.setdefault(_episode(rollout), set()).update(flag.rule for flag in rollout.flags)
     metrics: Metrics = {
         "format/errors/mean": mean_of(bool(rules) for rules in broken.values()),
         "guard/episodes/sum": Sum(len(broken)),
@@ -189,12 +195,12 @@ def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metric
     }
 
 
-def _low_windows(units: _Units) -> Metrics:
+def _low_windows(batch: Batch, units: _Units) -> Metrics:
     """Windows of 64 units whose mean |log ratio| is below a fifth of the step's: the longest run of them, and the share of
-    the responses of four windows or more that have four in a row."""
+    the responses (whole episodes) of four windows or more that have four in a row."""
     size = np.abs(units.ratio)
     runs = []
-    for mine in np.split(size, np.flatnonzero(np.diff(units.owners)) + 1):
+    for mine in np.split(size, np.flatnonzero(np.diff(batch.episodes.numpy()[units.owners])) + 1):
         windows = len(mine) // _WINDOW
         if windows >= _WINDOWS_IN_A_ROW:
             means = mine[: windows * _WINDOW].reshape(windows, _WINDOW).mean(-1)
