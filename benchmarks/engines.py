@@ -175,7 +175,7 @@ class ReadyGroup:
 
 def through_ray(count: int, *, keep_hidden: bool) -> tuple[float, float]:
     """Milliseconds a rollout to a rank and back with its score, and the MB by which this process has grown meanwhile."""
-    teachers = RankTeachers(ReadyGroup(), "teachers", keep_hidden=keep_hidden)  # type: ignore[arg-type]
+    teachers = RankTeachers(ReadyGroup(), "teachers", keep_hidden=keep_hidden)  # type: ignore[arg-type]  # a stand-in for a group
     items = rollouts(count)
     teachers.score(items[:1])
     before = resident_mb()

@@ -13,7 +13,7 @@ from opd.config import Config, MaskConfig
 from opd.metrics import values
 from opd.objectives import advantages as adv
 from opd.objectives import baselines
-from opd.objectives.reduce import without_errors
+from opd.objectives.reduce import MaskScope, without_errors
 from opd.records import Flag
 from opd.signal import divisor, follow
 
@@ -195,21 +195,17 @@ def test_distillation_and_outcome_have_denominators_of_their_own():
 
 @pytest.mark.parametrize(
     ("scope", "kept"),
-    [
-        ("trajectory", ["", "", "", "ab"]),
-        ("suffix", ["ab", "", "", "ab"]),
-        ("turn", ["ad", "abc", "abcd", "ab"]),
-        ("span", ["abd", "abc", "abcd", "ab"]),
-    ],
+    [("trajectory", ["", "ab"]), ("suffix", ["ab", "ab"]), ("turn", ["adefghij", "ab"]), ("span", ["abdefghij", "ab"])],
 )
-def test_the_scopes_of_a_mask(scope: str, kept: list[str]):
-    """Three parts of one episode, the first with an error in the third of its tokens, and an episode without."""
-    flagged = torch.zeros(4, 4, dtype=torch.bool)
+def test_the_scopes_of_a_mask(scope: MaskScope, kept: list[str]):
+    """A trajectory with an error in the third of its tokens, and one without."""
+    flagged = torch.zeros(2, 10, dtype=torch.bool)
     flagged[0, 2] = True
-    turns = torch.tensor([[0, 1, 1, 2], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    found = without_errors(flagged, turns, torch.tensor([0, 0, 0, 1]), scope)
-    lengths = [4, 3, 4, 2]
-    shown = ["".join("abcd"[t] for t in range(n) if row[t]) for row, n in zip(found.tolist(), lengths, strict=True)]
+    turns = torch.tensor([[0, 1, 1, 2, 3, 3, 4, 5, 5, 5], [0] * 10])
+    found = without_errors(flagged, turns, scope)
+    shown = [
+        "".join("abcdefghij"[t] for t in range(n) if row[t]) for row, n in zip(found.tolist(), (10, 2), strict=True)
+    ]
     assert shown == kept
 
 

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from opd.errors import ScoreError
-from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, Rollout, ScoredRollout, SupportScore
+from opd.objectives.reduce import masked
+from opd.objectives.target import target_logprobs
+from opd.records import (
+    ChunkScore,
+    FailedScore,
+    HiddenPart,
+    HiddenScore,
+    Rollout,
+    SampledScore,
+    Score,
+    ScoredRollout,
+    SupportScore,
+)
 
 _BY_ROLLOUT = frozenset({"lengths", "group_ids", "episodes", "rewards", "num_bytes"})
 
@@ -20,16 +32,19 @@ class Batch:
     """Rollouts of one step, concatenated. `tokens` counts all their tokens, `actions` those that the student sampled.
 
     rollout_ids, teachers: one entry a rollout; lengths, group_ids [batch]; rewards [batch] (nan: none); episodes [batch]: equal
-    for the parts of one episode; turns [tokens]: which of the student's turns an action belongs to; flagged [tokens]: where
-    format errors lie;
+    for the parts of one episode, which follow each other in order; turns [tokens]: which of its episode's student turns an action
+    belongs to; flagged [tokens]: where format errors lie;
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. distill_mask: those that the
     distillation term acts on (all, unless `opd.signal` leaves some out); outcome_mask: those that an outcome acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
     support_ids, support_logprobs [tokens, support]: of teachers that gave their likeliest tokens, as in `SupportScore` (-1 and -inf
     where there is none).
-    chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore`, and with rollouts that have no
-    score; a token that was scored by itself is a chunk of its own, and its rollout counts 0 bytes.
+    chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore` but with numbers of which no two
+    rollouts share one, and with rollouts that have no score; a token that was scored by itself is a chunk of its own, and its
+    rollout counts 0 bytes.
+    A trajectory is an episode: `padded` has a row for each, over all its parts, and what is defined over a trajectory (sums to go,
+    sequence weights, baselines, masks, normalisers) is computed on those rows.
 
     Once computed, [tokens]: student_logprobs, reverse_kl, best_baseline (by the learner, before the update), and advantages.
     """
@@ -72,11 +87,31 @@ class Batch:
         """The actions that have a teacher's score, [tokens] bool."""
         return self.loss_mask if self.chunks is None else self.loss_mask & (self.chunks >= 0)
 
+    @property
+    def log_ratio(self) -> Tensor:
+        """log q - log pi of the sampled tokens, [tokens] nats, exactly 0 where there is no score.
+
+        The one place of its sign and mask: losses, advantages, metrics and detectors read it here. q has its floor (`pack`); pi is
+        the student as the update finds it, or as it sampled where it was not scored again. In a chunk the teacher's part stands at
+        the last token, so that the log ratios of a chunk's tokens sum to its own.
+        """
+        student = self.rollout_logprobs if self.student_logprobs is None else self.student_logprobs
+        return masked(self.teacher_logprobs - student, self.scored)
+
+    def any_of(self, flat: Tensor) -> Tensor:
+        """Whether any token of each rollout is set: [tokens] bool -> [batch] bool."""
+        return torch.stack([row.any() for row in torch.split(flat, self.lengths.tolist())])
+
+    @cached_property
+    def first_parts(self) -> Tensor:
+        """The row of each episode's first rollout, [episodes]."""
+        return torch.nonzero(torch.diff(self.episodes, prepend=self.episodes.new_tensor([-1])))[:, 0]
+
     @cached_property
     def leading(self) -> Tensor:
         """The first rollout with a score of every episode, [batch] bool: what is summed over episodes counts there."""
         found = torch.zeros(len(self), dtype=torch.bool)
-        some = torch.stack([part.any() for part in torch.split(self.scored, self.lengths.tolist())])
+        some = self.any_of(self.scored)
         seen: set[int] = set()
         for row in torch.nonzero(some)[:, 0].tolist():
             found[row] = int(self.episodes[row]) not in seen
@@ -88,14 +123,20 @@ class Batch:
         """Where each rollout's tokens start in the flat tensors, and where the last one ends."""
         return [0, *torch.cumsum(self.lengths, 0).tolist()]
 
+    @cached_property
+    def episode_lengths(self) -> list[int]:
+        """How many tokens the parts of each episode have together, [episodes]."""
+        starts = torch.tensor(self.offsets)[self.first_parts]
+        return torch.diff(starts, append=torch.tensor([len(self.token_ids)])).tolist()
+
     def padded(self, flat: Tensor) -> Tensor:
-        """[tokens] -> [batch, longest], zeros (False) behind each row's end; `flatten` undoes it."""
-        rows = torch.split(flat, self.lengths.tolist())
+        """[tokens] -> [episodes, longest], zeros (False) behind each row's end; `flatten` undoes it."""
+        rows = torch.split(flat, self.episode_lengths)
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
     def flatten(self, padded: Tensor) -> Tensor:
-        """[batch, longest] -> [tokens]; the inverse of `padded`."""
-        return torch.cat([row[:length] for row, length in zip(padded, self.lengths.tolist(), strict=True)])
+        """[episodes, longest] -> [tokens]; the inverse of `padded`."""
+        return torch.cat([row[:length] for row, length in zip(padded, self.episode_lengths, strict=True)])
 
 
 def trainable(scored: Sequence[ScoredRollout], *, unscored: bool = False) -> list[ScoredRollout]:
@@ -118,47 +159,37 @@ def pack(
 ) -> tuple[Batch, dict[str, int]]:
     """One Batch from the rollouts that can be trained on (`trainable`), and the counts of what was left out or changed.
 
-    Teacher log-probabilities below `logprob_floor` are raised to it and counted. Raises ScoreError naming the rollout
-    when a teacher's score is not a number, and when no rollout is left.
+    Other parts of an episode that can be trained on are in the batch too, without a score: its format errors and its actions are
+    the whole episode's. The log-probability of each model of a teacher is raised to `logprob_floor` before its weight, and
+    "floored" counts the tokens at which one was. Raises ScoreError naming the rollout when a teacher's score is not a number, and
+    when no rollout is left.
     """
-    usable = trainable(scored, unscored=unscored)
-    floored = 0
-    columns: dict[str, list[np.ndarray]] = {"ids": [], "mask": [], "rollout": [], "teacher": []}
-    for item in usable:
-        rollout, score = item.rollout, item.score
-        columns["ids"].append(rollout.token_ids)
-        columns["mask"].append(rollout.loss_mask)
-        columns["rollout"].append(rollout.rollout_logprobs)
-        if isinstance(score, FailedScore):
-            columns["teacher"].append(np.zeros(len(rollout.token_ids)))
-            continue
-        on_mask = score.logprobs[rollout.loss_mask]
-        faulty = np.isnan(on_mask) | np.isposinf(on_mask)
-        if faulty.any():
-            raise ScoreError(
-                f"rollout '{rollout.id}': teacher '{score.teacher}' gave {int(faulty.sum())} of "
-                f"{len(on_mask)} log-probabilities that are no numbers; check the teacher's weights (opd check)"
-            )
-        # A chunk's log-probability is a sum; what the floor did to its tokens has been counted where they were scored.
-        chunked = isinstance(score, ChunkScore)
-        floor = -np.inf if chunked else logprob_floor
-        floored += score.facts.get("floored", 0) if chunked else int((on_mask < floor).sum())
-        columns["teacher"].append(np.where(rollout.loss_mask, np.maximum(score.logprobs, floor), 0.0))
-    if not usable:
+    counted = trainable(scored, unscored=unscored)
+    if not counted:
         reasons = sorted({s.score.reason for s in scored if isinstance(s.score, FailedScore)}) or ["no actions"]
         raise ScoreError(f"none of {len(scored)} rollouts can be trained on: {'; '.join(reasons)}")
+    usable = _whole_episodes(scored, counted)
+    columns: dict[str, list[np.ndarray]] = {"ids": [], "mask": [], "rollout": [], "teacher": []}
+    floored = 0
+    for item in usable:
+        columns["ids"].append(item.rollout.token_ids)
+        columns["mask"].append(item.rollout.loss_mask)
+        columns["rollout"].append(item.rollout.rollout_logprobs)
+        teacher, below = _teacher_logprobs(item, logprob_floor)
+        columns["teacher"].append(teacher)
+        floored += below
     flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     loss_mask = torch.from_numpy(flat["mask"])
     groups = _numbered((s.rollout.prompt.id, s.score.teacher) for s in usable)
-    episodes = _numbered((s.rollout.prompt.id, s.score.teacher, s.rollout.sample) for s in usable)
+    episodes = _numbered(_episode(s) for s in usable)
     batch = Batch(
         rollout_ids=tuple(s.rollout.id for s in usable),
         teachers=tuple(s.score.teacher for s in usable),
         lengths=torch.tensor([len(s.rollout.token_ids) for s in usable]),
         group_ids=torch.tensor([groups[s.rollout.prompt.id, s.score.teacher] for s in usable]),
         rewards=torch.tensor([np.nan if s.rollout.reward is None else s.rollout.reward for s in usable]),
-        episodes=torch.tensor([episodes[s.rollout.prompt.id, s.score.teacher, s.rollout.sample] for s in usable]),
-        turns=torch.from_numpy(np.concatenate([_turns(s.rollout) for s in usable])),
+        episodes=torch.tensor([episodes[_episode(s)] for s in usable]),
+        turns=torch.from_numpy(np.concatenate(_turns(usable))),
         flagged=torch.from_numpy(np.concatenate([_flagged(s.rollout) for s in usable])),
         token_ids=torch.from_numpy(flat["ids"].astype(np.int64)),
         loss_mask=loss_mask,
@@ -169,10 +200,51 @@ def pack(
         teacher_parts=_parts(usable),
         **(_chunk_columns(usable) | _support_columns(usable)),
     )
-    counts = {"dropped": len(scored) - len(usable), "floored": floored}
+    counts = {"dropped": len(scored) - len(counted), "floored": floored}
     if unscored:
-        counts["unscored"] = sum(isinstance(s.score, FailedScore) for s in usable)
+        counts["unscored"] = sum(isinstance(s.score, FailedScore) for s in counted)
     return batch, counts
+
+
+def _episode(item: ScoredRollout) -> tuple[str, str, int]:
+    return item.rollout.prompt.id, item.score.teacher, item.rollout.sample
+
+
+def _whole_episodes(scored: Sequence[ScoredRollout], counted: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+    """Every part of the episodes that something can be trained on, an episode's parts next to each other and in order."""
+    place = _numbered(map(_episode, counted))
+    parts = [s for s in scored if _episode(s) in place and s.rollout.num_actions]
+    return sorted(parts, key=lambda s: (place[_episode(s)], s.rollout.part))
+
+
+def _teacher_logprobs(item: ScoredRollout, floor: float) -> tuple[np.ndarray, int]:
+    """(log q of the sampled tokens [tokens], at how many of them a model was below the floor).
+
+    The tokens of a chunk are the teacher's own; they had their floor, and were counted, where they were scored.
+    """
+    score, mask = item.score, item.rollout.loss_mask
+    if isinstance(score, FailedScore):
+        return np.zeros(len(mask)), 0
+    models = _models(score)
+    bad = np.logical_or.reduce([np.isnan(x) | np.isposinf(x) for _, x in models]) & mask
+    if bad.any():
+        raise ScoreError(
+            f"rollout '{item.rollout.id}': teacher '{score.teacher}' gave {int(bad.sum())} of {int(mask.sum())} "
+            "log-probabilities that are no numbers; check the teacher's weights (opd check)"
+        )
+    if isinstance(score, ChunkScore):
+        return np.where(mask, score.logprobs, 0.0), score.facts.get("floored", 0)
+    own = ((torch.from_numpy(np.where(mask, x, 0.0)), weight) for weight, x in models)
+    found, below = target_logprobs(own, floor)
+    return found.numpy(), 0 if below is None else int(below.sum())
+
+
+def _models(score: Score) -> Sequence[tuple[float, np.ndarray]]:
+    """(weight, log-probabilities) of each model that a score is made of."""
+    assert not isinstance(score, FailedScore)
+    if isinstance(score, SampledScore | HiddenScore) and score.components:
+        return score.components
+    return [(1.0, score.logprobs)]
 
 
 def split(batch: Batch, parts: int) -> list[Batch | None]:
@@ -217,11 +289,16 @@ def _numbered(keys: Iterable[Hashable]) -> dict[Hashable, int]:
     return {key: i for i, key in enumerate(dict.fromkeys(keys))}
 
 
-def _turns(rollout: Rollout) -> np.ndarray:
-    """Which of the student's turns each action belongs to, [tokens] int64; 0 elsewhere."""
-    found = np.zeros(len(rollout.token_ids), dtype=np.int64)
-    for number, turn in enumerate(t for t in rollout.turns if t.author == "student"):
-        found[turn.start : turn.end] = number
+def _turns(scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
+    """Which of its episode's student turns each action belongs to, one [tokens] int64 for each rollout; 0 off the actions."""
+    found, taken = [], dict.fromkeys(map(_episode, scored), 0)
+    for item in scored:
+        column = np.zeros(len(item.rollout.token_ids), dtype=np.int64)
+        for turn in item.rollout.turns:
+            if turn.author == "student":
+                column[turn.start : turn.end] = taken[_episode(item)]
+                taken[_episode(item)] += 1
+        found.append(column)
     return found
 
 
@@ -270,8 +347,13 @@ def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     if not any(isinstance(s.score, ChunkScore | FailedScore) for s in scored):
         return {}
     sizes = [s.score.num_bytes if isinstance(s.score, ChunkScore) else 0 for s in scored]
+    numbers, used = [], 0
+    for item in scored:
+        own = _chunks(item).astype(np.int64)
+        numbers.append(np.where(own >= 0, own + used, -1))
+        used += int(own.max(initial=-1)) + 1
     found = {
-        "chunks": torch.from_numpy(np.concatenate([_chunks(s) for s in scored]).astype(np.int64)),
+        "chunks": torch.from_numpy(np.concatenate(numbers)),
         "num_bytes": torch.tensor(sizes),
     }
     if _parts(scored) is not None:

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from opd.batch import pack
 from opd.metrics import wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
 from opd.roles import Sampler, Seed, Teacher
@@ -78,8 +80,10 @@ def evaluate(
     seed: Seed = EVALUATION_SEED,
     teachers: Teacher | None = None,
     reverse_kl: ReverseKl | None = None,
+    logprob_floor: float = -50.0,
 ) -> Cell:
-    """One response a prompt at the sampler's temperature, verified; with `teachers` and `reverse_kl` also the KL."""
+    """One response a prompt at the sampler's temperature, verified; with `teachers` and `reverse_kl` also the KL, in which the
+    teachers' log-probabilities have the floor that they have in training."""
     rollouts = judge(sampler.sample(prompts, num_samples=1, seed=seed))
     episodes = [r for r in rollouts if r.part == 0]
     faulty = {(r.prompt.id, r.sample) for r in rollouts if r.flags}
@@ -91,7 +95,7 @@ def evaluate(
         # One teacher scores all prompts of a set, so its scores are of one kind.
         hidden = [s for s in scored if isinstance(s.score, HiddenScore)]
         exact = bool(hidden)
-        kl = _averages(reverse_kl(hidden), hidden) if exact else _from_samples(scored)
+        kl = _averages(reverse_kl(hidden), hidden) if exact else _from_samples(scored, logprob_floor)
     return Cell(
         total=len(episodes),
         verified=len(known),
@@ -113,19 +117,20 @@ def _averages(per_token: Sequence[np.ndarray], scored: Sequence[ScoredRollout]) 
     return {"kl_token": float(every.mean()), "kl_sequence": float(every.sum() / len(episodes))}
 
 
-def _from_samples(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+def _from_samples(scored: Sequence[ScoredRollout], logprob_floor: float) -> dict[str, float]:
     """The same from what was sampled, and a byte for a teacher that scores chunks; nothing when nothing was scored."""
-    known = [
-        (s, s.score) for s in scored if isinstance(s.score, SampledScore | SupportScore | ChunkScore) and s.mask.any()
-    ]
+    known = [s for s in scored if isinstance(s.score, SampledScore | SupportScore | ChunkScore) and s.mask.any()]
     if not known:
         return {}
-    ratios = [(s.rollout.rollout_logprobs - score.logprobs)[s.mask].astype(np.float64) for s, score in known]
+    batch, _ = pack(known, logprob_floor=logprob_floor)
+    ratios = batch.log_ratio.double()
+    total, episodes = -float(ratios.sum()), len(batch.first_parts)
+    found = {"kl_token": total / int(batch.scored.sum()), "kl_sequence": total / episodes}
+    if batch.num_bytes is None or not bool(batch.num_bytes.any()):
+        return found
     # as the training metric has it: a response without text has no bytes to share its cost
-    sizes = [score.num_bytes if isinstance(score, ChunkScore) else 0 for _, score in known]
-    cost = sum(float(r.sum()) for r, size in zip(ratios, sizes, strict=True) if size)
-    found = _averages(ratios, [s for s, _ in known])
-    return found | ({"kl_byte": cost / sum(sizes)} if sum(sizes) else {})
+    readable = torch.repeat_interleave(batch.num_bytes > 0, batch.lengths)
+    return found | {"kl_byte": -float(ratios[readable].sum()) / int(batch.num_bytes.sum())}
 
 
 def pick(prompts: Sequence[Prompt], count: int, *, seed: int) -> list[Prompt]:

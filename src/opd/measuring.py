@@ -94,6 +94,7 @@ class Measuring:
                 self._parts.judge,
                 teachers=teachers,
                 reverse_kl=self._reverse_kl,
+                logprob_floor=self._config.objective.teacher_logprob_floor,
             )
             for key in by_task(self._material.prompts)
         }

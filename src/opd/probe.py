@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
         raise DataError(f"a probe compares prompts: it needs 2 or more, the recipe has {len(chosen)}")
     rollouts = studio.sampler().sample(chosen, num_samples=samples, seed=(config.seed, "probe"))
     scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
-    groups = [scored[i : i + samples] for i in range(0, len(scored), samples)]
+    # an episode that its template split is several rollouts
+    groups = [list(group) for _, group in groupby(scored, key=lambda s: (s.rollout.prompt.task, s.rollout.prompt.id))]
     learners = {name: _learner(studio, options) for name, options in ESTIMATORS.items()}
     scorer = _learner(studio, {"type": "immediate", "baseline": "score_weighted"})  # it fills every column
     sketch = _Sketch(scorer)
@@ -187,9 +189,9 @@ def _followed(config: Config, options: Mapping[str, Any], batch: Batch) -> Batch
     return follow(config.model_copy(update=plain), batch)[0]
 
 
-def _only(batch: Batch, row: int) -> Batch:
-    """The batch with one response that trains; the others stay in it as they are."""
-    mine = torch.repeat_interleave(torch.arange(len(batch)) == row, batch.lengths)
+def _only(batch: Batch, episode: int) -> Batch:
+    """The batch with one response that trains, all parts of it; the others stay in it as they are."""
+    mine = torch.repeat_interleave(batch.episodes == episode, batch.lengths)
     return replace(batch, distill_mask=batch.distill_mask & mine)
 
 

@@ -123,10 +123,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SampledScore:
-    """The teacher's log-probability of each sampled token: logprobs [tokens], nats, 0 off the loss mask."""
+    """The teacher's log-probability of each sampled token: logprobs [tokens], nats, 0 off the loss mask.
+
+    components: of a teacher made of several models, (weight, log-probabilities [tokens]) of each; `logprobs` is their weighted sum.
+    All are as the models gave them: their floor is the objective's (`opd.batch.pack`).
+    """
 
     teacher: str
     logprobs: np.ndarray
+    components: tuple[tuple[float, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,12 +165,13 @@ class HiddenPart:
 class HiddenScore:
     """A full-vocabulary score in process: log q = sum_k weight_k log q_k over its parts, one for an ordinary teacher.
 
-    `logprobs` [tokens] is as in `SampledScore`.
+    `logprobs` [tokens] and `components` are as in `SampledScore`.
     """
 
     teacher: str
     logprobs: np.ndarray
     parts: tuple[HiddenPart, ...]
+    components: tuple[tuple[float, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,10 @@ class ScoredRollout:
             return
         assert self.score.logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
         read_only(self.score.logprobs)
+        if isinstance(self.score, SampledScore | HiddenScore):
+            for _, logprobs in self.score.components:
+                assert logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
+                read_only(logprobs)
         if isinstance(self.score, ChunkScore):
             assert self.score.chunks.shape == self.rollout.token_ids.shape, self.rollout.id
             read_only(self.score.chunks)

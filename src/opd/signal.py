@@ -17,6 +17,7 @@ from opd.objectives.reduce import denominator, without_errors
 def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     """The batch with its masks and advantages, and what was left out of it.
 
+    Rows are episodes: sums to go, baselines, sequence weights and masks run over all parts of one.
     A_t = w_t (coef_d A_t^distill / N_d + coef_o A^outcome / N_o) N_d: the distillation part on `distill_mask`, whose normaliser is
     N_d, the outcome part on `outcome_mask`, whose normaliser is N_o; w_t is the correction's weight. The learner divides by N_d
     (`divisor`). Advantages are None when there is no sampled term. Raises ValueError when the objective needs student scores that
@@ -29,7 +30,7 @@ def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
         total = config.objective.coef * total
     outcome = None
     if config.outcome.coef > 0:
-        outcome = config.outcome.coef * _outcome(config, batch)[:, None] * mask
+        outcome = config.outcome.coef * _outcome(config, batch)[:, None] * mask  # the same on every part of an episode
     if config.objective.correction.type != "none":
         weights, kept, more = _correction(config.objective.correction, batch, mask)
         kept = batch.flatten(kept)
@@ -51,10 +52,7 @@ def divisor(objective: ObjectiveConfig, batch: Batch) -> float:
 
 
 def _normalizer(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> float:
-    padded = batch.padded(mask)
-    if objective.normalizer == "trajectory":  # an episode that its template split is one
-        return max(1.0, float(len(batch.episodes[padded.any(-1)].unique())))
-    return denominator(padded, objective.normalizer, constant=objective.constant)
+    return denominator(batch.padded(mask), objective.normalizer, constant=objective.constant)
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
@@ -64,40 +62,39 @@ def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     metrics: Metrics = {}
     scope = config.mask.format_errors
     if scope != "off":
-        whole = without_errors(batch.padded(batch.flagged), batch.padded(batch.turns), batch.episodes, scope)
+        whole = without_errors(batch.padded(batch.flagged), batch.padded(batch.turns), scope)
         masked = kept & ~batch.flatten(whole)
         metrics["mask/tokens/sum"] = Sum(int(masked.sum()))
-        metrics["mask/rollouts/sum"] = Sum(int(batch.padded(masked).any(-1).sum()))
+        metrics["mask/rollouts/sum"] = Sum(int(batch.any_of(masked).sum()))
         kept = kept & ~masked
     if config.objective.coef == 0:
         kept = torch.zeros_like(kept)
-    verdict = torch.zeros(len(batch), dtype=torch.bool)
+    judged = torch.zeros_like(kept)
     if config.outcome.coef > 0:
-        verdict = ~torch.isnan(batch.rewards) | _faulty(batch)
-    judged = batch.loss_mask & torch.repeat_interleave(verdict, batch.lengths)
+        verdict = ~torch.isnan(batch.rewards[batch.first_parts]) | _faulty(batch)
+        judged = batch.flatten(batch.padded(batch.loss_mask) & verdict[:, None])
     return replace(batch, distill_mask=kept, outcome_mask=judged), metrics
 
 
 def _faulty(batch: Batch) -> Tensor:
-    """The rollouts whose episode has a format error, [batch] bool."""
-    whole = without_errors(batch.padded(batch.flagged), batch.padded(batch.turns), batch.episodes, "trajectory")
-    return ~whole.all(-1)
+    """The episodes that have a format error, [episodes] bool."""
+    return batch.padded(batch.flagged).any(-1)
 
 
 def _distillation(config: Config, batch: Batch) -> Tensor | None:
-    """The sampled part of the distillation term, [batch, tokens]; None when all of it is integrated in the loss."""
+    """The sampled part of the distillation term, [episodes, tokens]; None when all of it is integrated in the loss."""
     objective = config.objective
     mask = batch.padded(batch.scored)
-    current = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
-    log_ratio = batch.padded(batch.teacher_logprobs - current)
+    log_ratio = batch.padded(batch.log_ratio)
     discount = objective.discount or 0.0  # the types with a future part have one
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
         case "exact" | "support":
             # A teacher of another tokenizer has a distribution only where both sides chose the same token.
-            if chunks is None or batch.compared is None:
+            alone = None if batch.compared is None else mask & ~batch.padded(batch.compared)
+            if chunks is None or alone is None or not bool(alone.any()):
                 return None
-            total = adv.immediate(log_ratio, mask, chunks) * ~batch.padded(batch.compared)
+            total = adv.immediate(log_ratio, mask, chunks) * alone
         case "immediate":
             total = adv.immediate(log_ratio, mask, chunks)
         case "to_go":
@@ -118,10 +115,9 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
         case "none":
             return torch.zeros_like(advantages)
         case "leave_one_out":
-            # The parts of one episode depend on each other: a part is compared with the same part of other samples.
-            first = torch.searchsorted(batch.episodes, batch.episodes)
-            part = torch.arange(len(batch)) - first
-            return baselines.leave_one_out(advantages, mask, batch.group_ids * (int(part.max()) + 1) + part)
+            # Steps are the actions of the episode, those without a score too: a part without one must not shift the later ones.
+            groups, actions = batch.group_ids[batch.first_parts], batch.padded(batch.loss_mask)
+            return baselines.leave_one_out(advantages, mask, groups, actions=actions)
         case "kl":
             return baselines.negative_kl(_needed(batch, "reverse_kl"), mask)
         case "score_weighted":
@@ -131,21 +127,18 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
 
 
 def _outcome(config: Config, batch: Batch) -> Tensor:
-    """The outcome's advantage [batch], the same for every part of an episode; 0 where an episode has no verdict."""
-    rewards = torch.where(_faulty(batch), config.outcome.format_error, batch.rewards)
-    first = torch.ones(
-        len(batch), dtype=torch.bool
-    )  # one row an episode: a split one must not count twice in its group
-    first[1:] = batch.episodes[1:] != batch.episodes[:-1]
-    known = first & ~torch.isnan(rewards)
-    found = adv.outcome(rewards[known], batch.group_ids[known], config.outcome.baseline)
-    by_episode = rewards.new_zeros(int(batch.episodes.max()) + 1).index_add(0, batch.episodes[known], found)
-    return by_episode[batch.episodes]
+    """The outcome's advantage [episodes]; 0 where an episode has no verdict."""
+    rewards, groups = batch.rewards[batch.first_parts], batch.group_ids[batch.first_parts]
+    rewards = torch.where(_faulty(batch), config.outcome.format_error, rewards)
+    known = ~torch.isnan(rewards)
+    found = torch.zeros_like(rewards)
+    found[known] = adv.outcome(rewards[known], groups[known], config.outcome.baseline)
+    return found
 
 
 def _correction(config: CorrectionConfig, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-    """(weights, the mask of what is kept, both [batch, tokens]; how far sampled log-probabilities are from the student's as it is,
-    and how many actions a bound touched)."""
+    """(weights, the mask of what is kept, both [episodes, tokens]; how far sampled log-probabilities are from the student's, and
+    how many actions a bound touched)."""
     mine, sampled = _needed(batch, "student_logprobs"), batch.padded(batch.rollout_logprobs)
     plain = corrections.importance_weights(mine, sampled, mask, config.level)
     gaps = (mine - sampled)[mask].double().abs().tolist()
@@ -164,7 +157,7 @@ def _correction(config: CorrectionConfig, batch: Batch, mask: Tensor) -> tuple[T
 
 
 def _needed(batch: Batch, name: str) -> Tensor:
-    """A column that the learner fills before the update, [batch, tokens]."""
+    """A column that the learner fills before the update, [episodes, tokens]."""
     found = getattr(batch, name)
     if found is None:
         raise ValueError(f"this objective needs batch.{name}; call learner.score_student(batch) before")

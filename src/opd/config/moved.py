@@ -33,7 +33,7 @@ def moved_config(config: Config, overrides: Sequence[str], *, evaluation: bool =
     tree = json.loads(dump_config(config))
     known = dict(_leaves(tree))
     apply_overrides(tree, overrides)
-    for name in set(tree["teachers"]) - set(config.teachers):
+    for name in sorted(set(tree["teachers"]) - set(config.teachers)):
         has = ", ".join(config.teachers)
         raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
     moved = parse_config(tree, source="overrides")

@@ -10,6 +10,7 @@ from opd.data.micro import micro_batches
 from opd.embedded.network import Network
 from opd.errors import DataError
 from opd.objectives.logprobs import token_logprobs
+from opd.objectives.target import target_logprobs
 from opd.records import ChunkScore, FailedScore, HiddenPart, Rollout, Score
 from opd.text.cells import Cells
 from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
@@ -74,9 +75,12 @@ def score_foreign(
 def _score(
     teacher: str, voice: ForeignVoice, rollout: Rollout, turns: Sequence[TurnPair], spoken: Sequence["_Spoken"]
 ) -> ChunkScore:
-    # The floor is of a token, as everywhere; a chunk's sum may be lower.
-    floored = sum(int((said.logprobs < voice.logprob_floor).sum()) for said in spoken)
-    logprobs = [np.maximum(said.logprobs, voice.logprob_floor) for said in spoken]
+    # The floor is of a token, as everywhere; a chunk's sum may be lower, so its tokens have theirs here.
+    logprobs, floored = [], 0
+    for said in spoken:
+        found, below = target_logprobs([(torch.from_numpy(said.logprobs.copy()), 1.0)], voice.logprob_floor)
+        logprobs.append(found.numpy())
+        floored += 0 if below is None else int(below.sum())
     found = chunk_score(teacher, rollout, turns, logprobs)
     found = replace(found, facts={**found.facts, "floored": floored})
     if voice.cells is None:

@@ -87,8 +87,9 @@ class EmbeddedLearner:
         kl = self.score_student(batch).reverse_kl
         assert kl is not None
         owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
+        compared = batch.scored if batch.compared is None else batch.scored & batch.compared
         for teacher in dict.fromkeys(batch.teachers):
-            mine = torch.tensor([name == teacher for name in batch.teachers])[owners] & batch.loss_mask
+            mine = torch.tensor([name == teacher for name in batch.teachers])[owners] & compared
             found[f"kl/token/{teacher}/mean"] = mean_of(kl[mine].tolist())
         return found
 

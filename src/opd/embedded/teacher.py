@@ -93,11 +93,13 @@ class EmbeddedTeachers:
             logprobs = np.zeros(len(rollouts[i].token_ids), dtype=np.float32)
             for part, (spread, _) in every:
                 logprobs += np.float32(part.weight) * spread[i]
+            components = tuple((part.weight, spread[i]) for part, (spread, _) in every)
+            components = components if len(target) > 1 else ()
             if self._keep_hidden:
                 parts = tuple(HiddenPart(part.name, part.weight, hidden[i]) for part, (_, hidden) in every)
-                scores.append(HiddenScore(teacher, logprobs, parts))
+                scores.append(HiddenScore(teacher, logprobs, parts, components))
             else:
-                scores.append(SampledScore(teacher, logprobs))
+                scores.append(SampledScore(teacher, logprobs, components))
         return scores
 
     @torch.no_grad()

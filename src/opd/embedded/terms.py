@@ -200,8 +200,8 @@ def agreement_metrics(given: Pass, how: VocabularyLoss) -> Metrics:
 
 
 def sampled_kl(given: Pass) -> np.ndarray:
-    """log pi - log q of each action [actions]: in the mean over samples the reverse KL."""
-    return (given.batch.rollout_logprobs - given.batch.teacher_logprobs)[given.flat].double().numpy()
+    """log pi - log q of each action [actions], 0 without a score: in the mean over samples the reverse KL."""
+    return -given.batch.log_ratio[given.flat].double().numpy()
 
 
 @torch.no_grad()

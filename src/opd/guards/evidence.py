@@ -53,7 +53,7 @@ def evidence(
     metrics = _texts(rollouts) | _format_errors(rollouts) | _outcomes(scored) | _advantages(batch, integrated)
     units = _units(batch)
     if len(units.ratio) and np.isfinite(units.ratio).all():
-        metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(units)
+        metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(batch, units)
     return metrics
 
 
@@ -93,7 +93,7 @@ def longest_run(low: np.ndarray) -> int:
 
 
 def _units(batch: Batch) -> _Units:
-    log_ratio = _log_ratio(batch)
+    log_ratio = batch.log_ratio.double().numpy()
     places = np.flatnonzero(batch.scored.numpy())
     owners = np.repeat(np.arange(len(batch)), batch.lengths.numpy())[places]
     if batch.chunks is None or not len(places):
@@ -105,22 +105,19 @@ def _units(batch: Batch) -> _Units:
     return _Units(np.add.reduceat(log_ratio[places], starts), owners[starts], places[last])
 
 
-def _log_ratio(batch: Batch) -> np.ndarray:
-    """Teacher minus student, as the student was before the update, [tokens] float64."""
-    student = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
-    return (batch.teacher_logprobs - student).double().numpy()
-
-
 def _texts(rollouts: Sequence[Rollout]) -> Metrics:
-    """How repetitive the responses are: the mean share of repeated 3-grams, the mean compression of those that are long
-    enough to compress, and the share of responses that are one loop by either measure."""
-    repeated, ratios, looping = [], [], []
+    """How repetitive the responses are, an episode being one: the mean share of repeated 3-grams, the mean compression of those
+    that are long enough to compress, and the share of responses that are one loop by either measure."""
+    said: dict[tuple[str, str, int], tuple[list[np.ndarray], list[str]]] = {}
     for rollout in rollouts:
-        if not rollout.num_actions:
-            continue
-        ids = rollout.token_ids[rollout.loss_mask]
+        if rollout.num_actions:
+            ids, texts = said.setdefault(_episode(rollout), ([], []))
+            ids.append(rollout.token_ids[rollout.loss_mask])
+            texts += _said(rollout)
+    repeated, ratios, looping = [], [], []
+    for parts, texts in said.values():
+        ids, text = np.concatenate(parts), "".join(texts)
         repeated.append(repeated_trigrams(ids))
-        text = "".join(_said(rollout))
         ratio = compression(text) if len(text) >= _MIN_BYTES else 0.0
         if ratio:
             ratios.append(ratio)
@@ -130,6 +127,10 @@ def _texts(rollouts: Sequence[Rollout]) -> Metrics:
         "guard/compression/mean": mean_of(ratios),
         "guard/looping/mean": mean_of(looping),
     }
+
+
+def _episode(rollout: Rollout) -> tuple[str, str, int]:
+    return rollout.prompt.id, rollout.prompt.teacher, rollout.sample
 
 
 def _said(rollout: Rollout) -> Iterator[str]:
@@ -143,8 +144,7 @@ def _format_errors(rollouts: Sequence[Rollout]) -> Metrics:
     """The share of episodes with a format error, and in how many each rule found one."""
     broken: dict[tuple[str, str, int], set[str]] = {}
     for rollout in rollouts:
-        episode = (rollout.prompt.id, rollout.prompt.teacher, rollout.sample)
-        broken.setdefault(episode, set()).update(flag.rule for flag in rollout.flags)
+        broken.setdefault(_episode(rollout), set()).update(flag.rule for flag in rollout.flags)
     metrics: Metrics = {
         "format/errors/mean": mean_of(bool(rules) for rules in broken.values()),
         "guard/episodes/sum": Sum(len(broken)),
@@ -195,12 +195,12 @@ def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metric
     }
 
 
-def _low_windows(units: _Units) -> Metrics:
+def _low_windows(batch: Batch, units: _Units) -> Metrics:
     """Windows of 64 units whose mean |log ratio| is below a fifth of the step's: the longest run of them, and the share of
-    the responses of four windows or more that have four in a row."""
+    the responses (whole episodes) of four windows or more that have four in a row."""
     size = np.abs(units.ratio)
     runs = []
-    for mine in np.split(size, np.flatnonzero(np.diff(units.owners)) + 1):
+    for mine in np.split(size, np.flatnonzero(np.diff(batch.episodes.numpy()[units.owners])) + 1):
         windows = len(mine) // _WINDOW
         if windows >= _WINDOWS_IN_A_ROW:
             means = mine[: windows * _WINDOW].reshape(windows, _WINDOW).mean(-1)
@@ -222,7 +222,7 @@ def _advantages(batch: Batch, integrated: float) -> Metrics:
     whole = sampled
     if integrated or batch.advantages is None:
         over_vocabulary = batch.distill_mask if batch.compared is None else batch.distill_mask & batch.compared
-        whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), _log_ratio(batch), 0.0)
+        whole = sampled + (integrated or 1.0) * np.where(over_vocabulary.numpy(), batch.log_ratio.double().numpy(), 0.0)
     sampled, whole = (np.where(np.isfinite(x), x, 0.0)[actions] for x in (sampled, whole))
     flagged = batch.flagged.numpy()[actions]
     metrics: Metrics = {}

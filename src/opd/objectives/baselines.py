@@ -19,6 +19,7 @@ def leave_one_out(
     group_ids: Int[Tensor, " batch"],
     *,
     per: Literal["step", "prompt"] = "step",
+    actions: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The mean advantage of the other samples of the group, an estimate of V(s_t) from independent responses.
 
@@ -28,7 +29,8 @@ def leave_one_out(
 
     0 where no other sample says anything: a group of one, or a response longer than the others'.
 
-    Args: advantages, mask [batch, tokens]; group_ids [batch] integers, equal for samples of one prompt.
+    Args: advantages, mask [batch, tokens]; group_ids [batch] integers, equal for samples of one prompt; actions [batch, tokens]:
+    what counts as a step, where some actions have no advantage (default: the mask).
     """
     # Summed in float64: a sample's own part is taken out of the sum again.
     values = masked(advantages, mask).detach().double()
@@ -41,7 +43,7 @@ def leave_one_out(
         found = (total / others.clamp(min=1)).unsqueeze(-1).expand_as(values)
         return masked(found, mask).to(advantages.dtype)
     # action[b, t]: how many actions row b has before token t
-    action = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    action = ((mask if actions is None else actions).long().cumsum(-1) - 1).clamp(min=0)
     cell = group.unsqueeze(-1) * max(1, mask.shape[1]) + action
     size = num_groups * max(1, mask.shape[1])
     total = values.new_zeros(size).index_add(0, cell[mask], values[mask])

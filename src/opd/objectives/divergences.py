@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.objectives.target import raised
+
 
 def reverse_kl(
     student_logits: Float[Tensor, "*positions vocab"],
@@ -78,7 +80,7 @@ def support_reverse_kl(
     """
     logp, logq = student_logprobs_on_support, teacher_logprobs_on_support.detach()
     p = logp.exp()
-    gap = torch.where(p > 0, logp.detach(), 0.0) - logq.clamp(min=logprob_floor)
+    gap = torch.where(p > 0, logp.detach(), 0.0) - raised(logq, logprob_floor)
     log_tail_q = tail_logprob(logq, logprob_floor=logprob_floor)
     tail_p = (1.0 - p.sum(-1)).clamp(min=0.0)
     some = tail_p.detach() > 4 * torch.finfo(p.dtype).eps
@@ -91,7 +93,7 @@ def tail_logprob(
 ) -> Float[Tensor, "*positions"]:
     """log(1 - sum of the probabilities on the support), at least `logprob_floor`; [..., k] -> [...]."""
     inside = logprobs_on_support.double().exp().sum(-1)
-    tail = (1.0 - inside).clamp(min=0.0).log().clamp(min=logprob_floor)
+    tail = raised((1.0 - inside).clamp(min=0.0).log(), logprob_floor)
     return tail.to(logprobs_on_support.dtype)
 
 

@@ -39,28 +39,21 @@ MaskScope: TypeAlias = Literal["trajectory", "suffix", "turn", "span"]
 
 
 def without_errors(
-    flagged: Bool[Tensor, "batch tokens"],
-    turns: Int[Tensor, "batch tokens"],
-    episodes: Int[Tensor, " batch"],
-    scope: MaskScope,
+    flagged: Bool[Tensor, "batch tokens"], turns: Int[Tensor, "batch tokens"], scope: MaskScope
 ) -> Bool[Tensor, "batch tokens"]:
-    """What is kept of episodes in which format errors were found.
+    """What is kept of trajectories in which format errors were found.
 
-    "trajectory": nothing of an episode with an error. "suffix": what stands before its first error. "turn": the turns without
+    "trajectory": nothing of a trajectory with an error. "suffix": what stands before its first error. "turn": the turns without
     one. "span": all tokens but the errors' own.
 
-    Args: flagged [batch, tokens]; turns [batch, tokens] which turn of its row a token belongs to; episodes [batch] equal for the
-    rows of one episode, which follow each other in order.
+    Args: one row is a trajectory, all parts of it: flagged [batch, tokens]; turns [batch, tokens] which turn of its row a token
+    belongs to.
     """
     if scope == "span":
         return ~flagged
     if scope == "turn":
         errors = torch.zeros_like(turns).scatter_add(1, turns, flagged.to(turns.dtype))
         return errors.gather(1, turns) == 0
-    same = episodes[:, None] == episodes[None, :]
-    faulty = flagged.any(-1)
     if scope == "trajectory":
-        return ~(same & faulty[None, :]).any(-1, keepdim=True).expand_as(flagged)
-    row = torch.arange(len(episodes), device=flagged.device)
-    earlier = (same & faulty[None, :] & (row[None, :] < row[:, None])).any(-1, keepdim=True)
-    return ~(flagged.cumsum(-1) > 0) & ~earlier
+        return ~flagged.any(-1, keepdim=True).expand_as(flagged)
+    return ~(flagged.cumsum(-1) > 0)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from opd.objectives.baselines import score_weighted_mean
 from opd.objectives.divergences import mixture
+from opd.objectives.target import target_logprobs
 from opd.objectives.tiles import blocks, tiles
 
 _TINY = 1e-35  # a probability below it is none
@@ -120,7 +121,7 @@ def exact_reverse_kl(
         student_hidden: [states, hidden]; student_head: [vocab, hidden]; both may require gradients.
         teacher_hidden: [states, teacher_hidden]; teacher_head: [vocab, teacher_hidden]; constants.
         weights: [states], the weight of each state in the loss (1 / normaliser, times its multiplicity).
-        logprob_floor: teacher log-probabilities below it are raised to it, so that a zero gives a finite KL.
+        logprob_floor: teacher log-probabilities below it are raised to it (`opd.objectives.target`).
         max_logits: how many logits of one model may exist at once.
 
     Returns:
@@ -305,24 +306,22 @@ def _chunks(
         logp = _log_softmax(logits[0][place], how.temperature)
         p = ids = logp.exp()
         entropy = -(p * logp).sum(-1)
-        logq, below = None, None
-        for teacher, own in zip(teachers, logits[1:], strict=True):
-            part = _log_softmax(own[place], how.temperature)
-            if teacher.cells is not None:
-                p = _in_cells(ids, teacher.cells.student, teacher.cells.num)
-                logp = p.clamp(min=_TINY).log()
-                part = _in_cells(part.exp(), teacher.cells.teacher, teacher.cells.num).log()
-            # a CPU saves a pass by asking; an accelerator would have to wait for the answer
-            if part.device.type != "cpu" or bool(part.amin() < how.logprob_floor):
-                low = part < how.logprob_floor
-                part.clamp_(min=how.logprob_floor)
-                below = low if below is None else below | low
-            if teacher.weight != 1.0:
-                part.mul_(teacher.weight)
-            logq = part if logq is None else logq.add_(part)
-        assert logq is not None
+        cells = teachers[0].cells
+        if cells is not None:
+            p = _in_cells(ids, cells.student, cells.num)
+            logp = p.clamp(min=_TINY).log()
+        models = ((_logprobs(t, own[place], how), t.weight) for t, own in zip(teachers, logits[1:], strict=True))
+        logq, below = target_logprobs(models, how.logprob_floor)
         floored = torch.zeros_like(entropy) if below is None else (p * below).sum(-1)
         yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, teachers[0].cells is not None)
+
+
+def _logprobs(teacher: TeacherStates, logits: Tensor, how: VocabularyLoss) -> Tensor:
+    """One teacher's log-probabilities of what is compared, [states, ids or cells]."""
+    logprobs = _log_softmax(logits, how.temperature)
+    if teacher.cells is None:
+        return logprobs
+    return _in_cells(logprobs.exp(), teacher.cells.teacher, teacher.cells.num).log()
 
 
 def _in_cells(p: Tensor, cells: Tensor, num: int) -> Tensor:
@@ -375,8 +374,8 @@ def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss
         inside[:, -1] = False
     # Summed off the support: one minus the sum on it would round a small tail away.
     log_p, log_q = (x.masked_fill(inside, -torch.inf).logsumexp(-1) for x in (chunk.logp, chunk.logq))
-    log_p, log_q = log_p.clamp(min=-1e4), log_q.clamp(min=how.logprob_floor)  # an empty tail is no infinity
-    tail_gap = torch.where(inside.all(-1), 0.0, log_p - log_q)[:, None]
+    # An empty tail has no ratio; one to which the student gives nothing has no weight in it.
+    tail_gap = torch.where(inside.all(-1), 0.0, log_p.clamp(min=-1e4) - log_q)[:, None]
     bucketed = torch.where(inside, gap, tail_gap)
     divergence = (chunk.p * bucketed).sum(-1)
     pull = chunk.p * bucketed

@@ -28,6 +28,9 @@ def to_bytes(score: Score) -> bytes:
         if score.compared is not None:
             arrays["compared"] = score.compared
         parts = (score.part,) if score.part is not None else ()
+    components = score.components if isinstance(score, SampledScore | HiddenScore) else ()
+    about["components"] = [weight for weight, _ in components]
+    arrays |= {f"component{i}": logprobs for i, (_, logprobs) in enumerate(components)}
     about["parts"] = [(part.model, part.weight) for part in parts]
     arrays |= {f"hidden{i}": part.hidden for i, part in enumerate(parts)}
     arrays[_ABOUT] = np.frombuffer(json.dumps(about, default=lambda number: number.item()).encode(), dtype=np.uint8)
@@ -41,12 +44,13 @@ def from_bytes(content: bytes, *, teacher: str) -> Score:
     about: Mapping[str, Any] = json.loads(arrays[_ABOUT].tobytes())
     logprobs, kind = arrays["logprobs"], about["kind"]
     parts = tuple(HiddenPart(model, weight, arrays[f"hidden{i}"]) for i, (model, weight) in enumerate(about["parts"]))
+    components = tuple((weight, arrays[f"component{i}"]) for i, weight in enumerate(about["components"]))
     if kind == "SampledScore":
-        return SampledScore(teacher, logprobs)
+        return SampledScore(teacher, logprobs, components)
     if kind == "SupportScore":
         return SupportScore(teacher, logprobs, arrays["ids"], arrays["on_support"])
     if kind == "HiddenScore":
-        return HiddenScore(teacher, logprobs, parts)
+        return HiddenScore(teacher, logprobs, parts, components)
     assert kind == "ChunkScore", kind
     return ChunkScore(
         teacher,
