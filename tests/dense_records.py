@@ -1,6 +1,7 @@
 """The plain records of the dense reference: what was sampled, and what becomes of each action."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 class Row:
     """One part of an episode. tokens: all ids; actions: the places of those that the student sampled, in order; turns: [start, end)
     of its turns; flags: [start, end) of its format errors; sampled: the sampler's log-probability of each action; kind: how it was
-    scored ("whole" distributions, the "sampled" token, "named" tokens, "chunks", or "none")."""
+    scored ("whole" distributions, the "sampled" token, "named" tokens, "chunks", or "none"); chunks: of each action; named: the
+    teacher's log-probabilities of a few ids before each action."""
 
     prompt: str
     teacher: str
@@ -26,7 +28,7 @@ class Row:
     kind: str = "whole"
     failed: bool = False
     chunks: tuple[int, ...] = ()
-    named: tuple[tuple[int, ...], ...] = ()
+    named: tuple[Mapping[int, float], ...] = ()
 
     @property
     def targets(self) -> Tensor:

@@ -70,7 +70,7 @@ def loss(recipe: Recipe, rows: Sequence[Row], plan: Plan, logits: Sequence[Tenso
     """The loss at these logits of the student, and figures of it."""
     objective, temperature = recipe["objective"], recipe["temperature"]
     logps = [torch.log_softmax(x / temperature, -1) for x in logits]
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0 * torch.stack([x.sum() for x in logits]).sum()  # nothing may train, and has a gradient of zero
     divergences: list[float] = []
     tails: list[float] = []
     trained = clipped = 0
@@ -81,9 +81,10 @@ def loss(recipe: Recipe, rows: Sequence[Row], plan: Plan, logits: Sequence[Tenso
         if objective["type"] in ("exact", "support", "exact_to_go") and a.scored:
             logq = plan.targets[a.row]
             assert logq is not None
-            value, residual, tail = _divergence(
-                objective, logp, logq[a.k], token, row.named[a.k] if row.named else None
-            )
+            if row.kind == "named":
+                value, residual, tail = _named(objective, logp, row.named[a.k])
+            else:
+                value, residual, tail = _divergence(objective, logp, logq[a.k], token)
             divergences.append(float(value.detach()))
             tails.append(tail)
             if a.distilled:
@@ -121,9 +122,9 @@ def _episodes(recipe: Recipe, rows: Sequence[Row]) -> list[Episode]:
                 scored = row.kind != "none" and chunk >= 0
                 episode.actions.append(Action(i, k, t, turn, flagged, scored, chunk))
                 t += 1
-            judged = recipe["outcome"]["coef"] > 0 and episode.verdict is not None
-            if not row.failed and (row.kind != "none" or judged):
-                episode.used += [a for a in episode.actions if a.row == i]
+        judged = recipe["outcome"]["coef"] > 0 and episode.verdict is not None
+        trains = any(not rows[i].failed and (rows[i].kind != "none" or judged) for i in episode.rows)
+        episode.used = episode.actions if trains else []
     return list(found.values())
 
 
@@ -269,18 +270,27 @@ def _normaliser(objective: Recipe, episodes: Sequence[Episode], which: str) -> f
     return max(1.0, float(count))
 
 
-def _divergence(
-    objective: Recipe, logp: Tensor, logq: Tensor, token: int, named: Sequence[int] | None
-) -> tuple[Tensor, Tensor, float]:
+def _named(objective: Recipe, logp: Tensor, named: Mapping[int, float]) -> tuple[Tensor, Tensor, float]:
+    """The same where the teacher named a few tokens: what it did not name is one bucket, of what is left of its probability."""
+    floor, inside = objective["teacher_logprob_floor"], sorted(named)
+    p = logp.exp()
+    outside = [i for i in range(len(logp)) if i not in named]
+    left = 1.0 - math.fsum(math.exp(named[i]) for i in inside)
+    value = sum((p[i] * (logp[i] - max(named[i], floor)) for i in inside), torch.zeros((), dtype=torch.float64))
+    if not outside:
+        return value, torch.zeros_like(value), 0.0
+    log_q = max(math.log(left), floor) if left > 0 else floor
+    tail = p[outside].sum()
+    return value + tail * (tail.log() - log_q), torch.zeros_like(value), float(tail.detach())
+
+
+def _divergence(objective: Recipe, logp: Tensor, logq: Tensor, token: int) -> tuple[Tensor, Tensor, float]:
     """(the divergence of one state, the residual's policy term, the student's mass in the bucket)."""
     nothing = torch.zeros((), dtype=torch.float64)
     if objective["type"] == "support":
         k = min(objective["support"], len(logp))
-        if named is None:
-            inside = {*logp.topk(k).indices.tolist(), *logq.topk(k).indices.tolist()}
-            inside |= set() if objective["tail_residual"] else {token}
-        else:
-            inside = set(named)
+        inside = {*logp.topk(k).indices.tolist(), *logq.topk(k).indices.tolist()}
+        inside |= set() if objective["tail_residual"] else {token}
         outside = [i for i in range(len(logp)) if i not in inside]
         chosen = sorted(inside)
         value = (logp[chosen].exp() * (logp[chosen] - logq[chosen])).sum()
