@@ -88,6 +88,13 @@ class Batch:
         return self.loss_mask if self.chunks is None else self.loss_mask & (self.chunks >= 0)
 
     @property
+    def used(self) -> Tensor:
+        """The actions of rollouts that have a score or that an outcome acts on, [tokens] bool; the others say of their episode
+        alone what it is."""
+        rows = self.any_of(self.scored | self.outcome_mask)
+        return self.loss_mask & torch.repeat_interleave(rows, self.lengths)
+
+    @property
     def log_ratio(self) -> Tensor:
         """log q - log pi of the sampled tokens, [tokens] nats, exactly 0 where there is no score.
 

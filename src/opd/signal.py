@@ -141,18 +141,19 @@ def _correction(config: CorrectionConfig, batch: Batch, mask: Tensor) -> tuple[T
     how many actions a bound touched)."""
     mine, sampled = _needed(batch, "student_logprobs"), batch.padded(batch.rollout_logprobs)
     plain = corrections.importance_weights(mine, sampled, mask, config.level)
-    gaps = (mine - sampled)[mask].double().abs().tolist()
+    used = batch.padded(batch.used)
+    gaps = (mine - sampled)[used].double().abs().tolist()
     metrics: Metrics = {
-        "correction/weight/mean": mean_of(plain[mask].double().tolist()),
+        "correction/weight/mean": mean_of(plain[used].double().tolist()),
         "correction/gap/mean": mean_of(gaps),
         "correction/gap/max": Max(max(gaps, default=0.0)),
     }
     if config.type == "truncate":
         weights, kept = corrections.truncated(plain, mask, config.cap)
-        metrics["correction/truncated/sum"] = Sum(int(((plain > config.cap) & mask).sum()))
+        metrics["correction/truncated/sum"] = Sum(int(((plain > config.cap) & used).sum()))
     else:
         weights, kept = corrections.rejected(plain, mask, config.low, config.high)
-        metrics["correction/rejected/sum"] = Sum(int((mask & ~kept).sum()))
+        metrics["correction/rejected/sum"] = Sum(int((used & ~kept).sum()))
     return weights, kept, metrics
 
 

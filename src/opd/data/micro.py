@@ -28,11 +28,13 @@ class MicroBatch:
 def micro_batches(
     sequences: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray], *, max_tokens: int
 ) -> Iterator[MicroBatch]:
-    """Split sequences into packed trees of at most `max_tokens` tokens, each sequence in exactly one.
+    """Split sequences into packed trees of at most `max_tokens` tokens, each sequence with an action in exactly one.
 
-    A sequence's first token is never an action: nothing precedes it.
+    A sequence's first token is never an action: nothing precedes it. A sequence without an action needs no pass.
     """
-    for members, tree in pack_trees([s.tolist() for s in sequences], max_tokens=max_tokens):
+    asked = [i for i, mask in enumerate(loss_masks) if mask.any()]
+    for packed, tree in pack_trees([sequences[i].tolist() for i in asked], max_tokens=max_tokens):
+        members = [asked[i] for i in packed]
         places = [np.flatnonzero(loss_masks[m]) for m in members]
         assert all(p.size == 0 or p[0] > 0 for p in places)
         yield MicroBatch(

@@ -103,17 +103,19 @@ class EmbeddedLearner:
         """Add the gradient of the whole batch's loss, pass by pass. shared: the divisor of the batch that it is a part of."""
         shared = divisor(self._objective, batch) if shared is None else shared
         found = []
-        for given in self.passes(batch):
+        for given in self.passes(batch, batch.used):
             loss, metrics = self.loss_of(given, divisor=shared)
             loss.backward()
             found.append(metrics | {"loss/total/sum": Sum(float(loss.detach()))})
         return merge(found)
 
-    def passes(self, batch: Batch) -> Iterator[Pass]:
-        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off."""
+    def passes(self, batch: Batch, actions: Tensor | None = None) -> Iterator[Pass]:
+        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off. actions
+        [tokens]: those that the passes are for, all unless they are given."""
         self._network.activate(self._adapter, trainable=True)
         sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        masks = [batch.loss_mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        wanted = batch.loss_mask if actions is None else actions
+        masks = [wanted[a:b].numpy() for a, b in pairwise(batch.offsets)]
         for micro in self._network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
             yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
 
