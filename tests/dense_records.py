@@ -35,7 +35,7 @@ class Row:
         return torch.tensor([self.tokens[place] for place in self.actions])
 
 
-@dataclass
+@dataclass(eq=False)
 class Action:
     """One action of an episode; `t` is its index in the whole episode."""
 
@@ -59,7 +59,7 @@ class Action:
     pull: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Episode:
     """All parts that were sampled, in order; `used` are the actions of those that train."""
 
@@ -69,6 +69,12 @@ class Episode:
     used: list[Action] = field(default_factory=list)
     verdict: float | None = None
     outcome: float = 0.0
+
+    @property
+    def seen(self) -> list[Action]:
+        """The actions of the parts that have a score or that an outcome acts on; others say of the episode alone what it is."""
+        rows = {a.row for a in self.used if a.scored or a.judged}
+        return [a for a in self.used if a.row in rows]
 
     @property
     def scored(self) -> list[Action]:

@@ -52,7 +52,6 @@ def follow(recipe: Recipe, rows: Sequence[Row], logits: Sequence[Tensor], parts:
     _masks(recipe, rows, episodes)
     _outcomes(recipe, rows, episodes)
     metrics = _corrections(objective["correction"], episodes)
-    used = [a for e in episodes for a in e.used]
     by_distillation = _normaliser(objective, episodes, "distilled")
     by_outcome = _normaliser(objective, episodes, "judged")
     for episode in episodes:
@@ -63,7 +62,7 @@ def follow(recipe: Recipe, rows: Sequence[Row], logits: Sequence[Tensor], parts:
                 a.pull += recipe["outcome"]["coef"] * episode.outcome / by_outcome
             a.pull *= a.weight
     metrics |= _figures(recipe, rows, episodes, logits, parts, facts)
-    return Plan(used, by_distillation, metrics, targets)
+    return Plan([a for e in episodes for a in e.seen], by_distillation, metrics, targets)
 
 
 def loss(recipe: Recipe, rows: Sequence[Row], plan: Plan, logits: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -241,23 +240,27 @@ def _corrections(correction: Recipe, episodes: Sequence[Episode]) -> dict[str, f
     touched = 0
     for episode in episodes:
         gap = [a.cur - a.sampled for a in episode.used]
+        seen = episode.seen
         for a, own in zip(episode.used, gap, strict=True):
             level = {"token": own, "geometric": sum(gap) / len(gap), "sequence": sum(gap)}[correction["level"]]
             weight = math.exp(level)
-            plain.append(weight)
-            gaps.append(abs(own))
+            outside = False
             if correction["type"] == "truncate":
-                touched += weight > correction["cap"]
+                outside = weight > correction["cap"]
                 a.weight = min(weight, correction["cap"])
             elif not correction["low"] <= weight <= correction["high"]:
                 a.distilled = a.judged = False
-                touched += 1
+                outside = True
             else:
                 a.weight = weight
+            if a in seen:
+                plain.append(weight)
+                gaps.append(abs(own))
+                touched += outside
     return {
         "correction/weight/mean": _mean(plain),
         "correction/gap/mean": _mean(gaps),
-        "correction/gap/max": max(gaps),
+        "correction/gap/max": max(gaps, default=0.0),
         f"correction/{'truncated' if correction['type'] == 'truncate' else 'rejected'}/sum": touched,
     }
 

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dense_reference as dense
@@ -108,10 +110,17 @@ def make_world(folder: Path, trainable: str, extrapolation: float = 1.0, referen
     return World(studio, models["student"], models, extrapolation, reference)
 
 
+@cache
+def every_world() -> dict[str, World]:
+    """Loaded once a process: weights are put back after every recipe."""
+    with TemporaryDirectory() as folder:
+        return {name: make_world(Path(folder) / name, *how) for name, how in WORLDS.items()}
+
+
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World]]:
+def worlds() -> Iterator[dict[str, World]]:
     with float64_norms():
-        yield {n: make_world(tmp_path_factory.mktemp("world"), *how) for n, how in WORLDS.items()}
+        yield every_world()
 
 
 def rollout_of(row: Row) -> Rollout:
@@ -134,13 +143,13 @@ def rollout_of(row: Row) -> Rollout:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def recipes(worlds: dict[str, World]) -> list[tuple[int, str, str, Config]]:
+@cache
+def every_recipe() -> list[tuple[int, str, str, Config]]:
     """(seed, world, how scores come, configuration); what a configuration refuses is drawn again."""
     found = []
     for seed in itertools.count(1):
         name, scores, tree = draw(random.Random(seed))
-        plain = worlds[name].studio.config.model_dump(mode="json") | {"sampling": {"group_size": 3}}
+        plain = every_world()[name].studio.config.model_dump(mode="json") | {"sampling": {"group_size": 3}}
         try:
             found.append((seed, name, scores, opd.parse_config(plain | tree)))
         except opd.OpdError:
@@ -151,17 +160,15 @@ def recipes(worlds: dict[str, World]) -> list[tuple[int, str, str, Config]]:
 
 
 @pytest.mark.parametrize("number", range(NUM_RECIPES))
-def test_the_gradient_of_a_random_recipe_is_that_of_the_dense_reference(
-    worlds: dict[str, World], recipes: list[tuple[int, str, str, Config]], number: int
-):
-    seed, name, scores, config = recipes[number]
+def test_the_gradient_of_a_random_recipe_is_that_of_the_dense_reference(worlds: dict[str, World], number: int):
+    seed, name, scores, config = every_recipe()[number]
     faults = compare(worlds[name], seed, scores, config)
     assert not faults, f"recipe {seed} ({name}, {scores}): {'; '.join(faults)}\n{shown(config)}"
 
 
-def test_every_option_occurs_in_the_random_recipes(recipes: list[tuple[int, str, str, Config]]):
+def test_every_option_occurs_in_the_random_recipes():
     seen: Counter[str] = Counter()
-    for _, name, scores, config in recipes:
+    for _, name, scores, config in every_recipe():
         objective, correction = config.objective, config.objective.correction
         seen.update([f"world {name}", f"scores {scores}", f"type {objective.type}", f"baseline {objective.baseline}"])
         seen.update([f"scope {config.mask.format_errors}", f"floor {objective.teacher_logprob_floor}"])
