@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -230,6 +231,7 @@ def _apply(mutant: Mutant, tree: ast.Module, functions: dict[str, list[types.Fun
     """Give functions in memory the code of the mutated source."""
     if mutant.kind == "code":
         mutant.swap()
+        warnings.simplefilter("ignore", SyntaxWarning)  # of code that is meant to be wrong
         [code] = [c for c in _codes(compile(tree, module.__file__, "exec")) if c.co_qualname == mutant.owner]
         for function in functions.get(mutant.owner, []):
             function.__code__ = code

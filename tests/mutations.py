@@ -117,31 +117,30 @@ class _Walk:
         for i, node in enumerate(getattr(parent, field)):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 continue  # a docstring
-            deletable = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
             stored = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)
-            if isinstance(node, deletable) or stored:
+            if stored or isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Continue | ast.Break):
                 yield self._made(owner, "code", parent, field, i, ast.Pass())
-            if isinstance(node, ast.Assert | ast.Raise | ast.Import | ast.ImportFrom):
-                continue
-            if isinstance(node, ast.FunctionDef):
-                yield from self._statements(owner, node, "body")
-                continue
-            if isinstance(node, ast.If | ast.While):
-                yield self._made(owner, "code", node, "test", None, ast.UnaryOp(ast.Not(), node.test))
-            if isinstance(node, ast.AugAssign):
-                for operator in _OPERATORS.get(type(node.op), ()):
-                    yield self._made(owner, "code", node, "op", None, operator(), shown=node)
-            for name, value in ast.iter_fields(node):
-                if name in ("body", "orelse", "finalbody"):
-                    yield from self._statements(owner, node, name)
-                elif name == "cases":
-                    for case in value:
-                        yield from self._statements(owner, case, "body")
-                elif name not in ("annotation", "targets", "target") and isinstance(value, ast.expr):
-                    yield from self._expression(owner, "code", node, name, None)
-                elif name == "items":
-                    for item in value:
-                        yield from self._expression(owner, "code", item, "context_expr", None)
+            if not isinstance(node, ast.Assert | ast.Raise | ast.Import | ast.ImportFrom):
+                yield from self._statement(owner, node)
+
+    def _statement(self, owner: str, node: ast.stmt) -> Iterator[Mutant]:
+        if isinstance(node, ast.If | ast.While):
+            yield self._made(owner, "code", node, "test", None, ast.UnaryOp(ast.Not(), node.test))
+        if isinstance(node, ast.AugAssign):
+            for operator in _OPERATORS.get(type(node.op), ()):
+                yield self._made(owner, "code", node, "op", None, operator(), shown=node)
+        blocks = [node, *getattr(node, "cases", ())]
+        for block in blocks:
+            for name in ("body", "orelse", "finalbody"):
+                if hasattr(block, name):
+                    yield from self._statements(owner, block, name)
+        if isinstance(node, ast.FunctionDef):
+            return
+        for name in ("value", "test", "iter", "subject"):
+            if isinstance(getattr(node, name, None), ast.expr):
+                yield from self._expression(owner, "code", node, name, None)
+        for item in getattr(node, "items", ()):
+            yield from self._expression(owner, "code", item, "context_expr", None)
 
     def _expression(self, owner: str, kind: str, parent: Any, field: str, index: int | None) -> Iterator[Mutant]:
         node = getattr(parent, field) if index is None else getattr(parent, field)[index]
@@ -149,24 +148,23 @@ class _Walk:
             return
         for new in _swapped(node):
             yield self._made(owner, kind, parent, field, index, new)
-        if isinstance(node, ast.Call):
-            for i in range(len(node.keywords)):
-                kept = [*node.keywords[:i], *node.keywords[i + 1 :]]
-                yield self._made(owner, kind, parent, field, index, ast.Call(node.func, node.args, kept))
         for name, value in ast.iter_fields(node):
-            if isinstance(value, ast.expr) and not (isinstance(node, ast.Attribute | ast.Starred) and name == "ctx"):
+            if isinstance(value, ast.expr):
                 yield from self._expression(owner, kind, node, name, None)
             elif isinstance(value, list):
                 for i, item in enumerate(value):
-                    if isinstance(item, ast.keyword):
-                        yield from self._expression(owner, kind, item, "value", None)
-                    elif isinstance(item, ast.comprehension):
-                        yield from self._expression(owner, kind, item, "iter", None)
-                        for k in range(len(item.ifs)):
-                            yield self._made(owner, kind, item, "ifs", k, ast.Constant(True))
-                            yield from self._expression(owner, kind, item, "ifs", k)
-                    elif isinstance(item, ast.expr):
-                        yield from self._expression(owner, kind, node, name, i)
+                    yield from self._item(owner, kind, node, name, i, item)
+
+    def _item(self, owner: str, kind: str, node: ast.expr, name: str, i: int, item: Any) -> Iterator[Mutant]:
+        if isinstance(item, ast.keyword):
+            yield from self._expression(owner, kind, item, "value", None)
+        elif isinstance(item, ast.comprehension):
+            yield from self._expression(owner, kind, item, "iter", None)
+            for k in range(len(item.ifs)):
+                yield self._made(owner, kind, item, "ifs", k, ast.Constant(True))
+                yield from self._expression(owner, kind, item, "ifs", k)
+        elif isinstance(item, ast.expr):
+            yield from self._expression(owner, kind, node, name, i)
 
     def _made(
         self, owner: str, kind: str, parent: Any, field: str, index: int | None, new: Any, shown: ast.AST | None = None
@@ -182,65 +180,76 @@ class _Walk:
             setattr(parent, field, old)
         if isinstance(new, ast.expr | ast.stmt):
             ast.fix_missing_locations(ast.copy_location(new, place))
-        return Mutant(self._module, owner, place.lineno, before, after, 0, kind, parent, field, index, new)
+        return Mutant(
+            self._module, owner, getattr(place, "lineno", 0), before, after, 0, kind, parent, field, index, new
+        )
 
 
 def _swapped(node: ast.expr) -> Iterator[ast.expr]:
     """What may take the place of an expression."""
     match node:
-        case ast.Compare(left, [op], rest):
-            yield from (ast.Compare(left, [new()], rest) for new in _COMPARES[type(op)])
-        case ast.Compare(left, [first, second], rest):
-            yield from (ast.Compare(left, [new(), second], rest) for new in _COMPARES[type(first)][:1])
-            yield from (ast.Compare(left, [first, new()], rest) for new in _COMPARES[type(second)][:1])
+        case ast.Compare():
+            for i, op in enumerate(node.ops):
+                for new in _COMPARES[type(op)]:
+                    yield ast.Compare(node.left, [*node.ops[:i], new(), *node.ops[i + 1 :]], node.comparators)
         case ast.BinOp(left, op, right):
             yield from (ast.BinOp(left, new(), right) for new in _OPERATORS.get(type(op), ()))
-            if isinstance(op, ast.Mult | ast.BitAnd | ast.BitOr):
-                yield left
-                yield right
+            yield from (left, right) if isinstance(op, ast.Mult | ast.BitAnd | ast.BitOr) else ()
         case ast.BoolOp(op, operands):
             yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), operands)
-            yield from (
-                ast.BoolOp(op, [*operands[:i], *operands[i + 1 :]]) for i in range(len(operands)) if len(operands) > 2
-            )
-            if len(operands) == 2:
-                yield from operands
+            yield from (_without(op, operands, i) for i in range(len(operands)))
         case ast.UnaryOp(_, operand):
             yield operand
         case ast.IfExp(test, body, orelse):
             yield ast.IfExp(test, orelse, body)
-        case ast.Constant(bool() as value):
-            yield ast.Constant(not value)
-        case ast.Constant(int() as value):
-            yield ast.Constant(value + 1)
-            if value > 0:
-                yield ast.Constant(value - 1)
-        case ast.Constant(float() as value):
-            yield ast.Constant(value * 2 if value else 1.0)
-        case ast.Slice(lower, upper, step):
-            one = ast.Constant(1)
-            if lower is not None:
-                yield ast.Slice(None, upper, step)
-                yield ast.Slice(ast.BinOp(lower, ast.Add(), one), upper, step)
-            if upper is not None:
-                yield ast.Slice(lower, None, step)
-                yield ast.Slice(lower, ast.BinOp(upper, ast.Sub(), one), step)
-            if step is not None:
-                yield ast.Slice(lower, upper, None)
+        case ast.Constant(value):
+            yield from map(ast.Constant, _other_constants(value))
+        case ast.Slice():
+            yield from _other_slices(node)
         case ast.Call(func, arguments, keywords):
             yield from _other_calls(func, arguments, keywords)
 
 
+def _without(op: ast.boolop, operands: list[ast.expr], i: int) -> ast.expr:
+    kept = [*operands[:i], *operands[i + 1 :]]
+    return kept[0] if len(kept) == 1 else ast.BoolOp(op, kept)
+
+
+def _other_constants(value: Any) -> Iterator[Any]:
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield value + 1
+        if value > 0:
+            yield value - 1
+    elif isinstance(value, float):
+        yield value * 2 if value else 1.0
+
+
+def _other_slices(node: ast.Slice) -> Iterator[ast.expr]:
+    lower, upper, step = node.lower, node.upper, node.step
+    if lower is not None:
+        yield ast.Slice(None, upper, step)
+        yield ast.Slice(ast.BinOp(lower, ast.Add(), ast.Constant(1)), upper, step)
+    if upper is not None:
+        yield ast.Slice(lower, None, step)
+        yield ast.Slice(lower, ast.BinOp(upper, ast.Sub(), ast.Constant(1)), step)
+    if step is not None:
+        yield ast.Slice(lower, upper, None)
+
+
 def _other_calls(func: ast.expr, arguments: list[ast.expr], keywords: list[ast.keyword]) -> Iterator[ast.expr]:
+    for i in range(len(keywords)):
+        yield ast.Call(func, arguments, [*keywords[:i], *keywords[i + 1 :]])
+    first = [a for a in arguments[:1] if not isinstance(a, ast.Starred | ast.GeneratorExp)]
     if isinstance(func, ast.Attribute):
         if func.attr in _NAMES:
             yield ast.Call(ast.Attribute(func.value, _NAMES[func.attr], ast.Load()), arguments, keywords)
-        # a method's own object, an argument of a function of a module
-        yield func.value if not isinstance(func.value, ast.Name) or not arguments else arguments[0]
-        if isinstance(func.value, ast.Name) and arguments:
-            yield func.value
+        # a method's own object, or an argument of a function of a module
+        yield func.value
+        if isinstance(func.value, ast.Name):
+            yield from first
     elif isinstance(func, ast.Name):
         if func.id in ("min", "max", "any", "all"):
             yield ast.Call(ast.Name(_NAMES[func.id], ast.Load()), arguments, keywords)
-        if arguments and not isinstance(arguments[0], ast.GeneratorExp | ast.Starred):
-            yield arguments[0]
+        yield from first
