@@ -35,7 +35,7 @@ _SAMPLED = ["advantages", "baselines", "policy_losses", "estimators", "chunks", 
 _TEXT = ["align", "tokenizer_pairs", "foreign_reading", "own_syntax", "own_syntax_laws", "foreign_teacher", "cells"]
 # module -> the tests that may notice its faults, the fastest first
 MODULES: dict[str, list[str]] = {
-    "signal": ["signal", "split_episodes", "dense_reference", "unscored", "chunks"],
+    "signal": ["signal", "split_episodes", "loss_terms", "dense_reference", "unscored", "chunks"],
     "batch": [
         "signal",
         "split_episodes",

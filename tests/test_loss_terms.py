@@ -148,8 +148,10 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
             batch, _ = pack(items, logprob_floor=-50.0, unscored=True)
             batch, _ = follow(how, batch)
             shown.append(values(bench.learner(**objective).forward_backward(batch)))
-            if lost in items:
-                row = torch.repeat_interleave(torch.arange(len(batch)) == 1, batch.lengths)
+            if items[1] is lost:
+                row = torch.tensor([name == lost.rollout.id for name in batch.rollout_ids])
+                assert row.sum() == 1
+                row = torch.repeat_interleave(row, batch.lengths)
                 assert batch.advantages is not None
                 assert batch.outcome_mask[row & batch.loss_mask].all()
                 assert batch.advantages[row & batch.loss_mask].all()
