@@ -19,6 +19,7 @@ from opd.theory import (
     gradient_claims,
     horizon,
     law_claims,
+    mask_claims,
     report,
     support_claims,
     training_claims,
@@ -193,7 +194,8 @@ FAST_CLAIMS = (
     gradient_claims.kl_baseline,
     support_claims.biased_head,
     support_claims.k_estimators,
-    law_claims.tilt_law,
+    mask_claims.mask_law,
+    mask_claims.tilt_law,
     law_claims.several_teachers,
     law_claims.extrapolation,
 )

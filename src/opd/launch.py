@@ -22,6 +22,7 @@ from opd.embedded.warmup import warm_up
 from opd.errors import CheckError, ConfigError, RunError, StalledError
 from opd.evaluate import ParityRow
 from opd.guards import preflight
+from opd.guards.masks import mask_warning
 from opd.guards.preflight import Finding
 from opd.loop import StepReport, train_steps
 from opd.measuring import Measuring
@@ -37,15 +38,6 @@ from opd.tasks.judge import Reward
 from opd.watching import Watcher
 
 _SAFE_DISCOUNT = 0.9
-_MASK_WARNING = (
-    "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs it: "
-    "outcome.coef (1 - outcome.format_error) must exceed the KL of a response (docs/safeguards.md)"
-)
-_GROUP_MASK_WARNING = (
-    "warning: mask.format_errors with baseline = 'leave_one_out' and no outcome: other samples centre an advantage only where they "
-    "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
-    "theory, H-d); set outcome.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
-)
 _DISCOUNT_WARNING = (
     "warning: objective.discount = {} lets a student that cannot match its teacher everywhere prefer short or empty branches: "
     "a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
@@ -226,14 +218,9 @@ class _Run:
             self.folder.truncate_metrics(start)
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
-        if config.mask.format_errors != "off" and not config.objective.centred:
-            line.say(_MASK_WARNING)
-        elif (
-            config.mask.format_errors != "off"
-            and config.objective.baseline == "leave_one_out"
-            and not config.outcome.coef
-        ):
-            line.say(_GROUP_MASK_WARNING)
+        about_mask = mask_warning(config)
+        if about_mask is not None:
+            line.say(about_mask)
         before = self.measuring.before(line, restored=restored is not None)
         if restored is None and config.warmup.steps:
             assert isinstance(self.studio, EmbeddedStudio)  # the recipe says so

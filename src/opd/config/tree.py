@@ -330,7 +330,7 @@ class Config(RunNode):
         if masks and not objective.exactly_centred and outcome.coef > 0 and outcome.format_error == 0:
             raise ValueError(
                 f"mask.format_errors = '{self.mask.format_errors}' with outcome.format_error = 0 pays for errors: they get the "
-                "worst outcome and are spared the KL, which is more (P 0.67 at the end where the teacher has 0.10; opd theory, "
+                "worst outcome and are spared the KL, which is more (P 0.48 at the end where the teacher has 0.03; opd theory, "
                 "H-e); leave outcome.format_error at -1, or write type = 'exact'"
             )
         if objective.coef == 0 and outcome.coef == 0:

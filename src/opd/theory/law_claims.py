@@ -6,9 +6,7 @@ from math import exp, log
 import torch
 from torch import Tensor
 
-from opd.objectives.advantages import immediate, kl_to_go, outcome
-from opd.objectives.baselines import negative_kl
-from opd.objectives.losses import reinforce
+from opd.objectives.advantages import kl_to_go
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.theory.claim import Claim
 from opd.theory.tree import Problem, make_tree
@@ -61,78 +59,6 @@ def _branch_by_ascent(horizon: int, discount: float) -> float:
         return weight - logp.exp() * weight.sum()
 
     return float(torch.softmax(settle(gradient, torch.zeros(2, dtype=torch.float64), rate=1.0, steps=4000), -1)[0])
-
-
-_Q_ERROR, _K_OK = 0.02, 0.2556  # the mask law's example: q(error), and the irreducible KL among the good actions
-
-
-def mask_law() -> Claim:
-    """Three actions: an error and two good ones whose shares the student cannot move. Errors are masked."""
-    found = {
-        "masked, no baseline": _error_rate(masked=True, centred=False),
-        "masked, KL baseline": _error_rate(masked=True, centred=True),
-        "not masked": _error_rate(masked=False, centred=False),
-        "masked, KL baseline, outcome 3": _error_rate(masked=True, centred=True, outcome_coef=3.0),
-        "masked, no baseline, outcome 0.1": _error_rate(masked=True, centred=False, outcome_coef=0.1),
-        "masked, no baseline, outcome 3": _error_rate(masked=True, centred=False, outcome_coef=3.0),
-    }
-    law, rewarded = (1 - (1 - _Q_ERROR) * exp(coef - _K_OK) for coef in (0.0, 0.1))
-    holds = (
-        abs(found["masked, no baseline"] - law) < 5e-4
-        and abs(found["masked, KL baseline"] - 0.026) < 5e-4
-        and abs(found["masked, no baseline, outcome 0.1"] - rewarded) < 5e-4
-        and max(found["masked, KL baseline, outcome 3"], found["masked, no baseline, outcome 3"]) < 0.005
-    )
-    return Claim(
-        "12", "masking errors with an uncentred sampled advantage rewards them", "docs/objectives.md, masks",
-        "P(error): 0.241 without baseline (0.161 with a small outcome), 0.026 with the KL baseline, towards 0 with an outcome "
-        "above the KL (the teacher's: 0.02)",
-        "; ".join(f"{name}: {rate:.4f}" for name, rate in found.items()), holds, found,
-    )  # fmt: skip
-
-
-def _error_rate(*, masked: bool, centred: bool, outcome_coef: float = 0.0) -> float:
-    """P(error) where the expected policy gradient of the immediate log ratio vanishes."""
-    shares = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    # two good actions whose teacher shares make KL(shares, teacher's) = _K_OK
-    tilt = 0.5 * (1 + (1 - exp(-2 * _K_OK)) ** 0.5)
-    teacher = torch.tensor([_Q_ERROR, (1 - _Q_ERROR) * tilt, (1 - _Q_ERROR) * (1 - tilt)], dtype=torch.float64)
-    good = torch.tensor([[False], [True], [True]])
-    everything = torch.ones(3, 1, dtype=torch.bool)
-
-    def gradient(theta: Tensor) -> Tensor:
-        theta = theta.detach().requires_grad_()
-        error = torch.sigmoid(theta)
-        logp = torch.cat([error.log(), (1 - error) * shares]).unsqueeze(-1)
-        logp = torch.cat([logp[:1], logp[1:].log()])
-        p = logp.detach().exp()[:, 0]
-        log_ratio = teacher.log()[:, None] - logp
-        advantage = immediate(log_ratio, everything)
-        if centred:
-            kl = -(p @ log_ratio.detach()[:, 0]).expand(3, 1)
-            advantage = advantage - negative_kl(kl, everything)
-        if masked:
-            advantage = advantage * good
-        reward = outcome(good[:, 0].double(), torch.zeros(3, dtype=torch.long), "none")
-        advantage = advantage + outcome_coef * (reward - p @ reward)[:, None]
-        # The expectation: every action weighted by its probability.
-        loss = reinforce(logp, advantage * p[:, None], everything, divisor=1.0)
-        return -torch.autograd.grad(loss, theta)[0]
-
-    start = torch.zeros(1, dtype=torch.float64)
-    return float(torch.sigmoid(settle(gradient, start, rate=4.0, steps=6000))[0])
-
-
-def tilt_law() -> Claim:
-    """Distillation and an outcome together: the optimum is q exp(alpha R), here with the example of the mask law."""
-    found = _error_rate(masked=False, centred=True, outcome_coef=3.0)
-    odds = _Q_ERROR / (1 - _Q_ERROR) * exp(_K_OK) * exp(-3.0)
-    law = odds / (1 + odds)
-    return Claim(
-        "13", "tilt law: the optimum of distillation and outcome is q exp(alpha R)", "docs/objectives.md, masks",
-        f"2 % becomes {100 * law:.3f} % at alpha = 3 with K = {_K_OK} nats that the good actions cannot mend",
-        f"{100 * found:.3f} %", abs(found - law) < 5e-6, {"law": law, "ascent": found},
-    )  # fmt: skip
 
 
 def _follow(teachers: list[tuple[Tensor, float]], start: Tensor, *, steps: int = 4000, rate: float = 2.0) -> Tensor:

@@ -15,6 +15,7 @@ from opd.theory import (
     hack_claims,
     horizon,
     law_claims,
+    mask_claims,
     support_claims,
     training_claims,
 )
@@ -34,8 +35,8 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     support_claims.supports,
     support_claims.biased_head,
     support_claims.k_estimators,
-    law_claims.mask_law,
-    law_claims.tilt_law,
+    mask_claims.mask_law,
+    mask_claims.tilt_law,
     law_claims.several_teachers,
     law_claims.extrapolation,
     training_claims.staleness,
