@@ -49,11 +49,13 @@ class Network:
     adapter it speaks for (None: the bare model).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str, *, notes: Sequence[str] = ()) -> None:
+        """notes: lines about how it was loaded that a user should know."""
         self.model: PreTrainedModel | PeftModel = model
         self.base = model
         self.tokenizer = tokenizer
         self.source = source
+        self.notes = list(notes)
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
