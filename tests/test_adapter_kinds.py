@@ -1,4 +1,4 @@
-"""An adapter of every kind computes what PEFT's own model computes, as a teacher and as a student's start, or is refused by name."""
+"""Every kind of adapter computes what PEFT computes, as a teacher and as a start, or is refused by name."""
 
 import json
 import warnings
@@ -24,6 +24,7 @@ from opd.embedded.network import Network
 from opd.errors import ModelError
 
 IDS = [72, 101, 108, 108, 111, 32, 256, 119, 257, 114]
+CLOSE = 1e-4  # float32 on logits of about 10; what is refused here was 0.1 to 10 off
 CPU = ComputeConfig(device="cpu")
 
 
@@ -95,7 +96,7 @@ def test_a_teacher_that_is_an_adapter_gives_the_logits_of_pefts_own_model(base: 
     add_adapter(network, save_adapter(tmp_path / "other", base, 9), teacher="other", name="other")
     add_adapter(network, adapter, teacher="even", name="even")
     for found in logits_of(network, "even"):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
     torch.testing.assert_close(logits_of(network, None)[0], plain, atol=0, rtol=0)
 
 
@@ -104,7 +105,7 @@ def test_a_merged_copy_gives_the_logits_of_pefts_own_model(base: str, tmp_path: 
     adapter = save_kind(tmp_path / "adapter", base, **COMPUTED[kind])
     write_merged(base, Path(adapter), tmp_path / "merged", dtype="float32", whose="even")
     found = logits_of(load_network(str(tmp_path / "merged"), CPU), None)[0]
-    torch.testing.assert_close(found, logits_of_peft(base, adapter), atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, logits_of_peft(base, adapter), atol=CLOSE, rtol=0)
 
 
 def changed(**fields: Any) -> Callable[[Path, str], str]:
@@ -176,7 +177,7 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "rank pattern": ({"rank_pattern": {"v_proj": 2}}, {}, "has rank 2 at 'model.layers.0.self_attn.v_proj' (rank_pattern)"),
     "weight-decomposed": ({"use_dora": True}, {}, "use_dora = true"),
     "biased factors": ({"lora_bias": True}, {}, "lora_bias = true"),
-    "one layer": ({"layers_to_transform": [1]}, {}, "layers_to_transform = [1]"),
+    "one layer": ({"layers_to_transform": [1], "target_modules": ["q_proj"]}, {}, "layers_to_transform = [1]"),
     "fewer modules": ({"target_modules": ["q_proj"]}, {}, "set lora.target_modules as it was made"),
     "more modules": ({}, {"target_modules": ["q_proj"]}, "set lora.target_modules as it was made"),
     "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, {}, "adapts the embeddings"),
@@ -200,7 +201,7 @@ def test_a_student_starts_as_exactly_that_adapter_or_the_field_that_differs_is_n
     studio = build(opd.parse_config(tree))
     network = studio.student.network
     for found in logits_of(network, "student"):
-        torch.testing.assert_close(found, logits_of_peft(base, adapter), atol=2e-5, rtol=0)
+        torch.testing.assert_close(found, logits_of_peft(base, adapter), atol=CLOSE, rtol=0)
     assert not [name for name, _ in network.model.named_parameters() if ".start." in name]
     network.activate("student", trainable=True)
     assert all(p.requires_grad == ("lora_" in n) for n, p in network.model.named_parameters())

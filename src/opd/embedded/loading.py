@@ -248,7 +248,8 @@ def _load_adapter(network: Network, folder: str, who: str, *, name: str, otherwi
                 )
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{who} does not fit the base '{network.source}': {_first_line(error)}") from None
-    wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
+    with quiet():
+        wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
     if wanted != names:
         raise ModelError(f"{who} does not fit the base '{network.source}': {_other_names(names, wanted)}")
     if network.fingerprint() != before:
