@@ -67,6 +67,7 @@ def main():
     teacher = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32, trust_remote_code=False),
         options.expert,
+        trust_remote_code=False,
     ).merge_and_unload()
     clock = Clock(options.keep_every, options.keep_in)
     with tempfile.TemporaryDirectory() as folder:

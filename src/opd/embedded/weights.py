@@ -24,7 +24,9 @@ def require_whole(folder: Path, source: str) -> None:
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(f"model '{source}': '{index.name}' has no weight_map; copy the file again") from None
+        files = set()
+    if not files:
+        raise ModelError(f"model '{source}': '{index.name}' has no weight_map; copy the file again")
     absent = sorted(file for file in files if not (folder / file).is_file())
     if absent:
         raise ModelError(
