@@ -32,7 +32,8 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += preflight.tools_are_answered(every, material.make_environment)
-    chat, facts = Chat(studio.tokenizer), studio.facts()
+    facts = studio.facts()
+    chat = Chat(studio.tokenizer, rows=facts.vocab_size)
     findings.append(
         preflight.lengths_fit(
             every,

@@ -64,7 +64,7 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         group.build()
         served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
         ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
-        chat = Chat(loaded.tokenizer)
+        chat = Chat(loaded.tokenizer, rows=group.facts.teachers.vocab_size)
         player = EpisodePlayer(chat, config.episodes, end_ids=ends, make_environment=make_environment)
         return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 

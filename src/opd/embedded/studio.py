@@ -100,7 +100,7 @@ class EmbeddedStudio:
         found = {}
         for network in self._networks():
             network.activate(None if network is not self.student.network else self.student.adapter)
-            own = Chat(network.tokenizer)
+            own = Chat(network.tokenizer, rows=network.vocab_size)
             found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
         return found
 
@@ -195,6 +195,7 @@ class EmbeddedStudio:
         }
         for name, voice in self.foreign.items():
             if (cells := voice.cells) is not None:
-                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
+                ours, theirs = cells.student[: self.vocab_size], cells.teacher[: voice.network.vocab_size]
+                common = CommonCells(torch.from_numpy(ours), torch.from_numpy(theirs), cells.num)
                 found[name] = TeacherHead(voice.network.head_weight(), common)
         return found
