@@ -11,6 +11,7 @@ from commands import bench as bench
 from commands import invoke, one_line, place_of, refuse_tree
 from commands import tree as tree
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, write_toml
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
@@ -18,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 import opd
 from opd.config import ComputeConfig
 from opd.embedded.loading import load_network
+from opd.errors import ModelError
 
 CPU = ComputeConfig(device="cpu")
 Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -212,6 +214,82 @@ def test_an_index_that_is_no_index_is_refused(tree: dict[str, Any], tmp_path: Pa
     (folder / "model.safetensors.index.json").write_text(damaged)
     place_of(tree, "teacher", folder)
     assert "'model.safetensors.index.json' has no weight_map; copy the file again" in refuse_tree(tree, tmp_path)
+
+
+_GGUF = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def save_gguf(path: Path, *, rename: Callable[[str], str | None] = lambda name: name) -> str:
+    """The toy with one token more as a GGUF file; rename: what a tensor is called in it, None where it is left out."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(259)
+    writer.add_tokenizer_model("gpt2")
+    vocab = byte_tokenizer().get_vocab()
+    writer.add_token_list([*sorted(vocab, key=vocab.__getitem__), "ab"])
+    writer.add_token_types([1] * 256 + [3, 3, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    names |= {f"model.layers.{i}.{a}.weight": f"blk.{i}.{b}.weight" for i in range(2) for a, b in _GGUF.items()}
+    for name, parameter in toy_model(1, vocab_size=259).named_parameters():
+        called = rename(names[name])
+        if called is not None:
+            writer.add_tensor(called, parameter.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_gguf_file_is_the_model_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    network = load_network(save_gguf(tmp_path / "toy.gguf"), CPU)
+    assert network.notes == []
+    ours = network.base.get_input_embeddings().weight  # type: ignore[union-attr]  # it has some
+    assert torch.equal(ours, toy_model(1, vocab_size=259).get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("rename", "reason"),
+    [
+        (lambda n: None if n == "blk.1.ffn_up.weight" else n, "1 of the 21 weights of LlamaForCausalLM are missing"),
+        (lambda n: f"model.{n}", "21 of the 21 weights of LlamaForCausalLM are missing"),
+        (lambda n: None if n == "token_embd.weight" else n, "2 of the 21 weights of LlamaForCausalLM are missing"),
+    ],
+)
+def test_a_gguf_file_without_some_weights_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: Callable[[str], str | None], reason: str
+):
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    path = save_gguf(tmp_path / "toy.gguf", rename=rename)
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_network(path, CPU)
+    assert "tie_word_embeddings" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_damaged_tokenizer_is_refused(tree: dict[str, Any], tmp_path: Path):
+    folder = Path(save_toy(tmp_path / "toy", 1))
+    file = folder / "tokenizer.json"
+    said = json.loads(file.read_text())
+    said["model"]["merges"] = [["a", "\u2603"]]
+    file.write_text(json.dumps(said))
+    place_of(tree, "teacher", folder)
+    assert f"model '{folder}': its tokenizer cannot be loaded: " in refuse_tree(tree, tmp_path)
 
 
 def test_a_model_folder_with_an_adapter_in_it_is_refused(tree: dict[str, Any], tmp_path: Path):

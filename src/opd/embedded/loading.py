@@ -148,7 +148,9 @@ def gguf_folder(path: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
-    folder = cache / f"{path.stem}-{digest}"
+    folder = (
+        cache / f"{path.stem}-{digest}-whole"
+    )  # those without that name were made before missing weights were refused
     if not folder.is_dir():
         convert_gguf(path, folder)
     return folder
@@ -303,6 +305,11 @@ def _one_line(source: str) -> Iterator[None]:
         # what is no folder is asked of the hub
         where = "" if Path(source).exists() else "there is no such folder here, and as a model of the hub: "
         raise ModelError(f"model '{source}' cannot be loaded: {where}{_first_line(error)}") from None
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # so tokenizers says that a file is damaged
+        raise ModelError(f"model '{source}': its tokenizer cannot be loaded: {_first_line(error)}") from None
 
 
 def asks_for_own_code(error: Exception, source: str) -> bool:

@@ -89,8 +89,9 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], own: Mapping[str, 
     renamed = difference_of_names(unexpected, missing)
     if renamed:
         return renamed
-    head = model.get_output_embeddings()
-    if head is not None and all(own.get(key) is head.weight for key in missing):
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    if head is not None and not tied and all(own.get(key) is head.weight for key in missing):
         return (
             "the files have no output head: write tie_word_embeddings = true into config.json if the embeddings are the head, else "
             "take the files of the whole model"
