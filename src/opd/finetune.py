@@ -56,6 +56,8 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     weights = {name: task.weight for name, task in config.tasks.items()}
     stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
     with ProgressLine(config.steps) as line:
+        for note in student.network.notes:
+            line.say(f"warning: {note}")
         for step in range(1, config.steps + 1):
             batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()

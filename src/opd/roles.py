@@ -96,13 +96,15 @@ class Alone:
 class TeacherFacts:
     """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
     the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
-    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was)."""
+    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). notes: what a user
+    should know of how the models were loaded, a line each."""
 
     contexts: Mapping[str, int | None]
     vocab_size: int
     foreign: Mapping[str, int]
     without_distributions: frozenset[str]
     unknown_tokenizers: Mapping[str, str]
+    notes: Sequence[str] = ()
 
 
 class Studio(Protocol):

@@ -32,7 +32,8 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += preflight.tools_are_answered(every, material.make_environment)
-    chat, facts = Chat(studio.tokenizer), studio.facts()
+    facts = studio.facts()
+    chat = Chat(studio.tokenizer, rows=facts.vocab_size)
     findings.append(
         preflight.lengths_fit(
             every,
@@ -46,6 +47,7 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
+    findings += preflight.loaded_whole(facts.notes)
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
     for source, error in studio.packing_errors(probes).items():
         findings.append(preflight.packed_equals_plain(source, error, tolerance=10 * tolerance))

@@ -20,7 +20,8 @@ from opd.distributed.engines import (
     bookings_of_teachers,
 )
 from opd.distributed.group import RankGroup, RankLearner, RankTeachers
-from opd.embedded.loading import gguf_folder, load_tokenizer, require_adapter_folder
+from opd.embedded.adapters import adapter_config
+from opd.embedded.loading import gguf_folder, load_tokenizer
 from opd.embedded.studio import distances_of
 from opd.errors import RunError, one_line
 from opd.metrics import merge
@@ -44,7 +45,7 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         config = config.model_copy(update={"student": str(gguf_folder(Path(config.student)))})
     for name, teacher in config.teachers.items():
         if teacher.adapter is not None:  # what can be seen here need not wait for a cluster
-            require_adapter_folder(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
+            adapter_config(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
     loaded = load_tokenizer(config.student)
     with ExitStack() as started:
         _join(config)
@@ -63,7 +64,7 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         group.build()
         served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
         ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
-        chat = Chat(loaded.tokenizer)
+        chat = Chat(loaded.tokenizer, rows=group.facts.teachers.vocab_size)
         player = EpisodePlayer(chat, config.episodes, end_ids=ends, make_environment=make_environment)
         return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 

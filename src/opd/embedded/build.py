@@ -1,7 +1,7 @@
 """From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
-from opd.text.tokenizer import difference, fingerprint
+from opd.text.tokenizer import described_token, difference, end_token_ids, fingerprint, ids_without_rows
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 
@@ -66,11 +66,8 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     foreign = _foreign(config, network, voices)
     own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
     vocab_size = min(n.vocab_size for n in own)
-    needed = max(network.tokenizer.get_vocab().values()) + 1
-    if needed > vocab_size:
-        raise ModelError(
-            f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows"
-        )
+    narrowest = min(own, key=lambda n: n.vocab_size)
+    _require_rows(network, vocab_size, narrowest.source)
     for net in own:
         net.vocab_size = vocab_size
     connected = _connected(config, network.tokenizer) if served else {}
@@ -115,7 +112,9 @@ def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -
 
 def build_student(config: SftConfig) -> Voice:
     """A student to fine-tune, without teachers."""
-    return Voice(_student(config), "student" if config.trainable == "lora" else None)
+    network = _student(config)
+    _require_rows(network, network.vocab_size, network.source)
+    return Voice(network, "student" if config.trainable == "lora" else None)
 
 
 def _student(config: Config | SftConfig) -> Network:
@@ -149,7 +148,7 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
             vocab_size=network.vocab_size,
         )
         mask = config.alignment.non_canonical == "mask"
-        _require_a_row_each(network)
+        _require_rows(network, network.vocab_size, network.source, reader.end_ids)
         floor = config.objective.teacher_logprob_floor
         cells = None
         if config.objective.type == "support":
@@ -166,12 +165,30 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
     return found
 
 
-def _require_a_row_each(network: Network) -> None:
-    needed = max(network.tokenizer.get_vocab().values()) + 1
-    if needed > network.vocab_size:
+def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] | None = None) -> None:
+    """Note where a tokenizer has ids for which a model, `source`, has no rows. Raises ModelError where a turn would end with one;
+    that no prompt needs one is checked with the prompts.
+
+    ends: the ids that end a turn, where they are not the network's own.
+    """
+    beyond = ids_without_rows(network.tokenizer, rows)
+    if not beyond:
+        return
+    if ends is None:
+        ends = end_token_ids(network.tokenizer, network.base.generation_config)
+    first = described_token(network.tokenizer, beyond[0])
+    said = (
+        f"the tokenizer of '{network.source}' has {len(beyond)} ids behind the {rows} rows of '{source}', first {first}"
+    )
+    unreachable = [index for index in ends if index >= rows]
+    if unreachable:
         raise ModelError(
-            f"the tokenizer of '{network.source}' has {needed} ids, its output head {network.vocab_size} rows"
+            f"{said}; its turns end with {described_token(network.tokenizer, unreachable[0])}, which could never be sampled: name "
+            "another end token (eos_token in tokenizer_config.json, eos_token_id in generation_config.json), or give the model a "
+            "row for it (transformers: resize_token_embeddings)"
         )
+    note = f"{said}; they are never sampled, and a text that needs one is refused"
+    network.notes += [note] if note not in network.notes else []
 
 
 def _require_text_alone(config: Config, name: str, what: str) -> None:

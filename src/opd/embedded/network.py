@@ -20,6 +20,7 @@ from opd.embedded.attention import Plan, TreePlan, use_plans
 from opd.embedded.linear import few_rows, merged
 from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
+from opd.text.tokenizer import described_token
 
 # of four dimensions, so that transformers makes none: a plan says it
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -49,14 +50,17 @@ class Network:
     adapter it speaks for (None: the bare model).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str, *, notes: Sequence[str] = ()) -> None:
+        """notes: lines about how it was loaded that a user should know."""
         self.model: PreTrainedModel | PeftModel = model
         self.base = model
         self.tokenizer = tokenizer
         self.source = source
+        self.notes = list(notes)
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
+        self._num_embeddings = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
         use_plans(model, source=source)
         self._active: tuple[str | None, bool] | None = None
 
@@ -162,6 +166,11 @@ class Network:
     def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
         """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
         device = self.device
+        if token_ids.size and int(token_ids.max()) >= self._num_embeddings:
+            raise ModelError(
+                f"model '{self.source}': a sequence has token {described_token(self.tokenizer, int(token_ids.max()))}, and the "
+                f"embeddings have {self._num_embeddings} rows; take it out of the text"
+            )
         return self._backbone(
             input_ids=torch.from_numpy(token_ids).to(device),
             position_ids=torch.as_tensor(positions).to(device),

@@ -132,7 +132,8 @@ class EmbeddedSampler:
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
     """Plays episodes in a network's own template; its end tokens end a turn."""
     ends = end_token_ids(network.tokenizer, network.base.generation_config)
-    return EpisodePlayer(Chat(network.tokenizer), limits, end_ids=ends, make_environment=make_environment)
+    chat = Chat(network.tokenizer, rows=network.vocab_size)
+    return EpisodePlayer(chat, limits, end_ids=ends, make_environment=make_environment)
 
 
 def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:

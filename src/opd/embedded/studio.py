@@ -1,6 +1,6 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Studio`)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from opd.config import Config
 from opd.embedded.export import export
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.network import Network
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.metrics import Metrics, values
@@ -87,14 +88,19 @@ class EmbeddedStudio:
             foreign={name: voice.network.vocab_size for name, voice in self.foreign.items()},
             without_distributions=frozenset(self.foreign.keys() | self.served.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
+            notes=[note for network in self._networks() for note in network.notes],
         )
+
+    def _networks(self) -> Iterable[Network]:
+        """Every set of weights once."""
+        return dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())])
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
         found = {}
-        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
+        for network in self._networks():
             network.activate(None if network is not self.student.network else self.student.adapter)
-            own = Chat(network.tokenizer)
+            own = Chat(network.tokenizer, rows=network.vocab_size)
             found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
         return found
 
@@ -189,6 +195,7 @@ class EmbeddedStudio:
         }
         for name, voice in self.foreign.items():
             if (cells := voice.cells) is not None:
-                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
+                ours, theirs = cells.student[: self.vocab_size], cells.teacher[: voice.network.vocab_size]
+                common = CommonCells(torch.from_numpy(ours), torch.from_numpy(theirs), cells.num)
                 found[name] = TeacherHead(voice.network.head_weight(), common)
         return found

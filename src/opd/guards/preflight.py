@@ -218,6 +218,11 @@ def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
     )
 
 
+def loaded_whole(notes: Sequence[str]) -> list[Finding]:
+    """What a user should know of how models were loaded."""
+    return [Finding("models are loaded as their files say", True, note, warning=True) for note in notes]
+
+
 def packed_equals_plain(name: str, difference: float, *, tolerance: float) -> Finding:
     """The packed forward pass with its own head gives the logits of the model's plain forward pass."""
     return Finding(

@@ -18,6 +18,7 @@ from opd.records import Message, Prompt, Turn
 from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.symbols import TAGS
 from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tokenizer import described_token
 from opd.text.tool_calls import tools_text
 
 _PROBE_TOOL = {
@@ -29,8 +30,10 @@ _PROBE_TOOL = {
 class Chat:
     """How one tokenizer writes conversations."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, rows: int | None = None) -> None:
+        """rows: the models that read it have embeddings for the ids below; None: for all."""
         self.tokenizer = tokenizer
+        self._rows = rows
         self._templated = bool(getattr(tokenizer, "chat_template", None))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
@@ -77,12 +80,24 @@ class Chat:
             ids = list(self.tokenizer(marked, add_special_tokens=alone).input_ids)
         if not ids:
             raise DataError(f"prompt '{prompt.id}': no tokens after tokenization; expected at least one")
-        return ids
+        return self._with_rows(ids, f"prompt '{prompt.id}'")
 
-    def encode_turn(self, text: str) -> list[int]:
-        """The token ids of a turn that somebody wrote for the student, its end token left out."""
+    def encode_turn(self, text: str, *, record: str = "a turn") -> list[int]:
+        """The token ids of a turn that somebody wrote for the student, its end token left out. record: names it in errors."""
         quotes = self.quotes()
-        return self._encoder.encode(quotes.mark(text), quotes).ids
+        return self._with_rows(self._encoder.encode(quotes.mark(text), quotes).ids, record)
+
+    def _with_rows(self, ids: list[int], record: str) -> list[int]:
+        """The ids; raises DataError naming the first for which the models have no embedding."""
+        index = next((i for i in ids if i >= self._rows), None) if self._rows is not None else None
+        if index is None:
+            return ids
+        written = self.literal(index) in str(getattr(self.tokenizer, "chat_template", None) or "")
+        what, where = ("the chat template", "template") if written else ("its text", "record")
+        raise DataError(
+            f"{record}: {what} needs token {described_token(self.tokenizer, index)}, and the models have embeddings for ids below "
+            f"{self._rows}; take it out of the {where}, or give the model a row for it (transformers: resize_token_embeddings)"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, its special tokens (end of turn) left out, but for tags of thinking and of tool calls."""
