@@ -12,14 +12,14 @@ from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.sft import imitation_batch
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
-from opd.evaluate import SPLITS, Cell, evaluate, pick
+from opd.evaluate import Cell, evaluate, pick
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.roles import Environment, Task
-from opd.tasks import make_tasks
+from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.judge import Judge
 
@@ -33,10 +33,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     included.
     """
     tasks = make_tasks(config.tasks, config.episodes)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
+    prompts = read_splits(tasks)
     RunFolder.require_absent(config.output)
     student = build_student(config)
     school = _School(student, tasks, config.episodes)

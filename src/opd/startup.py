@@ -9,7 +9,6 @@ from typing import Any
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.errors import DataError
-from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts
@@ -18,7 +17,7 @@ from opd.roles import Environment, Studio, Task, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
-from opd.tasks import make_tasks
+from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
 from opd.text.chat import Chat
@@ -83,7 +82,8 @@ def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
 @dataclass(frozen=True)
 class Material:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' outcomes the reward and the grader take the place of."""
+    the tasks whose environments' outcomes the reward and the grader take the place of; own_code: reward and grade are a function of
+    the user's."""
 
     prompts: PromptSets
     reward: Reward
@@ -91,6 +91,7 @@ class Material:
     make_environment: MakeEnvironment
     own_reward: frozenset[str] = frozenset()
     own_grade: frozenset[str] = frozenset()
+    own_code: bool = False
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
         """Outcomes and format errors of rollouts that were sampled with this tokenizer."""
@@ -100,11 +101,12 @@ class Material:
             tokenizer=tokenizer,
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
+            own_code=self.own_code,
         )
 
     def grader(self) -> Judge:
         """Outcomes by another grader, where there is one."""
-        return Judge(self.grade, own=self.own_grade)
+        return Judge(self.grade, own=self.own_grade, own_code=self.own_code)
 
 
 def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
@@ -116,10 +118,8 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         if own is not None and not callable(own):
             raise DataError(f"{name} is {type(own).__name__}, expected a function of the prompt")
     tasks = make_tasks(config.tasks, config.episodes)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
+    prompts = read_splits(tasks)
+    for splits in prompts.values():
         for split in SPLITS:
             preflight.teachers_exist(splits[split], config.teachers)
 
@@ -154,6 +154,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         every_task
         if reward is not None
         else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
+        own_code=reward is not None,
     )
 
 

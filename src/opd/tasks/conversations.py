@@ -10,7 +10,14 @@ from opd.tasks.json_lines import strict_json, text_fault
 from opd.text.call_template import tool_call
 
 _ROLES = ("system", "user", "assistant", "tool")
-_SENDERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}  # of ShareGPT
+_BESIDE: Mapping[str, tuple[str, ...]] = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+_SHAREGPT: Mapping[str, str] = {"from": "role", "value": "content"}
+_SENDERS: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+}  # of ShareGPT
 
 
 def read_messages(messages: Any, key: str) -> tuple[Message, ...]:
@@ -44,7 +51,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise DataError(f"{name} needs 'role' (one of {', '.join(_ROLES)}), a string 'content', got {message!r:.80}")
     given: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
     if "from" in given or "value" in given:
-        given = {{"from": "role", "value": "content"}.get(key, key): value for key, value in given.items()}
+        given = {_SHAREGPT.get(str(key), str(key)): value for key, value in given.items()}
         sender = given.get("role")
         given["role"] = _SENDERS.get(sender, sender) if isinstance(sender, str) else None
     calls = given.get("tool_calls")
@@ -57,7 +64,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
             f"{name} needs 'role' (one of {', '.join(_ROLES)}), a string 'content', got role {given.get('role')!r:.40} and "
             f"content {given.get('content')!r:.40}"
         )
-    allowed = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}.get(given["role"], ())
+    allowed = _BESIDE.get(str(given["role"]), ())
     for key in given:
         if key not in ("role", "content", *allowed):
             raise DataError(

@@ -90,7 +90,8 @@ def read_prompts(
         raise DataError(f"{path}: no prompts; expected one JSON record a line")
     if completion is not None and not completed:
         raise DataError(
-            f"{path}: no record ends with an assistant's message, so tasks.{task}.completion = '{completion}' has no effect; drop it"
+            f"{path}: no record ends with an assistant's message, so tasks.{task}.completion = '{completion}' has no effect; "
+            "drop it"
         )
     return prompts
 

@@ -15,75 +15,15 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
+from opd.tasks.math_units import COMMANDS, FUNCTIONS, TEXT, without_unit
+
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400
 _SECONDS = 5  # of one reading or one comparison
 _DIGITS, _SAME, _ROUNDED, _ROUNDED_SHARE = 60, Fraction(1, 10**45), Fraction(1, 2 * 10**6), Fraction(1, 10**5)
 
-_COMMANDS = r"text|textbf|textit|textrm|textnormal|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm|bf"
-_TEXT = re.compile(rf"\\(?:{_COMMANDS})\s*\{{([^{{}}]*)\}}")
-_FUNCTIONS = [
-    "arcsin",
-    "arccos",
-    "arctan",
-    "arccot",
-    "sinh",
-    "cosh",
-    "tanh",
-    "coth",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "sqrt",
-    "log",
-    "ln",
-    "exp",
-    "max",
-    "min",
-    "gcd",
-    "lcm",
-    "mod",
-    "pi",
-    "theta",
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "lambda",
-    "infty",
-    "infinity",
-    "inf",
-    "frac",
-]
-_BARE = re.compile(rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?![A-Za-z])")
-_SHORT_WORDS = frozenset(
-    [
-        "so",
-        "is",
-        "it",
-        "of",
-        "to",
-        "we",
-        "if",
-        "as",
-        "by",
-        "in",
-        "at",
-        "an",
-        "be",
-        "he",
-        "me",
-        "my",
-        "no",
-        "up",
-        "us",
-        "do",
-        "go",
-        "am",
-    ]
-)
+_BARE = re.compile(rf"(?<![A-Za-z\\])({'|'.join(FUNCTIONS)})(?![A-Za-z])")
+_SHORT = "so is it of to we if as by in at an be he me my no up us do go am"
+_SHORT_WORDS = frozenset(_SHORT.split())
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?![A-Za-z])")
 _UNICODE = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u00f7": r"\div ",
@@ -115,45 +55,6 @@ _DROPPED = re.compile(
     r"\\(?:ldots|dots|cdots|vdots|ddots|dotsc)(?![A-Za-z])|\.\.\.|\u2026"  # how it goes on is anybody's guess
     r"|\d_|(?<!_)\d\s+\d|\d\.\d*\.\d|\d\\(?:overline|bar)"  # numbers side by side; a base; two points
 )
-_GLUED_UNITS = frozenset(
-    [
-        "mm",
-        "cm",
-        "dm",
-        "km",
-        "kg",
-        "mg",
-        "ml",
-        "mi",
-        "ft",
-        "in",
-        "yd",
-        "lb",
-        "oz",
-        "hr",
-        "min",
-        "sec",
-        "ms",
-        "kw",
-        "mph",
-        "kmh",
-        "hz",
-    ]
-)
-_UNIT_NAMES = {
-    "percent": "%", "pct": "%", "percentage": "%", "degree": "\u00b0", "deg": "\u00b0", "dollar": "$", "usd": "$", "euro": "\u20ac",
-    "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "kilometer": "km", "kilometre": "km",
-    "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg", "second": "s", "sec": "s", "minute": "min",
-    "hour": "h", "hr": "h", "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "mile": "mi", "liter": "l", "litre": "l",
-    "sq": "square", "milliliter": "ml", "pound": "lb", "kmh": "km/h",
-}  # fmt: skip
-_CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|\u00a3|\u20ac|\u00a5)\s*(?=[-+]?[\d.])")
-_PERCENT = re.compile(r"(?<=[\d.})])\s*(?:\\?%|\\text\{\s*%\s*\})$")
-_DEGREES = re.compile(
-    r"(?<=[\d.})])\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?:\\text\{\s*)?([CF]?)\s*\}?$|\s*\\degrees?$"
-)
-_UNIT_TEXT = re.compile(rf"(?<=[\w)}}\]!])\s*((?:\\(?:{_COMMANDS})\s*\{{[^{{}}]*\}}|\s|/|\\cdot|\^\s*\{{?-?\d\}}?)+)$")
-_UNIT_WORDS = re.compile(r"(?<=[\d)}\]])(\s*)([A-Za-z]{2,}(?:[ /][A-Za-z]+)*\s*(?:\^\s*\{?[23]\}?)?)$")
 
 
 @dataclass(frozen=True)
@@ -174,9 +75,9 @@ def read_value(text: str) -> Value | None:
     words = _words(text)
     if words is not None:
         return Value(words)
-    letter = re.fullmatch(rf"\\(?:{_COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\s*\}}|\(([A-Za-z])\)", text)
+    letter = re.fullmatch(rf"\\(?:{COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\s*\}}|\(([A-Za-z])\)", text)
     text = (letter[1] or letter[2]) if letter else text
-    text, unit = _without_unit(text)
+    text, unit = without_unit(text)
     number = _number(text)
     if number is not None:
         return Value(number, unit, rounded=bool(re.search(r"[.eE]", text)) and "overline" not in text)
@@ -238,42 +139,17 @@ def closing_brace(text: str, start: int) -> int:
 
 def _words(text: str) -> str | None:
     """A text in words, which says what it says: "even", "no solution"; None for mathematics."""
-    plain = " ".join(_TEXT.sub(r" \1 ", text).replace("-", " ").replace("'", "").split())
+    plain = " ".join(TEXT.sub(r" \1 ", text).replace("-", " ").replace("'", "").split())
     if not re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)*", plain):
         return None
     longest = max(plain.split(), key=len)
-    spelled = len(longest) > 2 or (_TEXT.fullmatch(text) is not None and len(longest) > 1)
-    return plain.casefold() if spelled and longest not in _FUNCTIONS else None
+    spelled = len(longest) > 2 or (TEXT.fullmatch(text) is not None and len(longest) > 1)
+    return plain.casefold() if spelled and longest not in FUNCTIONS else None
 
 
 def _as_words(value: Any) -> str:
     """Words, or the product of letters that a parser makes of a word."""
     return value if isinstance(value, str) else str(value).casefold()
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    """The text without a unit at its end or a currency before it, and that unit."""
-    if found := _CURRENCY.search(text):
-        return found[1] + text[found.end() :], found[2].lstrip("\\")
-    for pattern, name in ((_PERCENT, "%"), (_DEGREES, "\u00b0")):
-        if found := pattern.search(text):
-            return text[: found.start()].strip(), name + ((found[1] or "").casefold() if found.lastindex else "")
-    if (found := _UNIT_TEXT.search(text)) and _TEXT.search(found[1]) and not re.search(r"(?:and|or)\s*\}", found[1]):
-        return text[: found.start()].strip(), _unit(_TEXT.sub(r"\1", found[1]).replace(r"\cdot", " "))
-    found = _UNIT_WORDS.search(text)
-    if found:
-        first = re.split(r"[ /^]", found[2])[0]
-        known = first.casefold() in _GLUED_UNITS
-        if first not in _FUNCTIONS and (known or (found[1] and len(first) > 2)):
-            return text[: found.start()].strip(), _unit(found[2])
-    return text, ""
-
-
-def _unit(text: str) -> str:
-    """One spelling of a unit."""
-    words = re.sub(r"[\^{}\s.]+", " ", text.casefold().replace("per ", "/")).split()
-    names = [w if len(w) < 3 else w.removesuffix("s") for w in words]
-    return " ".join(_UNIT_NAMES.get(name, name) for name in names)
 
 
 def _number(text: str) -> Fraction | None:
@@ -344,11 +220,11 @@ def _grouped(text: str) -> str:
 def _prose(text: str) -> bool:
     """Whether there are words between the mathematics."""
     outside = re.sub(
-        r"\\begin\{\w+\}(?:\{[clr|]+\})?|\\end\{\w+\}|\\math(?:bb|cal|frak)\s*\{\w\}", " ", _TEXT.sub(" ", text)
+        r"\\begin\{\w+\}(?:\{[clr|]+\})?|\\end\{\w+\}|\\math(?:bb|cal|frak)\s*\{\w\}", " ", TEXT.sub(" ", text)
     )
     named = re.sub(r"\\[A-Za-z]+", " ", outside)
     return any(len(word) > 3 or word.casefold() in _SHORT_WORDS for word in _WORD.findall(named)) or bool(
-        any(" " in word.strip() for word in _TEXT.findall(text))
+        any(" " in word.strip() for word in TEXT.findall(text))
     )
 
 
