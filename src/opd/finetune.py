@@ -21,6 +21,7 @@ from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.roles import Environment, Task
 from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.demonstrate import Demonstrator, Replay
+from opd.tasks.effects import held_out_prompts_in_training, repeated_prompts
 from opd.tasks.judge import Judge
 
 _LOOKED_AT = 64
@@ -53,6 +54,10 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     weights = {name: task.weight for name, task in config.tasks.items()}
     stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
     with ProgressLine(config.steps) as line:
+        for unused in repeated_prompts(prompts, batch=config.batch_size, key="batch_size"):
+            line.say(f"warning: {unused}")
+        for unused in held_out_prompts_in_training(config.tasks, prompts):
+            line.say(f"warning: {unused}")
         for step in range(1, config.steps + 1):
             batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()

@@ -18,6 +18,7 @@ from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
 from opd.tasks import SPLITS, make_tasks, read_splits
+from opd.tasks.effects import held_out_prompts_in_training, repeated_prompts, unverified_data
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
 from opd.text.chat import Chat
@@ -31,6 +32,7 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += preflight.tools_are_answered(every, material.make_environment)
+    findings += _without_effect(config, material)
     chat, facts = Chat(studio.tokenizer), studio.facts()
     findings.append(
         preflight.lengths_fit(
@@ -65,6 +67,16 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     scored += studio.each_alone(unnamed).score(asked)
     findings += preflight.informative(scored, vocab_size=facts.vocab_size, foreign=facts.foreign)
     return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
+
+
+def _without_effect(config: Config, material: "Material") -> list[Finding]:
+    """Data and options of the tasks that this run makes no use of."""
+    prompts = material.prompts
+    found = repeated_prompts(prompts, batch=config.sampling.prompts_per_step, key="sampling.prompts_per_step")
+    found += held_out_prompts_in_training(config.tasks, prompts)
+    if not material.own_code:
+        found += unverified_data(config.tasks, prompts, grades=config.evaluation.every > 0)
+    return [Finding("data and options of the tasks have an effect", True, line, warning=True) for line in found]
 
 
 def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:

@@ -24,24 +24,25 @@ def read_messages(messages: Any, key: str) -> tuple[Message, ...]:
     """Messages of {"role", "content"}, or of {"from", "value"} as ShareGPT has them.
 
     An assistant's message may have "tool_calls" beside or in place of content, their arguments an object or its JSON text; a
-    tool's may have the id and the name of the call that it answers, which it gets where it has none. `key` names them.
-    Raises DataError.
+    tool's gets the id and the name of the call that it answers. Ids are made anew, because templates ask for ids of their own
+    form. `key` names the messages. Raises DataError.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'{key}' must be a non-empty list, got {messages!r:.80}")
     found: list[Message] = []
-    waiting: list[Mapping[str, Any]] = []
+    waiting: list[tuple[Any, Mapping[str, Any]]] = []  # the id that a call was given, and the call
     number = 0
     for place, message in enumerate(messages):
         read = _message(message, f"{key}[{place}]")
         if read["role"] == "assistant":
-            waiting = [_call(call, number + k, f"{key}[{place}]") for k, call in enumerate(read.pop("tool_calls", ()))]
+            given = read.pop("tool_calls", ())
+            waiting = [(_id_of(call), _call(call, number + k, f"{key}[{place}]")) for k, call in enumerate(given)]
             number += len(waiting)
-            read |= {"tool_calls": tuple(waiting)} if waiting else {}
+            read |= {"tool_calls": tuple(call for _, call in waiting)} if waiting else {}
         elif read["role"] == "tool" and waiting:
-            answered = next((c for c in waiting if c["id"] == read.get("tool_call_id")), waiting[0])
+            answered = next((pair for pair in waiting if pair[0] == read.get("tool_call_id")), waiting[0])
             waiting.remove(answered)
-            read = {"tool_call_id": answered["id"], "name": answered["function"]["name"]} | read
+            read |= {"tool_call_id": answered[1]["id"], "name": answered[1]["function"]["name"]}
         found.append(MappingProxyType(read))
     return tuple(found)
 
@@ -96,9 +97,11 @@ def _call(call: Any, number: int, name: str) -> dict[str, Any]:
         raise DataError(
             f"{name}: arguments of the call of '{function['name']}' must be an object or its JSON text, got {arguments!r:.40}"
         )
-    made = tool_call(number, function["name"], arguments)
-    identity = call.get("id")
-    return made | {"id": identity} if isinstance(identity, str) and identity else made
+    return tool_call(number, function["name"], arguments)
+
+
+def _id_of(call: Any) -> Any:
+    return call.get("id") if isinstance(call, dict) else None
 
 
 def order_fault(messages: Sequence[Message]) -> str:
@@ -163,10 +166,7 @@ def check_prompt(prompt: Prompt, where: str) -> None:
         "meta": dict(prompt.meta),
         "tools": list(prompt.tools),
     }
-    try:
-        fault = next((found for name, value in fields.items() if (found := text_fault(value, name))), "")
-    except RecursionError:
-        fault = "it is nested too deeply"
+    fault = next((found for name, value in fields.items() if (found := text_fault(value, name))), "")
     if not fault and not all(c.isprintable() for c in prompt.id):
         fault = f"the id {prompt.id!a} has characters that cannot be printed"
     for message in () if fault else (*prompt.messages, *prompt.demonstration):

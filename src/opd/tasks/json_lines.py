@@ -17,6 +17,7 @@ _OTHER_FORMATS = (
     (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "is UTF-16; save it as UTF-8"),
 )
+_MAX_DEPTH = 64
 _BYTE_ORDER_MARK = "\ufeff"
 _NO_TEXT = re.compile("[\ud800-\udfff\0]")
 
@@ -38,11 +39,13 @@ def read_json_lines(path: str | Path, key: str) -> list[tuple[int, dict[str, Any
     return found
 
 
-def text_fault(value: Any, name: str) -> str:
+def text_fault(value: Any, name: str, *, depth: int = 0) -> str:
     """What in a value is no text, and where: a lone surrogate or a NUL in any of its strings; "" where all is text.
 
-    name: of the value. Raises RecursionError for a value that is nested too deeply.
+    name: of the value; depth: in how many others it stands, of which there may be 64.
     """
+    if depth > _MAX_DEPTH:
+        return f"{name[:80]}... is nested deeper than {_MAX_DEPTH} levels"
     if isinstance(value, str):
         found = _NO_TEXT.search(value)
         if found is None:
@@ -51,11 +54,11 @@ def text_fault(value: Any, name: str) -> str:
         return f"{name} has {what} at place {found.start() + 1}, which is no text; remove it"
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if fault := text_fault(key, f"a key of {name}") or text_fault(item, f"{name}.{key}"):
+            if fault := text_fault(key, f"a key of {name}") or text_fault(item, f"{name}.{key}", depth=depth + 1):
                 return fault
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
-            if fault := text_fault(item, f"{name}[{place}]"):
+            if fault := text_fault(item, f"{name}[{place}]", depth=depth + 1):
                 return fault
     return ""
 
@@ -111,11 +114,7 @@ def _record(line: str) -> dict[str, Any]:
     record = strict_json(line)
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got {type(record).__name__}")
-    try:
-        fault = next((found for key, value in record.items() if (found := _field_fault(key, value))), "")
-    except RecursionError:
-        raise DataError("the record is nested too deeply") from None
-    if fault:
+    if fault := next((found for key, value in record.items() if (found := _field_fault(key, value))), ""):
         raise DataError(fault)
     return record
 
