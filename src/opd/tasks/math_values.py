@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
-from opd.tasks.math_units import COMMANDS, FUNCTIONS, TEXT, without_unit
+from opd.tasks.math_units import FUNCTIONS, TEXT, without_unit
 
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400
 _SECONDS = 5  # of one reading or one comparison
@@ -37,7 +37,10 @@ _PLAIN = (
     (re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lr]?(?![A-Za-z])\s*\.?"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])"), " "),
     (re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|\\ |,\\!)(?=\d{3}(?!\d))"), ","),
-    (re.compile(r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
+    (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
+    (re.compile(r"\\bmod(?![A-Za-z])"), r"\\mod"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(leq|geq)slant(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset "),
@@ -51,9 +54,12 @@ _SCIENTIFIC = re.compile(
 )
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}")
 _IN_BASE = re.compile(r"([-+]?)([0-9A-Za-z]+)_(?:\{(\d+)\}|(\d))")
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # no ratio: a quarter past three is not three quarters past nine
 _DROPPED = re.compile(
     r"\\(?:ldots|dots|cdots|vdots|ddots|dotsc)(?![A-Za-z])|\.\.\.|\u2026"  # how it goes on is anybody's guess
     r"|\d_|(?<!_)\d\s+\d|\d\.\d*\.\d|\d\\(?:overline|bar)"  # numbers side by side; a base; two points
+    r"|\d\s*[A-Za-z]\s*\d|['\"]"  # 5 R 2, 1e5x; derivatives, feet and inches
 )
 
 
@@ -75,9 +81,12 @@ def read_value(text: str) -> Value | None:
     words = _words(text)
     if words is not None:
         return Value(words)
-    letter = re.fullmatch(rf"\\(?:{COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\s*\}}|\(([A-Za-z])\)", text)
-    text = (letter[1] or letter[2]) if letter else text
+    if quoted := TEXT.fullmatch(text):
+        said = " ".join(quoted[1].casefold().split())
+        return read_value(quoted[1]) or (Value(said) if _WORD.search(said) else None)
     text, unit = without_unit(text)
+    if _CLOCK.fullmatch(text):
+        return Value(text, unit)
     number = _number(text)
     if number is not None:
         return Value(number, unit, rounded=bool(re.search(r"[.eE]", text)) and "overline" not in text)
@@ -199,7 +208,16 @@ def _parsed(text: str) -> Any:
         text = right if re.fullmatch(r"\s*[A-Za-z](?:_\w)?\s*", left) else left
     with _limited() as within:
         value = within(lambda: _sympy(text))
+        if value is None and len(_PLUS_MINUS.findall(text)) == 1:
+            value = within(lambda: _either(*(_sympy(_PLUS_MINUS.sub(sign, text)) for sign in "+-")))
     return None if value is None or _undefined(value) else value
+
+
+def _either(first: Any, second: Any) -> Any:
+    """A list of two answers; None where one of them is none."""
+    from latex2sympy2_extended.sets import FiniteSet
+
+    return None if first is None or second is None else FiniteSet(first, second)
 
 
 def _grouped(text: str) -> str:
@@ -224,7 +242,7 @@ def _prose(text: str) -> bool:
     )
     named = re.sub(r"\\[A-Za-z]+", " ", outside)
     return any(len(word) > 3 or word.casefold() in _SHORT_WORDS for word in _WORD.findall(named)) or bool(
-        any(" " in word.strip() for word in TEXT.findall(text))
+        any(" " in word for word in TEXT.findall(text))
     )
 
 
@@ -234,13 +252,24 @@ def _sympy(text: str) -> Any:
 
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
     normal = normalize_latex(text, config)
-    if _DROPPED.search(normal):
+    if _DROPPED.search(normal) or not _known_commands(normal):
         return None
     try:
         real = not should_treat_as_complex(normal)
         return latex2sympy(normal, is_real=real, convert_degrees=False, normalization_config=None)
     except Exception:  # the parser raises whatever its own code runs into
         return None
+
+
+def _known_commands(text: str) -> bool:
+    """Whether the parser sees no other command, and letters behind it, in one that it does not know (\\pm, o, d for \\pmod)."""
+    from antlr4 import InputStream
+    from latex2sympy2_extended.antlr_parser import PSLexer
+
+    lexer = PSLexer(InputStream(text))
+    lexer.removeErrorListeners()
+    stops = {token.start: token.stop for token in lexer.getAllTokens()}
+    return all(stops.get(c.start(), c.end()) >= c.end() - 1 for c in re.finditer(r"\\[A-Za-z]+", text))
 
 
 def _undefined(value: Any) -> bool:
