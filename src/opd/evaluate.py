@@ -11,11 +11,11 @@ from opd.batch import pack
 from opd.metrics import wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
 from opd.roles import Sampler, Seed, Teacher
+from opd.tasks import SPLITS
 from opd.tasks.judge import Judge
 
 ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
 
-SPLITS = ("train", "held_out")
 EVALUATION_SEED: Seed = (0, "evaluate")
 
 

@@ -12,15 +12,16 @@ from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.sft import imitation_batch
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
-from opd.evaluate import SPLITS, Cell, evaluate, pick
+from opd.evaluate import Cell, evaluate, pick
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
 from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.roles import Environment, Task
-from opd.tasks import make_tasks
+from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.demonstrate import Demonstrator, Replay
+from opd.tasks.effects import held_out_prompts_in_training, repeated_prompts
 from opd.tasks.judge import Judge
 
 _LOOKED_AT = 64
@@ -33,10 +34,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     included.
     """
     tasks = make_tasks(config.tasks, config.episodes)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
+    prompts = read_splits(tasks)
     RunFolder.require_absent(config.output)
     student = build_student(config)
     school = _School(student, tasks, config.episodes)
@@ -58,6 +56,10 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     with ProgressLine(config.steps) as line:
         for note in student.network.notes:
             line.say(f"warning: {note}")
+        for unused in repeated_prompts(prompts, batch=config.batch_size, key="batch_size"):
+            line.say(f"warning: {unused}")
+        for unused in held_out_prompts_in_training(config.tasks, prompts):
+            line.say(f"warning: {unused}")
         for step in range(1, config.steps + 1):
             batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()

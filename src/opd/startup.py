@@ -9,7 +9,6 @@ from typing import Any
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.errors import DataError
-from opd.evaluate import SPLITS
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.loop import Parts
@@ -18,7 +17,8 @@ from opd.roles import Environment, Studio, Task, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
-from opd.tasks import make_tasks
+from opd.tasks import SPLITS, make_tasks, read_splits
+from opd.tasks.effects import held_out_prompts_in_training, repeated_prompts, unverified_data
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Judge, Reward
 from opd.text.chat import Chat
@@ -32,6 +32,7 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += preflight.tools_are_answered(every, material.make_environment)
+    findings += _without_effect(config, material)
     facts = studio.facts()
     chat = Chat(studio.tokenizer, rows=facts.vocab_size)
     findings.append(
@@ -70,6 +71,16 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
 
 
+def _without_effect(config: Config, material: "Material") -> list[Finding]:
+    """Data and options of the tasks that this run makes no use of."""
+    prompts = material.prompts
+    found = repeated_prompts(prompts, batch=config.sampling.prompts_per_step, key="sampling.prompts_per_step")
+    found += held_out_prompts_in_training(config.tasks, prompts)
+    if not material.own_code:
+        found += unverified_data(config.tasks, prompts, grades=config.evaluation.every > 0)
+    return [Finding("data and options of the tasks have an effect", True, line, warning=True) for line in found]
+
+
 def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
     """How far the student is from each teacher that gives distributions over its tokens, on its own responses."""
     apart = studio.facts().without_distributions
@@ -85,7 +96,8 @@ def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
 @dataclass(frozen=True)
 class Material:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' outcomes the reward and the grader take the place of."""
+    the tasks whose environments' outcomes the reward and the grader take the place of; own_code: reward and grade are a function of
+    the user's."""
 
     prompts: PromptSets
     reward: Reward
@@ -93,6 +105,7 @@ class Material:
     make_environment: MakeEnvironment
     own_reward: frozenset[str] = frozenset()
     own_grade: frozenset[str] = frozenset()
+    own_code: bool = False
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
         """Outcomes and format errors of rollouts that were sampled with this tokenizer."""
@@ -102,11 +115,12 @@ class Material:
             tokenizer=tokenizer,
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
+            own_code=self.own_code,
         )
 
     def grader(self) -> Judge:
         """Outcomes by another grader, where there is one."""
-        return Judge(self.grade, own=self.own_grade)
+        return Judge(self.grade, own=self.own_grade, own_code=self.own_code)
 
 
 def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
@@ -118,10 +132,8 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         if own is not None and not callable(own):
             raise DataError(f"{name} is {type(own).__name__}, expected a function of the prompt")
     tasks = make_tasks(config.tasks, config.episodes)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
+    prompts = read_splits(tasks)
+    for splits in prompts.values():
         for split in SPLITS:
             preflight.teachers_exist(splits[split], config.teachers)
 
@@ -156,6 +168,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         every_task
         if reward is not None
         else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
+        own_code=reward is not None,
     )
 
 

@@ -25,16 +25,19 @@ class LoraConfig(Node):
 
 
 class FileTask(Node):
-    """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?, "tools"?, "demonstration"?} a line.
+    """Prompts from a JSONL file, one record a line (docs/configuration.md lists its keys).
 
-    demonstration: for fine-tuning, the messages that follow the prompt, the student's first and last. grader: another verifier, for
-    the held-out outcome in training (`evaluation.every`).
+    completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
+    of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
+    ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out outcome in
+    training (`evaluation.every`).
     """
 
     type: Literal["file"]
     path: str
     held_out_path: str | None = None
     teacher: str | None = None
+    completion: Literal["answer", "demonstration", "drop"] | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
     grader: Literal["exact", "math", "number"] | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0

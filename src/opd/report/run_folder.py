@@ -203,6 +203,8 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
         "token_ids": rollout.token_ids.tolist(),
         "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
     }
+    if rollout.opened:
+        plain["opened"] = rollout.opened
     if rollout.failure is not None:
         plain["episode_failure"] = rollout.failure
     if scored.retries:
@@ -240,6 +242,7 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         flags=tuple(Flag(*flag) for flag in plain["flags"]),
         events=MappingProxyType(plain["events"]),
         failure=plain.get("episode_failure"),
+        opened=plain.get("opened", ""),
     )
     if "failure" in plain:
         failed = FailedScore(prompt.teacher, plain["failure"], lost=plain.get("lost", False))

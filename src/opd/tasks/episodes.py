@@ -16,6 +16,7 @@ from opd.config import EpisodesConfig
 from opd.errors import DataError, OpdError, RunError
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
+from opd.tasks.conversations import order_fault
 from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_opening, checked_step, describe_error
 from opd.text.chat import Chat, Conversation, Stretch
 
@@ -143,6 +144,8 @@ class EpisodePlayer:
                 messages = checked_opening(answer.wait(), self._limits, episode.events)
                 if messages:
                     episode.conversation.open_with(messages)
+                if fault := order_fault(episode.conversation.messages):
+                    raise DataError(fault)
             except Faulty as error:
                 episode.fail(error)
             except DataError as error:
@@ -233,4 +236,5 @@ class EpisodePlayer:
             part=part,
             events=MappingProxyType({k: n for k, n in episode.events.items() if n and part == 0}),
             failure=episode.failure,
+            opened=stretch.opened,
         )

@@ -18,7 +18,8 @@ class Judge:
     """Gives rollouts their outcome and their flags.
 
     checks: by task; they need the tokenizer that the rollouts were sampled with. own: the tasks in which `reward` takes the place
-    of an outcome that an environment gave.
+    of an outcome that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
+    it behind the thinking tag that the prompt has opened.
     """
 
     def __init__(
@@ -29,12 +30,14 @@ class Judge:
         tokenizer: Any = None,
         tool_syntax: Literal["hermes", "json"] = "hermes",
         own: Collection[str] = (),
+        own_code: bool = False,
     ) -> None:
         self._reward = reward
         self._checks = {task: each for task, each in checks.items() if each.rules}
         self._table = token_bytes(tokenizer) if self._checks else None
         self._tool_syntax: Literal["hermes", "json"] = tool_syntax
         self._own = frozenset(own)
+        self._own_code = own_code
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts in their order; raises DataError for a reward that is no number in [0, 1]."""
@@ -48,7 +51,7 @@ class Judge:
     def _rewarded(self, rollout: Rollout) -> Rollout:
         if rollout.failure is not None or (rollout.reward is not None and rollout.prompt.task not in self._own):
             return rollout
-        found = self._reward(rollout.prompt, rollout.response)
+        found = self._reward(rollout.prompt, ("" if self._own_code else rollout.opened) + rollout.response)
         value = None if found is None else float(found)
         if value is not None and not 0.0 <= value <= 1.0:
             raise DataError(

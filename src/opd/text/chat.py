@@ -15,8 +15,9 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError
 from opd.records import Message, Prompt, Turn
+from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
-from opd.text.symbols import TAGS
+from opd.text.symbols import TAGS, thinking_opening
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tokenizer import described_token
 from opd.text.tool_calls import tools_text
@@ -25,6 +26,9 @@ _PROBE_TOOL = {
     "type": "function",
     "function": {"name": "aXbYcZ", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
+
+
+_SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 
 
 class Chat:
@@ -53,10 +57,19 @@ class Chat:
         """A message with placeholders. Tags of calls and of thinking are the student's and a prompt's (`trusted`) system message's
         own; where a user, a tool or an environment writes them they are text."""
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
-        return {
-            "role": message["role"],
-            "content": quotes.mark(message["content"], pattern=None if own else self._foreign),
-        }
+        message = self._shown_calls(message, quotes)
+        calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
+        pattern = None if own else self._foreign
+        said = {key: quotes.mark(message[key], pattern=pattern) for key in _SAID if key in message}
+        return {"role": message["role"], **said, **calls}
+
+    def _shown_calls(self, message: Message, quotes: Quotes) -> Message:
+        """A message of a prompt with its calls as the template takes them, or as text where it writes none."""
+        if "tool_calls" not in message:
+            return message
+        if self._calls is None:
+            return calls_as_text(message)
+        return {**message, "tool_calls": self._calls.shaped(message["tool_calls"], quotes)}
 
     def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes, *, trusted: int | None = None) -> str:
         """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
@@ -66,9 +79,20 @@ class Chat:
         if not self._templated:
             return "\n\n".join(m["content"] for m in (_with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
-            return apply_template(self.tokenizer, quoted, tools, natively=self._shows_tools)
-        except TemplateError as error:
-            raise DataError(f"prompt '{prompt.id}': the model's chat template refuses it: {error}") from None
+            return self._apply(quoted, tools, generate=True)
+        except DataError as error:
+            raise DataError(f"prompt '{prompt.id}': {error}") from None
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], *, generate: bool) -> str:
+        try:
+            return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
+        except (TemplateError, TypeError) as error:  # TypeError: what an expression in a template runs into
+            raise DataError(f"the model's chat template refuses it: {error}") from None
+
+    @cached_property
+    def _calls(self) -> CallTemplate | None:
+        """How the template is given calls; None where it writes none."""
+        return call_template(self._apply, [self.tokenizer.eos_token or ""]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
         """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
@@ -202,7 +226,8 @@ def user_message(text: str) -> tuple[Message, ...]:
 class Stretch:
     """Tokens of a conversation whose beginning the template has not rewritten since: what becomes one rollout.
 
-    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer.
+    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer. opened: the
+    thinking tag that the template wrote before that answer.
     """
 
     before: tuple[Message, ...]
@@ -210,6 +235,7 @@ class Stretch:
     token_ids: list[int]
     logprobs: list[float]
     turns: list[Turn]
+    opened: str = ""
 
 
 @dataclass
@@ -263,6 +289,7 @@ class Conversation:
         stretch.turns.append(Turn("student", start, start + len(token_ids)))
         self._messages.append(message)
         stretch.messages = tuple(self._messages)
+        stretch.opened = thinking_opening(self._rendering).strip()
         closing = self.chat.literal(token_ids[-1]) if token_ids and token_ids[-1] in ends else ""
         self._seen = _Seen(self._rendering, self._quotes.mark(message["content"]), closing)
         return message

@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError, ModelError
 from opd.records import Message
-from opd.text.call_template import CallTemplate, call_template
+from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.chat import apply_template, template_shows_tools
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.spelling import Masked, Spelling
@@ -89,7 +89,8 @@ class Reader:
         """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
         apart from the template's own. Calls that are data ("tool_calls") are for a template that writes them (`calls`)."""
         quotes = self._encoder.quotes()
-        quoted = [{**m, "content": quotes.mark(m["content"])} for m in messages]
+        shown = [calls_as_text(m) if "tool_calls" in m and self.calls is None else m for m in messages]
+        quoted = [{**m, "content": quotes.mark(m["content"])} for m in shown]
         for message in quoted:
             if self.calls is not None and "tool_calls" in message:
                 message["tool_calls"] = self.calls.shaped(message["tool_calls"], quotes)
