@@ -19,9 +19,9 @@ _LAYERS = {
     "conv": f"this model's short convolutions {_STATE}",
     "mamba": f"this model's Mamba layers {_STATE}",
     "recurrent": f"this model's recurrent layers {_STATE}",
-    "linear_attention": f"this model's linear attention or Mamba layers {_STATE}",
-    "hybrid": f"this model's hybrid layers (attention beside Mamba or linear attention) {_STATE}",
-    "hybrid_sliding": f"this model's hybrid layers (attention beside linear attention) {_STATE}",
+    "linear_attention": f"this model's recurrent layers (linear attention, Mamba) {_STATE}",
+    "hybrid": f"this model's recurrent layers (Mamba or linear attention beside attention) {_STATE}",
+    "hybrid_sliding": f"this model's recurrent layers (linear attention beside attention) {_STATE}",
 }
 # of modules, by the names that transformers gives to their classes
 _KINDS = (

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.config import ComputeConfig, LoraConfig
+from opd.embedded.architecture import require_packable_config
 from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
 from opd.errors import ModelError
@@ -52,8 +53,10 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where)
+        require_packable_config(AutoConfig.from_pretrained(where), source=source)
+        # of all models; `Network` gives them another
         model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
+            where, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")

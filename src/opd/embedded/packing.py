@@ -28,7 +28,7 @@ _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
     "brown fox among them."
 )
-_TOKENS = 64  # of the longest probe
+_TOKENS = 32  # of the longest probe
 _GROWN = 3  # tokens that rows grow by
 _FAR = 100_000  # a position to probe where nothing limits it
 _SPREAD = 30.0  # of the logits with which the head is probed: where soft caps bend

@@ -241,4 +241,4 @@ def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
             f"{_PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
             "teachers.NAME.url)"
         )
-    return Finding(f"packed logits equal plain logits ({name})", wrong is None, detail)
+    return Finding(f"packed logits equal plain logits ({name})", bool(gaps) and wrong is None, detail)
