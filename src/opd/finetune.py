@@ -10,9 +10,11 @@ from opd.embedded.export import export
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.sft import imitation_batch
+from opd.embedded.studio import packing_of
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick
+from opd.guards import preflight
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
@@ -37,6 +39,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     prompts = read_splits(tasks)
     RunFolder.require_absent(config.output)
     student = build_student(config)
+    preflight.require([preflight.packed_equals_plain("the student", packing_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])
@@ -108,12 +111,13 @@ class _School:
     def require_learnable(self, task: Task, prompts: Sequence[Prompt]) -> None:
         """Raise DataError for the first prompt whose answer is missing or does not fit the context; of generated problems, whose
         solutions are generated too, only some are looked at."""
-        limit = self._student.network.max_context
+        limit = self._student.network.limit
         for prompt in prompts if task.environment(prompts[0]) is None else prompts[:_LOOKED_AT]:
             tokens = max(len(r.token_ids) for r in self.demonstrate([prompt]))
-            if limit is not None and tokens > limit:
+            if limit is not None and tokens > limit.tokens:
                 raise DataError(
-                    f"prompt '{prompt.id}': {tokens} tokens with its answer exceed the model's context ({limit})"
+                    f"prompt '{prompt.id}': {tokens} tokens with its answer exceed {limit.of('the student')}; shorten the prompt "
+                    "or its answer"
                 )
 
     def examine(

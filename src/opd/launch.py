@@ -32,7 +32,7 @@ from opd.report.curves import draw_curves
 from opd.report.run_folder import RunFolder, explain_io, read_metrics
 from opd.report.writers import make_writers, require_installed
 from opd.roles import Studio
-from opd.startup import Material, make_parts, read_tasks, run_checks
+from opd.startup import Material, make_parts, packing_findings, read_tasks, run_checks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.judge import Reward
 from opd.watching import Watcher
@@ -248,6 +248,7 @@ class _Run:
 
     def evaluate_only(self) -> list[ParityRow]:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
+            preflight.require(packing_findings(self.studio))
             if self._restore(line.say) is None:
                 raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
             return self.measuring.parity(self.measuring.kept(), line)

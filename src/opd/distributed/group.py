@@ -16,7 +16,7 @@ from opd.config import Config
 from opd.distributed.rank import Rank, RankFacts, Saved, Who
 from opd.errors import OpdError, RunError, one_line
 from opd.metrics import Metrics, merge
-from opd.records import Prompt, Rollout, ScoredRollout
+from opd.records import Rollout, ScoredRollout
 from opd.signal import divisor
 
 
@@ -45,11 +45,11 @@ class RankGroup:
         assert self._facts is not None, "build() comes first"
         return self._facts
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+    def packing_errors(self) -> dict[str, dict[str, float]]:
         """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
         if self._met:
             return {}
-        return self._ask(["packing_errors"], [(list(probes),)], self._actors[:1])[0]
+        return self._ask(["packing_errors"], [()], self._actors[:1])[0]
 
     def meet(self) -> None:
         """Spread the weights, once."""

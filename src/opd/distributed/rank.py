@@ -32,8 +32,8 @@ from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.studio import EmbeddedStudio
 from opd.errors import RunError, one_line
 from opd.metrics import Metrics
-from opd.records import Prompt, Rollout, ScoredRollout
-from opd.roles import Teacher, TeacherFacts
+from opd.records import Rollout, ScoredRollout
+from opd.roles import Limit, Teacher, TeacherFacts
 
 Who = Literal["teachers", "followed", "itself", "alone"]
 """Which teachers are asked: the prompts' own, what training follows, the student itself, single models."""
@@ -46,7 +46,7 @@ class RankFacts:
     teachers: TeacherFacts
     identities: Mapping[str, str]
     single_models: tuple[str, ...]
-    student_context: int | None
+    student_context: Limit | None
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Rank:
             found.bind(("", 0))
             return int(found.getsockname()[1])
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+    def packing_errors(self) -> dict[str, dict[str, float]]:
         """As of the studio; asked before the weights are spread."""
         assert self._learner is None
-        return self._studio.packing_errors(probes)
+        return self._studio.packing_errors()
 
     def meet(self, address: str) -> None:
         """Join the other ranks, and spread every network over all of them."""

@@ -25,8 +25,8 @@ from opd.embedded.loading import gguf_folder, load_tokenizer
 from opd.embedded.studio import distances_of
 from opd.errors import RunError, one_line
 from opd.metrics import merge
-from opd.records import Prompt, ScoredRollout
-from opd.roles import Alone, Sampler, Teacher, TeacherFacts
+from opd.records import ScoredRollout
+from opd.roles import Alone, Limit, Sampler, Teacher, TeacherFacts, smallest
 from opd.served.facts import connect_all, connect_started
 from opd.served.form import Form
 from opd.served.model import ServedModel
@@ -94,10 +94,10 @@ class DistributedStudio:
         self._started = started
 
     @property
-    def student_context(self) -> int | None:
+    def student_context(self) -> Limit | None:
         """The longest sequence that the student takes, at ranks and engines."""
-        limits = (self._group.facts.student_context, self._engines.context())
-        return min((c for c in limits if c is not None), default=None)
+        context = self._engines.context()
+        return smallest((self._group.facts.student_context, None if context is None else Limit(context)))
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -109,14 +109,18 @@ class DistributedStudio:
         inside = self._group.facts.teachers
         return replace(
             inside,
-            contexts={**inside.contexts, **{n: t.context for n, t in self._served.items()}},
+            contexts={
+                **inside.contexts,
+                **{n: None if t.context is None else Limit(t.context) for n, t in self._served.items()},
+            },
             without_distributions=inside.without_distributions | self._served.keys(),
             unknown_tokenizers={n: t.unknown for n, t in self._served.items()},
         )
 
     def sampler(self) -> Sampler:
         """Of the student as it is, at its engines."""
-        return self._sampler_of(self._engines, self._group.facts.student_context)
+        limit = self._group.facts.student_context
+        return self._sampler_of(self._engines, None if limit is None else limit.tokens)
 
     def _sampler_of(self, model: ServedModel, context: int | None = None, form: Form = VLLM) -> ServedSampler:
         return ServedSampler(
@@ -165,9 +169,9 @@ class DistributedStudio:
         found = self._group.each("distances", [(list(scored[a:b]),) for a, b in bounds])
         return distances_of(merge(found), [s.score.teacher for s in scored])
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> Mapping[str, float]:
-        """Of each set of weights, before they are spread."""
-        return self._group.packing_errors(probes)
+    def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
+        """Of each model, before its weights are spread."""
+        return self._group.packing_errors()
 
     def export(self, folder: Path) -> None:
         """Write the student."""

@@ -59,9 +59,10 @@ def score_foreign(
             scores[i] = FailedScore(teacher, str(error))
             continue
         longest = max(len(t.reading.token_ids) + 1 for t in lined_up)
-        limit = voice.network.max_context
-        if limit is not None and longest > limit:
-            scores[i] = FailedScore(teacher, f"{longest} tokens exceed the context of teacher '{teacher}' ({limit})")
+        limit = voice.network.limit
+        if limit is not None and longest > limit.tokens:
+            who = f"teacher '{teacher}'"
+            scores[i] = FailedScore(teacher, f"{longest} tokens exceed {limit.of(who)}")
             continue
         beyond = next(
             (i for t in lined_up for i in t.reading.token_ids.tolist() if i >= voice.network.vocab_size), None

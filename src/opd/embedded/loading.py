@@ -28,6 +28,7 @@ from opd.embedded.adapters import (
     require_inner_layers,
     require_same_adapter,
 )
+from opd.embedded.architecture import require_packable_config
 from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
 from opd.embedded.weights import difference_of_names, require_loaded, require_whole
@@ -65,8 +66,10 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        require_packable_config(AutoConfig.from_pretrained(where, trust_remote_code=False), source=source)
+        # of all models; `Network` gives them another
         model, notes = _read_model(
-            where, source, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
+            where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
     notes += _own_code(model, tokenizer, source)
     if tokenizer.eos_token_id is None:

@@ -13,22 +13,28 @@ from opd.embedded.export import export
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.network import Network
+from opd.embedded.packing import packed_gaps
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
 from opd.metrics import Metrics, values
 from opd.objectives.vocabulary import CommonCells, TeacherHead
-from opd.records import Prompt, ScoredRollout
-from opd.roles import Alone, Teacher, TeacherFacts
+from opd.records import ScoredRollout
+from opd.roles import Alone, Limit, Teacher, TeacherFacts, smallest
 from opd.served.sampler import ServedSampler
 from opd.served.teacher import ServedTeacher, WithServed
 from opd.tasks.episodes import MakeEnvironment
-from opd.text.chat import Chat
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
     """(reverse KL in nats per token, top-k overlap) of each teacher, from what the learner found."""
     found = values(metrics)
     return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
+
+
+def packing_of(voice: Voice, *, trains: bool) -> dict[str, float]:
+    """How far packed passes of one model, adapter included, are from its plain ones; trains: its gradients too."""
+    voice.network.activate(voice.adapter, trainable=trains)
+    return packed_gaps(voice.network, gradients=trains)
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,9 @@ class EmbeddedStudio:
         return self.student.network.tokenizer
 
     @property
-    def student_context(self) -> int | None:
+    def student_context(self) -> Limit | None:
         """The longest sequence that the student takes."""
-        return self.student.network.max_context
+        return self.student.network.limit
 
     def facts(self) -> TeacherFacts:
         """What the teachers are, to those who check them."""
@@ -95,13 +101,16 @@ class EmbeddedStudio:
         """Every set of weights once."""
         return dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())])
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
-        """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
+    def packing_errors(self) -> dict[str, dict[str, float]]:
+        """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
+        spoken = {(self.student.network, self.student.adapter): "the student"}
+        for name, voice in self.voices.items():
+            who = f"teacher '{name}'" if name in self.config.teachers else name
+            spoken.setdefault((voice.network, voice.adapter), who)
         found = {}
-        for network in self._networks():
-            network.activate(None if network is not self.student.network else self.student.adapter)
-            own = Chat(network.tokenizer, rows=network.vocab_size)
-            found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
+        for (network, adapter), who in spoken.items():
+            trains = (network, adapter) == (self.student.network, self.student.adapter)
+            found[who] = packing_of(Voice(network, adapter), trains=trains)
         return found
 
     def itself(self) -> EmbeddedTeachers:
@@ -170,11 +179,11 @@ class EmbeddedStudio:
             form=teacher.form,
         )
 
-    def _contexts(self) -> dict[str, int | None]:
+    def _contexts(self) -> dict[str, Limit | None]:
         """The longest sequence that each target can score, None where nothing limits it."""
-        limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
-        limits |= {n: [teacher.context] for n, teacher in self.served.items()}
-        return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
+        limits = {n: smallest(p.voice.network.limit for p in target) for n, target in self.followed.items()}
+        served = {n: None if teacher.context is None else Limit(teacher.context) for n, teacher in self.served.items()}
+        return limits | served
 
     def learner(self) -> EmbeddedLearner:
         return EmbeddedLearner(

@@ -12,6 +12,7 @@ from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.embedded.network import Network
 from opd.objectives.logprobs import token_logprobs
 from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
+from opd.roles import smallest
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,16 @@ class EmbeddedTeachers:
                 scores.update(zip(mine, found, strict=True))
                 continue
             target = self._targets[teacher]
-            limit = min((c for part in target if (c := part.voice.network.max_context) is not None), default=None)
+            limit = smallest(part.voice.network.limit for part in target)
             fits = []
             for i, rollout in enumerate(rollouts):
                 if rollout.prompt.teacher != teacher:
                     continue
-                if limit is None or len(rollout.token_ids) <= limit:
+                if limit is None or len(rollout.token_ids) <= limit.tokens:
                     fits.append(i)
                 else:
-                    reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{teacher}' ({limit})"
+                    who = f"teacher '{teacher}'"
+                    reason = f"{len(rollout.token_ids)} tokens exceed {limit.of(who)}"
                     scores[i] = FailedScore(teacher, reason)
             found = self._score(teacher, target, [rollouts[i] for i in fits])
             scores.update(zip(fits, found, strict=True))
