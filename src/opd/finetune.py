@@ -22,6 +22,7 @@ from opd.roles import Environment, Task
 from opd.tasks import make_tasks
 from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.judge import Judge
+from opd.text.turn_end import turn_end
 
 _LOOKED_AT = 64
 
@@ -32,6 +33,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     Returns its accuracy by task and split. The loss is the mean negative log-likelihood of the answers' tokens, end token
     included.
     """
+    config = config.started()
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():
@@ -56,6 +58,8 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     weights = {name: task.weight for name, task in config.tasks.items()}
     stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
     with ProgressLine(config.steps) as line:
+        if note := school.turn_end.note:
+            line.say(f"warning: where a turn of '{config.student}' ends: {note}")
         for step in range(1, config.steps + 1):
             batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()
@@ -76,6 +80,7 @@ class _School:
         self._tasks = tasks
         self._episodes = episodes
         network = student.network
+        self.turn_end = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'")
         self._player = episode_player(network, episodes, lambda prompt: tasks[prompt.task].environment(prompt))
         self._told = episode_player(network, episodes, self._recorded)
         self._demonstrator = Demonstrator(

@@ -81,6 +81,7 @@ def train(
     """
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
+    config = config.started()
     material = read_tasks(config, reward, environment)
     own = _own_code(reward, environment)
     return _Run(config, RunFolder(Path(config.output)), material, on_step, own_code=own).go(resume=False)
@@ -103,7 +104,7 @@ def resume(
     folder = RunFolder.open(run)
     with folder.locked():  # before anything is read, which another process may be changing
         folder.require_own_code(_own_code(reward, environment))
-        config = moved_config(folder.config(), overrides)
+        config = moved_config(folder.config(), overrides).started()
         _require_adapters(config, folder)
         require_installed(config.logging.writers)
         return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
@@ -112,6 +113,7 @@ def resume(
 def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvironment | None = None) -> list[Finding]:
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
+    config = config.started()
     material = read_tasks(config, reward, environment)
     with closing(_studio(config, material)) as studio:
         return run_checks(config, studio, material)
@@ -131,7 +133,7 @@ def evaluate_run(
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = moved_config(folder.config(), overrides, evaluation=True)
+    config = moved_config(folder.config(), overrides, evaluation=True).started()
     _require_adapters(config, folder)
     if not config.evaluation.num_prompts:
         raise RunError(

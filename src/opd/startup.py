@@ -46,6 +46,8 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
+    findings += [preflight.turns_end(model, disagreement) for model, disagreement in facts.turn_ends.items()]
+    findings += [preflight.prompts_compared(name, found) for name, found in facts.templates.items()]
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
     for source, error in studio.packing_errors(probes).items():
         findings.append(preflight.packed_equals_plain(source, error, tolerance=10 * tolerance))

@@ -55,8 +55,10 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
         model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
         )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     model.to(device).eval().requires_grad_(False)
     return Network(model, tokenizer, source)
 
@@ -85,8 +87,10 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
     where = str(path.parent) if file else source
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, **file)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     return LoadedTokenizer(tokenizer, None if file else _generation_config(source))
 
 

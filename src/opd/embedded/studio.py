@@ -1,5 +1,6 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Studio`)."""
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,29 @@ from opd.config import Config
 from opd.embedded.export import export
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.network import Network
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
+from opd.errors import DataError, ModelError
 from opd.metrics import Metrics, values
 from opd.objectives.vocabulary import CommonCells, TeacherHead
 from opd.records import Prompt, ScoredRollout
-from opd.roles import Alone, Teacher, TeacherFacts
+from opd.roles import Alone, OtherTemplate, Teacher, TeacherFacts
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed
+from opd.served.teacher import ServedTeacher, WithServed, templates_of
 from opd.tasks.episodes import MakeEnvironment
 from opd.text.chat import Chat
+from opd.text.own_prompt import same_template
+from opd.text.turn_end import turn_end
+
+
+def _encoded(chat: Chat, probes: Sequence[Prompt]) -> list[list[int]]:
+    """The prompts that a chat template renders; the others fail where they are scored, each by itself."""
+    found = []
+    for prompt in probes:
+        with contextlib.suppress(DataError):
+            found.append(chat.encode_prompt(prompt))
+    return found or [chat.encode_turn("?")]
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -37,7 +51,7 @@ class EmbeddedStudio:
     voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
     `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
     tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have.
+    those of its tokenizer have. templates: the teachers in process whose chat template renders otherwise than the student's.
     """
 
     config: Config
@@ -50,6 +64,7 @@ class EmbeddedStudio:
     identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
+    templates: Mapping[str, OtherTemplate]
 
     def close(self) -> None:
         """Drop the connections to servers."""
@@ -66,8 +81,14 @@ class EmbeddedStudio:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
-            player=episode_player(voice.network, self.config.episodes, self.make_environment),
+            player=episode_player(self.home(voice), self.config.episodes, self.make_environment),
         )
+
+    def home(self, voice: Voice) -> Network:
+        """The network whose chat template shows this voice its prompts: its own, or the student's where the recipe says so."""
+        foreign = any(f.network is voice.network and f.adapter == voice.adapter for f in self.foreign.values())
+        own = foreign or voice.prompts is not None or same_template(self.tokenizer, voice.network.tokenizer)
+        return voice.network if own else self.student.network
 
     @property
     def tokenizer(self) -> Any:
@@ -87,15 +108,26 @@ class EmbeddedStudio:
             foreign={name: voice.network.vocab_size for name, voice in self.foreign.items()},
             without_distributions=frozenset(self.foreign.keys() | self.served.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
+            templates={**self.templates, **templates_of(self.served)},
+            turn_ends=self._turn_ends(),
         )
+
+    def _turn_ends(self) -> dict[str, str]:
+        """Of the models whose chat template, tokenizer and generation config disagree on where a turn ends: how."""
+        found = {}
+        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
+            with contextlib.suppress(ModelError):  # of a template that is not used
+                end = turn_end(network.tokenizer, network.base.generation_config, who=network.source)
+                if end.note:
+                    found[network.source] = end.note
+        return found
 
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
         found = {}
         for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
             network.activate(None if network is not self.student.network else self.student.adapter)
-            own = Chat(network.tokenizer)
-            found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
+            found[network.source] = network.packing_error(_encoded(Chat(network.tokenizer), probes))
         return found
 
     def itself(self) -> EmbeddedTeachers:

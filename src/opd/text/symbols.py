@@ -1,5 +1,6 @@
 """Structural tokens by what they mean: thinking and tool-call tags under the spellings that are in use."""
 
+import re
 from collections.abc import Sequence
 
 from opd.text.token_bytes import TokenBytes
@@ -32,10 +33,27 @@ def counterparts(student: TokenBytes, teacher: TokenBytes) -> dict[int, str]:
     return found
 
 
+def _any(tags: frozenset[str]) -> str:
+    return "(?:" + "|".join(map(re.escape, sorted(tags))) + r")\s*"
+
+
+_OPENING = re.compile(_any(_THINK) + r"\Z")
+_BLOCK = re.compile(f"{_any(_THINK)}(?:{_any(_ROLES[1])})?" + r"\Z")
+
+
+def thinking_opening(rendering: str) -> str:
+    """The thinking tag, and the white space behind it, with which a rendering ends; "" where it ends otherwise."""
+    found = _OPENING.search(rendering)
+    return found[0] if found else ""
+
+
+def without_thinking(rendering: str) -> str:
+    """A rendering without the thinking block, open or empty, with which it ends."""
+    return _BLOCK.sub("", rendering)
+
+
 def opened_thinking(rendering: str, text: str) -> str:
     """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
     if not any(text.lstrip().startswith(tag) for tag in _THINK):
         return ""
-    shown = rendering.rstrip()
-    tag = next((tag for tag in _THINK if shown.endswith(tag)), None)
-    return "" if tag is None else rendering[len(shown) - len(tag) :]
+    return thinking_opening(rendering)
