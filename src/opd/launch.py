@@ -81,7 +81,6 @@ def train(
     """
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
-    config = config.started()
     material = read_tasks(config, reward, environment)
     own = _own_code(reward, environment)
     return _Run(config, RunFolder(Path(config.output)), material, on_step, own_code=own).go(resume=False)
@@ -104,7 +103,7 @@ def resume(
     folder = RunFolder.open(run)
     with folder.locked():  # before anything is read, which another process may be changing
         folder.require_own_code(_own_code(reward, environment))
-        config = moved_config(folder.config(), overrides).started()
+        config = moved_config(folder.config(), overrides)
         _require_adapters(config, folder)
         require_installed(config.logging.writers)
         return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
@@ -113,9 +112,8 @@ def resume(
 def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvironment | None = None) -> list[Finding]:
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
-    config = config.started()
     material = read_tasks(config, reward, environment)
-    with closing(_studio(config, material)) as studio:
+    with closing(_studio(config.started(), material)) as studio:
         return run_checks(config, studio, material)
 
 
@@ -133,7 +131,7 @@ def evaluate_run(
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = moved_config(folder.config(), overrides, evaluation=True).started()
+    config = moved_config(folder.config(), overrides, evaluation=True)
     _require_adapters(config, folder)
     if not config.evaluation.num_prompts:
         raise RunError(
@@ -185,11 +183,13 @@ class _Run:
         own_code: Sequence[str] = (),
     ) -> None:
         self.own_code = own_code
-        self.config = config
         self.folder = folder
         self.prompts = material.prompts
         self.on_step = on_step
-        self.studio = _studio(config, material)
+        started = config.started()
+        self.studio = _studio(started, material)
+        # a run keeps the moment where a template reads it
+        config = self.config = started if self.studio.facts().reads_clock else config
         self.material = material
         self.say: Callable[[str], None] = print  # until there is a line to say it above
         try:

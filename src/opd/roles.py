@@ -109,7 +109,7 @@ class TeacherFacts:
     the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
     student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). templates: the teachers
     whose chat template is not known to be the student's. turn_ends: by model, how its chat template, tokenizer and generation
-    config disagree on where a turn ends.
+    config disagree on where a turn ends. reads_clock: whether a chat template reads the time.
     """
 
     contexts: Mapping[str, int | None]
@@ -119,6 +119,7 @@ class TeacherFacts:
     unknown_tokenizers: Mapping[str, str]
     templates: Mapping[str, "OtherTemplate"] = field(default_factory=lambda: MappingProxyType({}))
     turn_ends: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads_clock: bool = False
 
 
 class Studio(Protocol):

@@ -26,6 +26,7 @@ from opd.served.teacher import ServedTeacher, WithServed, templates_of
 from opd.tasks.episodes import MakeEnvironment
 from opd.text.chat import Chat
 from opd.text.own_prompt import same_template
+from opd.text.template import clock_of
 from opd.text.turn_end import turn_end
 
 
@@ -110,12 +111,17 @@ class EmbeddedStudio:
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
             templates={**self.templates, **templates_of(self.served)},
             turn_ends=self._turn_ends(),
+            reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
         )
+
+    def _networks(self) -> list[Network]:
+        """Every set of weights, the student's first."""
+        return list(dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]))
 
     def _turn_ends(self) -> dict[str, str]:
         """Of the models whose chat template, tokenizer and generation config disagree on where a turn ends: how."""
         found = {}
-        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
+        for network in self._networks():
             with contextlib.suppress(ModelError):  # of a template that is not used
                 end = turn_end(network.tokenizer, network.base.generation_config, who=network.source)
                 if end.note:
@@ -125,7 +131,7 @@ class EmbeddedStudio:
     def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
         """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
         found = {}
-        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
+        for network in self._networks():
             network.activate(None if network is not self.student.network else self.student.adapter)
             found[network.source] = network.packing_error(_encoded(Chat(network.tokenizer), probes))
         return found

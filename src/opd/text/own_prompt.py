@@ -14,7 +14,7 @@ from opd.errors import DataError
 from opd.records import Message, Prompt, Rollout, Turn, read_only
 from opd.text.chat import Chat
 from opd.text.encoding import Quotes
-from opd.text.symbols import opened_thinking, thinking_opening
+from opd.text.symbols import opens_thinking, thinking_opening
 from opd.text.template import require_generation_prompt
 
 _QUESTIONS: Sequence[Sequence[Message]] = (
@@ -55,6 +55,8 @@ class OwnPrompt:
         ]
         turns = [t for t in rollout.turns if t.author == "student"]
         assert len(turns) == len(answers), rollout.id
+        if not turns:
+            return as_sampled(rollout)
         found, same = [], True
         for turn, answer in zip(turns, answers, strict=True):
             before, text = rollout.messages[:answer], rollout.messages[answer]["content"]
@@ -73,8 +75,8 @@ class OwnPrompt:
 
     def _begun(self, own: str, student: str, text: str) -> str:
         """The teacher's prompt, so that a thinking block is open where it is open for the student, and once."""
-        if opening := opened_thinking(own, text):
-            return own[: len(own) - len(opening)]
+        if opens_thinking(text):
+            return own[: len(own) - len(thinking_opening(own))]
         if not thinking_opening(own) and (opening := thinking_opening(student)):
             return own + opening
         gap = self._gap if text and not text.startswith(self._gap) else ""

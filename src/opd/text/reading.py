@@ -17,7 +17,7 @@ from opd.records import Message
 from opd.text.call_template import CallTemplate, call_template
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.spelling import Masked, Spelling
-from opd.text.symbols import TAGS, counterparts, opened_thinking
+from opd.text.symbols import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
 from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.transcribe import Transcript
@@ -102,14 +102,20 @@ class Reader:
         ends = [self.table.added[i] for i in self.end_ids if i in self.table.added]
         return call_template(self._apply, ends)
 
-    def read(self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None) -> Reading:
+    def read(
+        self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None, *, opened: str = ""
+    ) -> Reading:
         """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.
 
+        opened: the thinking tag that the student's generation prompt opens; the teacher then reads a thought too.
         Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
         """
         written = spelling if transcript is None else transcript
         opening = opened_thinking(before.marked, written.text)
         shown = before.marked[: len(before.marked) - len(opening)]
+        if not opens_thinking(written.text) and not thinking_opening(shown):
+            opening = thinking_tag(opened, self.table)
+            shown += opening
         led = transcript is None or transcript.led
         gap = self._gap if written.text and not opening and led else ""
         quotes = before.quotes

@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 
 from opd.errors import ModelError
 from opd.records import Message
-from opd.text.symbols import without_thinking
+from opd.text.symbols import thinking_opening, without_thinking
 from opd.text.tool_calls import tools_text
 
 _PROBE = "aXbYcZ"
@@ -157,6 +157,17 @@ def frame_of(tokenizer: Any) -> Frame | None:
     whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
     head, found, after = whole.partition(_PROBE)
     return Frame(before, plain, head, after) if found else None
+
+
+def opened_by(tokenizer: Any) -> str:
+    """The thinking tag, and the white space behind it, with which a chat template's generation prompt ends; "" without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        frame = frame_of(tokenizer)
+    except REFUSALS:
+        return ""
+    return thinking_opening(frame.before) if frame else ""
 
 
 def require_generation_prompt(tokenizer: Any, *, who: str) -> Frame:
