@@ -15,7 +15,7 @@ from opd.records import Message, Prompt, Rollout, Turn, read_only
 from opd.text.chat import Chat
 from opd.text.encoding import Quotes
 from opd.text.symbols import opens_thinking, thinking_opening
-from opd.text.template import require_generation_prompt
+from opd.text.template import REFUSALS, frame_of, require_generation_prompt
 
 _QUESTIONS: Sequence[Sequence[Message]] = (
     ({"role": "user", "content": "?"},),
@@ -45,7 +45,9 @@ class OwnPrompt:
         self.tokenizer = tokenizer
         self._name = name
         self._chat, self._student = Chat(tokenizer), Chat(student)
-        self._gap = require_generation_prompt(tokenizer, who=f"teacher '{name}'").gap
+        self._gap = (
+            "" if _shows_no_answer(tokenizer) else require_generation_prompt(tokenizer, who=f"teacher '{name}'").gap
+        )
 
     def read(self, rollout: Rollout) -> list[Shown]:
         """What the teacher reads: the rollout itself where both templates render its conversation alike, else one sequence a turn.
@@ -87,6 +89,14 @@ class OwnPrompt:
         response = rollout.token_ids[turn.start : turn.end]
         token_ids = np.concatenate([np.array(prompt, dtype=np.int32), response])
         return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
+
+
+def _shows_no_answer(tokenizer: Any) -> bool:
+    """Whether a template has no place for an answer: it can still show the question of a single turn."""
+    try:
+        return frame_of(tokenizer) is None
+    except REFUSALS:
+        return True
 
 
 def _render(chat: Chat, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:
