@@ -26,6 +26,8 @@ _PROBE_TOOL = {
     "type": "function",
     "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
 }
+_QUESTION: Sequence[Message] = ({"role": "user", "content": "?"},)
+_SYSTEM: Message = {"role": "system", "content": "?"}  # some templates want one
 _MOMENT = "_opd_moment"
 _CLOCK = "strftime_now"
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b|['\"]random['\"]")
@@ -64,8 +66,10 @@ def apply_template(
 
 def template_shows_tools(tokenizer: Any) -> bool:
     """Whether a tokenizer's chat template writes the tools that it is given."""
-    question: Sequence[Message] = [{"role": "user", "content": "?"}]
-    return _PROBE in apply_template(tokenizer, question, [_PROBE_TOOL], natively=True)
+    try:
+        return _PROBE in apply_template(tokenizer, _QUESTION, [_PROBE_TOOL], natively=True)
+    except REFUSALS:
+        return _PROBE in apply_template(tokenizer, [_SYSTEM, *_QUESTION], [_PROBE_TOOL], natively=True)
 
 
 def with_tools(messages: Sequence[Message], text: str) -> list[Message]:
@@ -146,12 +150,12 @@ class Frame:
 def frame_of(tokenizer: Any) -> Frame | None:
     """What a chat template writes around an answer; None where it shows no answer. Raises one of `REFUSALS` where it renders no
     conversation of a question and an answer."""
-    question: list[Message] = [{"role": "user", "content": "?"}]
+    question: Sequence[Message] = _QUESTION
     answer: Message = {"role": "assistant", "content": _PROBE}
     try:
         before = apply_template(tokenizer, question, (), natively=False)
     except REFUSALS:
-        question.insert(0, {"role": "system", "content": "?"})  # some templates want one
+        question = [_SYSTEM, *_QUESTION]
         before = apply_template(tokenizer, question, (), natively=False)
     plain = apply_template(tokenizer, question, (), natively=False, generate=False)
     whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
