@@ -25,6 +25,7 @@ from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.effects import held_out_prompts_in_training, repeated_prompts
 from opd.tasks.judge import Judge
+from opd.text.turn_end import turn_end
 
 _LOOKED_AT = 64
 
@@ -35,6 +36,7 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     Returns its accuracy by task and split. The loss is the mean negative log-likelihood of the answers' tokens, end token
     included.
     """
+    config = config.started()
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = read_splits(tasks)
     RunFolder.require_absent(config.output)
@@ -63,6 +65,8 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
             line.say(f"warning: {unused}")
         for unused in held_out_prompts_in_training(config.tasks, prompts):
             line.say(f"warning: {unused}")
+        if note := school.turn_end.note:
+            line.say(f"warning: where a turn of '{config.student}' ends: {note}")
         for step in range(1, config.steps + 1):
             batch = imitation_batch(school.demonstrate(stream.next(config.batch_size)))
             metrics = learner.forward_backward(batch) | learner.optim_step()
@@ -83,6 +87,7 @@ class _School:
         self._tasks = tasks
         self._episodes = episodes
         network = student.network
+        self.turn_end = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'")
         self._player = episode_player(network, episodes, lambda prompt: tasks[prompt.task].environment(prompt))
         self._told = episode_player(network, episodes, self._recorded)
         self._demonstrator = Demonstrator(

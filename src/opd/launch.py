@@ -105,7 +105,7 @@ def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvi
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
     material = read_tasks(config, reward, environment)
-    with closing(_studio(config, material)) as studio:
+    with closing(_studio(config.started(), material)) as studio:
         return run_checks(config, studio, material)
 
 
@@ -175,11 +175,13 @@ class _Run:
         own_code: Sequence[str] = (),
     ) -> None:
         self.own_code = own_code
-        self.config = config
         self.folder = folder
         self.prompts = material.prompts
         self.on_step = on_step
-        self.studio = _studio(config, material)
+        started = config.started()
+        self.studio = _studio(started, material)
+        # a run keeps the moment where a template reads it
+        config = self.config = started if self.studio.facts().reads_clock else config
         self.material = material
         self.say: Callable[[str], None] = print  # until there is a line to say it above
         try:

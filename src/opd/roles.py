@@ -114,11 +114,25 @@ def smallest(limits: Iterable[Limit | None]) -> Limit | None:
 
 
 @dataclass(frozen=True)
+class OtherTemplate:
+    """A teacher whose chat template is not known to be the student's: whether it reads its own prompts (else the student's), and a
+    short conversation as both render it; unknown: why they could not be compared."""
+
+    own: bool
+    student: str = ""
+    teacher: str = ""
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
 class TeacherFacts:
     """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
     the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
     student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). notes: what a user
-    should know of how the models were loaded, a line each."""
+    should know of how the models were loaded, a line each. templates: the teachers whose chat template is not known to be the
+    student's. turn_ends: by model, how its chat template, tokenizer and generation config disagree on where a turn ends.
+    reads_clock: whether a chat template reads the time.
+    """
 
     contexts: Mapping[str, Limit | None]
     vocab_size: int
@@ -126,6 +140,9 @@ class TeacherFacts:
     without_distributions: frozenset[str]
     unknown_tokenizers: Mapping[str, str]
     notes: Sequence[str] = ()
+    templates: Mapping[str, "OtherTemplate"] = field(default_factory=lambda: MappingProxyType({}))
+    turn_ends: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads_clock: bool = False
 
 
 class Studio(Protocol):

@@ -49,6 +49,8 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
     findings += preflight.loaded_whole(facts.notes)
+    findings += [preflight.turns_end(model, disagreement) for model, disagreement in facts.turn_ends.items()]
+    findings += [preflight.prompts_compared(name, found) for name, found in facts.templates.items()]
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
     packed = packing_findings(studio)
     findings += packed
@@ -81,6 +83,8 @@ def _without_effect(config: Config, material: "Material") -> list[Finding]:
     if not material.own_code:
         found += unverified_data(config.tasks, prompts, grades=config.evaluation.every > 0)
     return [Finding("data and options of the tasks have an effect", True, line, warning=True) for line in found]
+
+
 def packing_findings(studio: Studio) -> list[Finding]:
     """Whether packed passes of each model equal its own."""
     return [preflight.packed_equals_plain(who, gaps) for who, gaps in studio.packing_errors().items()]

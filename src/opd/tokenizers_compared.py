@@ -122,9 +122,9 @@ def _report(found: Comparison) -> Iterator[str]:
 
 def _as_rollout(text: str, writer: Writer) -> Rollout:
     """A text as the student would write it: in its tokenizer's own tokens, special tokens in it as text, the turn ended."""
-    ids = [*writer.encode(text), writer.end_ids[-1]]
+    ids = [*writer.encode(text), writer.end_id]
     prompt = Prompt("text", ({"role": "user", "content": "?"},), teacher="teacher", task="text")
-    token_ids = np.array([writer.end_ids[-1], *ids], dtype=np.int32)  # one token stands for the prompt
+    token_ids = np.array([writer.end_id, *ids], dtype=np.int32)  # one token stands for the prompt
     return Rollout(
         prompt=prompt,
         sample=0,

@@ -1,6 +1,7 @@
 """The tables of a recipe, with every default, range and rule across fields (docs/configuration.md)."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -212,16 +213,24 @@ class LoggingConfig(Node):
 
 
 class RunNode(Node):
-    """What training and fine-tuning recipes share."""
+    """What training and fine-tuning recipes share. template_time: the moment that chat templates read as now (a template may write
+    the date); by default the moment at which the run starts, which its config.json keeps."""
 
     student: str
     output: str
     seed: NonNegative = 0
+    template_time: datetime | None = None
     steps: Positive = 100
     trainable: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    def started(self) -> Self:
+        """The same with a moment for chat templates: now, where the recipe names none."""
+        if self.template_time is not None:
+            return self
+        return self.model_copy(update={"template_time": datetime.now().replace(microsecond=0)})
 
     @model_validator(mode="after")
     def _trainable(self) -> "RunNode":

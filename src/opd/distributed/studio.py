@@ -31,12 +31,13 @@ from opd.served.facts import connect_all, connect_started
 from opd.served.form import Form
 from opd.served.model import ServedModel
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed, identities_of
+from opd.served.teacher import ServedTeacher, WithServed, identities_of, templates_of
 from opd.served.vllm_form import VLLM
 from opd.served.wire import Wire
 from opd.tasks.episodes import EpisodePlayer, MakeEnvironment
 from opd.text.chat import Chat
-from opd.text.tokenizer import end_token_ids
+from opd.text.template import freeze
+from opd.text.turn_end import turn_end
 
 
 def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStudio":
@@ -47,6 +48,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         if teacher.adapter is not None:  # what can be seen here need not wait for a cluster
             adapter_config(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
     loaded = load_tokenizer(config.student)
+    if config.template_time is not None:
+        freeze(loaded.tokenizer, config.template_time)
+    end = turn_end(loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'")
     with ExitStack() as started:
         _join(config)
         started.callback(ray.shutdown)
@@ -63,9 +67,8 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         started.callback(engines.close)
         group.build()
         served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
-        ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
         chat = Chat(loaded.tokenizer, rows=group.facts.teachers.vocab_size)
-        player = EpisodePlayer(chat, config.episodes, end_ids=ends, make_environment=make_environment)
+        player = EpisodePlayer(chat, config.episodes, end_ids=end.ids, make_environment=make_environment)
         return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 
 
@@ -115,6 +118,7 @@ class DistributedStudio:
             },
             without_distributions=inside.without_distributions | self._served.keys(),
             unknown_tokenizers={n: t.unknown for n, t in self._served.items()},
+            templates={**inside.templates, **templates_of(self._served)},
         )
 
     def sampler(self) -> Sampler:

@@ -72,8 +72,10 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
             where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
     notes += _own_code(model, tokenizer, source)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     model.to(device).eval().requires_grad_(False)
     return Network(model, tokenizer, source, notes=notes)
 
@@ -129,8 +131,10 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
     where = str(path.parent) if file else source
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     return LoadedTokenizer(tokenizer, None if file else _generation_config(source))
 
 

@@ -1,6 +1,7 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Studio`)."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from opd.embedded.network import Network
 from opd.embedded.packing import packed_gaps
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
+from opd.errors import ModelError
 from opd.metrics import Metrics, values
 from opd.objectives.vocabulary import CommonCells, TeacherHead
 from opd.records import ScoredRollout
-from opd.roles import Alone, Limit, Teacher, TeacherFacts, smallest
+from opd.roles import Alone, Limit, OtherTemplate, Teacher, TeacherFacts, smallest
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed
+from opd.served.teacher import ServedTeacher, WithServed, templates_of
 from opd.tasks.episodes import MakeEnvironment
+from opd.text.own_prompt import same_template
+from opd.text.template import clock_of
+from opd.text.turn_end import turn_end
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -44,7 +49,7 @@ class EmbeddedStudio:
     voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
     `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
     tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have.
+    those of its tokenizer have. templates: the teachers in process whose chat template renders otherwise than the student's.
     """
 
     config: Config
@@ -57,6 +62,7 @@ class EmbeddedStudio:
     identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
+    templates: Mapping[str, OtherTemplate]
 
     def close(self) -> None:
         """Drop the connections to servers."""
@@ -73,8 +79,14 @@ class EmbeddedStudio:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
-            player=episode_player(voice.network, self.config.episodes, self.make_environment),
+            player=episode_player(self.home(voice), self.config.episodes, self.make_environment),
         )
+
+    def home(self, voice: Voice) -> Network:
+        """The network whose chat template shows this voice its prompts: its own, or the student's where the recipe says so."""
+        foreign = any(f.network is voice.network and f.adapter == voice.adapter for f in self.foreign.values())
+        own = foreign or voice.prompts is not None or same_template(self.tokenizer, voice.network.tokenizer)
+        return voice.network if own else self.student.network
 
     @property
     def tokenizer(self) -> Any:
@@ -95,11 +107,24 @@ class EmbeddedStudio:
             without_distributions=frozenset(self.foreign.keys() | self.served.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
             notes=[note for network in self._networks() for note in network.notes],
+            templates={**self.templates, **templates_of(self.served)},
+            turn_ends=self._turn_ends(),
+            reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
         )
 
-    def _networks(self) -> Iterable[Network]:
-        """Every set of weights once."""
-        return dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())])
+    def _networks(self) -> list[Network]:
+        """Every set of weights, the student's first."""
+        return list(dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]))
+
+    def _turn_ends(self) -> dict[str, str]:
+        """Of the models whose chat template, tokenizer and generation config disagree on where a turn ends: how."""
+        found = {}
+        for network in self._networks():
+            with contextlib.suppress(ModelError):  # of a template that is not used
+                end = turn_end(network.tokenizer, network.base.generation_config, who=network.source)
+                if end.note:
+                    found[network.source] = end.note
+        return found
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
         """Of the student and of each model that scores: how far its packed passes are from its plain ones."""

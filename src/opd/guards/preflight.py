@@ -9,7 +9,7 @@ import numpy as np
 from opd.config import nearest
 from opd.errors import CheckError, DataError
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
-from opd.roles import Limit, Teacher
+from opd.roles import Limit, OtherTemplate, Teacher
 from opd.text.lineup import describe
 from opd.text.pairing import total
 
@@ -204,6 +204,23 @@ def tokens_compared(teacher: str, unknown: str) -> Finding:
         else "a probe text has the same tokens"
     )
     return Finding(f"teacher '{teacher}' has the student's tokenizer", True, detail, warning=bool(unknown))
+
+
+def prompts_compared(teacher: str, found: OtherTemplate) -> Finding:
+    """A teacher whose chat template is not known to be the student's reads its own prompts, or the student's by choice."""
+    if found.unknown:
+        detail = f"its chat template could not be compared ({found.unknown}), and it is scored in the student's prompts"
+        return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
+    if found.own:
+        detail = f"its chat template writes {found.teacher!r} where the student's writes {found.student!r}"
+        return Finding(f"teacher '{teacher}' reads prompts of its own", True, detail)
+    detail = f"it is scored behind {found.student!r}, where its own chat template writes {found.teacher!r}"
+    return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
+
+
+def turns_end(model: str, disagreement: str) -> Finding:
+    """A model's chat template, tokenizer and generation config disagree on the token that ends a turn."""
+    return Finding(f"where a turn of '{model}' ends", True, disagreement, warning=True)
 
 
 def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:

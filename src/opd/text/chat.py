@@ -18,15 +18,11 @@ from opd.records import Message, Prompt, Turn
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.symbols import TAGS, thinking_opening
+from opd.text.template import apply_template, template_shows_tools, with_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tokenizer import described_token
 from opd.text.tool_calls import tools_text
-
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "aXbYcZ", "description": "", "parameters": {"type": "object", "properties": {}}},
-}
-
+from opd.text.turn_end import turn_end
 
 _SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 
@@ -77,7 +73,7 @@ class Chat:
         quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
         tools = [_marked(tool, quotes, self._foreign) for tool in prompt.tools]
         if not self._templated:
-            return "\n\n".join(m["content"] for m in (_with_tools(quoted, tools_text(tools)) if tools else quoted))
+            return "\n\n".join(m["content"] for m in (with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
             return self._apply(quoted, tools, generate=True)
         except DataError as error:
@@ -135,6 +131,12 @@ class Chat:
         return self.tokenizer.convert_ids_to_tokens(token_id)
 
     @cached_property
+    def end_id(self) -> int:
+        """The token that ends a turn which somebody wrote for the student: the one that its template writes. Raises ModelError
+        where there is none."""
+        return turn_end(self.tokenizer, who=f"model '{self.tokenizer.name_or_path}'").written
+
+    @cached_property
     def table(self) -> TokenBytes:
         return token_bytes(self.tokenizer)
 
@@ -185,36 +187,6 @@ def _marked(value: Any, quotes: Quotes, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, Mapping):
         return {_marked(key, quotes, pattern): _marked(item, quotes, pattern) for key, item in value.items()}
     return [_marked(item, quotes, pattern) for item in value] if isinstance(value, list | tuple) else value
-
-
-def apply_template(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    tools: Sequence[Any],
-    *,
-    natively: bool,
-    generate: bool = True,
-) -> str:
-    """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
-    if tools and not natively:
-        messages = _with_tools(messages, tools_text(tools))
-    shown = [dict(tool) for tool in tools] if tools and natively else None
-    return tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tools=shown, add_generation_prompt=generate, tokenize=False
-    )
-
-
-def template_shows_tools(tokenizer: Any) -> bool:
-    """Whether a tokenizer's chat template writes the tools that it is given."""
-    question: Sequence[Message] = [{"role": "user", "content": "?"}]
-    return _PROBE_TOOL["function"]["name"] in apply_template(tokenizer, question, [_PROBE_TOOL], natively=True)
-
-
-def _with_tools(messages: Sequence[Message], text: str) -> list[Message]:
-    first, *rest = messages
-    if first["role"] == "system":
-        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
-    return [{"role": "system", "content": text}, *messages]
 
 
 def user_message(text: str) -> tuple[Message, ...]:
@@ -282,7 +254,9 @@ class Conversation:
     def answer(self, token_ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> Message:
         """Take the student's turn as it was sampled; returns the message that it means."""
         stretch = self.stretches[-1]
-        message: Message = MappingProxyType({"role": "assistant", "content": self.chat.decode(token_ids)})
+        ended = len(token_ids) > 0 and token_ids[-1] in ends
+        said = token_ids[:-1] if ended else token_ids  # not every tokenizer calls the end of a turn special
+        message: Message = MappingProxyType({"role": "assistant", "content": self.chat.decode(said)})
         start = len(stretch.token_ids)
         stretch.token_ids.extend(token_ids)
         stretch.logprobs.extend(logprobs)
@@ -290,7 +264,7 @@ class Conversation:
         self._messages.append(message)
         stretch.messages = tuple(self._messages)
         stretch.opened = thinking_opening(self._rendering).strip()
-        closing = self.chat.literal(token_ids[-1]) if token_ids and token_ids[-1] in ends else ""
+        closing = self.chat.literal(token_ids[-1]) if ended else ""
         self._seen = _Seen(self._rendering, self._quotes.mark(message["content"]), closing)
         return message
 

@@ -55,6 +55,7 @@ def _any(tags: frozenset[str]) -> str:
 
 
 _OPENING = re.compile(_any(_THINK) + r"\Z")
+_BLOCK = re.compile(f"{_any(_THINK)}(?:{_any(_ROLES[1])})?" + r"\Z")
 
 
 def thinking_opening(rendering: str) -> str:
@@ -63,8 +64,23 @@ def thinking_opening(rendering: str) -> str:
     return found[0] if found else ""
 
 
+def thinking_tag(opening: str, teacher: TokenBytes) -> str:
+    """The opening of a thinking block as a teacher writes it: in its own tag, where it has a token for one."""
+    tag = opening.rstrip()
+    theirs = sorted(_THINK & set(teacher.added.values()))
+    return opening if not opening or tag in theirs or not theirs else theirs[0] + opening[len(tag) :]
+
+
+def without_thinking(rendering: str) -> str:
+    """A rendering without the thinking block, open or empty, with which it ends."""
+    return _BLOCK.sub("", rendering)
+
+
+def opens_thinking(text: str) -> bool:
+    """Whether a response opens a thinking block itself."""
+    return any(text.lstrip().startswith(tag) for tag in _THINK)
+
+
 def opened_thinking(rendering: str, text: str) -> str:
     """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
-    if not any(text.lstrip().startswith(tag) for tag in _THINK):
-        return ""
-    return thinking_opening(rendering)
+    return thinking_opening(rendering) if opens_thinking(text) else ""
