@@ -5,6 +5,12 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 
+from opd.tasks.bounded import BOUNDED
+
+MATH_LIMIT_S = (
+    20.0  # math-verify's own limits are 5 s for each of three steps; they hold where Python code is slow, not C code
+)
+
 
 def exact(response: str, answer: str) -> float | None:
     """1 where the response is the answer, white space around both apart."""
@@ -12,7 +18,16 @@ def exact(response: str, answer: str) -> float | None:
 
 
 def mathematical(response: str, answer: str) -> float | None:
-    """1 where math-verify finds the two mathematically equal; a response that it cannot parse is worth 0."""
+    """1 where math-verify finds the two mathematically equal; a response that it cannot parse, or not within `MATH_LIMIT_S`, is
+    worth 0. Any thread may ask."""
+    try:
+        return BOUNDED.call(compared, response, answer, limit_s=MATH_LIMIT_S)
+    except TimeoutError:
+        return 0.0
+
+
+def compared(response: str, answer: str) -> float:
+    """What `mathematical` says, in the process that is bounded in time."""
     from math_verify import parse, verify
 
     return float(verify(parse(answer), parse(response)))
