@@ -346,4 +346,5 @@ class SftConfig(RunNode):
     max_new_tokens: Positive = 64
     episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: SftEvaluationConfig = SftEvaluationConfig()

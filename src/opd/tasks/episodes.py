@@ -197,7 +197,7 @@ class EpisodePlayer:
             if alive > allowed:
                 raise RunError(
                     f"{alive} threads of environments and tools do not come back (the last: {episode.failure or 'a tool'}); give "
-                    "their code a time limit of its own, then continue with 'opd train --resume'"
+                    "their code a time limit of its own"
                 )
         if episode.finish == "failed":
             return
