@@ -15,6 +15,7 @@ from opd.embedded.sft import imitation_batch
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
 from opd.evaluate import SPLITS, Cell, evaluate, pick
+from opd.guards.notices import notices_of_tuning
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
@@ -97,6 +98,9 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
         )
         if resume:
             saver.restore(line.say)
+        else:
+            for finding in notices_of_tuning(config, prompts):
+                line.say(f"warning: {finding.name}: {finding.detail}")
         with saver.explained(line.say):
             folder.truncate_metrics(saver.done - (saver.unrecorded is not None))
             _steps(config, school, prompts, saver, folder, line)

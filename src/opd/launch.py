@@ -17,6 +17,7 @@ from opd.embedded.warmup import warm_up
 from opd.errors import ConfigError, RunError, one_line
 from opd.evaluate import ParityRow
 from opd.guards import preflight
+from opd.guards.notices import REWARD
 from opd.guards.preflight import Finding
 from opd.loop import StepReport, train_steps
 from opd.measuring import Measuring
@@ -217,8 +218,8 @@ class _Run:
             findings = run_checks(self.config, self.studio, self.material)
             preflight.require(findings)
             for finding in findings:
-                if finding.warning and not resume:
-                    line.say(f"warning: {finding.name}: {finding.detail}")
+                if not resume and (finding.warning or finding.name == REWARD):
+                    line.say(f"{'warning: ' if finding.warning else ''}{finding.name}: {finding.detail}")
             if resume:
                 return self._train(line, resume=True)
             # Only now, so that a recipe that is refused leaves nothing behind.

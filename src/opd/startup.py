@@ -1,6 +1,7 @@
 """Before the first step: the prompts of a recipe, and every start-up check on the real weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,20 @@ from opd.data.stream import PromptStream
 from opd.errors import DataError
 from opd.evaluate import SPLITS
 from opd.guards import preflight
+from opd.guards.notices import PromptSets, has_verdict, notices
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
-from opd.roles import Environment, Studio, Task, Teacher
+from opd.roles import Environment, Studio, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
 from opd.tasks import make_tasks
 from opd.tasks.episodes import MakeEnvironment
-from opd.tasks.judge import Judge, Reward
+from opd.tasks.judge import Judge
+from opd.tasks.rewards import Reward
 from opd.text.chat import Chat
 
-PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
 
 
@@ -31,6 +33,9 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     """Every start-up check, on the real weights: see `opd.guards.preflight`."""
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
+    findings += notices(
+        config, material.prompts, reward=bool(material.own_reward), environment=material.own_environment
+    )
     findings += preflight.tools_are_answered(every, material.make_environment)
     chat, facts = Chat(studio.tokenizer), studio.facts()
     findings.append(
@@ -83,13 +88,15 @@ def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
 @dataclass(frozen=True)
 class Material:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' outcomes the reward and the grader take the place of."""
+    the tasks whose environments' outcomes the reward and the grader take the place of; own_environment: whether the user made
+    them."""
 
     prompts: PromptSets
     reward: Reward
     grade: Reward
     make_environment: MakeEnvironment
     own_reward: frozenset[str] = frozenset()
+    own_environment: bool = False
     own_grade: frozenset[str] = frozenset()
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
@@ -112,9 +119,12 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
 
     Raises DataError for a bad record.
     """
-    for name, own in (("reward", reward), ("environment", make_environment)):
-        if own is not None and not callable(own):
-            raise DataError(f"{name} is {type(own).__name__}, expected a function of the prompt")
+    _require_callable("reward", reward, "prompt, response")
+    _require_callable("environment", make_environment, "prompt")
+    if inspect.iscoroutinefunction(make_environment):
+        raise DataError(
+            "environment is a coroutine function, expected a plain one; its environments' reset and step may be async"
+        )
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():
@@ -130,9 +140,10 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     _require_foreign_reference(config, every)
     _require_single_teachers(config, every)
-    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, tasks, every):
+    _require_measurable(config, prompts, given=reward is not None or make_environment is not None)
+    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
         raise DataError(
-            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
+            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer and a verifier; add them or pass a reward"
         )
 
     def verify(prompt: Prompt, response: str) -> float | None:
@@ -150,19 +161,47 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         reward or verify,
         reward or grade,
         make_environment or environment,
-        every_task if reward is not None else frozenset(),
-        every_task
+        own_reward=every_task if reward is not None else frozenset(),
+        own_environment=make_environment is not None,
+        own_grade=every_task
         if reward is not None
         else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
     )
 
 
-def _verdicts(config: Config, tasks: Mapping[str, Task], prompts: Sequence[Prompt]) -> bool:
-    """Whether anything says what a response is worth: an answer, an environment, or a check for format errors."""
-    if any(p.answer is not None for p in prompts) or any(t.checks.rules for t in config.tasks.values()):
-        return True
-    some = {p.task: p for p in prompts}
-    return any(tasks[name].environment(prompt) is not None for name, prompt in some.items())
+def _require_callable(name: str, function: object, arguments: str) -> None:
+    """Raise DataError for what cannot be called as it will be."""
+    if function is None:
+        return
+    if not callable(function):
+        raise DataError(f"{name} is {type(function).__name__}, expected a function of ({arguments})")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise DataError(f"{name} takes {signature}, expected ({arguments}): {error}") from None
+
+
+def _require_measurable(config: Config, prompts: PromptSets, *, given: bool) -> None:
+    """Raise DataError for an evaluation on the way that has nothing to measure."""
+    if not config.evaluation.every:
+        return
+    every = f"evaluation.every = {config.evaluation.every} measures nothing: no task has held-out prompts"
+    held_out = {name: splits["held_out"] for name, splits in prompts.items()}
+    if not any(held_out.values()):
+        raise DataError(f"{every}; set held_out_path or held_out_size of a task, or evaluation.every = 0")
+    if not given and not any(has_verdict(p, config.tasks[name]) for name, found in held_out.items() for p in found):
+        raise DataError(f"{every} with an answer and a verifier; add them, or set evaluation.every = 0")
+
+
+def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:
+    """Whether anything says what a response is worth: a verifier, an environment, or a check for format errors."""
+    return any(t.checks.rules for t in config.tasks.values()) or any(
+        has_verdict(p, config.tasks[p.task]) for p in prompts
+    )
 
 
 def _require_single_teachers(config: Config, prompts: Sequence[Prompt]) -> None:

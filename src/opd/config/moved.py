@@ -21,6 +21,12 @@ _MAY_CHANGE = (
 )
 _MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
 _MEASURED = ("evaluation.num_prompts",)
+_TRAINED = (
+    "checkpoint.*",
+    "logging.*",
+    "compute.score_cache",
+    "compute.score_cache_folder",
+)  # an evaluation uses none of them
 _LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
 
@@ -52,6 +58,8 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
 def _may_change(key: str, config: Config, *, evaluation: bool) -> bool:
     if evaluation and key in _MEASURED:
         return True
+    if evaluation and any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED):
+        return False
     if key == "steps":
         return config.optimizer.schedule == "constant" and not evaluation
     return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)

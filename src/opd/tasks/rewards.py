@@ -28,10 +28,15 @@ def number_of(found: Any) -> float | None:
     if found is None:
         return None
     plain: Any = found
+    if callable(getattr(found, "item", None)):
+        try:
+            plain = found.item()
+        except Exception:  # an array of several elements
+            plain = None
+    number = hasattr(type(plain), "__float__") or hasattr(type(plain), "__index__")
     try:
-        plain = found.item() if callable(getattr(found, "item", None)) else found
-        value = float(plain) if hasattr(type(plain), "__float__") or hasattr(type(plain), "__index__") else float("nan")
-    except Exception:
+        value = float(plain) if number else float("nan")
+    except (TypeError, ValueError, OverflowError):
         value = float("nan")
     if not 0.0 <= value <= 1.0:
         kind = "" if type(found) in (int, float) else f" ({type(found).__name__})"
@@ -139,6 +144,8 @@ def _checked(rollout: Rollout, value: Any) -> float | None:
         return number_of(value)
     except ValueError as error:
         raise RewardError(f"{_name(rollout)}: the reward is {error}") from None
+    except Exception as error:  # somebody's object
+        raise RewardError(f"{_name(rollout)}: the reward cannot be read: {describe_error(error)}") from error
 
 
 def _failed(rollout: Rollout, error: BaseException) -> RewardError:
