@@ -64,7 +64,7 @@ NO_REWARDS = {
     "an array": (np.ones(3), r"the reward is array.* \(ndarray\)"),
     "a tensor": (torch.ones(2), r"the reward is tensor.* \(Tensor\)"),
     "a complex number": (1 + 0j, r"the reward is \(1\+0j\) \(complex\)"),
-    "an object that cannot be shown": (Unprintable(), r"an object that cannot be shown \(Unprintable\)"),
+    "an object that cannot be shown": (Unprintable(), r"the reward is an object that cannot be shown \(Unprintable\)"),
 }
 
 

@@ -28,7 +28,7 @@ from opd.report.run_folder import RunFolder, explain_io
 from opd.report.writers import Writers, require_installed
 from opd.roles import Studio
 from opd.saving import Interrupts, Saver, identities_of
-from opd.startup import Material, make_parts, read_tasks, run_checks
+from opd.startup import Material, make_parts, read_tasks, require_callable, run_checks
 from opd.tasks.episodes import MakeEnvironment
 from opd.tasks.rewards import Raised, Reward, awaited
 from opd.watching import Watcher
@@ -79,6 +79,7 @@ def train(
     Raises OpdError with one line when something does not fit; nothing is written over. Whatever ends a run that has begun, its last
     whole step is saved, and the error says how to go on: in its line, or in a note where it is no OpdError.
     """
+    require_callable("on_step", on_step, "report")
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
     material = read_tasks(config, reward, environment)
@@ -100,6 +101,7 @@ def resume(
     goes on, such as "teachers.math.url=http://10.0.0.8:8000" or "cluster.learner_ranks=8"; config.json holds them from then on.
     Raises ConfigError for one that would change what is learnt.
     """
+    require_callable("on_step", on_step, "report")
     folder = RunFolder.open(run)
     with folder.locked():  # before anything is read, which another process may be changing
         folder.require_own_code(_own_code(reward, environment))
@@ -210,6 +212,7 @@ class _Run:
         self.measuring = Measuring(config, folder, self.studio, self.parts, material)
         self.saver.cursor = dict(self.parts.stream.cursor)
         self._prompts_of = identities_of(self.prompts)
+        self._silence_said = False
 
     def go(self, *, resume: bool) -> Result:
         """Train to the end. resume: in a folder that is there, and locked."""
@@ -332,6 +335,7 @@ class _Run:
         records.start(partial(self.folder.write_rollouts, report.step, report.scored))
         self._append(report.step, report.values)
         line.step(report.step, report.values)
+        self._warn_of_silence(report, line)
         every = self.config.logging.samples_every
         if every and (report.step == 1 or report.step % every == 0):
             line.samples(report.scored)
@@ -341,6 +345,17 @@ class _Run:
             for found in awaited([answer] if inspect.isawaitable(answer) else []):
                 if isinstance(found, Raised):
                     raise found.error
+
+    def _warn_of_silence(self, report: StepReport, line: ProgressLine) -> None:
+        """Say once that a reward function judges nothing: it may lack its return."""
+        rollouts = [item.rollout for item in report.scored if item.rollout.failure is None]
+        if self._silence_said or not self.material.own_reward or any(r.reward is not None for r in rollouts):
+            return
+        self._silence_said = True
+        line.say(
+            f"warning: step {report.step}: the reward was None, no verdict, for all {len(rollouts)} responses; does the function "
+            "return its number?"
+        )
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         self.folder.append_metrics(step, values)

@@ -119,8 +119,8 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
 
     Raises DataError for a bad record.
     """
-    _require_callable("reward", reward, "prompt, response")
-    _require_callable("environment", make_environment, "prompt")
+    require_callable("reward", reward, "prompt, response")
+    require_callable("environment", make_environment, "prompt")
     if inspect.iscoroutinefunction(make_environment):
         raise DataError(
             "environment is a coroutine function, expected a plain one; its environments' reset and step may be async"
@@ -169,7 +169,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
     )
 
 
-def _require_callable(name: str, function: object, arguments: str) -> None:
+def require_callable(name: str, function: object, arguments: str) -> None:
     """Raise DataError for what cannot be called as it will be."""
     if function is None:
         return
