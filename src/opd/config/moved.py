@@ -75,12 +75,17 @@ def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
     if key == "steps":
         return (
             f"with optimizer.schedule = '{config.optimizer.schedule}' the rate of the steps that are done depends on it; begin a "
-            "new run (lora.start = 'RUN/student' begins where this one is)"
+            f"new run ({_where_it_is(config)})"
         )
     return (
-        "a run that goes on keeps what it learns from; begin a new one (lora.start = 'RUN/student' begins where this one is). What "
+        f"a run that goes on keeps what it learns from; begin a new one ({_where_it_is(config)}). What "
         f"may change is where and how it runs: {_LIST}"
     )
+
+
+def _where_it_is(config: Config) -> str:
+    key = "lora.start" if config.trainable == "lora" else "student"
+    return f"once this one is done, {key} = 'RUN/student' begins where it is"
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
