@@ -268,7 +268,8 @@ def test_a_reward_that_fails_on_held_out_prompts_leaves_a_step_that_is_finished_
 
     run = tmp_path / "run"
     with pytest.raises(
-        opd.OpdError, match=r"prompt 'second:\d', sample 0: the reward raised RuntimeError: no; step 2 is saved"
+        opd.OpdError,
+        match=r"after step 2: prompt 'second:\d', sample 0: the reward raised RuntimeError: no; step 2 is saved",
     ):
         opd.train(opd.parse_config(tree | {"output": str(run)}), reward=failing)
     assert opd.resume(run, reward=fair).finished
@@ -291,6 +292,34 @@ def test_a_callable_that_cannot_be_called_is_refused_before_anything_is_loaded(
     config = opd.parse_config(bench | {"output": str(tmp_path / "run"), "student": "/nowhere"})
     with pytest.raises(opd.OpdError, match=message):
         opd.train(config, **{name: function})
+
+
+def test_a_reward_that_fails_before_the_first_step_says_so_and_the_run_begins_again(
+    bench: dict[str, Any], tmp_path: Path
+):
+    def failing(prompt: Any, response: str) -> float:
+        raise RuntimeError("no")
+
+    run = tmp_path / "run"
+    config = opd.parse_config(bench | {"output": str(run), "evaluation": {"num_prompts": 2}})
+    expected = (
+        r"^before the first step: prompt '.*', sample 0: the reward raised RuntimeError: no; no step is saved: fix it"
+    )
+    with pytest.raises(opd.OpdError, match=expected):
+        opd.train(config, reward=failing)
+    assert opd.resume(run, reward=fair).finished
+
+
+def test_a_run_in_a_thread_verifies_with_math(bench: dict[str, Any], tmp_path: Path):
+    tree = json.loads(json.dumps(bench)) | {"output": str(tmp_path / "run"), "steps": 1}
+    for task in tree["tasks"].values():
+        task["verifier"] = "math"
+    tree["optimizer"] = {"lr": 1e-2, "warmup_steps": 0}
+    found: list[opd.Result] = []
+    thread = threading.Thread(target=lambda: found.append(opd.train(opd.parse_config(tree))))
+    thread.start()
+    thread.join()
+    assert found[0].finished
 
 
 # The verifier "math"

@@ -103,8 +103,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
                 line.say(f"warning: {finding.name}: {finding.detail}")
         with saver.explained(line.say):
             folder.truncate_metrics(saver.done - (saver.unrecorded is not None))
-            _steps(config, school, prompts, saver, folder, line)
-            if saver.done < config.steps:
+            if not _steps(config, school, prompts, saver, folder, line):
                 line.say(f"{saver.stopped}; continue with: {folder.how_to_resume()}")
                 return Tuned(folder.path, False, {})
             with explain_io(folder.student):
@@ -134,8 +133,9 @@ def _identities(config: SftConfig, student: Voice) -> dict[str, str]:
 
 def _steps(
     config: SftConfig, school: "_School", prompts: _Prompts, saver: Saver, folder: RunFolder, line: ProgressLine
-) -> None:
-    """Fine-tune until the last step or an interrupt; every step that is done is saved, also where an error ends the run."""
+) -> bool:
+    """Fine-tune until the last step; returns False where an interrupt stopped it before. Every step that is done is saved, also
+    where an error ends the run."""
     weights = {name: task.weight for name, task in config.tasks.items()}
     stream = PromptStream({t: splits["train"] for t, splits in prompts.items()}, weights, seed=config.seed)
     stream.cursor |= saver.cursor
@@ -162,6 +162,7 @@ def _steps(
         except BaseException:
             saver.rescue(line.say)
             raise
+    return not interrupts.stop
 
 
 class _School:

@@ -289,8 +289,8 @@ class _Run:
             return self.measuring.parity(self.measuring.kept(), line)
 
     def _steps(self, line: ProgressLine) -> bool:
-        """Train until the last step, or until an interrupt or a detector stops it; returns whether the last step is done. Every
-        step that is done is saved, also where an error ends the run."""
+        """Train until the last step; returns False where an interrupt or a detector stopped it before. Every step that is done is
+        saved, also where an error ends the run."""
         saver, config = self.saver, self.config
         self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=saver.done)
         pending = saver.unrecorded  # of a run that ended before this line was whole
@@ -304,7 +304,8 @@ class _Run:
         ):
             try:
                 if pending is not None:
-                    values, stopped = self._measured(saver.done, pending, watcher)
+                    values, alarmed = self._measured(saver.done, pending, watcher)
+                    stopped = alarmed and saver.done < config.steps
                     self._append(saver.done, values)
                     writers.write(saver.done, values)
                 with closing(train_steps(config, self.parts, start=saver.done)) as reports:
@@ -313,7 +314,7 @@ class _Run:
                         values, alarmed = self._measured(report.step, report.values, watcher)
                         self._record(replace(report, values=values), line, records)
                         writers.write(report.step, values)
-                        stopped = alarmed or interrupts.stop
+                        stopped = interrupts.stop or (alarmed and saver.done < config.steps)
                         if saver.due or stopped:
                             records.wait()  # a checkpoint says that all before it is on disk
                             saver.save()
@@ -322,10 +323,8 @@ class _Run:
             except BaseException:
                 self._rescue(report, records, line)
                 raise
-        if saver.done < config.steps:
-            return False
         watcher.report()
-        return True
+        return not stopped
 
     def _measured(self, step: int, values: Mapping[str, float], watcher: Watcher) -> tuple[dict[str, float], bool]:
         """The metrics of a step with what is measured behind it, and whether a detector stops the run."""

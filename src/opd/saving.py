@@ -14,7 +14,7 @@ import torch
 
 from opd import checkpoint
 from opd.batch import Batch
-from opd.errors import CheckError, OpdError, ScoreError, describe_error
+from opd.errors import CheckError, OpdError, RewardError, ScoreError, describe_error
 from opd.metrics import Metrics
 from opd.records import Prompt
 from opd.report.run_folder import RunFolder, explain_io
@@ -146,7 +146,7 @@ class Saver:
             error.add_note(f"{self.stopped}; {self._continue}")
             raise
         except OpdError as error:
-            error.args = (f"{error}; {self._kept}: fix it, then {self._continue}",)
+            error.args = (f"{self._where(error)}{error}; {self._kept}: fix it, then {self._continue}",)
             raise
         except Exception as error:
             error.add_note(f"{self._kept}; {self._continue}")
@@ -154,6 +154,12 @@ class Saver:
         except SystemExit:  # Python shows no note of it
             say(f"{self.stopped}; {self._continue}")
             raise
+
+    def _where(self, error: OpdError) -> str:
+        """When a reward failed that belongs to an evaluation; one of a step names its step."""
+        if not isinstance(error, RewardError) or str(error).startswith("step "):
+            return ""
+        return f"after step {self.done}: " if self.done else "before the first step: "
 
     @property
     def stopped(self) -> str:
