@@ -20,6 +20,7 @@ import opd.collect
 import opd.finetune
 import opd.launch
 import opd.loop
+import opd.report.curves
 from opd import checkpoint
 from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.sampler import EmbeddedSampler
@@ -98,6 +99,8 @@ FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "a gradient that is no number": (
         EmbeddedLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
     ),
+    "the picture": (opd.report.curves, "draw_curves", 1, bug, 4, True),
+    "the picture's file": (opd.report.curves, "draw_curves", 1, full, 4, True),
     "the export": (opd.launch, "draw_run", 1, dead, 4, True),
     "the table": (opd.launch.Measuring, "parity", 1, dead, 4, True),
 }  # fmt: skip
@@ -122,6 +125,7 @@ def test_a_failure_leaves_the_last_whole_step_and_advice_that_works(
     saved = checkpoint.list_checkpoints(run / "checkpoints")
     assert checkpoints(run) == [f"step-{step:06d}"], line
     assert len(saved) == 1
+    assert ("curves.png" in line) == ("picture" in where)
     assert f"{'all 4 steps are' if step == STEPS else f'step {step} is'} saved" in line
     follow(line, run)
     assert_same_run(run, whole)

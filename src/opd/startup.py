@@ -12,7 +12,7 @@ from opd.data.stream import PromptStream
 from opd.errors import DataError
 from opd.evaluate import SPLITS
 from opd.guards import preflight
-from opd.guards.notices import PromptSets, has_verdict, notices
+from opd.guards.notices import PromptSets, has_grade, has_verdict, notices
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
@@ -193,7 +193,7 @@ def _require_measurable(config: Config, prompts: PromptSets, *, given: bool) -> 
     held_out = {name: splits["held_out"] for name, splits in prompts.items()}
     if not any(held_out.values()):
         raise DataError(f"{every}; set held_out_path or held_out_size of a task, or evaluation.every = 0")
-    if not given and not any(has_verdict(p, config.tasks[name]) for name, found in held_out.items() for p in found):
+    if not given and not any(has_grade(p, config.tasks[name]) for name, found in held_out.items() for p in found):
         raise DataError(f"{every} with an answer and a verifier; add them, or set evaluation.every = 0")
 
 

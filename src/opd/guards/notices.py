@@ -22,6 +22,12 @@ def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
     return not isinstance(task, FileTask) or (prompt.answer is not None and task.verifier != "none")
 
 
+def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
+    """Whether the task says what a response is worth in the held-out outcome: its grader where it has one, else its verifier."""
+    graded = isinstance(task, FileTask) and task.grader is not None and prompt.answer is not None
+    return graded or has_verdict(prompt, task)
+
+
 def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: bool) -> list[Finding]:
     """Keys without effect, prompts that repeat, and what becomes of rewards. reward, environment: whether the user gave one."""
     findings = rewards_used(config, prompts, reward=reward, environment=environment)
