@@ -211,6 +211,12 @@ class LoggingConfig(Node):
     writers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     samples_every: NonNegative = 20
 
+    @model_validator(mode="after")
+    def _once(self) -> "LoggingConfig":
+        if len(set(self.writers)) < len(self.writers):
+            raise ValueError(f"writers names one twice: {self.writers}; name each once")
+        return self
+
 
 class RunNode(Node):
     """What training and fine-tuning recipes share. template_time: the moment that chat templates read as now (a template may write
@@ -358,4 +364,12 @@ class SftConfig(RunNode):
     max_new_tokens: Positive = 64
     episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: SftEvaluationConfig = SftEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> "SftConfig":
+        for key in ("score_cache", "score_cache_folder"):
+            if getattr(self.compute, key):
+                raise ValueError(f"compute.{key} keeps scores of teachers, and fine-tuning has no teacher; drop it")
+        return self

@@ -115,9 +115,7 @@ class Places:
             except RayActorError as error:
                 if time.monotonic() > end:
                     who = f"engine {index + 1} of {len(self._actors)} of {' and '.join(self._whose)}"
-                    raise RunError(
-                        f"{who} died and does not come back ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
-                    ) from None
+                    raise RunError(f"{who} died and does not come back ({one_line(str(error))[:200]})") from None
                 time.sleep(_AGAIN_S)
                 ref = getattr(self._actors[index], method).remote(*args)
 

@@ -99,9 +99,7 @@ class RankGroup:
         except RayActorError as error:
             rank = next(i for i, ref in enumerate(refs) if ref in ready)
             raise self._end(
-                RunError(
-                    f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
-                )
+                RunError(f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]})")
             ) from None
         return ray.get(list(refs))
 

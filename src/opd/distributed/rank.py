@@ -170,7 +170,7 @@ class Rank:
         except OSError as error:
             raise RunError(
                 f"learner rank 0 on {socket.gethostname()} cannot write the student for its engines: {error}; free space for "
-                "temporary files there (or set TMPDIR), then continue with 'opd train --resume'"
+                "temporary files there (or set TMPDIR)"
             ) from None
         return True, {name: np.frombuffer(content, dtype=np.uint8) for name, content in files.items()}
 
@@ -205,8 +205,7 @@ def _one_line_of(folder: str, what: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception: Ray would take it for the end of this process
         rank, (why, _) = next(iter(error.failures.items()))
         raise RunError(
-            f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; mend the disk there, then continue with "
-            "'opd train --resume'"
+            f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; check the disk there"
         ) from None
 
 

@@ -143,7 +143,7 @@ class EmbeddedLearner:
         if not torch.isfinite(norm):
             raise ScoreError(
                 f"update {self._num_updates}: the gradient's norm is {float(norm)}; the weights were left as they are. "
-                "Lower optimizer.lr, or use compute.dtype = 'float32'"
+                "Begin a new run with a lower optimizer.lr, or with compute.dtype = 'float32'"
             )
         lr = learning_rate(self._config, self._num_updates, self._steps)
         for group in self._optimizer.param_groups:

@@ -31,7 +31,8 @@ def _outweighed(config: Config) -> str:
     )
     text = (
         "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs the KL that a "
-        f"response without errors pays. At reward 1 this recipe's errors fade from every start below {everywhere:.3g} nats a response"
+        f"response without errors pays. At reward 1 this recipe's errors fade from every start below "
+        f"{everywhere:.3g} nats a response"
     )
     if best - everywhere < 0.01 * best:
         return f"{text}, and grow above it (docs/safeguards.md)"

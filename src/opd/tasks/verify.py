@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 
+from opd.tasks.bounded import BOUNDED
 from opd.tasks.math_answers import stated_answer
 from opd.tasks.math_values import equal_values, read_value
 from opd.text.thoughts import behind_thoughts
+
+MATH_LIMIT_S = 20.0  # the parser has 5 s for each of several steps, by signals, which do not interrupt C code
 
 
 def exact(response: str, answer: str) -> float | None:
@@ -22,8 +25,17 @@ def exact(response: str, answer: str) -> float | None:
 def mathematical(response: str, answer: str) -> float | None:
     """1 where the answer that the response states has the value of the reference; both are read whole, by the same rules.
 
-    A response of which nothing, or not all of the stated answer, is understood is worth 0.
+    A response is worth 0 of which nothing, or not all of the stated answer, is understood, or not within `MATH_LIMIT_S`. Any thread
+    may ask.
     """
+    try:
+        return BOUNDED.call(compared, response, answer, limit_s=MATH_LIMIT_S)
+    except TimeoutError:
+        return 0.0
+
+
+def compared(response: str, answer: str) -> float:
+    """What `mathematical` says, in the process that is bounded in time."""
     said = behind_thoughts(response)
     stated = None if said is None else stated_answer(said)
     value = None if stated is None else read_value(stated)
