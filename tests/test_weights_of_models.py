@@ -1,5 +1,6 @@
 """A model is what its files say: weights that are missing, of other shapes or without a place are refused, never random."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -311,3 +312,25 @@ def test_a_run_whose_teacher_lost_its_names_is_not_resumed(tree: dict[str, Any],
     line = one_line(invoke("train", "--resume", tree["output"]))
     assert "its names begin with 'module.'" in line
     assert len(opd.read_metrics(tree["output"])) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: {n.replace("base_model.model.", "", 1): t for n, t in w.items()},
+        lambda w: {n: t for n, t in w.items() if "layers.1.mlp.up_proj.lora_B" not in n},
+        lambda w: {n: t[:1] if n.startswith("student/") and "lora_B" in n else t for n, t in w.items()},
+    ],
+    ids=["other names", "one is missing", "shapes that would be broadcast"],
+)
+def test_a_checkpoint_of_another_student_is_refused(tree: dict[str, Any], tmp_path: Path, change: Change):
+    recipe = write_toml(tmp_path / "recipe.toml", tree | {"checkpoint": {"every": 1}})
+    assert invoke("train", recipe).exit_code == 0
+    [path] = [p for p in Path(tree["output"]).glob("checkpoints/step-000002/*.safetensors")]
+    save_file({n: t.contiguous() for n, t in change(load_file(path)).items()}, path)
+    sums = path.parent / "checksums.json"
+    said = json.loads(sums.read_text()) | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    sums.write_text(json.dumps(said))
+    line = one_line(invoke("train", "--resume", tree["output"]))
+    assert "the checkpoint is of another student: " in line
+    assert "resume with the model, transformers and peft that wrote it" in line
