@@ -89,7 +89,7 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     objective = config.objective
     mask = batch.padded(batch.scored)
     current = batch.rollout_logprobs if batch.student_logprobs is None else batch.student_logprobs
-    log_ratio = batch.padded(batch.teacher_logprobs - current)
+    log_ratio = adv.above_rounding(batch.padded(batch.teacher_logprobs - current), mask)
     discount = objective.discount or 0.0  # the types with a future part have one
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
