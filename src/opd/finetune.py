@@ -12,7 +12,7 @@ from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.sft import imitation_batch
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
-from opd.evaluate import SPLITS, Cell, evaluate, pick
+from opd.evaluate import SPLITS, Cell, evaluate, pick, reward_text
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
@@ -148,6 +148,7 @@ class _School:
                     low, high = cell.interval
                     faults = f", {cell.flagged} with format errors" if cell.flagged else ""
                     line.say(
-                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}{faults}"
+                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}"
+                        f"{reward_text(cell)}{faults}"
                     )
         return found
