@@ -19,6 +19,7 @@ from opd.config import Config
 from opd.guards.masks import mask_warning
 from opd.objectives.losses import reinforce
 from opd.objectives.mask_law import Choice, largest_kl, outcome_pull
+from opd.objectives.reduce import Normalizer
 from opd.records import Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 from opd.signal import divisor, follow
 from opd.theory import hack_claims, hack_gym, mask_claims
@@ -110,12 +111,15 @@ def test_a_simulated_run_ends_where_the_law_says(kl: float, weight: float, start
     assert simulated(kl, weight, start, constant=constant) == pytest.approx(end, abs=0.012)
 
 
+NORMALIZERS: tuple[tuple[Normalizer, Callable[[float], float]], ...] = (
+    ("trajectory", lambda x: x),
+    ("token", lambda x: x / (x + 4 * (1 - x))),
+    ("constant", lambda _: 1.0),
+)
+
+
 def test_errors_fade_from_a_start_exactly_where_the_outcome_exceeds_the_kl_of_kept_responses():
-    for normalizer, weighs in (
-        ("trajectory", lambda x: x),
-        ("token", lambda x: x / (x + 4 * (1 - x))),
-        ("constant", lambda _: 1.0),
-    ):
+    for normalizer, weighs in NORMALIZERS:
         choice = Choice(TWO, weight=2.5, normalizer=normalizer, length=4.0)
         for error in np.linspace(0.01, 0.99, 197):
             paid = TWO + log(1 - error)

@@ -15,7 +15,7 @@ from opd.embedded.sft import imitation_batch
 from opd.embedded.studio import packing_of
 from opd.embedded.teacher import Voice
 from opd.errors import DataError
-from opd.evaluate import Cell, evaluate, pick
+from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.guards import preflight
 from opd.guards.notices import notices_of_tuning
 from opd.metrics import values
@@ -252,6 +252,7 @@ class _School:
                     low, high = cell.interval
                     faults = f", {cell.flagged} with format errors" if cell.flagged else ""
                     line.say(
-                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}{faults}"
+                        f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}"
+                        f"{reward_text(cell)}{faults}"
                     )
         return found

@@ -30,15 +30,14 @@ def _outweighed(config: Config) -> str:
         weight, objective.normalizer, baseline=outcome.baseline, group_size=config.sampling.group_size
     )
     text = (
-        "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs the KL that a "
-        f"response without errors pays. At reward 1 this recipe's errors fade from every start below "
-        f"{everywhere:.3g} nats a response"
+        "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs the KL that a response"
+        f" without errors pays. At reward 1, errors fade from every start below {everywhere:.3g} nats a response"
     )
     if best - everywhere < 0.01 * best:
         return f"{text}, and grow above it (docs/safeguards.md)"
     episodes = config.sampling.prompts_per_step * config.sampling.group_size
     longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
     return (
-        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise "
-        f"outcome.coef, or set objective.normalizer = 'constant' with objective.constant = {episodes} (docs/safeguards.md)"
+        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise outcome.coef"
+        f", or set objective.normalizer = 'constant' with objective.constant = {episodes} (docs/safeguards.md)"
     )
