@@ -299,7 +299,7 @@ def test_every_reference_is_worth_one_as_its_own_response(reference):
     "reference",
     [
         "", " ", "$$", r"\boxed{}", r"\text{}", "The answer is 5", r"3\ldots", r"1,2,\ldots,10", r"\frac{1}{0}", "1/0", "3 4",
-        "5 apples and 3 pears", r"\begin{cases}1\\2\end{cases}", "{3", r"\frac{1}{2", "x if x>0", "12_5 + 3", "5 (see above)", 
+        "5 apples and 3 pears", r"\begin{cases}1\\2\end{cases}", "{3", r"\frac{1}{2", "x if x>0", "12_5 + 3", "5 (see above)",
         r"5 \pmod{7}", "f'(x)=2", "5 R 2", r"2 \text{ R } 3",
         "2+2 equals 4", "1.2.3", "[asy]draw[/asy]", "5\n6", "#1", "?", "x = ", "1+", "(1", "x" * 2000,
     ],
