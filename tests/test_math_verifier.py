@@ -5,6 +5,14 @@ import pytest
 from opd.tasks.verify import mathematical, reference_fault
 
 RIGHT = [
+    ("f(x) = 2x", "2x"),
+    ("(x,y)=(1,2)", "(1,2)"),
+    ("5", "AB = 5"),
+    ("5", "x + y = 5"),
+    (r"\text{June 20}", r"\boxed{\text{June 20}}"),
+    (r"10:30 \text{ a.m.}", "10:30"),
+    (r"\langle 1,2,3\rangle", "(1,2,3)"),
+    (r"\frac{-b\pm\sqrt{b^2-4ac}}{2a}", r"$x = \frac{-b\pm\sqrt{b^2-4ac}}{2a}$"),
     (r"3\sqrt{13}", r"3\sqrt{13}"),
     (r"3\sqrt{13}", r"so it is 3\sqrt{13}."),
     ("12", "12"),
@@ -161,6 +169,11 @@ RIGHT = [
     ("(1,2)", r"x\in(1,2)"),
 ]
 WRONG = [
+    ("x + y = 5", "5"),
+    ("xy = 6", "6"),
+    ("24", "15 + 9 = A book"),
+    ("12:30", "2:5"),
+    (r"f(x)", "f'(x)"),
     (r"3\sqrt{13}", "$3$"),
     ("13", r"so it is 3\sqrt{13}."),
     ("3", r"The answer is $3\sqrt{13}$"),
@@ -287,6 +300,7 @@ def test_every_reference_is_worth_one_as_its_own_response(reference):
     [
         "", " ", "$$", r"\boxed{}", r"\text{}", "The answer is 5", r"3\ldots", r"1,2,\ldots,10", r"\frac{1}{0}", "1/0", "3 4",
         "5 apples and 3 pears", r"\begin{cases}1\\2\end{cases}", "{3", r"\frac{1}{2", "x if x>0", "12_5 + 3", "5 (see above)",
+        r"5 \pmod{7}", "f'(x)=2", "5 R 2", r"2 \text{ R } 3",
         "2+2 equals 4", "1.2.3", "[asy]draw[/asy]", "5\n6", "#1", "?", "x = ", "1+", "(1", "x" * 2000,
     ],
 )  # fmt: skip

@@ -8,11 +8,12 @@ import pytest
 from call_templates import BY_KEY, FENCED, LISTED, SINGLE, TAGGED, chatml
 from factories import byte_tokenizer, prompt
 
-from opd.config import FileTask
+from opd.config import EpisodesConfig, FileTask
 from opd.errors import DataError
-from opd.records import Prompt
+from opd.records import Message, Prompt
 from opd.tasks import read_splits
 from opd.tasks.conversations import check_prompt
+from opd.tasks.episodes import EpisodePlayer
 from opd.tasks.files import PromptFile, read_prompts
 from opd.tasks.prompt_records import Completion
 from opd.text.chat import Chat
@@ -118,6 +119,20 @@ def test_every_task_is_held_to_them_in_both_splits():
 
     with pytest.raises(DataError, match=r"^prompt 'h': the last message is the assistant's"):
         read_splits({"own": Own()})  # type: ignore[dict-item]
+
+
+def test_an_environment_that_opens_in_an_impossible_order_fails_its_episode():
+    class Opens:
+        async def reset(self) -> list[Message]:
+            return [{"role": "tool", "content": "3"}]
+
+        async def step(self, message: Message) -> Any: ...
+
+    chat = Chat(byte_tokenizer())
+    ends = [chat.tokenizer.eos_token_id]
+    player = EpisodePlayer(chat, EpisodesConfig(), end_ids=ends, make_environment=lambda p: Opens())
+    [found] = player.play([(prompt(), 0)], lambda episodes: [], version=0)
+    assert "message 2 is a tool's, and no assistant's call stands before it" in str(found.failure)
 
 
 # --- text that is no text ---

@@ -23,7 +23,7 @@ _RUN = re.compile(
     rf"(?:{_MATH})(?:[ \t]*(?:,?[ \t]*\b(?:and|or)\b[ \t]*)?(?:{_MATH.replace('env', 'next')}))*", re.DOTALL
 )
 _BULLET = re.compile(r"^[ \t]*(?:[-*\u2022]|\d+[.)])[ \t]+", re.MULTILINE)
-_EDGES = ",;:= \t"
+_EDGES = ",;: \t"
 
 
 def stated_answer(response: str) -> str | None:
@@ -77,7 +77,7 @@ def _boxed(response: str) -> str | None:
 def _runs(text: str) -> Iterator[str]:
     """The stretches of mathematics in a text, in order: those with a number, a command or more than a letter."""
     for found in _RUN.finditer(text):
-        run = found[0].strip(_EDGES)
+        run = found[0].lstrip(_EDGES + "=").rstrip(_EDGES)  # what "15 + 9 = A book" says is none of the run's
         run = run.rstrip("([{").strip(_EDGES) if run.count("(") > run.count(")") else run
         run = run.lstrip(")]}").strip(_EDGES) if run.count(")") > run.count("(") and run.startswith(")") else run
         while run.endswith(")") and run.count(")") > run.count("("):

@@ -281,14 +281,23 @@ def _undefined(value: Any) -> bool:
 
 def _equal(reference: Any, response: Any, factor: Fraction, rounded: bool) -> bool:
     """reference * factor is the response."""
-    from math_verify.grader import is_assignment_relation, is_equation, is_relation, sympy_expr_eq, take_last_relation
+    from math_verify.grader import (
+        is_assignment_relation,
+        is_equation,
+        is_relation,
+        sympy_expr_eq,
+        take_first_relation,
+        take_last_relation,
+    )
 
     if is_equation(response) and not is_relation(reference):
         named = is_assignment_relation(response)
         if not named and take_last_relation(response).lhs.free_symbols:
             return False  # an equation, and not the number behind its sign
         response = take_last_relation(response).rhs
-    elif is_assignment_relation(reference) and not is_relation(response):
+    elif is_relation(reference) and not is_relation(response) and is_equation(reference):
+        if not _is_name(take_first_relation(reference).lhs):
+            return False  # the other way round: the number behind its sign, and not the equation
         reference = take_last_relation(reference).rhs
     if _number_of(reference) and _number_of(response):
         return _close(_exact(reference) * _exact(factor), _exact(response), rounded)
@@ -298,6 +307,16 @@ def _equal(reference: Any, response: Any, factor: Fraction, rounded: bool) -> bo
     if not is_relation(reference) and not is_relation(response) and _length(reference) != _length(response):
         return False
     return sympy_expr_eq(reference, response, 6, 15, allow_set_relation_comp=True)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether something stands before "=" as the name of what follows: x, f(x), (x, y)."""
+    from sympy import Symbol, Tuple
+    from sympy.core.function import AppliedUndef
+
+    if isinstance(value, Tuple):
+        return all(isinstance(part, Symbol) for part in value)
+    return isinstance(value, Symbol | AppliedUndef)
 
 
 def _exact(value: Any) -> Any:
