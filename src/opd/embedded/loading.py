@@ -52,9 +52,11 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     where = str(path)
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
+        facts = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    require_packable_config(facts, source=source)
+    with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where)
-        require_packable_config(AutoConfig.from_pretrained(where), source=source)
-        # of all models; `Network` gives them another
+        # every architecture has this attention; `Network` replaces it
         model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
