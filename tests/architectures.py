@@ -46,6 +46,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "deepseek_v3": _LATENT,
     "granite": {"logits_scaling": 1.0},
     # a hybrid's config whose layers are all attention
@@ -84,6 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "cohere": ({"logit_scale": 0.25}, "head"),
     "granite": ({"logits_scaling": 8.0}, "head"),
+    "minicpm3": ({k: v for k, v in _LATENT.items() if "rank" in k or "head" in k}, "head"),
     "nemotron": ({}, "plan"),
     "doge": ({}, "one sequence"),
     "diffllama": ({}, "grown rows"),  # attends twice a layer

@@ -3,15 +3,16 @@
 What they do not say, the start-up check finds on the weights themselves (`opd.embedded.packing`).
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from opd.errors import ModelError
-from opd.roles import Limit
+from opd.roles import Limit, smallest
 
 _STATE = "carry state across packed sequences"
 _ALLOWED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
@@ -82,8 +83,16 @@ def length_limit(config: Any) -> Limit | None:
     if chunk is not None and (kinds is None or "chunked_attention" in kinds):
         found.append(Limit(chunk, f"its attention goes by chunks of {chunk} tokens"))
     found += _rope_limits(text)
-    # of equal ones the last, which says more than that it is the context
-    return min(reversed(found), key=lambda limit: limit.tokens, default=None)
+    return smallest(reversed(found))  # of equal ones the last, which says more than that it is the context
+
+
+def rope_limit_of(source: str) -> Limit | None:
+    """Where the rope of a model changes with the longest sequence, by its config alone; None where it does not, or cannot be
+    read."""
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return smallest(_rope_limits(config.get_text_config()))
+    return None
 
 
 def _rope_limits(text: Any) -> Iterator[Limit]:

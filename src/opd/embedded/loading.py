@@ -65,9 +65,11 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     where = str(path)
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
+        facts = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    require_packable_config(facts, source=source)
+    with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        require_packable_config(AutoConfig.from_pretrained(where, trust_remote_code=False), source=source)
-        # of all models; `Network` gives them another
+        # every architecture has this attention; `Network` replaces it
         model, notes = _read_model(
             where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )

@@ -130,15 +130,26 @@ class _Probe:
         states = torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0)).to(network.device)
         states = states * (_SPREAD / (states @ head.T).std().clamp_min(1e-30))
 
+        below: list[bool] = []
+        output_head: Any = network.base.get_output_embeddings()
+
         def put(module: Any, args: Any, output: Any) -> Any:
+            below.append(True)
             output.last_hidden_state = states[None]
             return output
 
-        hook = network.base.base_model.register_forward_hook(put)
+        def put_in(module: Any, args: Any) -> Any:  # where a model runs its layers by another module
+            return None if below else (states[None],)
+
+        hooks = [
+            network.base.base_model.register_forward_hook(put),
+            output_head.register_forward_pre_hook(put_in),
+        ]
         try:
             logits = self._own([0] * len(states))
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return _gap([states @ head.T], [logits])
 
     def _distant_gap(self) -> float:
