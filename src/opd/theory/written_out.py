@@ -155,16 +155,19 @@ class WrittenOut:
                 found[number, t] = FORMULAS[name](self, path, t, discount)
         return found
 
+    def estimate(self, path: Path, advantages: Sequence[float] | np.ndarray, *, exact: bool = False) -> np.ndarray:
+        """sum_t A_t grad log pi(a_t|s_t) of one path, less sum_t grad KL_t if `exact`, [rows * vocab]."""
+        found = np.zeros_like(self.table)
+        for t, (state, action) in enumerate(path):
+            found[self.rows[state]] -= advantages[t] * self.p[state]
+            found[self.rows[state], action] += advantages[t]
+            if exact:
+                found[self.rows[state]] -= self.pulls[state]
+        return found.ravel()
+
     def estimates(self, advantages: np.ndarray, *, exact: bool) -> np.ndarray:
-        """sum_t A_t grad log pi(a_t|s_t), less sum_t grad KL_t if `exact`, of every path [paths, rows * vocab]."""
-        found = np.zeros((len(self.paths), *self.table.shape))
-        for number, path in enumerate(self.paths):
-            for t, (state, action) in enumerate(path):
-                score = -self.p[state]
-                score[action] += 1.0
-                pull = self.pulls[state] if exact else 0.0
-                found[number, self.rows[state]] += advantages[number, t] * score - pull
-        return found.reshape(len(self.paths), -1)
+        """Of every path [paths, rows * vocab]."""
+        return np.stack([self.estimate(y, a, exact=exact) for y, a in zip(self.paths, advantages, strict=True)])
 
     def estimator(self, name: str, discount: float = 1.0) -> np.ndarray:
         """The estimates of the estimator of that name in `opd.theory.estimators.family`, [paths, rows * vocab]."""
@@ -175,34 +178,22 @@ class WrittenOut:
         centred = estimates - self.chances @ estimates
         return float(self.chances @ (centred**2).sum(-1))
 
-    def pair_estimates(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def pair_estimates(self, name: str, discount: float = 1.0, *, per: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """(probability, mean estimate) of every pair of responses to one prompt, each with the other as leave-one-out baseline."""
-        plain, exact = self.advantages(name), name.startswith("exact")
-        bare = self.estimates(np.zeros_like(plain), exact=exact)
+        plain, exact = self.advantages(name, discount), name.startswith("exact")
         chances, found = [], []
         for i, one in enumerate(self.paths):
             for j, two in enumerate(self.paths):
-                if self._prompt(one) != self._prompt(two):
+                if one[0][0] != two[0][0]:  # the state of the prompt
                     continue
                 values = [plain[i, : len(one)].tolist(), plain[j, : len(two)].tolist()]
-                less = np.zeros_like(plain)
-                total = bare[i] + bare[j]
-                for k, path, own, baseline in zip((i, j), (one, two), values, leave_one_out(values), strict=True):
-                    less[k, : len(path)] = np.subtract(own, baseline)
-                    total = total + self._scores(path, less[k])
+                each = [
+                    self.estimate(path, np.subtract(own, baseline), exact=exact)
+                    for path, own, baseline in zip((one, two), values, leave_one_out(values, per=per), strict=True)
+                ]
                 chances.append(self.chances[i] * self.chances[j] * len(self.levels[0]))
-                found.append(total / 2)
+                found.append(sum(each) / 2)
         return np.array(chances), np.stack(found)
-
-    def _scores(self, path: Path, advantages: np.ndarray) -> np.ndarray:
-        found = np.zeros_like(self.table)
-        for t, (state, action) in enumerate(path):
-            found[self.rows[state]] -= advantages[t] * self.p[state]
-            found[self.rows[state], action] += advantages[t]
-        return found.ravel()
-
-    def _prompt(self, path: Path) -> int:
-        return path[0][0]
 
     def _backwards(self, table: np.ndarray) -> np.ndarray:
         """The expected sum of log ratios from each state on [..., states + 1], the last of which is the end."""
