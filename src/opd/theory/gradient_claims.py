@@ -111,13 +111,17 @@ def theorem_2(instances: int = 20) -> Claim:
     worst: dict[str, float] = {}
     biases = []
     for seed in range(instances):
-        policy = instance(make_tree(4 if seed % 4 < 2 else 3, 4, end=2 if seed % 2 else None, num_prompts=1 + seed % 2), seed)
+        policy = instance(
+            make_tree(4 if seed % 4 < 2 else 3, 4, end=2 if seed % 2 else None, num_prompts=1 + seed % 2), seed
+        )
         policy = _share_rows(policy, seed) if seed % 3 == 2 else policy
         w = written_out(policy)
         gradient, g1, g2 = w.gradient(), w.g1(), w.occupancy_slope(-w.kl)
         _worst(worst, "g1", gap(policy.g1(), g1))
         _worst(worst, "g2", gap(policy.g2(), g2))
-        _worst(worst, "g1 + g2 = grad V", max(gap(g1 + g2, gradient), gap(policy.g1() + policy.g2(), policy.gradient())))
+        _worst(
+            worst, "g1 + g2 = grad V", max(gap(g1 + g2, gradient), gap(policy.g1() + policy.g2(), policy.gradient()))
+        )
         _future_gaps(policy, w, worst, seed=seed)
         for name in IMMEDIATE:
             estimator = family()[name]

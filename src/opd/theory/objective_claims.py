@@ -10,7 +10,8 @@ from opd.theory.claim import Claim
 from opd.theory.estimators import mean_and_variance, trajectory_gradients
 from opd.theory.gradient_claims import instance
 from opd.theory.tree import Policy, make_tree
-from opd.theory.written_out import gap, reverse_kl as plain_kl, slope, written_out
+from opd.theory.written_out import gap, slope, written_out
+from opd.theory.written_out import reverse_kl as plain_kl
 
 _EXACT = 1e-10
 
@@ -32,7 +33,9 @@ def objective_forms(instances: int = 12) -> Claim:
         logprobs = torch.where(tree.mask, policy.problem.logq[tree.states, tree.actions], 0.0)
         without, _ = mean_and_variance(policy, trajectory_gradients(policy, log_ratio_to_go(logprobs, tree.mask)))
         missing = min(missing, gap(without, gradient))
-    parts = {name: found < _EXACT for name, found in worst.items()} | {"without the entropy it is another": missing > 1e-3}
+    parts = {name: found < _EXACT for name, found in worst.items()} | {
+        "without the entropy it is another": missing > 1e-3
+    }
     largest = max(worst.values())
     return Claim(
         "1b", "the objective: sequence KL, log ratios, teacher's log-probability plus entropy, KL of visited states",

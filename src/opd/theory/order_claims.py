@@ -74,7 +74,9 @@ def _random_ratios(tree: Tree, sharpness: float, instances: int, worst: dict[str
 def _gradients(policy: Policy) -> tuple[Tensor, Tensor]:
     """Each response's estimate from the immediate log ratio and from the log-ratio-to-go."""
     ratio, mask = policy.log_ratio, policy.problem.tree.mask
-    return trajectory_gradients(policy, immediate(ratio, mask)), trajectory_gradients(policy, log_ratio_to_go(ratio, mask))
+    return trajectory_gradients(policy, immediate(ratio, mask)), trajectory_gradients(
+        policy, log_ratio_to_go(ratio, mask)
+    )
 
 
 def _variances(policy: Policy) -> tuple[float, float]:
@@ -123,8 +125,10 @@ def _future_moments(w: WrittenOut) -> np.ndarray:
 
 
 def _near_the_teacher(instances: int) -> dict[str, bool]:
-    """The teacher's logits are the student's plus e times a direction, e -> 0: r and F are of order e, K of e^2. What is left of the
-    condition is sum_s d(s) sum_a pi_a n_a Var(F|s,a), which is positive; that of KL-to-go vanishes."""
+    """The teacher's logits are the student's plus e times a direction, e -> 0: r and F are of order e, K of order e^2.
+
+    What is left of the condition is sum_s d(s) sum_a pi_a n_a Var(F|s,a), which is positive; that of KL-to-go vanishes.
+    """
     smallest, to_go, kl = np.inf, 0.0, 0.0
     tree = make_tree(3, 3)
     for seed in range(min(instances, 20)):

@@ -111,13 +111,13 @@ def signal(name: str, students: Students, walks: Walks) -> tuple[Tensor, bool]:
 
 
 def convergence(*, horizon: int = 6, steps: int = 300, samples: int = 4, seeds: int = 8) -> Claim:
-    """SGD on a tree from a random start, the same numbers of samples, the best of one grid of rates for each. Steps at the start, in
-    the middle and at the end are compared with loops over their samples."""
+    """SGD on a tree from a random start, the same numbers of samples, the best of one grid of rates for each. The first, the middle
+    and the last step are compared with loops over their samples."""
     generator = torch.Generator().manual_seed(0)
     problem = random_problem(make_tree(3, horizon), generator, sharpness=1.0)
     start = random_table(problem, generator, sharpness=1.0)
     rates = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(seeds)
-    curves: dict[str, list[list[float]]] = {}
+    curves: dict[str, list[float]] = {}
     final: dict[str, float] = {}
     best: dict[str, float] = {}
     worst: dict[str, float] = {}
@@ -165,7 +165,9 @@ def _step_gap(name: str, students: Students, walks: Walks, moved: Students, rate
         each = [[formula(w, path, t, 1.0) for t in range(len(path))] for path in paths]
         if name.endswith("leave one out"):
             each = [np.subtract(a, b).tolist() for a, b in zip(each, leave_one_out(each), strict=True)]
-        wanted = sum(w.estimate(y, a, exact=name.startswith("exact")) for y, a in zip(paths, each, strict=True))
+        wanted = np.sum(
+            [w.estimate(y, a, exact=name.startswith("exact")) for y, a in zip(paths, each, strict=True)], axis=0
+        )
         step = (moved.tables[run] - students.tables[run]) / rates[run]
         worst = max(worst, gap(step, wanted / len(paths)))
     return worst
@@ -193,7 +195,9 @@ def _sampling_parts(problem: Problem, start: Tensor, first: float, *, samples: i
     visits = np.bincount(walks.states.flatten().numpy(), minlength=problem.tree.num_states) / samples
     expected = w.occupancy(w.table)
     return {
-        "samples are the student's": bool((np.abs(visits - expected) < 5 * np.sqrt(expected / samples) + 2 / samples).all()),
+        "samples are the student's": bool(
+            (np.abs(visits - expected) < 5 * np.sqrt(expected / samples) + 2 / samples).all()
+        ),
         "the sequence KL": abs(first + float(w.value(w.table))) < _EXACT
         and gap(students.sequence_kl(), -w.value(w.table)[None]) < _EXACT,
     }
@@ -222,7 +226,8 @@ def theorem_3(*, aliased: int = 6, tabular: int = 6, starts: int = 2) -> Claim:
         for discount, values in _aliased(seed, starts, worst).items():
             if discount in excess:
                 excess[discount].append(values[0] / values[1] - 1.0)
-            left.append(values[2]) if discount == 0.0 else None
+            if discount == 0.0:
+                left.append(values[2])
     immediate_excess, discounted = excess[0.0], excess[0.9]
     parts = {
         "in a table the KL is 0 for both": worst["KL"] < 1e-12,
@@ -260,17 +265,17 @@ def _aliased(seed: int, starts: int, worst: dict[str, float]) -> dict[float, tup
             w = _at_rest(problem, start, discount, worst)
             values.append((-float(w.value(w.table)), float(np.abs(w.gradient()).max())))
     optimum = min(kl for kl, _ in found[1.0])
-    return {
-        g: (min(kl for kl, _ in values), optimum, min(slope for _, slope in values)) for g, values in found.items()
-    }
+    return {g: (min(kl for kl, _ in values), optimum, min(slope for _, slope in values)) for g, values in found.items()}
 
 
 def _at_rest(
     problem: Problem, start: Tensor, discount: float, worst: dict[str, float], *, steps: int = 3000
 ) -> WrittenOut:
-    """Where the mean of the log-ratio-to-go's estimate with this discount (0: the immediate log ratio's) comes to rest. Each logit's
-    slope is divided by how often its action is taken (natural policy gradient). Adds to `worst` how far the mean at the start is
-    from the one written out, and the largest slope of that one at rest."""
+    """Where the mean of the log-ratio-to-go's estimate with this discount (0: the immediate log ratio's) comes to rest.
+
+    Each logit's slope is divided by how often its action is taken (natural policy gradient). Adds to `worst` how far the mean at
+    the start is from the one written out, and the largest slope of that one at rest.
+    """
     table = start.clone()
     tree, rows = problem.tree, problem.rows
     for step in range(steps):
@@ -307,7 +312,7 @@ def staleness(*, steps: int = 200, seeds: int = 16, lags: tuple[int, ...] = (0, 
     start = random_table(problem, generator, sharpness=1.0)
     rates = torch.tensor((0.5, 1.0, 2.0), dtype=torch.float64).repeat_interleave(seeds)
     found: dict[str, dict[int, float]] = {name: {} for name in STALE_SIGNALS}
-    worst = dict.fromkeys(STALE_SIGNALS, 0.0)
+    worst: dict[str, float] = dict.fromkeys(found, 0.0)
     for lag in lags:
         for name, results in found.items():
             students = [Students(problem, start.repeat(len(rates), 1, 1))]

@@ -8,6 +8,7 @@ Of a `Policy` its table of logits is read, and of a `Problem` the target, the ro
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -22,7 +23,7 @@ Path: TypeAlias = Sequence[tuple[int, int]]  # the (state, action) pairs of a re
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Of real or complex logits [..., vocab]."""
-    logits = logits - logits.real.max(-1, keepdims=True)
+    logits = logits - np.real(logits).max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -36,7 +37,7 @@ def slope(function: Callable[[np.ndarray], np.ndarray], point: np.ndarray) -> np
     """The gradient of a function at a real point, flat; it is called once with all its complex neighbours
     [point.size, *point.shape]."""
     moved = point + 1j * _STEP * np.eye(point.size).reshape(point.size, *point.shape)
-    return function(moved).imag / _STEP
+    return np.imag(function(moved)) / _STEP
 
 
 def best_baseline(p: np.ndarray, values: np.ndarray) -> float:
@@ -216,9 +217,7 @@ def _later_kls(w: WrittenOut, path: Path, t: int, discount: float) -> float:
 FORMULAS: Mapping[str, Callable[[WrittenOut, Path, int, float], float]] = {
     "full trajectory (i)": lambda w, y, t, g: sum(w.ratio[step] for step in y),
     "log-ratio-to-go (ii)": lambda w, y, t, g: w.ratio[y[t]] + _later_ratios(w, y, t, g),
-    "log-ratio-to-go - V (iii)": lambda w, y, t, g: (
-        w.ratio[y[t]] + _later_ratios(w, y, t, g) - w.state_values[y[t][0]]
-    ),
+    "log-ratio-to-go - V (iii)": lambda w, y, t, g: w.ratio[y[t]] + _later_ratios(w, y, t, g) - w.state_values[y[t][0]],
     "KL-to-go (iv)": lambda w, y, t, g: w.ratio[y[t]] + _later_kls(w, y, t, g),
     "KL-to-go - V (v)": lambda w, y, t, g: w.ratio[y[t]] + _later_kls(w, y, t, g) - w.state_values[y[t][0]],
     "immediate": lambda w, y, t, g: w.ratio[y[t]],
@@ -244,7 +243,7 @@ def of_table(problem: Problem, table: Tensor) -> WrittenOut:
     paths = []
     for states, actions, mask in zip(tree.states.tolist(), tree.actions.tolist(), tree.mask.tolist(), strict=True):
         path = [(s, a) for s, a, acted in zip(states, actions, mask, strict=True) if acted]
-        for t, ((state, action), (after, _)) in enumerate(zip(path, path[1:], strict=False), start=1):
+        for t, ((state, action), (after, _)) in enumerate(pairwise(path), start=1):
             children[state, action], steps[after] = after, t
         paths.append(path)
     levels = [np.flatnonzero(steps == t) for t in range(int(steps.max()) + 1)]
