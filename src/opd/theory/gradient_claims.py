@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.objectives import baselines
 from opd.objectives.advantages import future_kl, immediate, kl_to_go, log_ratio_to_go
-from opd.objectives.baselines import leave_one_out, negative_kl, score_weighted
+from opd.objectives.baselines import negative_kl, score_weighted
 from opd.objectives.losses import exact_reverse_kl, reinforce
 from opd.theory.claim import Claim
 from opd.theory.estimators import (
@@ -50,14 +51,14 @@ def _worst(found: dict[str, float], name: str, gap: float) -> None:
 THEOREM_1_TREES = (make_tree(4, 5), make_tree(3, 6), make_tree(4, 4, end=3), make_tree(3, 4, end=2, num_prompts=2))
 
 
-def theorem_1(trees: Sequence[Tree] = THEOREM_1_TREES, *, baselines: int = 3) -> Claim:
+def theorem_1(trees: Sequence[Tree] = THEOREM_1_TREES, *, random_baselines: int = 3) -> Claim:
     """(i)-(v), (iii) and (v) with random baselines too, and the exact term with KL-to-go: each response's advantages against the
     formula, means against complex steps of V, students with a row for each state and with shared rows."""
     worst: dict[str, float] = {}
     for seed, tree in enumerate(trees):
         policy = instance(tree, seed)
         for student in (policy, _share_rows(policy, seed)):
-            _theorem_1_gaps(student, worst, baselines=baselines, seed=seed)
+            _theorem_1_gaps(student, worst, random_baselines=random_baselines, seed=seed)
     largest = max(worst.values())
     parts = {name: gap < _EXACT for name, gap in worst.items()}
     return Claim(
@@ -67,7 +68,7 @@ def theorem_1(trees: Sequence[Tree] = THEOREM_1_TREES, *, baselines: int = 3) ->
     )  # fmt: skip
 
 
-def _theorem_1_gaps(policy: Policy, worst: dict[str, float], *, baselines: int, seed: int) -> None:
+def _theorem_1_gaps(policy: Policy, worst: dict[str, float], *, random_baselines: int, seed: int) -> None:
     """Add to `worst` how far each object of Theorem 1 is off on one student."""
     w = written_out(policy)
     gradient, mask = w.gradient(), policy.problem.tree.mask
@@ -81,7 +82,7 @@ def _theorem_1_gaps(policy: Policy, worst: dict[str, float], *, baselines: int, 
         _worst(worst, f"{name}: mean", gap(mean_and_variance(policy, found)[0], gradient))
         _worst(worst, f"{name}: equation (6)", gap(_descended(policy, estimator), gradient))
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(baselines):
+    for _ in range(random_baselines):
         b = 3 * torch.randn(policy.problem.tree.num_states, generator=generator, dtype=torch.float64)
         at = torch.where(mask, b[policy.problem.tree.states], 0.0)
         for name, advantages in {
@@ -105,14 +106,14 @@ def _descended(policy: Policy, estimator: Estimator) -> Tensor:
     return -torch.autograd.grad(loss, table)[0]
 
 
-def theorem_2(instances: int = 20) -> Claim:
+def theorem_2(instances: int = 20, *, horizon: int = 4) -> Claim:
     """Lemma 1 and Theorem 2 for random f, and for the future log ratios and KLs, which make g2; grad V = g1 + g2; the immediate
     estimators have mean g1; how far g1 is from grad V. Against forward recursion and complex steps."""
     worst: dict[str, float] = {}
     biases = []
     for seed in range(instances):
         policy = instance(
-            make_tree(4 if seed % 4 < 2 else 3, 4, end=2 if seed % 2 else None, num_prompts=1 + seed % 2), seed
+            make_tree(4 if seed % 4 < 2 else 3, horizon, end=2 if seed % 2 else None, num_prompts=1 + seed % 2), seed
         )
         policy = _share_rows(policy, seed) if seed % 3 == 2 else policy
         w = written_out(policy)
@@ -128,6 +129,9 @@ def theorem_2(instances: int = 20) -> Claim:
             mean, _ = mean_and_variance(policy, estimator.gradients(policy))
             _worst(worst, f"{name}: mean g1", gap(mean, g1))
             _worst(worst, f"{name}: advantages", gap(estimator.advantages(policy), w.advantages(name)))
+        for name in UNBIASED:
+            mean, _ = mean_and_variance(policy, family()[name].gradients(policy))
+            _worst(worst, f"{name}: mean g1 + g2", gap(mean, g1 + g2))
         biases.append(float(np.linalg.norm(g1 - gradient) / np.linalg.norm(gradient)))
     low, middle, high = np.quantile(biases, [0.05, 0.5, 0.95])
     parts = {name: found < _EXACT for name, found in worst.items()} | {"g1 is not grad V": min(biases) > 1e-3}
@@ -154,6 +158,7 @@ def _future_gaps(policy: Policy, w: WrittenOut, worst: dict[str, float], *, seed
         by_states = float(w.occupancy(w.table) @ f.numpy())
         _worst(worst, "Lemma 1", max(abs(by_responses - by_states), abs(float(policy.occupancy @ f) - by_states)))
         for name, future in futures.items():
+            _worst(worst, f"the sum over later states, {name}", gap(future(visited), w.later(f.numpy())))
             mean, _ = mean_and_variance(policy, trajectory_gradients(policy, future(visited)))
             _worst(worst, f"Theorem 2, random f, {name}", gap(mean, w.occupancy_slope(f.numpy())))
     g2 = w.occupancy_slope(-w.kl)
@@ -245,7 +250,7 @@ def _leave_one_out_parts(batches: int) -> dict[str, bool]:
     count, mask = len(policy.problem.tree), policy.problem.tree.mask
     pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count)).flatten()
     future = future_kl(policy.reverse_kl, mask)[pairs]
-    future = future - leave_one_out(future, mask[pairs], torch.arange(count * count).repeat_interleave(2))
+    future = future - baselines.leave_one_out(future, mask[pairs], torch.arange(count * count).repeat_interleave(2))
     found = trajectory_gradients(policy, future, pairs) + exact_gradients(policy)[pairs]
     mean = chances @ wanted
     variance = 2 * float(chances @ ((wanted - mean) ** 2).sum(-1))

@@ -156,6 +156,14 @@ class WrittenOut:
                 found[number, t] = FORMULAS[name](self, path, t, discount)
         return found
 
+    def later(self, f: np.ndarray) -> np.ndarray:
+        """sum_{t' > t} f(s_t') for f [states], of every action of every path [paths, steps], 0 behind the end."""
+        found = np.zeros((len(self.paths), max(map(len, self.paths))))
+        for number, path in enumerate(self.paths):
+            for t in range(len(path)):
+                found[number, t] = sum(f[state] for state, _ in path[t + 1 :])
+        return found
+
     def estimate(self, path: Path, advantages: Sequence[float] | np.ndarray, *, exact: bool = False) -> np.ndarray:
         """sum_t A_t grad log pi(a_t|s_t) of one path, less sum_t grad KL_t if `exact`, [rows * vocab]."""
         found = np.zeros_like(self.table)
