@@ -215,6 +215,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         "KL-to-go with the log ratios to come": Sabotage(
             ADV + "kl_to_go", instead(lambda r, kl, m, *rest: _TO_GO(r, m))
         ),
+        "the future KL of the wrong sign": FUTURE_OF_WRONG_SIGN,
     },
     "growth": {
         "half of the full trajectory": Sabotage(ADV + "full_trajectory", scaled(0.5)),

@@ -92,7 +92,12 @@ def _condition_gaps(policy: Policy, worst: dict[str, float]) -> None:
     future = whole - first
     mean, spread = mean_and_variance(policy, future)
     covariance = float(policy.chances @ (first * future).sum(-1) - mean_and_variance(policy, first)[0] @ mean)
+    advantages = kl_to_go(policy.log_ratio, policy.reverse_kl, policy.problem.tree.mask)
+    by_kl, spread_by_kl = mean_and_variance(policy, trajectory_gradients(policy, advantages))
     found = {
+        "the KL of each state": gap(policy.state_kl, w.kl),
+        "KL-to-go: mean": gap(by_kl, w.gradient()),
+        "KL-to-go: variance": abs(spread_by_kl - w.variance(w.estimator("KL-to-go (iv)"))),
         "the variance of the immediate log ratio": abs(small - w.variance(w.estimator("immediate"))),
         "the variance of the log-ratio-to-go": abs(large - w.variance(w.estimator("log-ratio-to-go (ii)"))),
         "means": max(gap(policy.chances @ first, w.g1()), gap(policy.chances @ whole, w.gradient())),
