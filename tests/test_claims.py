@@ -1,6 +1,8 @@
 """Every claim of the theory, in a small size: it holds, and it fails when one of the objects that it names is wrong."""
 
 import ast
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,9 @@ def test_every_part_of_the_claim_holds(name: str):
     claim = small(name)
     assert [part for part, true in claim.parts.items() if not true] == []
     assert claim.holds, claim.measured
+    plain = json.loads(json.dumps(asdict(claim)))
+    assert plain["parts"] == claim.parts
+    assert plain["holds"] is True
 
 
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, each in SABOTAGES.items() for wrong in each])

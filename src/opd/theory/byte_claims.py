@@ -114,7 +114,7 @@ def some_language(seed: int, *, longest: int) -> dict[str, float]:
         if len(text) == longest:
             a, b, end = 0.0, 0.0, 1.0
         if end:
-            texts[text] = chance * end
+            texts[text] = float(chance * end)
         for letter, share in (("a", a), ("b", b)):
             if share:
                 grow(text + letter, chance * share)
