@@ -257,7 +257,7 @@ def _sympy(text: str) -> Any:
     try:
         real = not should_treat_as_complex(normal)
         return latex2sympy(normal, is_real=real, convert_degrees=False, normalization_config=None)
-    except Exception:  # the parser raises whatever its own code runs into
+    except Exception:  # its own code raises errors of many kinds
         return None
 
 
