@@ -22,6 +22,7 @@ from opd.roles import Environment, Task
 from opd.tasks import make_tasks
 from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.judge import Judge
+from opd.text.template import clock_of
 from opd.text.turn_end import turn_end
 
 _LOOKED_AT = 64
@@ -33,14 +34,15 @@ def sft(config: SftConfig) -> Mapping[tuple[str, str], Cell]:
     Returns its accuracy by task and split. The loss is the mean negative log-likelihood of the answers' tokens, end token
     included.
     """
-    config = config.started()
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
     for name, splits in prompts.items():
         if not splits["train"]:
             raise DataError(f"tasks.{name} has no training prompts")
     RunFolder.require_absent(config.output)
-    student = build_student(config)
+    started = config.started()
+    student = build_student(started)
+    config = started if clock_of(student.network.tokenizer) else config
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])
