@@ -113,7 +113,7 @@ def rollouts(count: int) -> list[Rollout]:
 def player() -> EpisodePlayer:
     loaded = load_tokenizer(STUDENT)
     end = turn_end(loaded.tokenizer, loaded.generation_config, who="the student")
-    assert END in ends
+    assert END in end.ids
     return EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=end.ids, make_environment=one_turn)
 
 
