@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from factories import prompt, rollout
 from templated import templated
@@ -61,13 +60,13 @@ def read(reader: Reader, student: str, said: str) -> tuple[str, str]:
     [turn] = pair_turns(item, writer, reader)
     assert int((turn.pairing.chunk_ids >= 0).sum()) > 0
     cut = turn.reading.first
-    return tuple(
-        reader.table.join(np.array(part)).tobytes().decode()
-        for part in (turn.reading.token_ids[:cut], turn.reading.token_ids[cut:])
-    )  # type: ignore[return-value]
+    ids = turn.reading.token_ids
+    before, response = (reader.table.join(part).tobytes().decode() for part in (ids[:cut], ids[cut:]))
+    return before, response
 
 
-PLAIN = "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PLAIN = "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}" + OPENED
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -82,8 +81,9 @@ def test_a_teacher_whose_prompts_differ_only_in_the_thinking_block_reads_behind_
     "template",
     [
         "{% for m in messages %}" + HEAD + "<think></think>{{ m.content }}<|im_end|>\n{% endfor %}",
-        "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}",
-        thinking("open, history with an empty block").replace("<|im_start|>assistant\n<think>", "<|im_start|>tool\n<think>"),
+        "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<think>\n{% endif %}",
+        thinking("open, history with an empty block").replace("assistant\n<think>", "tool\n<think>"),
     ],
     ids=["none at all", "a block alone", "another role"],
 )  # fmt: skip

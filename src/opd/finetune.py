@@ -28,6 +28,7 @@ from opd.saving import Interrupts, Saver, identities_of
 from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.demonstrate import Demonstrator, Replay
 from opd.tasks.judge import Judge
+from opd.text.template import clock_of
 from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
 
@@ -63,7 +64,6 @@ def resume_sft(run: str | Path) -> Cells:
 
 def fine_tune(config: SftConfig) -> Tuned:
     """`sft`, and whether it was finished."""
-    config = config.started()
     return _tune(config, RunFolder(Path(config.output)), resume=False)
 
 
@@ -71,7 +71,7 @@ def continue_tuning(run: str | Path) -> Tuned:
     """`resume_sft`, and whether it was finished."""
     folder = RunFolder.open(run)
     with folder.locked():
-        return _tune(folder.config(SftConfig).started(), folder, resume=True)
+        return _tune(folder.config(SftConfig), folder, resume=True)
 
 
 def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
@@ -79,7 +79,9 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
     prompts = read_splits(tasks)
     if not resume:
         RunFolder.require_absent(folder.path)
-    student = build_student(config)
+    started = config.started()
+    student = build_student(started)
+    config = started if clock_of(student.network.tokenizer) else config
     preflight.require([preflight.packed_equals_plain("the student", packing_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():

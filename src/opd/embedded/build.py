@@ -228,7 +228,8 @@ def _other_templates(
             continue
         apart = different_renderings(student.tokenizer, voice.network.tokenizer)
         if apart is not None:
-            found[name] = OtherTemplate(voice.prompts is not None, apart.student, apart.teacher)
+            none = "" if voice.network.tokenizer.chat_template else "it has none"
+            found[name] = OtherTemplate(voice.prompts is not None, apart.student, apart.teacher, unknown=none)
     return found
 
 

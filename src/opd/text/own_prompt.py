@@ -15,7 +15,7 @@ from opd.records import Message, Prompt, Rollout, Turn, read_only
 from opd.text.chat import Chat
 from opd.text.encoding import Quotes
 from opd.text.symbols import opens_thinking, thinking_opening
-from opd.text.template import REFUSALS, frame_of, require_generation_prompt
+from opd.text.template import REFUSALS, Frame, frame_of, require_generation_prompt
 
 _QUESTIONS: Sequence[Sequence[Message]] = (
     ({"role": "user", "content": "?"},),
@@ -45,9 +45,10 @@ class OwnPrompt:
         self.tokenizer = tokenizer
         self._name = name
         self._chat, self._student = Chat(tokenizer), Chat(student)
-        self._gap = (
-            "" if _shows_no_answer(tokenizer) else require_generation_prompt(tokenizer, who=f"teacher '{name}'").gap
-        )
+        frame = _frame_or_none(tokenizer)
+        if frame is not None and frame.before == frame.plain:
+            require_generation_prompt(tokenizer, who=f"teacher '{name}'")
+        self._gap = "" if frame is None else frame.gap
 
     def read(self, rollout: Rollout) -> list[Shown]:
         """What the teacher reads: the rollout itself where both templates render its conversation alike, else one sequence a turn.
@@ -91,12 +92,12 @@ class OwnPrompt:
         return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
 
 
-def _shows_no_answer(tokenizer: Any) -> bool:
-    """Whether a template has no place for an answer: it can still show the question of a single turn."""
+def _frame_or_none(tokenizer: Any) -> Frame | None:
+    """What a template writes around an answer; None where it has no place for one, and can still show the question."""
     try:
-        return frame_of(tokenizer) is None
+        return frame_of(tokenizer)
     except REFUSALS:
-        return True
+        return None
 
 
 def _render(chat: Chat, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:

@@ -57,8 +57,8 @@ class Writer:
         """Raises ModelError when the tokenizer does not tell its tokens' bytes, or when no token ends a turn."""
         self.tokenizer = tokenizer
         self.table = token_bytes(tokenizer, vocab_size=vocab_size)
-        end = turn_end(tokenizer, generation_config, who="the student")
-        self.end_ids, self.end_id = end.ids, end.written
+        self.end = turn_end(tokenizer, generation_config, who="the student")
+        self.end_ids, self.end_id = self.end.ids, self.end.written
         self.opened = opened_by(tokenizer)
 
     def encode(self, text: str) -> list[int]:
