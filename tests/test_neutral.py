@@ -23,9 +23,9 @@ SELF_TEACHERS: dict[str, dict[str, Any]] = {
         "objective": {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out", "loss": "ppo", "epochs": 2},
         "trainable": "full",
     },
-    "KL-to-go, LoRA, small passes": {
+    "KL-to-go, KL baseline, full": {
         "objective": {"type": "kl_to_go", "discount": 0.9, "baseline": "kl"},
-        "compute": {"max_tokens": 40},
+        "trainable": "full",
     },
     "exact-to-go, full": {
         "objective": {"type": "exact_to_go", "discount": 1.0, "baseline": "leave_one_out"},
