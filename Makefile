@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz check format clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz mutants check format clean
 
 install: .venv/installed
 
@@ -97,6 +97,11 @@ fuzz: install model
 	$(BIN)/python tests/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz/align
 	$(BIN)/python tests/fuzz_calls.py -max_total_time=$(SECONDS) -max_len=256 -len_control=0 \
 		-artifact_prefix=runs/fuzz/ runs/fuzz/calls
+
+# Do the tests notice small faults? Each mutant of the mathematics and the alignment runs in a fork; results stay in runs/mutants.jsonl.
+MUTANTS ?=
+mutants: install model
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
 
 check: install
 	$(BIN)/ruff check --output-format concise .
