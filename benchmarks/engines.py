@@ -32,7 +32,7 @@ from opd.served.teacher import ServedTeacher
 from opd.served.wire import Endpoint, Wire
 from opd.tasks.episodes import EpisodePlayer, one_turn
 from opd.text.chat import Chat
-from opd.text.tokenizer import end_token_ids
+from opd.text.turn_end import turn_end
 
 STUDENT = "models/smollm2-135m-instruct"
 TOKENS, PROMPT, END = 256, 64, 2
@@ -112,9 +112,9 @@ def rollouts(count: int) -> list[Rollout]:
 
 def player() -> EpisodePlayer:
     loaded = load_tokenizer(STUDENT)
-    ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
-    assert END in ends
-    return EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
+    end = turn_end(loaded.tokenizer, loaded.generation_config, who="the student")
+    assert END in end.ids
+    return EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=end.ids, make_environment=one_turn)
 
 
 def measured(what: str, engines: int, slots: int, service_s: float, count: int, top: int = 0) -> float:

@@ -97,14 +97,14 @@ def _train_gold(config: Config, folder: Path) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times[-1] += time.perf_counter()
 
-    student = AutoModelForCausalLM.from_pretrained(config.student, dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(config.student, dtype=torch.float32, trust_remote_code=False)
     lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear", lora_dropout=0.0)
     trainer = GOLDTrainer(
         model=student,
-        teacher_model=AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.float32),
+        teacher_model=AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.float32, trust_remote_code=False),
         args=args,
         train_dataset=Dataset.from_list(turns),
-        processing_class=AutoTokenizer.from_pretrained(config.student),
+        processing_class=AutoTokenizer.from_pretrained(config.student, trust_remote_code=False),
         peft_config=lora,
         callbacks=[Clock()],
     )
@@ -113,7 +113,7 @@ def _train_gold(config: Config, folder: Path) -> None:
     (folder / "steps.json").write_text(json.dumps(times))
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
     trainer.model.merge_and_unload().save_pretrained(folder / "student")
-    AutoTokenizer.from_pretrained(config.student).save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(config.student, trust_remote_code=False).save_pretrained(folder / "student")
 
 
 def _judge(config: Config, folder: Path) -> Any:

@@ -30,7 +30,7 @@ ARMS: Mapping[str, Sequence[str]] = {
 LAST = 5  # steps at the end of a run that its row of the table is the mean of
 PANELS = (
     ("kl/sequence/mean", "OPD reward: - reverse KL of an episode, nats", -1.0),
-    ("outcome/mean", "outcome: share of right answers", 1.0),
+    ("outcome/mean", "outcome: mean reward", 1.0),
     ("format/errors/mean", "share of episodes with a format error", 1.0),
 )
 

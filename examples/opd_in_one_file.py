@@ -148,8 +148,8 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 def distill(args: argparse.Namespace) -> list[dict[str, float]]:
     """The whole loop; returns the reverse KL per token and the gradient norm of every step."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
     layers = add_lora_layers(model)
     torch.manual_seed(args.seed)
     for lora in layers.values():

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
-    Gemma3TextConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from opd.data.tree import TokenTree, pack_trees
@@ -115,21 +110,6 @@ def test_attention_that_a_plan_cannot_make_is_refused(name: str):
     states = torch.randn(1, 2, 3, 4)
     with pytest.raises(ModelError, match=f"Linear attends with '{name}', which packed passes do not do"):
         attend(torch.nn.Linear(1, 1), states, states, states, None, **{name: torch.ones(1)})
-
-
-@pytest.mark.parametrize(("options", "most"), [({"sliding_window": 32}, 32), ({"sliding_window": None}, 256)])
-def test_a_window_that_slides_bounds_the_sequences_that_may_be_packed(options: dict[str, Any], most: int):
-    config = MistralConfig(**GROUPED, **options)
-    network = Network(AutoModelForCausalLM.from_config(config).eval(), None, "mistral")
-    assert network.max_context == most
-
-
-@pytest.mark.parametrize("bad", [0, 1])
-def test_a_packing_error_that_is_no_number_stays_one(tmp_path: Path, bad: int):
-    network = toy_network(tmp_path)
-    with torch.no_grad():
-        network.base.get_input_embeddings().weight[7 + bad] = torch.nan
-    assert np.isnan(network.packing_error([[1, 7], [1, 8], [1, 2]]))
 
 
 def toy_network(tmp_path: Path) -> Network:
@@ -315,14 +295,6 @@ def test_rows_of_attention_lie_together_while_merged(tmp_path):
         hook.remove()
     assert all(apart for name, apart in seen.items() if "self_attn" in name)
     assert len([name for name in seen if "self_attn" in name]) == 8
-
-
-@pytest.mark.parametrize("config", [Qwen2Config(**GROUPED), Qwen3Config(**GROUPED), Gemma3TextConfig(**GROUPED)])
-def test_other_architectures_pack_as_they_run(config):
-    torch.manual_seed(0)
-    network = Network(AutoModelForCausalLM.from_config(config).eval(), None, config.model_type)
-    shared = list(range(10))
-    assert network.packing_error([[*shared, 11, 12], [*shared, 13], [14, *shared * 8]]) < 1e-4
 
 
 def test_an_architecture_that_keeps_its_attention_to_itself_is_refused():

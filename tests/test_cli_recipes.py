@@ -148,7 +148,10 @@ def test_a_run_with_a_damaged_configuration_is_refused(tmp_path: Path):
 def test_a_fine_tuning_run_cannot_be_resumed_as_a_distillation(bench: dict[str, Any], tmp_path: Path):
     tree = sft_recipe(tmp_path, bench["student"], steps=1, optimizer={"warmup_steps": 0}, evaluation={"num_prompts": 0})
     assert invoke("sft", write_toml(tmp_path / "sft.toml", tree)).exit_code == 0
-    assert "unknown key" in refuse(tmp_path, "train", "--resume", tree["output"])
+    line = refuse(tmp_path, "train", "--resume", tree["output"])
+    assert line.endswith(
+        f"is a run of 'opd sft', not of 'opd train'; continue it with: opd sft --resume {tree['output']}"
+    )
 
 
 # What the prompts say

@@ -12,6 +12,7 @@ from opd.errors import CheckError, DataError
 from opd.guards import preflight
 from opd.guards.preflight import Finding
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.roles import Limit
 
 VOCAB = 258
 
@@ -89,8 +90,8 @@ def fits(lengths: dict[str, int], *, student: int | None, teacher: int | None) -
         [prompt(name, teacher="t") for name in lengths],
         length,
         max_new_tokens=10,
-        contexts={"the student": student},
-        teacher_contexts={"t": teacher, "other": 1},
+        contexts={"the student": None if student is None else Limit(student)},
+        teacher_contexts={"t": None if teacher is None else Limit(teacher), "other": Limit(1)},
     )
 
 
@@ -106,6 +107,19 @@ def test_a_prompt_that_is_one_token_too_long_is_named_with_the_context_that_it_e
         fits({"a": 5, "b": 90}, student=student, teacher=teacher)
     assert str(caught.value).startswith(
         f"prompt 'b': 90 tokens + sampling.max_new_tokens = 10 exceed the context of {who}; shorten the prompt"
+    )
+
+
+@pytest.mark.parametrize(
+    "cause", ["its rope ('longrope') changes beyond 9 tokens", "its attention has a sliding window of 9 tokens"]
+)
+def test_a_limit_that_is_no_context_says_its_cause_and_which_key_to_lower(cause: str):
+    limits = {"the student": Limit(9, cause)}
+    with pytest.raises(DataError) as caught:
+        preflight.lengths_fit([prompt("p")], lambda p: 5, max_new_tokens=6, contexts=limits, teacher_contexts={})
+    assert str(caught.value) == (
+        f"prompt 'p': 5 tokens + sampling.max_new_tokens = 6 exceed the limit of the student (9: {cause}); shorten the prompt "
+        "or lower sampling.max_new_tokens"
     )
 
 
@@ -235,11 +249,26 @@ def test_a_teacher_that_could_score_nothing_fails_the_check():
 # --- packed_equals_plain ---
 
 
-@pytest.mark.parametrize(("difference", "passed"), [(0.0, True), (1e-3, True), (2e-3, False), (math.nan, False)])
-def test_packed_logits_must_equal_plain_ones(difference, passed):
-    found = preflight.packed_equals_plain("student", difference, tolerance=1e-3)
+@pytest.mark.parametrize("probe", ["head", "several sequences", "gradients"])
+@pytest.mark.parametrize(
+    ("difference", "passed"), [(0.0, True), (1e-3, True), (2e-3, False), (math.nan, False), (math.inf, False)]
+)
+def test_packed_logits_must_equal_plain_ones_in_every_probe(probe, difference, passed):
+    found = preflight.packed_equals_plain("the student", {"plan": 0.0, probe: difference})
     assert found.passed is passed
-    assert found.name == "packed logits equal plain logits (student)"
+    assert found.name == "packed logits equal plain logits (the student)"
+
+
+def test_a_packing_check_that_probed_nothing_fails():
+    assert not preflight.packed_equals_plain("the student", {}).passed
+
+
+def test_a_packing_check_that_fails_says_the_cause_the_figures_and_what_to_do():
+    found = preflight.packed_equals_plain("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
+    assert found.detail == (
+        "this model's layers carry state across packed sequences; largest difference 2.5e-01 of the spread of the logits "
+        "(allowed 1e-03); use another model (a teacher of this kind can be served: teachers.NAME.url)"
+    )
 
 
 def test_findings_are_plain_booleans():
@@ -247,7 +276,7 @@ def test_findings_are_plain_booleans():
     for found in (
         preflight.same_policy(items, own_scores(items), tolerance=1e-3),
         *preflight.informative(own_scores(items), vocab_size=VOCAB),
-        preflight.packed_equals_plain("student", float(np.float32(0.0)), tolerance=1e-3),
+        preflight.packed_equals_plain("student", {"head": float(np.float32(0.0))}),
     ):
         assert isinstance(found.passed, bool)
 

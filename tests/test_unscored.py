@@ -255,6 +255,10 @@ def test_rewards_in_part_have_a_mean_beside_the_accuracy():
 
     half = evaluate(Told(), [], Judge(lambda p, r: 0.5, own=["task"]))  # type: ignore[arg-type]  # a stand-in
     assert (half.accuracy, half.mean_reward) == (0.0, 0.5)
-    assert "0.0 [0.0, 65.8] of 2, mean reward 0.50" in parity_text([ParityRow("t", "train", "t", None, None, half)])
+    assert "0.0 [0.0, 65.8] of 2, mean reward 0.50 [0.17, 0.83]" in parity_text(
+        [ParityRow("t", "train", "t", None, None, half)]
+    )
     whole = evaluate(Told(), [], Judge(lambda p, r: 1.0, own=["task"]))  # type: ignore[arg-type]  # a stand-in
-    assert whole.mean_reward is None
+    assert (whole.accuracy, whole.mean_reward) == (1.0, 1.0)
+    assert "mean reward" not in parity_text([ParityRow("t", "train", "t", None, None, whole)])
+    assert ParityRow("t", "train", "t", None, whole, half).parity == 0.5

@@ -105,12 +105,22 @@ class Handler(BaseHTTPRequestHandler):
             beside = [{"id": name, "parent": self.server.name} for name in self.server.adapters]
             self.say({"object": "list", "data": [entry, *beside]})
 
+    def tokens_of(self, body: dict[str, Any]) -> list[int]:
+        """Of a text, or of a conversation in the model's own chat template."""
+        tokenizer = self.server.tokenizer
+        if "prompt" in body:
+            return tokenizer(body["prompt"], add_special_tokens=False).input_ids
+        generate = body["add_generation_prompt"]
+        return tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=generate, tokenize=True, return_dict=False
+        )
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if not self.allowed():
             return
         if self.path == "/tokenize":
-            self.say({"tokens": self.server.tokenizer(body["prompt"], add_special_tokens=False).input_ids})
+            self.say({"tokens": self.tokens_of(body)})
             return
         if self.path == "/v1/load_lora_adapter":
             self.server.adapters[body["lora_name"]] = merged_model(self.server.model.name_or_path, body["lora_path"])

@@ -62,10 +62,12 @@ def main():
         for i in range(options.num_prompts)
         for _ in range(options.group)
     ]
-    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32, trust_remote_code=False)
     # The expert's weights merged into its base: no adapter slows the teacher down.
     teacher = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32), options.expert
+        AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32, trust_remote_code=False),
+        options.expert,
+        trust_remote_code=False,
     ).merge_and_unload()
     clock = Clock(options.keep_every, options.keep_in)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,9 @@ def main():
             teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(options.student, padding_side="left"),
+            processing_class=AutoTokenizer.from_pretrained(
+                options.student, padding_side="left", trust_remote_code=False
+            ),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[clock],
         )

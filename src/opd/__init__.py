@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opd.config import Config, SftConfig, load_config, parse_config
     from opd.errors import OpdError
-    from opd.finetune import sft
+    from opd.finetune import resume_sft, sft
     from opd.launch import Result, check, evaluate_run, resume, train
     from opd.report.run_folder import read_metrics, read_rollouts
     from opd.roles import Environment, Step
@@ -34,6 +34,7 @@ __all__ = [
     "read_metrics",
     "read_rollouts",
     "resume",
+    "resume_sft",
     "sft",
     "train",
 ]
@@ -42,7 +43,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
     "opd.errors": ("OpdError",),
-    "opd.finetune": ("sft",),
+    "opd.finetune": ("resume_sft", "sft"),
     "opd.launch": ("Result", "check", "evaluate_run", "resume", "train"),
     "opd.report.run_folder": ("read_metrics", "read_rollouts"),
     "opd.roles": ("Environment", "Step"),

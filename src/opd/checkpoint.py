@@ -85,7 +85,9 @@ def load_newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | No
             return Checkpoint(state.pop("step"), path, state)
         warn(f"checkpoint '{path}' is damaged ({fault}); falling back to the one before")
     if paths:
-        raise RunError(f"all {len(paths)} checkpoints under '{folder}' are damaged; start the run anew")
+        raise RunError(
+            f"all {len(paths)} checkpoints under '{folder}' are damaged; begin a new run with another output"
+        )
     return None
 
 

@@ -1,6 +1,6 @@
 """The command line: `opd train | sft | eval | check | align | theory | cluster plan`.
 
-What a user can mend ends with one line on stderr and exit code 2; an interrupted run with 130.
+What a user can fix ends with one line on stderr and exit code 2; an interrupted run with 130.
 """
 
 import sys
@@ -28,6 +28,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value pairs, such as optimizer.lr=1e-5", metavar="[KEY=VALUE]...")
 ]
 
+_RECIPE_OR_RUN = "give a recipe, or --resume RUN (which uses the recipe that the run was started with)"
+
 
 @app.command()
 def train(
@@ -48,12 +50,10 @@ def train(
 
             pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
             if recipe is not None and recipe.endswith(".toml"):
-                raise ConfigError(
-                    f"give a recipe, or --resume RUN (which uses the recipe that the run was started with), got both: '{recipe}'"
-                )
+                raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
             result = continue_run(resume, pairs)
         elif recipe is None:
-            raise ConfigError("give a recipe, or --resume RUN (which uses the recipe that the run was started with)")
+            raise ConfigError(_RECIPE_OR_RUN)
         else:
             from opd.config import load_config
 
@@ -67,16 +67,33 @@ def train(
 
 
 @app.command()
-def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+def sft(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A TOML recipe; recipes/ holds some. None with --resume.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
+) -> None:
     """Fine-tune a student on reference answers: how experts are made."""
     with _one_line():
-        from opd.config import SftConfig, load_config
+        if resume is not None:
+            if recipe is not None:
+                raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
+            from opd.finetune import continue_tuning
 
-        config = load_config(recipe, overrides or [], kind=SftConfig)
-        from opd.finetune import sft as run
+            result = continue_tuning(resume)
+        elif recipe is None:
+            raise ConfigError(_RECIPE_OR_RUN)
+        else:
+            from opd.config import SftConfig, load_config
 
-        run(config)
-    typer.echo(f"done: {config.output} (student in {Path(config.output) / 'student'})")
+            config = load_config(recipe, overrides or [], kind=SftConfig)
+            from opd.finetune import fine_tune
+
+            result = fine_tune(config)
+    if not result.finished:
+        raise typer.Exit(130)
+    typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
 
 
 @app.command(name="eval")
@@ -216,27 +233,30 @@ def _probe(recipe: Path, overrides: list[str], output: Path, *, as_json: bool) -
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """One line and exit code 2 for what the user can mend; anything else is a bug and keeps its traceback."""
+    """One line and exit code 2 for what the user can fix; anything else is a bug and keeps its traceback.
+
+    The notes of an error are part of its line: they say how a run goes on.
+    """
     try:
         yield
     except OpdError as error:
-        _fail(str(error))
+        _fail(error, str(error))
     except PermissionError as error:
-        _fail(f"no permission for '{error.filename}'; fix the permission or choose another place")
+        _fail(error, f"no permission for '{error.filename}'; fix the permission or choose another place")
     except OSError as error:  # the machine's own: a full disk, say
         place = f" '{error.filename}'" if error.filename else ""
-        _fail(f"the system refuses{place}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print(
-            "opd: stopped at once; a run goes on from its newest checkpoint (opd train --resume RUN), or begins again without one",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+        _fail(error, f"the system refuses{place}: {error.strerror or error}")
+    except KeyboardInterrupt as error:
+        _fail(error, "" if _notes(error) else "stopped; run the same command again", code=130)
 
 
-def _fail(message: str) -> None:
-    print(f"opd: {one_line(message)}", file=sys.stderr)
-    raise typer.Exit(2)
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
+
+
+def _fail(error: BaseException, message: str, *, code: int = 2) -> None:
+    print(f"opd: {one_line('; '.join(filter(None, [message, *_notes(error)])))}", file=sys.stderr)
+    raise typer.Exit(code) from None
 
 
 def main() -> None:

@@ -19,8 +19,21 @@ def one_line(text: str) -> str:
     return without_controls(" ".join(text.split()))
 
 
+_MAX_REASON = 200  # characters of somebody's error message
+
+
+def describe_error(error: BaseException) -> str:
+    """The kind of an error and the beginning of its message, safe to print."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its message cannot be read)"
+    shown = one_line(text[: 4 * _MAX_REASON])[:_MAX_REASON]
+    return type(error).__name__ + (f": {shown}" if shown else "")
+
+
 class OpdError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints one line and exits with 2."""
+    """Base of all errors that the user can fix; the command line prints one line and exits with 2."""
 
 
 class ConfigError(OpdError, ValueError):
@@ -29,6 +42,10 @@ class ConfigError(OpdError, ValueError):
 
 class DataError(OpdError, ValueError):
     """A prompt record or a task that cannot be used; names the file and the line."""
+
+
+class RewardError(DataError):
+    """A reward that raised, or that is no number in [0, 1]; names the prompt and the sample."""
 
 
 class ModelError(OpdError, ValueError):
@@ -48,4 +65,4 @@ class RunError(OpdError, OSError):
 
 
 class StalledError(RunError):
-    """A run that cannot go on as things are; the steps that it made are saved, and it can be continued once that is mended."""
+    """A run that cannot go on as things are; the steps that it made are saved, and it can be continued once the cause is fixed."""

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from opd.batch import pack
-from opd.metrics import wilson_interval
+from opd.metrics import mean_interval, wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
 from opd.roles import Sampler, Seed, Teacher
+from opd.tasks import SPLITS
 from opd.tasks.judge import Judge
 
 ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
 
-SPLITS = ("train", "held_out")
 EVALUATION_SEED: Seed = (0, "evaluate")
 
 
@@ -23,9 +23,10 @@ EVALUATION_SEED: Seed = (0, "evaluate")
 class Cell:
     """One policy on one set of prompts, one response a prompt.
 
-    total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict;
-    correct of verified: those of reward 1 (None where no response has a verdict); interval: 95 %, Wilson; mean_reward: theirs,
-    where some are worth a part;
+    total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict; verified:
+    those with one. mean_reward, reward_deviation: mean and standard deviation of their rewards; reward_interval: the mean's, 95 %
+    (`opd.metrics.mean_interval`). correct: those of reward 1; accuracy, interval: their share, and its interval, 95 %, Wilson. All
+    None where no response has a verdict.
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
     nats. With a teacher behind a server or of another tokenizer it is estimated from what was sampled, and with another tokenizer
     kl_byte is there too; sampled: whether it is.
@@ -39,6 +40,7 @@ class Cell:
     mean_length: float
     failed: int = 0
     mean_reward: float | None = None
+    reward_deviation: float | None = None
     kl_token: float | None = None
     kl_sequence: float | None = None
     kl_byte: float | None = None
@@ -51,6 +53,17 @@ class Cell:
     @property
     def interval(self) -> tuple[float, float] | None:
         return None if self.correct is None else wilson_interval(self.correct, self.verified)
+
+    @property
+    def reward_interval(self) -> tuple[float, float] | None:
+        if self.mean_reward is None or self.reward_deviation is None:
+            return None
+        return mean_interval(self.mean_reward, self.reward_deviation, self.verified)
+
+    @property
+    def in_part(self) -> bool:
+        """Whether some responses are worth a part, so that the mean reward is not the accuracy."""
+        return self.mean_reward is not None and abs(self.mean_reward - (self.accuracy or 0.0)) > 1e-9
 
 
 @dataclass(frozen=True)
@@ -66,10 +79,10 @@ class ParityRow:
 
     @property
     def parity(self) -> float | None:
-        """The student's accuracy as a share of its teacher's."""
-        if self.expert is None or not self.expert.accuracy or self.after.accuracy is None:
+        """The student's mean reward as a share of its teacher's."""
+        if self.expert is None or not self.expert.mean_reward or self.after.mean_reward is None:
             return None
-        return self.after.accuracy / self.expert.accuracy
+        return self.after.mean_reward / self.expert.mean_reward
 
 
 def evaluate(
@@ -104,7 +117,8 @@ def evaluate(
         flagged=len(faulty),
         mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
         failed=sum(r.failure is not None for r in episodes),
-        mean_reward=float(np.mean(known)) if any(0.0 < r < 1.0 for r in known) else None,
+        mean_reward=float(np.mean(known)) if known else None,
+        reward_deviation=float(np.std(known)) if known else None,
         sampled=bool(kl) and not exact,
         **kl,
     )
@@ -145,7 +159,9 @@ def parity_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
     """The table as plain data, derived numbers included."""
 
     def cell(value: Cell | None) -> dict[str, Any] | None:
-        return None if value is None else asdict(value) | {"accuracy": value.accuracy, "interval": value.interval}
+        return None if value is None else asdict(value) | {
+            "accuracy": value.accuracy, "interval": value.interval, "reward_interval": value.reward_interval
+        }  # fmt: skip
 
     return [
         {
@@ -162,14 +178,13 @@ def parity_json(rows: Sequence[ParityRow]) -> list[dict[str, Any]]:
 
 
 def parity_text(rows: Sequence[ParityRow]) -> str:
-    """The table as Markdown: exact match in percent with its 95 % interval, reverse KL in nats."""
+    """The table as Markdown: accuracy in percent and the mean reward with their 95 % intervals, reverse KL in nats."""
 
     def accuracy(cell: Cell | None) -> str:
         if cell is None or cell.accuracy is None or cell.interval is None:
             return "-"
         low, high = cell.interval
-        partial = "" if cell.mean_reward is None else f", mean reward {cell.mean_reward:.2f}"
-        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {cell.verified}{partial}"
+        return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {cell.verified}{reward_text(cell)}"
 
     def kl(cell: Cell | None) -> str:
         if cell is None or cell.kl_token is None or cell.kl_sequence is None:
@@ -210,10 +225,22 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         lines.append(
             "Format errors: the share of episodes with one, of the student before, its teacher and the student after."
         )
+    if any(c is not None and c.in_part for row in rows for c in (row.before, row.expert, row.after)):
+        lines.append(
+            "Mean reward: of all responses, those that are worth a part included; after / teacher is a ratio of these."
+        )
     lines.append(
-        "Right answers in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
+        "Right answers (reward 1) in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )
     return "\n".join(lines)
+
+
+def reward_text(cell: Cell) -> str:
+    """The mean reward and its interval, to stand behind an accuracy that does not tell it; else nothing."""
+    if not cell.in_part or cell.reward_interval is None:
+        return ""
+    low, high = cell.reward_interval
+    return f", mean reward {cell.mean_reward:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def by_task(prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]) -> list[tuple[str, str, str]]:

@@ -1,51 +1,41 @@
 """From a configuration to a finished run; the only file that puts the parts together."""
 
-import base64
-import hashlib
+import inspect
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
-
-import torch
+from typing import Any, TypeAlias
 
 from opd import checkpoint
 from opd.config import Config, config_changes, dump_config, moved_config
 from opd.embedded import build as embedded
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.warmup import warm_up
-from opd.errors import CheckError, ConfigError, RunError, StalledError
+from opd.errors import ConfigError, RunError, one_line
 from opd.evaluate import ParityRow
 from opd.guards import preflight
+from opd.guards.masks import mask_warning
+from opd.guards.notices import REWARD
 from opd.guards.preflight import Finding
 from opd.loop import StepReport, train_steps
 from opd.measuring import Measuring
 from opd.report.background import Background
 from opd.report.console import ProgressLine
-from opd.report.curves import draw_curves
-from opd.report.run_folder import RunFolder, explain_io, read_metrics
-from opd.report.writers import make_writers, require_installed
+from opd.report.curves import draw_run
+from opd.report.run_folder import RunFolder, explain_io
+from opd.report.writers import Writers, require_installed
 from opd.roles import Studio
-from opd.startup import Material, make_parts, read_tasks, run_checks
+from opd.saving import Interrupts, Saver, identities_of
+from opd.startup import Material, make_parts, packing_findings, read_tasks, require_callable, run_checks
 from opd.tasks.episodes import MakeEnvironment
-from opd.tasks.judge import Reward
+from opd.tasks.rewards import Raised, Reward, awaited
 from opd.watching import Watcher
 
+OnStep: TypeAlias = Callable[[StepReport], Any]
 _SAFE_DISCOUNT = 0.9
-_MASK_WARNING = (
-    "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs it: "
-    "outcome.coef (1 - outcome.format_error) must exceed the KL of a response (docs/safeguards.md)"
-)
-_GROUP_MASK_WARNING = (
-    "warning: mask.format_errors with baseline = 'leave_one_out' and no outcome: other samples centre an advantage only where they "
-    "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
-    "theory, H-d); set outcome.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
-)
 _DISCOUNT_WARNING = (
     "warning: objective.discount = {} lets a student that cannot match its teacher everywhere prefer short or empty branches: "
     "a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
@@ -67,18 +57,21 @@ def train(
     *,
     reward: Reward | None = None,
     environment: MakeEnvironment | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Train a student by on-policy distillation, from a fresh run folder to the parity table.
 
     Args:
         config: the recipe, from `opd.load_config`.
-        reward: (prompt, response) -> score in [0, 1] or None; takes the place of every task's own verifier.
+        reward: (prompt, response) -> score in [0, 1], or None for no verdict; takes the place of every task's own verifier. It may
+            be async: the rewards of a step are then awaited at the same time.
         environment: prompt -> an `opd.Environment` for one episode, or None for a single turn; takes the place of the tasks' own.
-        on_step: called after each update with what it did.
+        on_step: called after each update with what it did; it may be async.
 
-    Raises OpdError with one line when something does not fit; nothing is written over.
+    Raises OpdError with one line when something does not fit; nothing is written over. Whatever ends a run that has begun, its last
+    whole step is saved, and the error says how to go on: in its line, or in a note where it is no OpdError.
     """
+    require_callable("on_step", on_step, "report")
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
     material = read_tasks(config, reward, environment)
@@ -92,7 +85,7 @@ def resume(
     *,
     reward: Reward | None = None,
     environment: MakeEnvironment | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Continue a run from its newest whole checkpoint; the result is that of a run that was never stopped.
 
@@ -100,6 +93,7 @@ def resume(
     goes on, such as "teachers.math.url=http://10.0.0.8:8000" or "cluster.learner_ranks=8"; config.json holds them from then on.
     Raises ConfigError for one that would change what is learnt.
     """
+    require_callable("on_step", on_step, "report")
     folder = RunFolder.open(run)
     with folder.locked():  # before anything is read, which another process may be changing
         folder.require_own_code(_own_code(reward, environment))
@@ -113,7 +107,7 @@ def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvi
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
     material = read_tasks(config, reward, environment)
-    with closing(_studio(config, material)) as studio:
+    with closing(_studio(config.started(), material)) as studio:
         return run_checks(config, studio, material)
 
 
@@ -138,6 +132,8 @@ def evaluate_run(
             f"run '{run}' has evaluation.num_prompts = 0; say on how many prompts of each task and split, such as "
             "evaluation.num_prompts=128"
         )
+    if not checkpoint.list_checkpoints(folder.checkpoints):
+        raise RunError(f"'{run}' has no checkpoint to evaluate; continue it with: {folder.how_to_resume()}")
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
 
 
@@ -178,16 +174,18 @@ class _Run:
         config: Config,
         folder: RunFolder,
         material: Material,
-        on_step: Callable[[StepReport], None] | None,
+        on_step: OnStep | None,
         *,
         own_code: Sequence[str] = (),
     ) -> None:
         self.own_code = own_code
-        self.config = config
         self.folder = folder
         self.prompts = material.prompts
         self.on_step = on_step
-        self.studio = _studio(config, material)
+        started = config.started()
+        self.studio = _studio(started, material)
+        # a run keeps the moment where a template reads it
+        config = self.config = started if self.studio.facts().reads_clock else config
         self.material = material
         self.say: Callable[[str], None] = print  # until there is a line to say it above
         try:
@@ -195,8 +193,20 @@ class _Run:
         except BaseException:
             self.studio.close()
             raise
+        checkpoints = config.checkpoint
+        self.saver = Saver(
+            folder,
+            self.parts.learner,
+            self._identities,
+            steps=config.steps,
+            every=checkpoints.every,
+            keep=checkpoints.keep,
+        )
+        self.parts = replace(self.parts, learner=self.saver.learner)
         self.measuring = Measuring(config, folder, self.studio, self.parts, material)
-        self.cursor: Mapping[str, int] = dict(self.parts.stream.cursor)  # behind the last step that is done
+        self.saver.cursor = dict(self.parts.stream.cursor)
+        self._prompts_of = identities_of(self.prompts)
+        self._silence_said = False
 
     def go(self, *, resume: bool) -> Result:
         """Train to the end. resume: in a folder that is there, and locked."""
@@ -205,8 +215,8 @@ class _Run:
             findings = run_checks(self.config, self.studio, self.material)
             preflight.require(findings)
             for finding in findings:
-                if finding.warning and not resume:
-                    line.say(f"warning: {finding.name}: {finding.detail}")
+                if not resume and (finding.warning or finding.name == REWARD):
+                    line.say(f"{'warning: ' if finding.warning else ''}{finding.name}: {finding.detail}")
             if resume:
                 return self._train(line, resume=True)
             # Only now, so that a recipe that is refused leaves nothing behind.
@@ -215,41 +225,38 @@ class _Run:
                 return self._train(line, resume=False)
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:
-        config = self.config
         restored = self._restore(line.say) if resume else None
-        start = restored or 0
-        if start > config.steps:
-            raise ConfigError(f"steps = {config.steps}: step {start} of this run is done; ask for as many or more")
-        if resume:
-            if start < config.steps:  # a run that is done was made as its configuration says
-                self._note_changes(line.say)
-            self.folder.truncate_metrics(start)
+        start = self.saver.done
+        if start > self.config.steps:
+            raise ConfigError(f"steps = {self.config.steps}: step {start} of this run is done; ask for as many or more")
+        with self.saver.explained(line.say):
+            if resume:
+                if start < self.config.steps:  # a run that is done was made as its configuration says
+                    self._note_changes(line.say)
+                # a step without its line gets it below
+                self.folder.truncate_metrics(start - (self.saver.unrecorded is not None))
+            return self._go_on(line, restored)
+
+    def _go_on(self, line: ProgressLine, restored: int | None) -> Result:
+        config = self.config
         if config.objective.discount is not None and config.objective.discount > _SAFE_DISCOUNT:
             line.say(_DISCOUNT_WARNING.format(config.objective.discount))
-        if config.mask.format_errors != "off" and not config.objective.centred:
-            line.say(_MASK_WARNING)
-        elif (
-            config.mask.format_errors != "off"
-            and config.objective.baseline == "leave_one_out"
-            and not config.outcome.coef
-        ):
-            line.say(_GROUP_MASK_WARNING)
+        about_mask = mask_warning(config)
+        if about_mask is not None:
+            line.say(about_mask)
         before = self.measuring.before(line, restored=restored is not None)
         if restored is None and config.warmup.steps:
             assert isinstance(self.studio, EmbeddedStudio)  # the recipe says so
             warm_up(self.studio, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
-            self._save(0)
-        done, interrupted = self._steps(line, start)
-        if interrupted:
-            line.say(
-                f"stopped after step {done} of {config.steps}; continue with: opd train --resume {self.folder.path}"
-            )
-            return Result(self.folder.path, done, finished=False)
+            self.saver.save()
+        if not self._steps(line):
+            line.say(f"{self.saver.stopped}; continue with: {self.folder.how_to_resume()}")
+            return Result(self.folder.path, self.saver.done, finished=False)
         with explain_io(self.folder.student):
             self.studio.export(self.folder.student)
-            draw_curves(read_metrics(self.folder.path), self.folder.path / "curves.png", title=str(self.folder.path))
+        draw_run(self.folder)
         rows = self.measuring.parity(before, line)
-        return Result(self.folder.path, done, finished=True, parity=tuple(rows))
+        return Result(self.folder.path, self.saver.done, finished=True, parity=tuple(rows))
 
     def _note_changes(self, say: Callable[[str], None]) -> None:
         """Write where and how the run goes on into its folder, when that has changed."""
@@ -259,118 +266,100 @@ class _Run:
         if changes:
             self.folder.write_text("config.json", dump_config(self.config))
 
+    def _restore(self, warn: Callable[[str], None]) -> int | None:
+        """Load the newest whole checkpoint; returns its step (0: warmed up), None when there is none yet."""
+        step = self.saver.restore(warn)
+        self.parts.stream.cursor = dict(self.saver.cursor)
+        return step
+
     def evaluate_only(self) -> list[ParityRow]:
         with closing(self.studio), ProgressLine(self.config.steps) as line:
-            if self._restore(line.say) is None:
-                raise RunError(f"'{self.folder.path}' has no checkpoint to evaluate")
+            preflight.require(packing_findings(self.studio))
+            self._restore(line.say)
             return self.measuring.parity(self.measuring.kept(), line)
 
-    def _steps(self, line: ProgressLine, start: int) -> tuple[int, bool]:
-        """Train until the last step or an interrupt; returns the steps done, all of them saved, and whether it was one."""
-        config, every = self.config, self.config.checkpoint.every
-        self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=start)
-        writers = make_writers(config, self.folder.path, start=start)
+    def _steps(self, line: ProgressLine) -> bool:
+        """Train until the last step; returns False where an interrupt or a detector stopped it before. Every step that is done is
+        saved, also where an error ends the run."""
+        saver, config = self.saver, self.config
+        self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=saver.done)
+        pending = saver.unrecorded  # of a run that ended before this line was whole
+        written = saver.done - (pending is not None)
         watcher = Watcher(config.guards, self.folder, line.say)
-        done, saved, stopped = start, start, False
-        try:
-            with (
-                _interrupts() as interrupted,
-                Background() as records,
-                closing(train_steps(config, self.parts, start=start)) as reports,
-            ):
-                for report in reports:
-                    done, self.cursor = report.step, report.cursor
-                    values, alarmed = watcher.observe(done, {**report.values, **self.measuring.held_out(done)})
-                    self._record(replace(report, values=values), line, records)
-                    for writer in writers:
-                        writer.write(done, values)
-                    stopped = interrupted.is_set() or (alarmed and done < config.steps)
-                    if done % every == 0 or done == config.steps or stopped:
-                        records.wait()  # a checkpoint says that all before it is on disk
-                        self._save(done)
-                        saved = done
-                    if stopped:
-                        break
-        except StalledError:
-            if done > saved:
-                self._save(done)
-            raise
-        finally:
-            for writer in writers:
-                writer.close()
-        assert saved == done
+        report, stopped = None, False
+        with (
+            Interrupts(saver.learner).heeded() as interrupts,
+            Background() as records,
+            Writers(config, self.folder.path, start=written) as writers,
+        ):
+            try:
+                if pending is not None:
+                    values, alarmed = self._measured(saver.done, pending, watcher)
+                    stopped = alarmed and saver.done < config.steps
+                    self._append(saver.done, values)
+                    writers.write(saver.done, values)
+                with closing(train_steps(config, self.parts, start=saver.done)) as reports:
+                    for report in reports if not stopped else ():
+                        saver.made(report.step, report.cursor, report.values)
+                        values, alarmed = self._measured(report.step, report.values, watcher)
+                        self._record(replace(report, values=values), line, records)
+                        writers.write(report.step, values)
+                        stopped = interrupts.stop or (alarmed and saver.done < config.steps)
+                        if saver.due or stopped:
+                            records.wait()  # a checkpoint says that all before it is on disk
+                            saver.save()
+                        if stopped:
+                            break
+            except BaseException:
+                self._rescue(report, records, line)
+                raise
         watcher.report()
-        return done, stopped
+        return not stopped
+
+    def _measured(self, step: int, values: Mapping[str, float], watcher: Watcher) -> tuple[dict[str, float], bool]:
+        """The metrics of a step with what is measured behind it, and whether a detector stops the run."""
+        return watcher.observe(step, {**values, **self.measuring.held_out(step)})
 
     def _record(self, report: StepReport, line: ProgressLine, records: Background) -> None:
         records.start(partial(self.folder.write_rollouts, report.step, report.scored))
-        self.folder.append_metrics(report.step, report.values)
+        self._append(report.step, report.values)
         line.step(report.step, report.values)
+        self._warn_of_silence(report, line)
         every = self.config.logging.samples_every
         if every and (report.step == 1 or report.step % every == 0):
             line.samples(report.scored)
         if self.on_step is not None:
             records.wait()  # it may read them
-            self.on_step(report)
+            answer = self.on_step(report)
+            for found in awaited([answer] if inspect.isawaitable(answer) else []):
+                if isinstance(found, Raised):
+                    raise found.error
 
-    def _save(self, step: int) -> None:
-        state = {
-            "cursor": self.cursor,
-            "policy_version": step,
-            "identities": self._identities(),
-            "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        }
-        with explain_io(self.folder.checkpoints):
-            keep = self.config.checkpoint.keep
-            checkpoint.save(self.folder.checkpoints, step, self.parts.learner.save, state, keep=keep)
+    def _warn_of_silence(self, report: StepReport, line: ProgressLine) -> None:
+        """Say once that a reward function judges nothing: it may lack its return."""
+        rollouts = [item.rollout for item in report.scored if item.rollout.failure is None]
+        if self._silence_said or not self.material.own_reward or any(r.reward is not None for r in rollouts):
+            return
+        self._silence_said = True
+        line.say(
+            f"warning: step {report.step}: the reward was None, no verdict, for all {len(rollouts)} responses; does the function "
+            "return its number?"
+        )
 
-    def _restore(self, warn: Callable[[str], None]) -> int | None:
-        """Load the newest whole checkpoint; returns its step (0: warmed up), None when there is none yet."""
-        found = checkpoint.load_newest(self.folder.checkpoints, warn=warn)
-        if found is None:
-            return None
-        for what, identity in self._identities().items():
-            began = found.state["identities"].get(what, identity)  # an older checkpoint may not name it
-            if began != identity:
-                be = "are" if what.startswith("the training prompts") else "is"
-                raise CheckError(
-                    f"{what} {be} not what this run began with (identity {began}, now {identity}); give it what it began with, or "
-                    "start a new run"
-                )
-        self.parts.learner.load(found.path, found.state["learner"])
-        self.parts.stream.cursor = dict(found.state["cursor"])
-        self.cursor = dict(found.state["cursor"])
-        rng = bytearray(base64.b64decode(found.state["torch_rng"]))
-        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
-        return found.step
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
+        self.folder.append_metrics(step, values)
+        self.saver.unrecorded = None
+
+    def _rescue(self, report: StepReport | None, records: Background, line: ProgressLine) -> None:
+        """Save the last whole step with its rollouts, whatever has failed; what fails here too is said."""
+        missing = [] if report is None or self.saver.unrecorded is None else [report]
+        for write in (records.again, *(partial(self.folder.write_rollouts, r.step, r.scored) for r in missing)):
+            try:
+                write()
+            except Exception as error:
+                line.say(f"warning: {one_line(str(error))}")
+        self.saver.rescue(line.say)
 
     def _identities(self) -> dict[str, str]:
         """What must not change under a run: its teachers, the student's base, their tokenizers and templates, the prompts."""
-        named = dict(self.studio.identities)
-        for task, splits in self.prompts.items():
-            content = repr(
-                [(p.id, [dict(m) for m in p.messages], p.teacher, p.answer, p.tools) for p in splits["train"]]
-            )
-            named[f"the training prompts of tasks.{task}"] = hashlib.sha256(content.encode()).hexdigest()[:32]
-        return named
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second SIGINT stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return {**self.studio.identities, **self._prompts_of}

@@ -15,7 +15,7 @@ from opd.collect import Collected, collect, judged
 from opd.config import Config
 from opd.data.ahead import Ahead
 from opd.data.stream import PromptStream
-from opd.errors import StalledError
+from opd.errors import RewardError, StalledError
 from opd.guards.evidence import evidence
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
@@ -26,9 +26,6 @@ from opd.text.lineup import shares
 from opd.text.pairing import LARGEST, total
 
 _MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none of one teacher: no accident any more
-
-
-_MEND = "mend the server, then continue with 'opd train --resume'"
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,13 @@ class Parts:
 @dataclass(frozen=True)
 class StepReport:
     """What one step did: `step` counts from 1; `values` are the merged metrics as plain numbers; cursor: where the stream of
-    prompts stood behind those of this step."""
+    prompts stood behind those of this step. failure: the step is done, and the sampler could not be given its weights."""
 
     step: int
     values: Mapping[str, float]
     scored: tuple[ScoredRollout, ...]
     cursor: Mapping[str, int]
+    failure: Exception | None = None
 
 
 @dataclass
@@ -105,9 +103,9 @@ def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepRe
             if empty == _MOST_EMPTY:
                 reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
                 shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
-                raise StalledError(
-                    f"no rollout of the last {empty} steps can be trained on ({shown}); mend that, then continue"
-                )
+                raise StalledError(f"no rollout of the last {empty} steps can be trained on ({shown})")
+            if report.failure is not None:
+                raise report.failure
 
 
 def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> None:
@@ -116,9 +114,7 @@ def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> N
         mine = [s for s in scored if s.score.teacher == teacher]
         silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
         if silent[teacher] == _MOST_EMPTY:
-            raise StalledError(
-                f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)}); {_MEND}"
-            )
+            raise StalledError(f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)})")
 
 
 def _collect(config: Config, parts: Parts, step: int) -> Collected:
@@ -130,23 +126,30 @@ def train_step(config: Config, parts: Parts, step: int) -> StepReport:
     clock = _Clock()
     collected = _collect(config, parts, step)
     clock.phases.update(collected.phases)
-    return update(config, parts, step, collected, clock)
+    report = update(config, parts, step, collected, clock)
+    if report.failure is not None:
+        raise report.failure
+    return report
 
 
 def update(config: Config, parts: Parts, step: int, collected: Collected, clock: _Clock) -> StepReport:
     """The second half of a step: what was collected moves the student, and the sampler follows it."""
-    scored = judged(parts.judge, collected.scored)
+    try:
+        scored = judged(parts.judge, collected.scored)
+    except RewardError as error:
+        error.args = (f"step {step}: {error}",)
+        raise
     rollouts = [item.rollout for item in scored]
     _require_most(config, step, scored)
     unscored = config.outcome.coef > 0
     if not trainable(scored, unscored=unscored):
         # the same weights, and the version that a run has which is resumed here
-        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
+        failure = _hand_over(parts, step)
         metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
             rollouts, scored
         )
         metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
-        return StepReport(step, values(metrics), scored, collected.cursor)
+        return StepReport(step, values(metrics), scored, collected.cursor, failure)
     with clock.phase("update"):
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
         if config.objective.needs_student_scores or config.cluster.max_staleness:
@@ -155,7 +158,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
         # A batch of which nothing is left makes no update: an optimizer's momentum would move on it all the same.
         epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
         updates = [parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(epochs)]
-        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
+        failure = _hand_over(parts, step)
     metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
     metrics |= followed | _sampling_metrics(rollouts, scored)
@@ -169,7 +172,16 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
     if config.cluster.max_staleness:
         ages = [step - 1 - r.policy_version for r in rollouts]
         metrics |= {"staleness/mean": mean_of(ages), "staleness/max": Max(max(ages))}
-    return StepReport(step, values(metrics), scored, collected.cursor)
+    return StepReport(step, values(metrics), scored, collected.cursor, failure)
+
+
+def _hand_over(parts: Parts, step: int) -> Exception | None:
+    """Give the sampler the weights of this step; returns what it raised, for the step itself is done and can be saved."""
+    try:
+        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
+    except Exception as error:
+        return error
+    return None
 
 
 def _lost(scored: ScoredRollout) -> bool:
@@ -189,7 +201,7 @@ def _require_most(config: Config, step: int, scored: Sequence[ScoredRollout]) ->
     if len(lost) > config.served.max_lost_share * len(scored):
         raise StalledError(
             f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than served.max_lost_share = "
-            f"{config.served.max_lost_share:g}; {_MEND}"
+            f"{config.served.max_lost_share:g}"
         )
 
 

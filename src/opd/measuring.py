@@ -11,6 +11,7 @@ from opd.batch import pack
 from opd.config import Config
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.loop import Parts
+from opd.metrics import Mean, Metrics, merge, values
 from opd.records import Prompt, ScoredRollout
 from opd.report.console import ProgressLine
 from opd.report.run_folder import RunFolder
@@ -33,17 +34,20 @@ class Measuring:
         self._material = material
 
     def held_out(self, step: int) -> dict[str, float]:
-        """The student's outcome on held-out prompts, by another grader where a task names one; every `evaluation.every` steps."""
+        """The student's mean reward on held-out prompts, by another grader where a task names one; every `evaluation.every`
+        steps."""
         config = self._config.evaluation
         if not config.every or step % config.every:
             return {}
-        found: dict[str, float] = {}
+        found: list[Metrics] = []
         for task, splits in self._material.prompts.items():
             chosen = pick(splits["held_out"], config.held_out_prompts, seed=0)
             cell = evaluate(self._studio.sampler(), chosen, self._material.grader()) if chosen else None
-            if cell is not None and cell.accuracy is not None:
-                found[f"held_out/outcome/{task}/mean"] = cell.accuracy
-        return found | ({"held_out/outcome/mean": float(np.mean(list(found.values())))} if found else {})
+            if cell is not None and cell.mean_reward is not None:
+                mean = Mean(cell.mean_reward * cell.verified, cell.verified)
+                # over all and by task, as `outcome` is
+                found.append({"held_out/outcome/mean": mean, f"held_out/outcome/{task}/mean": mean})
+        return values(merge(found))
 
     def before(self, line: ProgressLine, *, restored: bool) -> Cells:
         """The student's cells before the first step: measured once, and kept."""

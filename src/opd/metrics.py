@@ -83,3 +83,19 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mean_interval(mean: float, deviation: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a mean of `count` numbers in [0, 1] with this standard deviation: m -+ z s / sqrt(n), of the numbers and
+    two more 0s and two more 1s, so that equal numbers do not look certain.
+
+    Of numbers that are all 0 or 1 it is the interval of Agresti and Coull (1998, their "plus four") of a share. Returns (0, 1) when
+    there are none.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    n = count + 4
+    centre = (count * mean + 2) / n
+    square = (count * (deviation * deviation + mean * mean) + 2) / n
+    spread = z * math.sqrt(max(0.0, square - centre * centre) / n)
+    return max(0.0, centre - spread), min(1.0, centre + spread)

@@ -75,6 +75,7 @@ class Rollout:
     """One flat token sequence that the student sampled, and what it means.
 
     token_ids, loss_mask, rollout_logprobs: [tokens]; a turn's end-of-turn token is an action and is part of the sequence.
+    opened: the thinking tag with which the generation prompt of the student's last turn ends, "" for none.
     `reward` is the outcome in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
     environment that a user should know of, counted by name. `failure`: why it must not be trained on, where it must not.
 
@@ -96,6 +97,7 @@ class Rollout:
     flags: tuple[Flag, ...] = ()
     events: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     failure: str | None = None
+    opened: str = ""
 
     def __post_init__(self) -> None:
         assert self.token_ids.shape == self.loss_mask.shape == self.rollout_logprobs.shape, self.id

@@ -1,6 +1,6 @@
 """The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -93,16 +93,56 @@ class Alone:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The longest sequence that a model takes, in tokens, and why where that is not its context."""
+
+    tokens: int
+    cause: str = ""
+
+    def of(self, who: str) -> str:
+        """The limit in the words of an error line."""
+        return (
+            f"the limit of {who} ({self.tokens}: {self.cause})"
+            if self.cause
+            else f"the context of {who} ({self.tokens})"
+        )
+
+
+def smallest(limits: Iterable[Limit | None]) -> Limit | None:
+    """The limit that acts where all of them do; None limits nothing."""
+    return min((limit for limit in limits if limit is not None), key=lambda limit: limit.tokens, default=None)
+
+
+@dataclass(frozen=True)
+class OtherTemplate:
+    """A teacher whose chat template is not known to be the student's: whether it reads its own prompts (else the student's), and a
+    short conversation as both render it; unknown: why they could not be compared."""
+
+    own: bool
+    student: str = ""
+    teacher: str = ""
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
 class TeacherFacts:
     """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
     the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
-    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was)."""
+    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). notes: what a user
+    should know of how the models were loaded, a line each. templates: the teachers whose chat template is not known to be the
+    student's. turn_ends: by model, how its chat template, tokenizer and generation config disagree on where a turn ends.
+    reads_clock: whether a chat template reads the time.
+    """
 
-    contexts: Mapping[str, int | None]
+    contexts: Mapping[str, Limit | None]
     vocab_size: int
     foreign: Mapping[str, int]
     without_distributions: frozenset[str]
     unknown_tokenizers: Mapping[str, str]
+    notes: Sequence[str] = ()
+    templates: Mapping[str, "OtherTemplate"] = field(default_factory=lambda: MappingProxyType({}))
+    turn_ends: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads_clock: bool = False
 
 
 class Studio(Protocol):
@@ -114,7 +154,7 @@ class Studio(Protocol):
         ...
 
     @property
-    def student_context(self) -> int | None:
+    def student_context(self) -> Limit | None:
         """The longest sequence that the student takes; None: nothing limits it."""
         ...
 
@@ -155,8 +195,9 @@ class Studio(Protocol):
         """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
         ...
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> Mapping[str, float]:
-        """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
+    def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
+        """Of each model, by a name to show: how far its packed passes are from its plain ones, by what was probed
+        (`opd.embedded.packing.packed_gaps`)."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -85,7 +85,7 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     """The sampled part of the distillation term, [episodes, tokens]; None when all of it is integrated in the loss."""
     objective = config.objective
     mask = batch.padded(batch.scored)
-    log_ratio = batch.padded(batch.log_ratio)
+    log_ratio = adv.above_rounding(batch.padded(batch.log_ratio), mask)
     discount = objective.discount or 0.0  # the types with a future part have one
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:

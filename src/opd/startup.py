@@ -1,6 +1,7 @@
 """Before the first step: the prompts of a recipe, and every start-up check on the real weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,21 +10,21 @@ from typing import Any
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.errors import DataError
-from opd.evaluate import SPLITS
 from opd.guards import preflight
+from opd.guards.notices import PromptSets, has_grade, has_verdict, notices
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
-from opd.roles import Environment, Studio, Task, Teacher
+from opd.roles import Environment, Studio, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
-from opd.tasks import make_tasks
+from opd.tasks import SPLITS, make_tasks, read_splits
 from opd.tasks.episodes import MakeEnvironment
-from opd.tasks.judge import Judge, Reward
+from opd.tasks.judge import Judge
+from opd.tasks.rewards import Reward
 from opd.text.chat import Chat
 
-PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _PROBES_PER_TEACHER = 2
 
 
@@ -31,8 +32,12 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     """Every start-up check, on the real weights: see `opd.guards.preflight`."""
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
+    findings += notices(
+        config, material.prompts, reward=bool(material.own_reward), environment=material.own_environment
+    )
     findings += preflight.tools_are_answered(every, material.make_environment)
-    chat, facts = Chat(studio.tokenizer), studio.facts()
+    facts = studio.facts()
+    chat = Chat(studio.tokenizer, rows=facts.vocab_size)
     findings.append(
         preflight.lengths_fit(
             every,
@@ -46,9 +51,14 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
+    findings += preflight.loaded_whole(facts.notes)
+    findings += [preflight.turns_end(model, disagreement) for model, disagreement in facts.turn_ends.items()]
+    findings += [preflight.prompts_compared(name, found) for name, found in facts.templates.items()]
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
-    for source, error in studio.packing_errors(probes).items():
-        findings.append(preflight.packed_equals_plain(source, error, tolerance=10 * tolerance))
+    packed = packing_findings(studio)
+    findings += packed
+    if not all(finding.passed for finding in packed):
+        return findings  # what such a model samples and scores says nothing
     sampled = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
     rollouts = [r for r in sampled if r.failure is None and r.num_actions]
     findings.append(preflight.episodes_play(sampled, rollouts))
@@ -68,6 +78,11 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
 
 
+def packing_findings(studio: Studio) -> list[Finding]:
+    """Whether packed passes of each model equal its own."""
+    return [preflight.packed_equals_plain(who, gaps) for who, gaps in studio.packing_errors().items()]
+
+
 def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
     """How far the student is from each teacher that gives distributions over its tokens, on its own responses."""
     apart = studio.facts().without_distributions
@@ -83,14 +98,17 @@ def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
 @dataclass(frozen=True)
 class Material:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' outcomes the reward and the grader take the place of."""
+    the tasks whose environments' outcomes the reward and the grader take the place of; own_code: reward and grade are a function of
+    the user's; own_environment: so are the environments."""
 
     prompts: PromptSets
     reward: Reward
     grade: Reward
     make_environment: MakeEnvironment
     own_reward: frozenset[str] = frozenset()
+    own_environment: bool = False
     own_grade: frozenset[str] = frozenset()
+    own_code: bool = False
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
         """Outcomes and format errors of rollouts that were sampled with this tokenizer."""
@@ -100,11 +118,12 @@ class Material:
             tokenizer=tokenizer,
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
+            own_code=self.own_code,
         )
 
     def grader(self) -> Judge:
         """Outcomes by another grader, where there is one."""
-        return Judge(self.grade, own=self.own_grade)
+        return Judge(self.grade, own=self.own_grade, own_code=self.own_code)
 
 
 def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
@@ -112,14 +131,15 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
 
     Raises DataError for a bad record.
     """
-    for name, own in (("reward", reward), ("environment", make_environment)):
-        if own is not None and not callable(own):
-            raise DataError(f"{name} is {type(own).__name__}, expected a function of the prompt")
+    require_callable("reward", reward, "prompt, response")
+    require_callable("environment", make_environment, "prompt")
+    if inspect.iscoroutinefunction(make_environment):
+        raise DataError(
+            "environment is a coroutine function, expected a plain one; its environments' reset and step may be async"
+        )
     tasks = make_tasks(config.tasks, config.episodes)
-    prompts = {name: {split: task.prompts(split) for split in SPLITS} for name, task in tasks.items()}
-    for name, splits in prompts.items():
-        if not splits["train"]:
-            raise DataError(f"tasks.{name} has no training prompts")
+    prompts = read_splits(tasks)
+    for splits in prompts.values():
         for split in SPLITS:
             preflight.teachers_exist(splits[split], config.teachers)
 
@@ -130,9 +150,10 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     _require_foreign_reference(config, every)
     _require_single_teachers(config, every)
-    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, tasks, every):
+    _require_measurable(config, prompts, given=reward is not None or make_environment is not None)
+    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
         raise DataError(
-            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer; add answers or pass a reward"
+            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer and a verifier; add them or pass a reward"
         )
 
     def verify(prompt: Prompt, response: str) -> float | None:
@@ -150,19 +171,48 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         reward or verify,
         reward or grade,
         make_environment or environment,
-        every_task if reward is not None else frozenset(),
-        every_task
+        own_reward=every_task if reward is not None else frozenset(),
+        own_environment=make_environment is not None,
+        own_grade=every_task
         if reward is not None
         else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
+        own_code=reward is not None,
     )
 
 
-def _verdicts(config: Config, tasks: Mapping[str, Task], prompts: Sequence[Prompt]) -> bool:
-    """Whether anything says what a response is worth: an answer, an environment, or a check for format errors."""
-    if any(p.answer is not None for p in prompts) or any(t.checks.rules for t in config.tasks.values()):
-        return True
-    some = {p.task: p for p in prompts}
-    return any(tasks[name].environment(prompt) is not None for name, prompt in some.items())
+def require_callable(name: str, function: object, arguments: str) -> None:
+    """Raise DataError for what cannot be called as it will be."""
+    if function is None:
+        return
+    if not callable(function):
+        raise DataError(f"{name} is {type(function).__name__}, expected a function of ({arguments})")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise DataError(f"{name} takes {signature}, expected ({arguments}): {error}") from None
+
+
+def _require_measurable(config: Config, prompts: PromptSets, *, given: bool) -> None:
+    """Raise DataError for an evaluation on the way that has nothing to measure."""
+    if not config.evaluation.every:
+        return
+    every = f"evaluation.every = {config.evaluation.every} measures nothing: no task has held-out prompts"
+    held_out = {name: splits["held_out"] for name, splits in prompts.items()}
+    if not any(held_out.values()):
+        raise DataError(f"{every}; set held_out_path or held_out_size of a task, or evaluation.every = 0")
+    if not given and not any(has_grade(p, config.tasks[name]) for name, found in held_out.items() for p in found):
+        raise DataError(f"{every} with an answer and a verifier; add them, or set evaluation.every = 0")
+
+
+def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:
+    """Whether anything says what a response is worth: a verifier, an environment, or a check for format errors."""
+    return any(t.checks.rules for t in config.tasks.values()) or any(
+        has_verdict(p, config.tasks[p.task]) for p in prompts
+    )
 
 
 def _require_single_teachers(config: Config, prompts: Sequence[Prompt]) -> None:

@@ -14,6 +14,7 @@ from opd.errors import DataError
 from opd.records import Prompt, Rollout, Turn
 from opd.report.run_folder import read_rollouts
 from opd.text.lineup import Side, describe, shares, sides
+from opd.text.own_prompt import Renderings, different_renderings
 from opd.text.pairing import pair_turns, total, turn_facts
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
@@ -29,7 +30,8 @@ _COLOURS = ("black on bright_cyan", "black on bright_green")
 @dataclass(frozen=True)
 class Comparison:
     """difference: what tells the tokenizers apart, None when they are one; responses: each one chunk by chunk; facts: counts
-    over all; failures: what the teacher could not read, and why."""
+    over all; failures: what the teacher could not read, and why; renderings: a short conversation in both chat templates, None
+    where they render alike; ends: how a model's template, tokenizer and generation config disagree on where a turn ends."""
 
     student: str
     teacher: str
@@ -37,6 +39,8 @@ class Comparison:
     responses: tuple[tuple[Side, ...], ...]
     facts: dict[str, int]
     failures: tuple[str, ...]
+    renderings: Renderings | None = None
+    ends: tuple[str, ...] = ()
 
 
 def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMPLE) -> Comparison:
@@ -56,7 +60,13 @@ def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMP
             responses.append(tuple(sides(turn, item.token_ids[turn.start : turn.stop].tolist(), writer, reader)))
             facts.append(turn_facts(turn, np.zeros(len(turn.reading.ends) + turn.ends_turn)))
     gap = difference(ours.tokenizer, theirs.tokenizer)
-    return Comparison(student, teacher, gap, tuple(responses), total(facts), tuple(failures))
+    apart = different_renderings(ours.tokenizer, theirs.tokenizer)
+    ends = [
+        f"where a turn of '{who}' ends: {end.note}"
+        for who, end in ((student, writer.end), (teacher, reader.end))
+        if end.note
+    ]
+    return Comparison(student, teacher, gap, tuple(responses), total(facts), tuple(failures), apart, tuple(ends))
 
 
 def rollouts_of(run: Path) -> list[Rollout]:
@@ -110,10 +120,15 @@ def as_plain(found: Comparison) -> dict[str, Any]:
 
 
 def _report(found: Comparison) -> Iterator[str]:
-    if found.difference is None:
+    if found.difference is None and found.renderings is None:
         yield "one tokenizer: every token is scored by itself"
+    elif found.difference is None:
+        yield "one tokenizer, two chat templates: every token is scored by itself, behind the teacher's own prompt"
     else:
         yield f"two tokenizers: {found.difference}"
+    if found.renderings is not None:
+        yield f"the student's template writes {found.renderings.student!r}, the teacher's {found.renderings.teacher!r}"
+    yield from found.ends
     count = len(found.responses)
     yield f"{count} response{'s' * (count != 1)}: {describe(found.facts)}" if count else "nothing lined up"
     for failure in found.failures:
@@ -122,9 +137,9 @@ def _report(found: Comparison) -> Iterator[str]:
 
 def _as_rollout(text: str, writer: Writer) -> Rollout:
     """A text as the student would write it: in its tokenizer's own tokens, special tokens in it as text, the turn ended."""
-    ids = [*writer.encode(text), writer.end_ids[-1]]
+    ids = [*writer.encode(text), writer.end_id]
     prompt = Prompt("text", ({"role": "user", "content": "?"},), teacher="teacher", task="text")
-    token_ids = np.array([writer.end_ids[-1], *ids], dtype=np.int32)  # one token stands for the prompt
+    token_ids = np.array([writer.end_id, *ids], dtype=np.int32)  # one token stands for the prompt
     return Rollout(
         prompt=prompt,
         sample=0,

@@ -6,6 +6,7 @@ name the nearest known key. Importing this package needs no torch.
 
 from opd.config.checks import ChecksConfig
 from opd.config.cluster import ClusterConfig
+from opd.config.effects import changed, without_effect
 from opd.config.episodes import EpisodesConfig
 from opd.config.guards import GuardsConfig
 from opd.config.moved import config_changes, moved_config
@@ -58,10 +59,12 @@ __all__ = [
     "TextArenaTask",
     "ToolTask",
     "WarmupConfig",
+    "changed",
     "config_changes",
     "dump_config",
     "load_config",
     "moved_config",
     "nearest",
     "parse_config",
+    "without_effect",
 ]

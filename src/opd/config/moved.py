@@ -21,6 +21,12 @@ _MAY_CHANGE = (
 )
 _MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
 _MEASURED = ("evaluation.num_prompts",)
+_TRAINED = (
+    "checkpoint.*",
+    "logging.*",
+    "compute.score_cache",
+    "compute.score_cache_folder",
+)  # an evaluation uses none of them
 _LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
 
@@ -52,6 +58,8 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
 def _may_change(key: str, config: Config, *, evaluation: bool) -> bool:
     if evaluation and key in _MEASURED:
         return True
+    if evaluation and any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED):
+        return False
     if key == "steps":
         return config.optimizer.schedule == "constant" and not evaluation
     return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)
@@ -67,12 +75,17 @@ def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
     if key == "steps":
         return (
             f"with optimizer.schedule = '{config.optimizer.schedule}' the rate of the steps that are done depends on it; begin a "
-            "new run (lora.start = 'RUN/student' begins where this one is)"
+            f"new run ({_where_it_is(config)})"
         )
     return (
-        "a run that goes on keeps what it learns from; begin a new one (lora.start = 'RUN/student' begins where this one is). What "
+        f"a run that goes on keeps what it learns from; begin a new one ({_where_it_is(config)}). What "
         f"may change is where and how it runs: {_LIST}"
     )
+
+
+def _where_it_is(config: Config) -> str:
+    key = "lora.start" if config.trainable == "lora" else "student"
+    return f"once this one is done, {key} = 'RUN/student' begins where it is"
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

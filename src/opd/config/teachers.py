@@ -17,6 +17,9 @@ class TeacherConfig(Node):
     if it asks for one. `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three
     teachers does not weigh three times. The student then follows their normalised geometric mean.
 
+    `template`: whose chat template renders the conversation that it reads, its "own" or the "student"'s. An adapter shares the
+    student's, and a served model is asked in it.
+
     `engines`, with `model` or `adapter` in distributed mode: so many vLLM servers of it are started on the cluster (an adapter is
     merged into the student's base for them), each with `gpus_per_engine` and with `engine_args` behind the arguments that opd gives
     them. Teachers of one model share its servers.
@@ -29,6 +32,7 @@ class TeacherConfig(Node):
     server: Literal["vllm", "sglang"] = "vllm"
     served_model: str | None = None
     api_key_env: str | None = None
+    template: Literal["own", "student"] = "own"
     engines: Positive | None = None
     gpus_per_engine: NonNegative = 0
     engine_args: list[str] = Field(default_factory=list)
@@ -58,6 +62,11 @@ class TeacherConfig(Node):
             )
         if self.weights is not None and len(self.weights) < 2:
             raise ValueError(f"weights names {len(self.weights)} teachers, expected two or more")
+        if self.template != "own" and (self.adapter is not None or self.weights is not None):
+            what = (
+                "an adapter has the student's template" if self.adapter is not None else "weights names other teachers"
+            )
+            raise ValueError(f"template = '{self.template}' has no effect: {what}; drop it")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The tables of a recipe, with every default, range and rule across fields (docs/configuration.md)."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -25,16 +26,19 @@ class LoraConfig(Node):
 
 
 class FileTask(Node):
-    """Prompts from a JSONL file: {"id", "messages" or "prompt", "teacher"?, "answer"?, "meta"?, "tools"?, "demonstration"?} a line.
+    """Prompts from a JSONL file, one record a line (docs/configuration.md lists its keys).
 
-    demonstration: for fine-tuning, the messages that follow the prompt, the student's first and last. grader: another verifier, for
-    the held-out outcome in training (`evaluation.every`).
+    completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
+    of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
+    ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out outcome in
+    training (`evaluation.every`).
     """
 
     type: Literal["file"]
     path: str
     held_out_path: str | None = None
     teacher: str | None = None
+    completion: Literal["answer", "demonstration", "drop"] | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
     grader: Literal["exact", "math", "number"] | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -207,18 +211,32 @@ class LoggingConfig(Node):
     writers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     samples_every: NonNegative = 20
 
+    @model_validator(mode="after")
+    def _once(self) -> "LoggingConfig":
+        if len(set(self.writers)) < len(self.writers):
+            raise ValueError(f"writers names one twice: {self.writers}; name each once")
+        return self
+
 
 class RunNode(Node):
-    """What training and fine-tuning recipes share."""
+    """What training and fine-tuning recipes share. template_time: the moment that chat templates read as now (a template may write
+    the date); by default the moment at which the run starts, which its config.json keeps."""
 
     student: str
     output: str
     seed: NonNegative = 0
+    template_time: datetime | None = None
     steps: Positive = 100
     trainable: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    def started(self) -> Self:
+        """The same with a moment for chat templates: now, where the recipe names none."""
+        if self.template_time is not None:
+            return self
+        return self.model_copy(update={"template_time": datetime.now().replace(microsecond=0)})
 
     @model_validator(mode="after")
     def _trainable(self) -> "RunNode":
@@ -330,7 +348,7 @@ class Config(RunNode):
         if masks and not objective.exactly_centred and outcome.coef > 0 and outcome.format_error == 0:
             raise ValueError(
                 f"mask.format_errors = '{self.mask.format_errors}' with outcome.format_error = 0 pays for errors: they get the "
-                "worst outcome and are spared the KL, which is more (P 0.67 at the end where the teacher has 0.10; opd theory, "
+                "worst outcome and are spared the KL, which is more (P 0.48 at the end where the teacher has 0.03; opd theory, "
                 "H-e); leave outcome.format_error at -1, or write type = 'exact'"
             )
         if objective.coef == 0 and outcome.coef == 0:
@@ -346,4 +364,12 @@ class SftConfig(RunNode):
     max_new_tokens: Positive = 64
     episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: SftEvaluationConfig = SftEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> "SftConfig":
+        for key in ("score_cache", "score_cache_folder"):
+            if getattr(self.compute, key):
+                raise ValueError(f"compute.{key} keeps scores of teachers, and fine-tuning has no teacher; drop it")
+        return self

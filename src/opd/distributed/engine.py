@@ -178,10 +178,10 @@ class Engine:
             yield
         except (OSError, SafetensorError) as error:
             full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            mend = "free space there (or set TMPDIR)" if full else "mend that"
+            advice = "; free space there (or set TMPDIR)" if full else ""
             raise RunError(
                 f"engine of {self._plan.who} cannot write {what} to '{place}' on {socket.gethostname()}: "
-                f"{one_line(str(error))}; {mend}, then continue with 'opd train --resume'"
+                f"{one_line(str(error))}{advice}"
             ) from None
 
     def _write(self, place: Path, files: Files) -> None:

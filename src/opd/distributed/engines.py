@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState, Files
 from opd.distributed.node import enter
+from opd.embedded.architecture import rope_limit_of
 from opd.errors import OpdError, RunError, one_line
 from opd.served.wire import Endpoint
 
@@ -115,9 +116,7 @@ class Places:
             except RayActorError as error:
                 if time.monotonic() > end:
                     who = f"engine {index + 1} of {len(self._actors)} of {' and '.join(self._whose)}"
-                    raise RunError(
-                        f"{who} died and does not come back ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
-                    ) from None
+                    raise RunError(f"{who} died and does not come back ({one_line(str(error))[:200]})") from None
                 time.sleep(_AGAIN_S)
                 ref = getattr(self._actors[index], method).remote(*args)
 
@@ -148,6 +147,7 @@ class StudentEngines:
             name=STUDENT,
             args=(
                 *_arguments(config, adapters=not whole),
+                *_one_rope(config.student, cluster.engine_args),
                 *_parallel(cluster.gpus_per_engine, cluster.engine_args),
                 *cluster.engine_args,
             ),
@@ -285,6 +285,7 @@ class TeachersOnCluster:
                     *_common(config),
                     *_named_tokens(config),
                     *_sleep(config),
+                    *_one_rope(teacher.model or config.student, teacher.engine_args),
                     *_parallel(teacher.gpus_per_engine, teacher.engine_args),
                     *teacher.engine_args,
                 ),
@@ -351,6 +352,14 @@ def _parallel(gpus: int, given: Sequence[str]) -> list[str]:
     ):
         return []
     return ["--tensor-parallel-size", str(gpus)]
+
+
+def _one_rope(source: str, given: Sequence[str]) -> list[str]:
+    """A server that takes sequences beyond the change of a 'longrope' uses the long factors for short ones too; ranks do not."""
+    limit = rope_limit_of(source)
+    if limit is None or any(arg.startswith("--max-model-len") for arg in given):
+        return []
+    return ["--max-model-len", str(limit.tokens)]
 
 
 def _sleep(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from opd.config import Config
 from opd.distributed.rank import Rank, RankFacts, Saved, Who
 from opd.errors import OpdError, RunError, one_line
 from opd.metrics import Metrics, merge
-from opd.records import Prompt, Rollout, ScoredRollout
+from opd.records import Rollout, ScoredRollout
 from opd.signal import divisor
 
 
@@ -45,11 +45,11 @@ class RankGroup:
         assert self._facts is not None, "build() comes first"
         return self._facts
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+    def packing_errors(self) -> dict[str, dict[str, float]]:
         """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
         if self._met:
             return {}
-        return self._ask(["packing_errors"], [(list(probes),)], self._actors[:1])[0]
+        return self._ask(["packing_errors"], [()], self._actors[:1])[0]
 
     def meet(self) -> None:
         """Spread the weights, once."""
@@ -99,9 +99,7 @@ class RankGroup:
         except RayActorError as error:
             rank = next(i for i, ref in enumerate(refs) if ref in ready)
             raise self._end(
-                RunError(
-                    f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]}); continue with 'opd train --resume'"
-                )
+                RunError(f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]})")
             ) from None
         return ray.get(list(refs))
 

@@ -32,8 +32,8 @@ from opd.embedded.learner import EmbeddedLearner
 from opd.embedded.studio import EmbeddedStudio
 from opd.errors import RunError, one_line
 from opd.metrics import Metrics
-from opd.records import Prompt, Rollout, ScoredRollout
-from opd.roles import Teacher, TeacherFacts
+from opd.records import Rollout, ScoredRollout
+from opd.roles import Limit, Teacher, TeacherFacts
 
 Who = Literal["teachers", "followed", "itself", "alone"]
 """Which teachers are asked: the prompts' own, what training follows, the student itself, single models."""
@@ -46,7 +46,7 @@ class RankFacts:
     teachers: TeacherFacts
     identities: Mapping[str, str]
     single_models: tuple[str, ...]
-    student_context: int | None
+    student_context: Limit | None
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Rank:
             found.bind(("", 0))
             return int(found.getsockname()[1])
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
+    def packing_errors(self) -> dict[str, dict[str, float]]:
         """As of the studio; asked before the weights are spread."""
         assert self._learner is None
-        return self._studio.packing_errors(probes)
+        return self._studio.packing_errors()
 
     def meet(self, address: str) -> None:
         """Join the other ranks, and spread every network over all of them."""
@@ -170,7 +170,7 @@ class Rank:
         except OSError as error:
             raise RunError(
                 f"learner rank 0 on {socket.gethostname()} cannot write the student for its engines: {error}; free space for "
-                "temporary files there (or set TMPDIR), then continue with 'opd train --resume'"
+                "temporary files there (or set TMPDIR)"
             ) from None
         return True, {name: np.frombuffer(content, dtype=np.uint8) for name, content in files.items()}
 
@@ -205,8 +205,7 @@ def _one_line_of(folder: str, what: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception: Ray would take it for the end of this process
         rank, (why, _) = next(iter(error.failures.items()))
         raise RunError(
-            f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; mend the disk there, then continue with "
-            "'opd train --resume'"
+            f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; check the disk there"
         ) from None
 
 

@@ -20,22 +20,24 @@ from opd.distributed.engines import (
     bookings_of_teachers,
 )
 from opd.distributed.group import RankGroup, RankLearner, RankTeachers
-from opd.embedded.loading import gguf_folder, load_tokenizer, require_adapter_folder
+from opd.embedded.adapters import adapter_config
+from opd.embedded.loading import gguf_folder, load_tokenizer
 from opd.embedded.studio import distances_of
 from opd.errors import RunError, one_line
 from opd.metrics import merge
-from opd.records import Prompt, ScoredRollout
-from opd.roles import Alone, Sampler, Teacher, TeacherFacts
+from opd.records import ScoredRollout
+from opd.roles import Alone, Limit, Sampler, Teacher, TeacherFacts, smallest
 from opd.served.facts import connect_all, connect_started
 from opd.served.form import Form
 from opd.served.model import ServedModel
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed, identities_of
+from opd.served.teacher import ServedTeacher, WithServed, identities_of, templates_of
 from opd.served.vllm_form import VLLM
 from opd.served.wire import Wire
 from opd.tasks.episodes import EpisodePlayer, MakeEnvironment
 from opd.text.chat import Chat
-from opd.text.tokenizer import end_token_ids
+from opd.text.template import freeze
+from opd.text.turn_end import turn_end
 
 
 def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStudio":
@@ -44,8 +46,11 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         config = config.model_copy(update={"student": str(gguf_folder(Path(config.student)))})
     for name, teacher in config.teachers.items():
         if teacher.adapter is not None:  # what can be seen here need not wait for a cluster
-            require_adapter_folder(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
+            adapter_config(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
     loaded = load_tokenizer(config.student)
+    if config.template_time is not None:
+        freeze(loaded.tokenizer, config.template_time)
+    end = turn_end(loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'")
     with ExitStack() as started:
         _join(config)
         started.callback(ray.shutdown)
@@ -62,9 +67,8 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         started.callback(engines.close)
         group.build()
         served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
-        ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
-        chat = Chat(loaded.tokenizer)
-        player = EpisodePlayer(chat, config.episodes, end_ids=ends, make_environment=make_environment)
+        chat = Chat(loaded.tokenizer, rows=group.facts.teachers.vocab_size)
+        player = EpisodePlayer(chat, config.episodes, end_ids=end.ids, make_environment=make_environment)
         return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 
 
@@ -93,10 +97,10 @@ class DistributedStudio:
         self._started = started
 
     @property
-    def student_context(self) -> int | None:
+    def student_context(self) -> Limit | None:
         """The longest sequence that the student takes, at ranks and engines."""
-        limits = (self._group.facts.student_context, self._engines.context())
-        return min((c for c in limits if c is not None), default=None)
+        context = self._engines.context()
+        return smallest((self._group.facts.student_context, None if context is None else Limit(context)))
 
     @property
     def identities(self) -> Mapping[str, str]:
@@ -108,14 +112,19 @@ class DistributedStudio:
         inside = self._group.facts.teachers
         return replace(
             inside,
-            contexts={**inside.contexts, **{n: t.context for n, t in self._served.items()}},
+            contexts={
+                **inside.contexts,
+                **{n: None if t.context is None else Limit(t.context) for n, t in self._served.items()},
+            },
             without_distributions=inside.without_distributions | self._served.keys(),
             unknown_tokenizers={n: t.unknown for n, t in self._served.items()},
+            templates={**inside.templates, **templates_of(self._served)},
         )
 
     def sampler(self) -> Sampler:
         """Of the student as it is, at its engines."""
-        return self._sampler_of(self._engines, self._group.facts.student_context)
+        limit = self._group.facts.student_context
+        return self._sampler_of(self._engines, None if limit is None else limit.tokens)
 
     def _sampler_of(self, model: ServedModel, context: int | None = None, form: Form = VLLM) -> ServedSampler:
         return ServedSampler(
@@ -164,9 +173,9 @@ class DistributedStudio:
         found = self._group.each("distances", [(list(scored[a:b]),) for a, b in bounds])
         return distances_of(merge(found), [s.score.teacher for s in scored])
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> Mapping[str, float]:
-        """Of each set of weights, before they are spread."""
-        return self._group.packing_errors(probes)
+    def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
+        """Of each model, before its weights are spread."""
+        return self._group.packing_errors()
 
     def export(self, folder: Path) -> None:
         """Write the student."""

@@ -4,7 +4,8 @@ transformers hands every attention layer of a model to a function of our choice,
 with: `plan` says what the tokens of this pass see. Without a plan a model attends as it always does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from opd.data.tiles import TileGroup, tile_groups
 from opd.data.tree import TokenTree
+from opd.embedded.architecture import require_packable
 from opd.errors import ModelError
 
 _NAME = "opd"
@@ -37,17 +39,25 @@ class Plan(Protocol):
 
 
 def use_plans(model: PreTrainedModel, *, source: str) -> None:
-    """Let a model's attention be planned. Raises ModelError for an architecture that keeps its attention to itself."""
-    if not model._supports_attention_backend:
-        raise ModelError(
-            f"model '{source}': {type(model).__name__} does not take another attention function (transformers' "
-            "AttentionInterface), so its passes cannot be packed; serve it, or use another architecture"
-        )
+    """Let a model's attention be planned. Raises ModelError for an architecture that keeps its attention to itself, or has layers
+    that no plan can run."""
+    require_packable(model, source=source)
     model.set_attn_implementation(_NAME)
     if model.config.get_text_config()._attn_implementation != _NAME:
         raise ModelError(
             f"model '{source}': {type(model).__name__} kept its own attention, so its passes cannot be packed"
         )
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend as transformers alone would: in full, with the model's own mask."""
+    before = model.config.get_text_config()._attn_implementation or _NAME
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _attend(

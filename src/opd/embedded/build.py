@@ -1,7 +1,7 @@
 """From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from opd.embedded.network import Network
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.teacher import Part, Target, Voice
 from opd.errors import ModelError
-from opd.roles import INITIAL_STUDENT
+from opd.roles import INITIAL_STUDENT, OtherTemplate
 from opd.served.facts import connect_all
 from opd.served.teacher import ServedTeacher, identities_of
 from opd.served.wire import Wire
 from opd.tasks.episodes import MakeEnvironment, one_turn
 from opd.text.cells import common_cells
+from opd.text.own_prompt import OwnPrompt, different_renderings, same_template
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
-from opd.text.tokenizer import difference, fingerprint
+from opd.text.template import clock_of, freeze
+from opd.text.tokenizer import described_token, difference, fingerprint, ids_without_rows
+from opd.text.turn_end import turn_end
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 
@@ -40,6 +43,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
     student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
     """
+    config = config.started()
     network = _student(config)
     lora = config.trainable == "lora"
     loaded: dict[str, Network] = {config.student: network} if lora else {}
@@ -49,7 +53,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
             continue
         source = teacher.model or config.student
         if source not in loaded:
-            loaded[source] = load_network(source, config.compute)
+            loaded[source] = _load(source, config)
         home = loaded[source]
         # A name of our own: peft refuses some, and a teacher may be called "student".
         adapter = f"teacher{index}" if teacher.adapter is not None else None
@@ -58,19 +62,17 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
         voices[name] = Voice(home, adapter)
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
-            loaded[config.student] = load_network(config.student, config.compute)
+            loaded[config.student] = _load(config.student, config)
         # A fresh adapter changes nothing before the first step: its base is the student as it was.
         if config.lora.start is not None:
             add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
         voices[INITIAL_STUDENT] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
     foreign = _foreign(config, network, voices)
+    voices |= _shown_own_prompts(config, network, {n: v for n, v in voices.items() if n not in foreign})
     own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
     vocab_size = min(n.vocab_size for n in own)
-    needed = max(network.tokenizer.get_vocab().values()) + 1
-    if needed > vocab_size:
-        raise ModelError(
-            f"the tokenizer of '{config.student}' has {needed} ids, the smallest output head {vocab_size} rows"
-        )
+    narrowest = min(own, key=lambda n: n.vocab_size)
+    _require_rows(network, vocab_size, narrowest.source)
     for net in own:
         net.vocab_size = vocab_size
     connected = _connected(config, network.tokenizer) if served else {}
@@ -80,7 +82,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
     return EmbeddedStudio(
         config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, connected, identities,
-        vocab_size, make_environment,
+        vocab_size, make_environment, _other_templates(config, network, voices, foreign),
     )  # fmt: skip
 
 
@@ -113,15 +115,25 @@ def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -
     return (*scaled, Part(name, voices[name], 1.0 - share))
 
 
+def _load(source: str, config: Config | SftConfig) -> Network:
+    """A model, whose chat template reads the run's clock."""
+    network = load_network(source, config.compute)
+    if config.template_time is not None:
+        freeze(network.tokenizer, config.template_time)
+    return network
+
+
 def build_student(config: SftConfig) -> Voice:
     """A student to fine-tune, without teachers."""
-    return Voice(_student(config), "student" if config.trainable == "lora" else None)
+    network = _student(config.started())
+    _require_rows(network, network.vocab_size, network.source)
+    return Voice(network, "student" if config.trainable == "lora" else None)
 
 
 def _student(config: Config | SftConfig) -> Network:
     """What is to be trained, as it trains."""
     prepare(config.compute)
-    network = load_network(config.student, config.compute)
+    network = _load(config.student, config)
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)
     if config.compute.activation_checkpointing:
@@ -135,10 +147,10 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
     writer = None
     for name, voice in voices.items():
         network = voice.network
-        gap = None if network is student else difference(student.tokenizer, network.tokenizer)
-        if gap is None:
+        what = _other_tokens(config, name, student, network)
+        if what is None:
             continue
-        _require_text_alone(config, name, f"'{network.source}' has another tokenizer than '{student.source}' ({gap})")
+        _require_text_alone(config, name, what)
         writer = writer or Writer(
             student.tokenizer, generation_config=student.base.generation_config, vocab_size=student.vocab_size
         )
@@ -149,7 +161,7 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
             vocab_size=network.vocab_size,
         )
         mask = config.alignment.non_canonical == "mask"
-        _require_a_row_each(network)
+        _require_rows(network, network.vocab_size, network.source, reader.end_ids)
         floor = config.objective.teacher_logprob_floor
         cells = None
         if config.objective.type == "support":
@@ -166,12 +178,85 @@ def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> d
     return found
 
 
-def _require_a_row_each(network: Network) -> None:
-    needed = max(network.tokenizer.get_vocab().values()) + 1
-    if needed > network.vocab_size:
+def _other_tokens(config: Config, name: str, student: Network, network: Network) -> str | None:
+    """Why a teacher can only be compared by text: another tokenizer, or another token that ends a turn; None where neither."""
+    if network is student:
+        return None
+    gap = difference(student.tokenizer, network.tokenizer)
+    if gap is not None:
+        return f"'{network.source}' has another tokenizer than '{student.source}' ({gap})"
+    if not _reads_own_prompts(config, name, student, network):
+        return None
+    ours, theirs = (
+        turn_end(n.tokenizer, n.base.generation_config, who=f"model '{n.source}'") for n in (student, network)
+    )
+    if theirs.written in ours.ids:
+        return None
+    ends = [student.tokenizer.convert_ids_to_tokens(end.written) for end in (theirs, ours)]
+    return (
+        f"'{network.source}' ends a turn with {ends[0]!r} and '{student.source}' with {ends[1]!r} (teachers.{name}.template = "
+        "'student' would ask it in the student's template)"
+    )
+
+
+def _reads_own_prompts(config: Config, name: str, student: Network, network: Network) -> bool:
+    """Whether a teacher of the student's vocabulary is shown conversations in a chat template of its own."""
+    return (
+        name in config.teachers
+        and config.teachers[name].template == "own"
+        and bool(network.tokenizer.chat_template)  # a model without one has no prompt of its own
+        and not same_template(student.tokenizer, network.tokenizer)
+    )
+
+
+def _shown_own_prompts(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, Voice]:
+    """Those of the voices that read the student's tokens behind prompts of their own."""
+    return {
+        name: replace(voice, prompts=OwnPrompt(voice.network.tokenizer, student.tokenizer, name=name))
+        for name, voice in voices.items()
+        if voice.network is not student and _reads_own_prompts(config, name, student, voice.network)
+    }
+
+
+def _other_templates(
+    config: Config, student: Network, voices: Mapping[str, Voice], foreign: Mapping[str, ForeignVoice]
+) -> dict[str, OtherTemplate]:
+    """The teachers of the student's vocabulary that render a conversation otherwise than the student."""
+    found = {}
+    for name, voice in voices.items():
+        if name in foreign or name not in config.teachers:
+            continue
+        apart = different_renderings(student.tokenizer, voice.network.tokenizer)
+        if apart is not None:
+            none = "" if voice.network.tokenizer.chat_template else "it has none"
+            found[name] = OtherTemplate(voice.prompts is not None, apart.student, apart.teacher, unknown=none)
+    return found
+
+
+def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] | None = None) -> None:
+    """Note where a tokenizer has ids for which a model, `source`, has no rows. Raises ModelError where a turn would end with one;
+    that no prompt needs one is checked with the prompts.
+
+    ends: the ids that end a turn, where they are not the network's own.
+    """
+    beyond = ids_without_rows(network.tokenizer, rows)
+    if not beyond:
+        return
+    if ends is None:
+        ends = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'").ids
+    first = described_token(network.tokenizer, beyond[0])
+    said = (
+        f"the tokenizer of '{network.source}' has {len(beyond)} ids behind the {rows} rows of '{source}', first {first}"
+    )
+    unreachable = [index for index in ends if index >= rows]
+    if unreachable:
         raise ModelError(
-            f"the tokenizer of '{network.source}' has {needed} ids, its output head {network.vocab_size} rows"
+            f"{said}; its turns end with {described_token(network.tokenizer, unreachable[0])}, which could never be sampled: name "
+            "another end token (eos_token in tokenizer_config.json, eos_token_id in generation_config.json), or give the model a "
+            "row for it (transformers: resize_token_embeddings)"
         )
+    note = f"{said}; they are never sampled, and a text that needs one is refused"
+    network.notes += [note] if note not in network.notes else []
 
 
 def _require_text_alone(config: Config, name: str, what: str) -> None:
@@ -215,8 +300,10 @@ def _identities(
     named = {f"teacher '{name}'": _identity(config, name, voice) for name, voice in voices.items()}
     named |= identities_of(served)
     named["the student's tokenizer"] = fingerprint(student.tokenizer)
-    for name, voice in foreign.items():
-        named[f"the tokenizer of teacher '{name}'"] = fingerprint(voice.reader.tokenizer)
+    for name, voice in voices.items():
+        if name in foreign or voice.prompts is not None:
+            tokenizer, clock = voice.network.tokenizer, clock_of(voice.network.tokenizer)
+            named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
     if config.trainable == "lora":
         named["the student's base"] = student.fingerprint()
     return named

@@ -16,6 +16,7 @@ from opd.text.cells import Cells
 from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
+from opd.text.tokenizer import described_token
 from opd.text.tool_calls import Syntax
 
 
@@ -58,9 +59,19 @@ def score_foreign(
             scores[i] = FailedScore(teacher, str(error))
             continue
         longest = max(len(t.reading.token_ids) + 1 for t in lined_up)
-        limit = voice.network.max_context
-        if limit is not None and longest > limit:
-            scores[i] = FailedScore(teacher, f"{longest} tokens exceed the context of teacher '{teacher}' ({limit})")
+        limit = voice.network.limit
+        if limit is not None and longest > limit.tokens:
+            who = f"teacher '{teacher}'"
+            scores[i] = FailedScore(teacher, f"{longest} tokens exceed {limit.of(who)}")
+            continue
+        beyond = next(
+            (i for t in lined_up for i in t.reading.token_ids.tolist() if i >= voice.network.vocab_size), None
+        )
+        if beyond is not None:
+            token = described_token(voice.reader.tokenizer, beyond)
+            scores[i] = FailedScore(
+                teacher, f"the text needs token {token}, for which teacher '{teacher}' has no embedding"
+            )
             continue
         turns += lined_up
         owners += [i] * len(lined_up)

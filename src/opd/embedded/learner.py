@@ -24,7 +24,7 @@ from opd.embedded.terms import (
     student_scores,
     vocabulary_settings,
 )
-from opd.errors import ScoreError
+from opd.errors import RunError, ScoreError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge
 from opd.objectives.vocabulary import TeacherHead
 from opd.signal import divisor
@@ -143,7 +143,7 @@ class EmbeddedLearner:
         if not torch.isfinite(norm):
             raise ScoreError(
                 f"update {self._num_updates}: the gradient's norm is {float(norm)}; the weights were left as they are. "
-                "Lower optimizer.lr, or use compute.dtype = 'float32'"
+                "Begin a new run with a lower optimizer.lr, or with compute.dtype = 'float32'"
             )
         lr = learning_rate(self._config, self._num_updates, self._steps)
         for group in self._optimizer.param_groups:
@@ -185,6 +185,8 @@ class EmbeddedLearner:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Raises RunError where the tensors are not those of the weights that train."""
+        _require_same_weights({f"student/{name}": p for name, p in self._parameters.items()}, tensors)
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(tensors[f"student/{name}"])
@@ -200,6 +202,18 @@ class EmbeddedLearner:
         head = self._network.head_weight()
         sizes = [len(h.rows) for h in self._heads.values() if h.cells is None]
         return head[: min([len(head), *sizes])]
+
+
+def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise RunError where a checkpoint holds other weights than those that train, by name or by shape."""
+    extra = {name for name in found if name.startswith("student/")} - wanted.keys()
+    odd = sorted(extra | {n for n, p in wanted.items() if n not in found or found[n].shape != p.shape})
+    if odd:
+        raise RunError(
+            f"the checkpoint is of another student: {len(odd)} of its weights and of the {len(wanted)} that train have no "
+            f"counterpart of their shape, first '{odd[0].removeprefix('student/')}'; resume with the model, transformers and peft "
+            "that wrote it"
+        )
 
 
 def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:

@@ -17,15 +17,28 @@ import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.config import ComputeConfig, LoraConfig
+from opd.embedded.adapters import (
+    MERGE,
+    adapter_config,
+    adapter_names,
+    lora_layers,
+    require_inner_layers,
+    require_same_adapter,
+)
+from opd.embedded.architecture import require_packable_config
 from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
+from opd.embedded.weights import difference_of_names, require_loaded, require_whole
 from opd.errors import ModelError
 
 ADAPTER_FACTS = "opd.json"
+OWN_CODE = (
+    "needs code of its own (auto_map in config.json or tokenizer_config.json), which opd never runs; use a model that transformers "
+    "itself has a class for, or a newer transformers that has one"
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,17 +61,52 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
         _require_a_place(source)
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"model folder '{source}' has no config.json; expected a Hugging Face model folder")
+    require_whole(path, source)
     where = str(path)
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, compute.dtype), attn_implementation="sdpa", use_safetensors=True
+        facts = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    require_packable_config(facts, source=source)
+    with _one_line(source), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        # every architecture has this attention; `Network` replaces it
+        model, notes = _read_model(
+            where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+    notes += _own_code(model, tokenizer, source)
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     model.to(device).eval().requires_grad_(False)
-    return Network(model, tokenizer, source)
+    return Network(model, tokenizer, source, notes=notes)
+
+
+def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+    """A model with every weight from its files, and lines about what of these is left out."""
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        where, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = found
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model '{source}' holds an adapter beside its weights (adapter_config.json), which transformers adds to them; "
+            "name the adapter by itself (teachers.NAME.adapter, lora.start), or move it out of the folder"
+        )
+    return model, require_loaded(model, info, source)
+
+
+def _own_code(model: Any, tokenizer: Any, source: str) -> list[str]:
+    """A line where a model or a tokenizer comes with code of its own, which is not run."""
+    config = getattr(model.config, "auto_map", None) or {}
+    said = {"config.json": (config.get("AutoModelForCausalLM"), model)}
+    said["tokenizer_config.json"] = (getattr(tokenizer, "init_kwargs", {}).get("auto_map"), tokenizer)
+    return [
+        f"model '{source}': its {file} names code of its own ({code}), which opd never runs; {type(part).__name__} of transformers "
+        "takes its place"
+        for file, (code, part) in said.items()
+        if code
+    ]
 
 
 def _require_a_place(source: str) -> None:
@@ -84,9 +132,11 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     where = str(path.parent) if file else source
     with _one_line(source), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(where, **file)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{source}': its tokenizer has no end token, so no response could end")
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
     return LoadedTokenizer(tokenizer, None if file else _generation_config(source))
 
 
@@ -94,9 +144,9 @@ def _generation_config(source: str) -> GenerationConfig | None:
     """What says how the model generates, as loading the model would find it; None where nothing does."""
     with quiet():
         with contextlib.suppress(OSError, ValueError):
-            return GenerationConfig.from_pretrained(source)
+            return GenerationConfig.from_pretrained(source, trust_remote_code=False)
         with contextlib.suppress(OSError, ValueError):
-            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     return None
 
 
@@ -107,7 +157,9 @@ def gguf_folder(path: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
-    folder = cache / f"{path.stem}-{digest}"
+    folder = (
+        cache / f"{path.stem}-{digest}-whole"
+    )  # those without that name were made before missing weights were refused
     if not folder.is_dir():
         convert_gguf(path, folder)
     return folder
@@ -119,10 +171,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:  # a kill leaves the staging folder behind, never half of `folder`
         with _one_line(str(path)), quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            model, _ = _read_model(str(path.parent), str(path), gguf_file=path.name, dtype=torch.float32)
             # What was read is no longer quantised: without this, saving would ask for a GGUF writer.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
@@ -158,79 +208,76 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
     fuse_adapters(network.base)
     network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
     if config.start is not None:
-        _start_from(network, config, config.start)
+        _start_from(network, config.start)
 
 
-def _start_from(network: Network, config: LoraConfig, folder: str) -> None:
-    """Give the student's adapter the weights of another one; raises ModelError where that one has another shape or base."""
+def _start_from(network: Network, folder: str) -> None:
+    """Give the student's adapter the weights of another one; raises ModelError where that one computes something else, or has
+    another base."""
     who = f"adapter '{folder}' (lora.start)"
-    _require_adapter(network, folder, who, otherwise="start without it")
-    described = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, name, wanted in (("r", "rank", config.rank), ("lora_alpha", "alpha", config.alpha)):
-        if described.get(key) != wanted:
-            raise ModelError(f"{who} has {name} {described.get(key)}, lora.{name} is {wanted}; write that one")
-    try:
-        weights = load_file(Path(folder) / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise ModelError(f"{who} cannot be read: {_first_line(error)}") from None
-    own = get_peft_model_state_dict(network.model, adapter_name="student", save_embedding_layers=False)
-    odd = sorted(set(own) ^ set(weights)) or sorted(n for n, w in weights.items() if own[n].shape != w.shape)
-    if odd:
-        raise ModelError(
-            f"{who} has other weights than the student's adapter: {len(odd)} without a counterpart of their shape, first {odd[0]}; "
-            "set lora.target_modules as it was made"
-        )
+    config = _load_adapter(network, folder, who, name="start", otherwise="start without it")
+    require_same_adapter(network, "student", "start", who, config)
+    assert isinstance(network.model, PeftModel)
     with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(weights[name])
+        for _, layer in lora_layers(network.base):
+            for factor in (layer.lora_A, layer.lora_B):
+                factor["student"].weight.copy_(factor["start"].weight)
+    network.model.delete_adapter("start")
 
 
 def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> None:
     """Load `teacher`'s frozen adapter beside the others, under a `name` of ours.
 
-    Raises ModelError when it is missing or was made for another base.
+    Raises ModelError when it is missing, was made for another base, or is of a kind that opd does not compute.
     """
     who = f"adapter '{folder}' (teacher '{teacher}')"
-    _require_adapter(network, folder, who, otherwise=f"load the teacher as a whole model (teachers.{teacher}.model)")
+    otherwise = f"load the teacher as a whole model (teachers.{teacher}.model)"
+    _load_adapter(network, folder, who, name=name, otherwise=otherwise)
+    fuse_adapters(network.base)
+    network.base.requires_grad_(False)
+
+
+def _load_adapter(network: Network, folder: str, who: str, *, name: str, otherwise: str) -> PeftLoraConfig:
+    """Load an adapter with PEFT itself, beside the others. Raises ModelError where PEFT would leave some of it out, or change what
+    the base computes."""
+    config, names = adapter_config(folder, who), adapter_names(folder, who)
+    require_inner_layers(network, names, config, who)
+    before = network.fingerprint()
+    facts = _adapter_facts(Path(folder))
+    if facts and facts.get("base_fingerprint") != before:
+        raise ModelError(
+            f"{who} was made on another base ('{facts.get('base')}', fingerprint {facts.get('base_fingerprint')}) than "
+            f"'{network.source}' ({before}); use that base, or {otherwise}"
+        )
     try:
         with quiet():
             if isinstance(network.model, PeftModel):
                 network.model.load_adapter(folder, adapter_name=name, is_trainable=False)
             else:
-                network.model = PeftModel.from_pretrained(network.base, folder, adapter_name=name, is_trainable=False)
+                network.model = PeftModel.from_pretrained(
+                    network.base, folder, adapter_name=name, is_trainable=False, trust_remote_code=False
+                )
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{who} does not fit the base '{network.source}': {_first_line(error)}") from None
-    wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
-    odd = sorted(wanted ^ set(load_file(Path(folder) / "adapter_model.safetensors")))
-    if odd:
-        raise ModelError(
-            f"{who} was made for another base than '{network.source}': {len(odd)} of its weights or of the base's layers have no "
-            f"counterpart, first {odd[0]}"
-        )
-    fuse_adapters(network.base)
-    network.head_weight()  # refuses an adapter that replaced the head
-    network.base.requires_grad_(False)
+    with quiet():
+        wanted = set(get_peft_model_state_dict(network.model, adapter_name=name, save_embedding_layers=False))
+    if wanted != names:
+        raise ModelError(f"{who} does not fit the base '{network.source}': {_other_names(names, wanted)}")
+    if network.fingerprint() != before:
+        raise ModelError(f"{who} changes the weights of its base when it is loaded; {MERGE}")
+    return config
 
 
-def require_adapter_folder(folder: str, who: str) -> None:
-    """Raise ModelError where a folder is no LoRA adapter."""
-    path = Path(folder)
-    if not (path / "adapter_config.json").exists():
-        raise ModelError(f"{who} has no adapter_config.json; expected a PEFT LoRA folder")
-    if not (path / "adapter_model.safetensors").exists():
-        raise ModelError(f"{who} has no adapter_model.safetensors; pickles are not loaded")
-
-
-def _require_adapter(network: Network, folder: str, who: str, *, otherwise: str) -> None:
-    """Raise ModelError where a folder is no LoRA adapter, or one of another base."""
-    require_adapter_folder(folder, who)
-    path = Path(folder)
-    facts = _adapter_facts(path)
-    if facts and facts.get("base_fingerprint") != network.fingerprint():
-        raise ModelError(
-            f"{who} was made on another base ('{facts.get('base')}', fingerprint {facts.get('base_fingerprint')}) than "
-            f"'{network.source}' ({network.fingerprint()}); use that base, or {otherwise}"
-        )
+def _other_names(found: set[str], wanted: set[str]) -> str:
+    """Why an adapter's weights are not those of its layers on this base: PEFT leaves out what has no counterpart."""
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of its {len(wanted)} weights are missing in its file, first '{missing[0]}'")
+    if extra:
+        said.append(f"{len(extra)} weights in its file belong to no layer of it, first '{extra[0]}'")
+    cause = difference_of_names(extra, missing) or "it was made for another base, or the file is not of this adapter"
+    return f"{' and '.join(said)}; {cause}"
 
 
 def save_adapter_facts(folder: Path, network: Network) -> None:
@@ -257,12 +304,32 @@ def _one_line(source: str) -> Iterator[None]:
     """Turn a loader's failure into one line that names the model."""
     try:
         yield
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's own (disk full, no permission), not the model's
+        if asks_for_own_code(error, source):
+            raise ModelError(f"model '{source}' {OWN_CODE}") from None
         # what is no folder is asked of the hub
         where = "" if Path(source).exists() else "there is no such folder here, and as a model of the hub: "
         raise ModelError(f"model '{source}' cannot be loaded: {where}{_first_line(error)}") from None
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # so tokenizers says that a file is damaged
+        raise ModelError(f"model '{source}': its tokenizer cannot be loaded: {_first_line(error)}") from None
+
+
+def asks_for_own_code(error: Exception, source: str) -> bool:
+    """Whether a loader refuses a model because its own code would have to be run."""
+    said = str(error)
+    if "trust_remote_code" in said or "recognize" not in said.lower():
+        return "trust_remote_code" in said
+    try:
+        return "auto_map" in json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _first_line(error: Exception) -> str:
@@ -282,7 +349,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
-            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which `add_adapter` refuses
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which `_load_adapter` refuses
             yield
     finally:
         transformers.logging.set_verbosity(level)

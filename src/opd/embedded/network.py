@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 
 from opd.data.micro import MicroBatch
 from opd.data.tree import TokenTree, pack_trees
+from opd.embedded.architecture import decoder_layers, length_limit
 from opd.embedded.attention import Plan, TreePlan, use_plans
 from opd.embedded.linear import few_rows, merged
 from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
+from opd.roles import Limit
+from opd.text.tokenizer import described_token
 
 # of four dimensions, so that transformers makes none: a plan says it
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -49,14 +52,17 @@ class Network:
     adapter it speaks for (None: the bare model).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str, *, notes: Sequence[str] = ()) -> None:
+        """notes: lines about how it was loaded that a user should know."""
         self.model: PreTrainedModel | PeftModel = model
         self.base = model
         self.tokenizer = tokenizer
         self.source = source
+        self.notes = list(notes)
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
+        self._num_embeddings = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
         use_plans(model, source=source)
         self._active: tuple[str | None, bool] | None = None
 
@@ -65,16 +71,14 @@ class Network:
         return self.base.device
 
     @property
-    def max_context(self) -> int | None:
-        """The longest sequence that the packed pass is right for, or None where the model's config sets no limit.
+    def limit(self) -> Limit | None:
+        """The longest sequence that the packed pass is right for, and why; None where the model's config sets no limit."""
+        return length_limit(self.base.config)
 
-        That is the context, and with sliding-window layers their window: the mask of a packed pass has no window.
-        """
-        config = self.base.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
-        limits = [getattr(config, "max_position_embeddings", None), window]
-        return min((limit for limit in limits if limit is not None), default=None)
+    @property
+    def max_context(self) -> int | None:
+        """The tokens of `limit`."""
+        return None if self.limit is None else self.limit.tokens
 
     def head_weight(self) -> Tensor:
         """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
@@ -125,16 +129,13 @@ class Network:
 
     def layers(self) -> Iterator[torch.nn.Module]:
         """The blocks of the model, those that transformers would not split over devices."""
-        blocks = set(getattr(self.base, "_no_split_modules", None) or ())
-        for module in self.base.modules():
-            if type(module).__name__ in blocks:
-                yield module
+        return decoder_layers(self.base)
 
     def checkpoint_layers(self) -> None:
         """From now on keep of each layer its input alone for the gradient, and compute the layer again."""
         for layer in self.layers():
             # of this one module, inside of what FSDP does around its call
-            layer.forward = partial(_checkpointed, layer.forward)
+            layer.forward = partial(checkpointed, layer.forward)
 
     def remember_fingerprint(self) -> None:
         """Keep the fingerprint: weights on several ranks cannot be read by one."""
@@ -162,6 +163,11 @@ class Network:
     def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
         """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
         device = self.device
+        if token_ids.size and int(token_ids.max()) >= self._num_embeddings:
+            raise ModelError(
+                f"model '{self.source}': a sequence has token {described_token(self.tokenizer, int(token_ids.max()))}, and the "
+                f"embeddings have {self._num_embeddings} rows; take it out of the text"
+            )
         return self._backbone(
             input_ids=torch.from_numpy(token_ids).to(device),
             position_ids=torch.as_tensor(positions).to(device),
@@ -208,22 +214,9 @@ class Network:
             digest.update(sample.numpy().tobytes())
         return digest.hexdigest()[:32]
 
-    @torch.no_grad()
-    def packing_error(self, sequences: Sequence[Sequence[int]]) -> float:
-        """The largest difference between packed logits and those of the model's plain forward pass, one by one."""
-        [(_, tree)] = pack_trees(sequences, max_tokens=sum(map(len, sequences)) + 1)
-        packed = self.hidden_states(tree) @ self.head_weight().T
-        worst = 0.0
-        for sequence, path in zip(sequences, tree.paths, strict=True):
-            plain = self.base(input_ids=torch.tensor([list(sequence)], device=self.device)).logits[
-                0, :, : self.vocab_size
-            ]
-            gap = float((plain - packed[torch.from_numpy(path).to(self.device)]).abs().max())
-            worst = float(np.maximum(worst, gap))  # unlike max(), keeps a nan
-        return worst
 
-
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One call of a layer that keeps its inputs alone for the gradient."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(

@@ -28,6 +28,11 @@ class RowPlan:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_layers(self) -> int:
+        """Of how many layers it holds keys and values."""
+        return len(self._keys)
+
     def add(self, kept: Mapping[int, tuple[Tensor, Tensor]], paths: Sequence[np.ndarray]) -> None:
         """Append a row for each path through the nodes of a pass whose keys and values [nodes, key heads, size] were kept."""
         first, longest = len(self), max(map(len, paths))

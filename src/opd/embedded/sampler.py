@@ -16,7 +16,7 @@ from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed
 from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
 from opd.text.chat import Chat
-from opd.text.tokenizer import end_token_ids
+from opd.text.turn_end import turn_end
 
 _REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
 
@@ -130,9 +130,10 @@ class EmbeddedSampler:
 
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
-    """Plays episodes in a network's own template; its end tokens end a turn."""
-    ends = end_token_ids(network.tokenizer, network.base.generation_config)
-    return EpisodePlayer(Chat(network.tokenizer), limits, end_ids=ends, make_environment=make_environment)
+    """Plays episodes in a network's own template; the template's end of turn and its declared end tokens end a turn."""
+    end = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'")
+    chat = Chat(network.tokenizer, rows=network.vocab_size)
+    return EpisodePlayer(chat, limits, end_ids=end.ids, make_environment=make_environment)
 
 
 def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Studio`)."""
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,33 @@ from opd.config import Config
 from opd.embedded.export import export
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.learner import EmbeddedLearner
+from opd.embedded.network import Network
+from opd.embedded.packing import packed_gaps
 from opd.embedded.sampler import EmbeddedSampler, episode_player
 from opd.embedded.teacher import EmbeddedTeachers, Part, Target, Voice
+from opd.errors import ModelError
 from opd.metrics import Metrics, values
 from opd.objectives.vocabulary import CommonCells, TeacherHead
-from opd.records import Prompt, ScoredRollout
-from opd.roles import Alone, Teacher, TeacherFacts
+from opd.records import ScoredRollout
+from opd.roles import Alone, Limit, OtherTemplate, Teacher, TeacherFacts, smallest
 from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher, WithServed
+from opd.served.teacher import ServedTeacher, WithServed, templates_of
 from opd.tasks.episodes import MakeEnvironment
-from opd.text.chat import Chat
+from opd.text.own_prompt import same_template
+from opd.text.template import clock_of
+from opd.text.turn_end import turn_end
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
     """(reverse KL in nats per token, top-k overlap) of each teacher, from what the learner found."""
     found = values(metrics)
     return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
+
+
+def packing_of(voice: Voice, *, trains: bool) -> dict[str, float]:
+    """How far packed passes of one model, adapter included, are from its plain ones; trains: its gradients too."""
+    voice.network.activate(voice.adapter, trainable=trains)
+    return packed_gaps(voice.network, gradients=trains)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class EmbeddedStudio:
     voices: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
     `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
     tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have.
+    those of its tokenizer have. templates: the teachers in process whose chat template renders otherwise than the student's.
     """
 
     config: Config
@@ -50,6 +62,7 @@ class EmbeddedStudio:
     identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
+    templates: Mapping[str, OtherTemplate]
 
     def close(self) -> None:
         """Drop the connections to servers."""
@@ -66,8 +79,14 @@ class EmbeddedStudio:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
-            player=episode_player(voice.network, self.config.episodes, self.make_environment),
+            player=episode_player(self.home(voice), self.config.episodes, self.make_environment),
         )
+
+    def home(self, voice: Voice) -> Network:
+        """The network whose chat template shows this voice its prompts: its own, or the student's where the recipe says so."""
+        foreign = any(f.network is voice.network and f.adapter == voice.adapter for f in self.foreign.values())
+        own = foreign or voice.prompts is not None or same_template(self.tokenizer, voice.network.tokenizer)
+        return voice.network if own else self.student.network
 
     @property
     def tokenizer(self) -> Any:
@@ -75,9 +94,9 @@ class EmbeddedStudio:
         return self.student.network.tokenizer
 
     @property
-    def student_context(self) -> int | None:
+    def student_context(self) -> Limit | None:
         """The longest sequence that the student takes."""
-        return self.student.network.max_context
+        return self.student.network.limit
 
     def facts(self) -> TeacherFacts:
         """What the teachers are, to those who check them."""
@@ -87,15 +106,36 @@ class EmbeddedStudio:
             foreign={name: voice.network.vocab_size for name, voice in self.foreign.items()},
             without_distributions=frozenset(self.foreign.keys() | self.served.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.served.items()},
+            notes=[note for network in self._networks() for note in network.notes],
+            templates={**self.templates, **templates_of(self.served)},
+            turn_ends=self._turn_ends(),
+            reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
         )
 
-    def packing_errors(self, probes: Sequence[Prompt]) -> dict[str, float]:
-        """Of each set of weights: how far its packed logits are from its plain ones on these prompts."""
+    def _networks(self) -> list[Network]:
+        """Every set of weights, the student's first."""
+        return list(dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]))
+
+    def _turn_ends(self) -> dict[str, str]:
+        """Of the models whose chat template, tokenizer and generation config disagree on where a turn ends: how."""
         found = {}
-        for network in dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]):
-            network.activate(None if network is not self.student.network else self.student.adapter)
-            own = Chat(network.tokenizer)
-            found[network.source] = network.packing_error([own.encode_prompt(p) for p in probes])
+        for network in self._networks():
+            with contextlib.suppress(ModelError):  # of a template that is not used
+                end = turn_end(network.tokenizer, network.base.generation_config, who=network.source)
+                if end.note:
+                    found[network.source] = end.note
+        return found
+
+    def packing_errors(self) -> dict[str, dict[str, float]]:
+        """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
+        spoken = {(self.student.network, self.student.adapter): "the student"}
+        for name, voice in self.voices.items():
+            who = f"teacher '{name}'" if name in self.config.teachers else name
+            spoken.setdefault((voice.network, voice.adapter), who)
+        found = {}
+        for (network, adapter), who in spoken.items():
+            trains = (network, adapter) == (self.student.network, self.student.adapter)
+            found[who] = packing_of(Voice(network, adapter), trains=trains)
         return found
 
     def itself(self) -> EmbeddedTeachers:
@@ -164,11 +204,11 @@ class EmbeddedStudio:
             form=teacher.form,
         )
 
-    def _contexts(self) -> dict[str, int | None]:
+    def _contexts(self) -> dict[str, Limit | None]:
         """The longest sequence that each target can score, None where nothing limits it."""
-        limits = {n: [p.voice.network.max_context for p in target] for n, target in self.followed.items()}
-        limits |= {n: [teacher.context] for n, teacher in self.served.items()}
-        return {n: min((x for x in found if x is not None), default=None) for n, found in limits.items()}
+        limits = {n: smallest(p.voice.network.limit for p in target) for n, target in self.followed.items()}
+        served = {n: None if teacher.context is None else Limit(teacher.context) for n, teacher in self.served.items()}
+        return limits | served
 
     def learner(self) -> EmbeddedLearner:
         return EmbeddedLearner(
@@ -189,6 +229,7 @@ class EmbeddedStudio:
         }
         for name, voice in self.foreign.items():
             if (cells := voice.cells) is not None:
-                common = CommonCells(torch.from_numpy(cells.student), torch.from_numpy(cells.teacher), cells.num)
+                ours, theirs = cells.student[: self.vocab_size], cells.teacher[: voice.network.vocab_size]
+                common = CommonCells(torch.from_numpy(ours), torch.from_numpy(theirs), cells.num)
                 found[name] = TeacherHead(voice.network.head_weight(), common)
         return found

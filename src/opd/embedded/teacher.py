@@ -10,16 +10,24 @@ import torch
 from opd.data.micro import micro_batches
 from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.embedded.network import Network
+from opd.errors import DataError
 from opd.objectives.logprobs import token_logprobs
 from opd.records import FailedScore, HiddenPart, HiddenScore, Rollout, SampledScore, Score, ScoredRollout
+from opd.text.own_prompt import OwnPrompt, Shown, as_sampled
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One policy: a network and the adapter that speaks (None: the network's own weights)."""
+    """One policy: a network, the adapter that speaks (None: the network's own weights), and how it is shown rollouts (None: as the
+    student sampled them)."""
 
     network: Network
     adapter: str | None
+    prompts: OwnPrompt | None = None
+
+    def shown(self, rollout: Rollout) -> list[Shown]:
+        """What the network reads of a rollout. Raises DataError when its chat template refuses the conversation."""
+        return as_sampled(rollout) if self.prompts is None else self.prompts.read(rollout)
 
 
 @dataclass(frozen=True)
@@ -72,22 +80,25 @@ class EmbeddedTeachers:
                 scores.update(zip(mine, found, strict=True))
                 continue
             target = self._targets[teacher]
-            limit = min((c for part in target if (c := part.voice.network.max_context) is not None), default=None)
-            fits = []
+            fits: dict[int, list[list[Shown]]] = {}
             for i, rollout in enumerate(rollouts):
                 if rollout.prompt.teacher != teacher:
                     continue
-                if limit is None or len(rollout.token_ids) <= limit:
-                    fits.append(i)
-                else:
-                    reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{teacher}' ({limit})"
-                    scores[i] = FailedScore(teacher, reason)
-            found = self._score(teacher, target, [rollouts[i] for i in fits])
+                try:
+                    fits[i] = _readings(teacher, target, rollout)
+                except DataError as error:
+                    scores[i] = FailedScore(teacher, str(error))
+            found = self._score(teacher, target, [rollouts[i] for i in fits], list(fits.values()))
             scores.update(zip(fits, found, strict=True))
         return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
-    def _score(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
-        every = [(part, self._speak(part.voice, rollouts)) for part in target]
+    def _score(
+        self, teacher: str, target: Target, rollouts: Sequence[Rollout], readings: Sequence[Sequence[Sequence[Shown]]]
+    ) -> list[Score]:
+        """readings: of each rollout what each part of the target reads."""
+        every = [
+            (part, self._speak(part.voice, rollouts, [parts[k] for parts in readings])) for k, part in enumerate(target)
+        ]
         scores: list[Score] = []
         for i in range(len(rollouts)):
             logprobs = np.zeros(len(rollouts[i].token_ids), dtype=np.float32)
@@ -103,13 +114,16 @@ class EmbeddedTeachers:
         return scores
 
     @torch.no_grad()
-    def _speak(self, voice: Voice, rollouts: Sequence[Rollout]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _speak(
+        self, voice: Voice, rollouts: Sequence[Rollout], readings: Sequence[Sequence[Shown]]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """One voice's log-probabilities [tokens] of each rollout, and its hidden states [actions, hidden]."""
         network = voice.network
         network.activate(voice.adapter)
         head = network.head_weight()[: self._vocab_size]
-        sequences, masks = [r.token_ids for r in rollouts], [r.loss_mask for r in rollouts]
-        logprobs = [np.zeros(len(s), dtype=np.float32) for s in sequences]
+        shown = [each for reading in readings for each in reading]
+        sequences, masks = [each.token_ids for each in shown], [each.mask for each in shown]
+        values = [np.zeros(int(mask.sum()), dtype=np.float32) for mask in masks]
         states: list[np.ndarray] = [np.zeros((0, head.shape[1]), dtype=np.float32) for _ in sequences]
         for micro in network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
             nodes, inverse = np.unique(micro.states, return_inverse=True)
@@ -120,7 +134,25 @@ class EmbeddedTeachers:
             plain = every.float().cpu().numpy() if self._keep_hidden else None
             for member in micro.members:
                 mine = micro.owners == member
-                logprobs[member][micro.places[mine]] = found[mine]
+                values[member] = found[mine]
                 if plain is not None:
                     states[member] = plain[mine]
-        return logprobs, states
+        logprobs = [np.zeros(len(r.token_ids), dtype=np.float32) for r in rollouts]
+        joined, first = [], 0
+        for rollout, spread, reading in zip(rollouts, logprobs, readings, strict=True):
+            spread[rollout.loss_mask] = np.concatenate(values[first : first + len(reading)])
+            joined.append(np.concatenate(states[first : first + len(reading)]))
+            first += len(reading)
+        return logprobs, joined
+
+
+def _readings(teacher: str, target: Target, rollout: Rollout) -> list[list[Shown]]:
+    """What each part of a target reads of a rollout. Raises DataError for what it cannot read."""
+    found = []
+    for part in target:
+        found.append(part.voice.shown(rollout))
+        longest, limit = max(len(each.token_ids) for each in found[-1]), part.voice.network.limit
+        if limit is not None and longest > limit.tokens:
+            who = f"teacher '{teacher}'"
+            raise DataError(f"{longest} tokens exceed {limit.of(who)}")
+    return found

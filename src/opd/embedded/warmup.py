@@ -65,7 +65,7 @@ def _shown(studio: EmbeddedStudio, prompts: Sequence[Prompt], step: int) -> list
         rollouts = studio.sampler(voice).sample(mine, num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         # a template of its own is a rendering that the student never sees
-        foreign = fingerprint(voice.network.tokenizer) != ours
+        foreign = fingerprint(studio.home(voice).tokenizer) != ours
         found += _rewritten(studio, rollouts) if foreign else rollouts
     # a teacher's context may be longer than the student's
     long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}

@@ -9,11 +9,24 @@ import numpy as np
 from opd.config import nearest
 from opd.errors import CheckError, DataError
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
-from opd.roles import Teacher
+from opd.roles import Limit, OtherTemplate, Teacher
 from opd.text.lineup import describe
 from opd.text.pairing import total
 
 _NEAR_OVERLAP, _NEAR_KL = 0.6, 1.0  # nats a token
+# Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2 (docs/log.md).
+PACKED_WITHIN = 1e-3
+_PACKING_CAUSES = {
+    "plan": "this model does not hand on to its attention what a pass sees",
+    "head": "this model scales, caps or shifts its logits behind the output head",
+    "one sequence": "this model's layers do not see a token's predecessors by plain attention alone",
+    "several sequences": "this model's layers carry state across packed sequences",
+    "another order": "this model's layers carry state across packed sequences, which depends on their order",
+    "distant positions": "this model computes a sequence by the longest one of its pass",
+    "next pass": "this model keeps state from one pass to the next",
+    "grown rows": "this model's tokens one by one differ from its forward pass (layers that run more than once share one cache)",
+    "gradients": "this model's gradient through a packed pass differs from that of its forward pass",
+}
 _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
 
 
@@ -68,8 +81,8 @@ def lengths_fit(
     length: Callable[[Prompt], int],
     *,
     max_new_tokens: int,
-    contexts: Mapping[str, int | None],
-    teacher_contexts: Mapping[str, int | None],
+    contexts: Mapping[str, Limit | None],
+    teacher_contexts: Mapping[str, Limit | None],
 ) -> Finding:
     """Prompt and response fit the student's context and the prompt's teacher's. Raises DataError for the first that does not.
 
@@ -80,10 +93,10 @@ def lengths_fit(
         tokens = length(prompt)
         longest = max(longest, tokens)
         for who, limit in (*contexts.items(), (f"teacher '{prompt.teacher}'", teacher_contexts.get(prompt.teacher))):
-            if limit is not None and tokens + max_new_tokens > limit:
+            if limit is not None and tokens + max_new_tokens > limit.tokens:
                 raise DataError(
-                    f"prompt '{prompt.id}': {tokens} tokens + sampling.max_new_tokens = {max_new_tokens} exceed the context "
-                    f"of {who} ({limit}); shorten the prompt or lower sampling.max_new_tokens"
+                    f"prompt '{prompt.id}': {tokens} tokens + sampling.max_new_tokens = {max_new_tokens} exceed {limit.of(who)}; "
+                    "shorten the prompt or lower sampling.max_new_tokens"
                 )
     return Finding("lengths fit the contexts", True, f"longest prompt {longest} + {max_new_tokens} new tokens")
 
@@ -193,6 +206,23 @@ def tokens_compared(teacher: str, unknown: str) -> Finding:
     return Finding(f"teacher '{teacher}' has the student's tokenizer", True, detail, warning=bool(unknown))
 
 
+def prompts_compared(teacher: str, found: OtherTemplate) -> Finding:
+    """A teacher whose chat template is not known to be the student's reads its own prompts, or the student's by choice."""
+    if found.unknown:
+        detail = f"its chat template could not be compared ({found.unknown}), and it is scored in the student's prompts"
+        return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
+    if found.own:
+        detail = f"its chat template writes {found.teacher!r} where the student's writes {found.student!r}"
+        return Finding(f"teacher '{teacher}' reads prompts of its own", True, detail)
+    detail = f"it is scored behind {found.student!r}, where its own chat template writes {found.teacher!r}"
+    return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
+
+
+def turns_end(model: str, disagreement: str) -> Finding:
+    """A model's chat template, tokenizer and generation config disagree on the token that ends a turn."""
+    return Finding(f"where a turn of '{model}' ends", True, disagreement, warning=True)
+
+
 def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
     """How each teacher with another tokenizer reads the student's text; it fails when nothing is left to follow."""
     findings = []
@@ -218,11 +248,19 @@ def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
     )
 
 
-def packed_equals_plain(name: str, difference: float, *, tolerance: float) -> Finding:
-    """The packed forward pass with its own head gives the logits of the model's plain forward pass."""
-    return Finding(
-        f"packed logits equal plain logits ({name})",
-        difference <= tolerance,
-        f"largest difference {difference:.1e} (allowed {tolerance:.0e}); larger means an architecture that opd cannot pack "
-        "(recurrent layers, logit soft-capping)",
-    )
+def loaded_whole(notes: Sequence[str]) -> list[Finding]:
+    """What a user should know of how models were loaded."""
+    return [Finding("models are loaded as their files say", True, note, warning=True) for note in notes]
+
+
+def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
+    """Packed passes of a model equal its own forward pass, one row at a time, in float32 (`opd.embedded.packing.packed_gaps`)."""
+    wrong = next((probe for probe, gap in gaps.items() if not gap <= PACKED_WITHIN), None)
+    worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
+    detail = f"largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"
+    if wrong is not None:
+        detail = (
+            f"{_PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
+            "teachers.NAME.url)"
+        )
+    return Finding(f"packed logits equal plain logits ({name})", bool(gaps) and wrong is None, detail)

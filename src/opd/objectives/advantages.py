@@ -16,7 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.objectives.divergences import resolution
 from opd.objectives.reduce import masked
+
+
+def above_rounding(
+    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """The log ratios, 0 in a row in which none exceeds `divergences.resolution`: student and teacher are one model there."""
+    differ = (masked(log_ratio, mask).abs() > resolution(log_ratio.dtype)).any(-1, keepdim=True)
+    return log_ratio * differ
 
 
 def immediate(

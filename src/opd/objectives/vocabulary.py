@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd.objectives.baselines import score_weighted_mean
-from opd.objectives.divergences import mixture
+from opd.objectives.divergences import mixture, resolved
 from opd.objectives.target import target_logprobs
 from opd.objectives.tiles import blocks, tiles
 
@@ -330,26 +330,27 @@ def _in_cells(p: Tensor, cells: Tensor, num: int) -> Tensor:
 
 
 def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[Tensor, ...]:
-    """p h [states, ids or cells], up to a multiple of p, and (divergence, reverse_kl, entropy, floored, tail), each [states]."""
-    logp, p, logq, entropy = chunk.logp, chunk.p, chunk.logq, chunk.entropy
-    gap = logp - logq
-    pull = p * gap
-    reverse_kl = pull.sum(-1)
-    none = torch.zeros_like(entropy)
-    if how.support is not None:
-        assert sampled is not None
+    """p h [states, ids or cells], up to a multiple of p and 0 where only rounding differs, and (divergence, reverse_kl, entropy,
+    floored, tail), each [states]."""
+    gap = chunk.logp - chunk.logq
+    pull = chunk.p * gap
+    reverse_kl = divergence = pull.sum(-1)
+    differ, tail = resolved(chunk.p, gap - reverse_kl[:, None], reverse_kl), torch.zeros_like(chunk.entropy)
+    if how.support is not None and sampled is not None:
         pull, divergence, tail = _on_support(chunk, gap, sampled, how)
-        return pull, divergence, reverse_kl, entropy, chunk.floored, tail
-    if how.divergence == "reverse_kl":
-        return pull, reverse_kl, reverse_kl, entropy, chunk.floored, none
-    logq = torch.log_softmax(logq, -1)
-    q = logq.exp()
+    elif how.divergence != "reverse_kl":
+        pull, divergence = _of_normalised(chunk, how)
+    return pull * differ[:, None], divergence * differ, reverse_kl * differ, chunk.entropy, chunk.floored, tail
+
+
+def _of_normalised(chunk: _Chunk, how: VocabularyLoss) -> tuple[Tensor, Tensor]:
+    """(p h, the forward KL or the JSD), which take the target normalised."""
+    q = (logq := torch.log_softmax(chunk.logq, -1)).exp()
     if how.divergence == "forward_kl":
-        return -q, (q * (logq - logp)).sum(-1), reverse_kl, entropy, chunk.floored, none
-    beta = how.jsd_beta
-    logm = mixture(logp, logq, beta)
-    ours = (1.0 - beta) * p * (logp - logm)
-    return ours, beta * (q * (logq - logm)).sum(-1) + ours.sum(-1), reverse_kl, entropy, chunk.floored, none
+        return -q, (q * (logq - chunk.logp)).sum(-1)
+    logm = mixture(chunk.logp, logq, how.jsd_beta)
+    pull = (1.0 - how.jsd_beta) * chunk.p * (chunk.logp - logm)
+    return pull, how.jsd_beta * (q * (logq - logm)).sum(-1) + pull.sum(-1)
 
 
 def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, ...]:
@@ -357,7 +358,9 @@ def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, .
     scale p (log p - log q - KL), goes into `out`, and the chunk's tensors are written over."""
     gap = chunk.logp.sub_(chunk.logq)
     found = torch.linalg.vecdot(chunk.p, gap)
-    torch.mul(gap.sub_(found[:, None]), chunk.p.mul_(scale), out=out)
+    differ = resolved(chunk.p, gap.sub_(found[:, None]), found)
+    torch.mul(gap, chunk.p.mul_(scale * differ[:, None]), out=out)
+    found = found * differ
     return found, found, chunk.entropy, chunk.floored, torch.zeros_like(found)
 
 

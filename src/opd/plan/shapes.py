@@ -3,7 +3,7 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from opd.embedded.loading import OWN_CODE, asks_for_own_code
 from opd.errors import ModelError, one_line
+
+# fields of an adapter's config that change which layers it has, or how many parameters on each
+_NARROWING = ("rank_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "use_dora", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,11 @@ def read_shape(source: str) -> Shape:
     )
 
 
-def adapter_parameters(source: str, *, rank: int, target_modules: str | list[str] | set[str]) -> int:
-    """How many parameters a LoRA adapter of that rank on those layers of a model has."""
-    described = PeftLoraConfig(r=rank, target_modules=target_modules, task_type="CAUSAL_LM")  # type: ignore[arg-type]  # a set is given back
+def adapter_parameters(
+    source: str, *, rank: int, target_modules: str | list[str] | set[str], narrowed: Mapping[str, Any] | None = None
+) -> int:
+    """How many parameters a LoRA adapter of that rank on those layers of a model has. narrowed: other fields of its config."""
+    described = PeftLoraConfig(r=rank, target_modules=target_modules, task_type="CAUSAL_LM", **(narrowed or {}))  # type: ignore[arg-type]  # a set is given back
     try:
         with torch.device("meta"), _quiet():
             adapted = get_peft_model(_empty(source), described)
@@ -121,11 +127,12 @@ def adapter_of(folder: str, base: str) -> int:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rank, targets = int(found["r"]), found["target_modules"]
+        narrowed = {field: found[field] for field in _NARROWING if found.get(field)}
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(
             f"adapter '{folder}': its adapter_config.json cannot be read; expected a PEFT LoRA folder"
         ) from None
-    return adapter_parameters(base, rank=rank, target_modules=targets)
+    return adapter_parameters(base, rank=rank, target_modules=targets, narrowed=narrowed)
 
 
 def _config(source: str) -> Any:
@@ -137,8 +144,10 @@ def _config(source: str) -> Any:
         raise ModelError(f"model folder '{source}' has no config.json, all that a plan needs of it")
     try:
         with _quiet():
-            found = AutoConfig.from_pretrained(source).get_text_config()
+            found = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if asks_for_own_code(error, source):
+            raise ModelError(f"model '{source}' {OWN_CODE}") from None
         where = "" if Path(source).exists() else ", there is no such folder here"
         raise ModelError(
             f"model '{source}' has no config.json that can be read{where}: {one_line(str(error))[:200]}; name a folder with one"
@@ -157,8 +166,10 @@ def _empty(source: str) -> Any:
     """The model without memory."""
     try:
         with torch.device("meta"), _quiet():
-            return AutoModelForCausalLM.from_config(_config(source))
+            return AutoModelForCausalLM.from_config(_config(source), trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:
+        if asks_for_own_code(error, source):
+            raise ModelError(f"model '{source}' {OWN_CODE}") from None
         raise ModelError(f"model '{source}' is no causal language model: {one_line(str(error))[:200]}") from None
 
 

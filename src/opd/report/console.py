@@ -25,7 +25,7 @@ def printable(text: str, limit: int = 160) -> str:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """The step in one line: reverse KL, outcome, speed, and seconds by phase."""
+    """The step in one line: reverse KL, outcome (the mean reward), speed, and seconds by phase."""
     parts = [f"kl/token {values['kl/token/mean']:.4f}"] if "kl/token/mean" in values else []
     if "student/nll/mean" in values and not parts:
         parts.append(f"nll/token {values['student/nll/mean']:.4f}")

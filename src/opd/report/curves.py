@@ -4,6 +4,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd.errors import RunError, describe_error
+from opd.report.run_folder import RunFolder, explain_io, read_metrics
+
+
+def draw_run(folder: RunFolder) -> None:
+    """Draw curves.png of a run folder; raises RunError with one line where that fails."""
+    path = folder.path / "curves.png"
+    with explain_io(path):
+        try:
+            draw_curves(read_metrics(folder.path), path, title=str(folder.path))
+        except OSError:
+            raise
+        except Exception as error:  # a font, a backend: the numbers are safe
+            raise RunError(
+                f"cannot draw '{path}': {describe_error(error)}; metrics.jsonl holds the numbers; check matplotlib"
+            ) from error
+
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """What the metrics hold of reverse KL, likelihood, outcome, gradient norm and seconds a step, as one PNG.

@@ -3,7 +3,7 @@
 config.json        the resolved configuration
 metrics.jsonl      one line a step
 rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
-checkpoints/       what `opd train --resume` continues from
+checkpoints/       what `--resume` continues from
 alarms.jsonl       what the detectors of reward hacking raised
 before.json        the student's evaluation before the first step
 parity.json        the parity table; parity.md the same to read
@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import gzip
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -72,15 +73,30 @@ class RunFolder:
                 f"it from Python: opd.resume('{self.path}', {arguments}), and so opd.evaluate_run"
             )
 
+    def how_to_resume(self) -> str:
+        """The command, or the Python, that continues this run."""
+        own = self.path / _OWN_CODE
+        if own.is_file():
+            arguments = ", ".join(f"{name}=..." for name in own.read_text().split())
+            return f"opd.resume('{self.path}', {arguments}), in Python"
+        return f"opd {'sft' if self._is_sft() else 'train'} --resume {shlex.quote(str(self.path))}"
+
+    def _is_sft(self) -> bool:
+        try:
+            tree = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(tree, dict) and "teachers" not in tree and "batch_size" in tree
+
     @staticmethod
     def require_absent(path: str | Path) -> None:
         """Raise RunError when something is there already: a run never writes over another."""
         place = Path(path)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise RunError(
-                f"run folder '{path}' exists and is not empty; continue it with 'opd train --resume {path}', or choose "
-                "another with output=..."
-            )
+            other = "choose another place with output=..."
+            if (place / "config.json").is_file():
+                other = f"continue it with: {RunFolder(place).how_to_resume()}; or {other}"
+            raise RunError(f"run folder '{path}' exists and is not empty; {other}")
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -90,11 +106,18 @@ class RunFolder:
         return cls(Path(path))
 
     def config(self, kind: type[AnyConfig] = Config) -> AnyConfig:
+        """The recipe that the run was started with; raises RunError where it is damaged, and for a run of another command."""
         path = self.path / "config.json"
         try:
-            return parse_config(json.loads(path.read_text(encoding="utf-8")), kind=kind, source=str(path))
+            tree = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise RunError(f"'{path}' is damaged: {error}") from None
+        if self._is_sft() != (kind is SftConfig):
+            own, other = ("sft", "train") if self._is_sft() else ("train", "sft")
+            raise RunError(
+                f"'{self.path}' is a run of 'opd {own}', not of 'opd {other}'; continue it with: {self.how_to_resume()}"
+            )
+        return parse_config(tree, kind=kind, source=str(path))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,12 +157,19 @@ class RunFolder:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one dict a step; a line cut short by a kill is left out."""
-    path = Path(run) / "metrics.jsonl"
+    """The metrics of a run, one dict a step; a last line that a kill cut short is left out.
+
+    Raises RunError for what is no run folder, and for a line that is damaged.
+    """
+    path = RunFolder.open(run).path / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise RunError(f"'{path}', line {number} is damaged; remove the line") from None
     return found
 
 
@@ -170,8 +200,7 @@ def explain_io(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RunError(
-            f"cannot write '{path}': {cause}; what was saved before is untouched: free space or fix the "
-            "permission, then continue with 'opd train --resume'"
+            f"cannot write '{path}': {cause}; what was saved before is untouched; free space, or fix the permission"
         ) from None
 
 
@@ -203,6 +232,8 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
         "token_ids": rollout.token_ids.tolist(),
         "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
     }
+    if rollout.opened:
+        plain["opened"] = rollout.opened
     if rollout.failure is not None:
         plain["episode_failure"] = rollout.failure
     if scored.retries:
@@ -240,6 +271,7 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         flags=tuple(Flag(*flag) for flag in plain["flags"]),
         events=MappingProxyType(plain["events"]),
         failure=plain.get("episode_failure"),
+        opened=plain.get("opened", ""),
     )
     if "failure" in plain:
         failed = FailedScore(prompt.teacher, plain["failure"], lost=plain.get("lost", False))

@@ -2,12 +2,15 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, assert_never
 
 from opd.config import Config
-from opd.errors import ConfigError
+from opd.errors import ConfigError, RunError, describe_error
 
 
 class Writer(Protocol):
@@ -18,9 +21,50 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def make_writers(config: Config, folder: Path, *, start: int) -> list[Writer]:
-    """The writers of `logging.writers`; steps after `start` that an interrupted run wrote are written anew."""
-    return [_make(name, config, folder, start) for name in config.logging.writers]
+class Writers:
+    """The writers of `logging.writers`; steps after `start` that an interrupted run wrote are written anew.
+
+    Raises RunError with one line where one of them fails.
+    """
+
+    def __init__(self, config: Config, folder: Path, *, start: int) -> None:
+        self._names = config.logging.writers
+        self._writers: dict[str, Writer] = {}
+        for name in self._names:
+            with self._explained(name):
+                self._writers[name] = _make(name, config, folder, start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Give the plain metrics of a step to each."""
+        for name, writer in self._writers.items():
+            with self._explained(name):
+                writer.write(step, values)
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close each of them; after an error that of a writer is not raised on top."""
+        with ExitStack() as every:
+            if error is not None:
+                every.enter_context(suppress(RunError))
+            for name, writer in self._writers.items():
+                every.callback(self._close, name, writer)
+
+    def _close(self, name: str, writer: Writer) -> None:
+        with self._explained(name):
+            writer.close()
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            rest = json.dumps([other for other in self._names if other != name])
+            raise RunError(
+                f"logging.writers: '{name}' fails: {describe_error(error)}; to go on without it, add 'logging.writers={rest}' to "
+                "what continues the run"
+            ) from error
 
 
 def require_installed(names: Sequence[str]) -> None:

@@ -36,6 +36,10 @@ def identities(config: Config, studio: Studio) -> dict[str, dict[str, Any]]:
         identity["models"] = {
             part: [weight, studio.identities[f"teacher '{part}'"]] for part, weight in weights.items()
         }
+        # whose own chat template, and which clock it reads, renders what they are shown
+        tokenizers = {part: studio.identities.get(f"the tokenizer of teacher '{part}'") for part in weights}
+        if name not in facts.foreign and any(tokenizers.values()):
+            identity["prompts"] = tokenizers
         identity["states"] = config.objective.needs_distributions
         identity["dtype"] = "mixed" if config.cluster.mixed_precision else config.compute.dtype
         if name in facts.foreign:
@@ -45,6 +49,8 @@ def identities(config: Config, studio: Studio) -> dict[str, dict[str, Any]]:
         if (reference := config.objective.reference) is not None:
             who = INITIAL_STUDENT if reference == "student" else reference
             identity["reference"] = [reference, config.objective.extrapolation, studio.identities[f"teacher '{who}'"]]
+            if own := studio.identities.get(f"the tokenizer of teacher '{who}'"):
+                identity["reference"].append(own)
         found[name] = identity
     return found
 
@@ -52,7 +58,8 @@ def identities(config: Config, studio: Studio) -> dict[str, dict[str, Any]]:
 def _reading(config: Config, studio: Studio, name: str) -> dict[str, Any]:
     """How a teacher of another tokenizer reads what the student wrote."""
     return {
-        "student": config.student,  # its tokens and the tokens that end its turns
+        "student": config.student,  # its tokens and what it declares as their end
+        "ends": "as templates write them",
         "tokenizers": [
             studio.identities["the student's tokenizer"],
             studio.identities[f"the tokenizer of teacher '{name}'"],

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 from opd.config import Config
 from opd.errors import ModelError
+from opd.records import Prompt
+from opd.roles import OtherTemplate
 from opd.served.form import Form
 from opd.served.model import Fixed, ServedModel
 from opd.served.sglang_form import SGLANG
 from opd.served.teacher import ServedTeacher
 from opd.served.vllm_form import VLLM
 from opd.served.wire import Answer, Call, Endpoint, Refused, Unusable, Wire
+from opd.text.chat import Chat
+from opd.text.template import clock_of
 from opd.text.tokenizer import PROBE
 
 _READ_WHOLE = 2**28  # bytes
@@ -28,7 +32,8 @@ def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedT
         if teacher.url is not None:
             endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
             form = SGLANG if teacher.server == "sglang" else VLLM
-            found[name] = connect(name, endpoint, wire, tokenizer, top=_top(config), form=form)
+            connected = connect(name, endpoint, wire, tokenizer, top=_top(config), form=form)
+            found[name] = compared(connected, tokenizer, own=teacher.template == "own")
     return found
 
 
@@ -44,8 +49,41 @@ def connect_started(
         # an adapter is merged into the student's base
         sources = [config.student, teacher.adapter] if teacher.adapter else [teacher.model or endpoint.model]
         said = " with ".join(map(_weights_of, sources))
-        found[name] = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
+        connected = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
+        found[name] = compared(connected, tokenizer, own=teacher.template == "own")
     return found
+
+
+def compared(teacher: ServedTeacher, tokenizer: Any, *, own: bool) -> ServedTeacher:
+    """The teacher with what its server says of its chat template, by which it renders a question. It is scored in the student's
+    prompts in any case.
+
+    Raises ModelError when it renders the question otherwise than the student, and the recipe wants it in its own prompts (`own`).
+    """
+    question = Prompt("?", ({"role": "user", "content": "?"},), teacher=teacher.name, task="")
+    with teacher.model.using():
+        endpoint = teacher.model.newest()
+        body = {"model": endpoint.model, "messages": list(question.messages), "add_generation_prompt": True}
+        call = Call(
+            replace(endpoint, urls=endpoint.urls[:1]), "/tokenize", body, _tokens, attempts=2, timeout_s=_FIRST_S
+        )
+        reason, theirs = teacher.unknown or ("it writes the time" if clock_of(tokenizer) else ""), None
+        if not reason:
+            [answer] = teacher.wire.ask([call])
+            reason, theirs = answer.reason, answer.value
+    if theirs is None:  # who wants the student's prompts has nothing to be told
+        return replace(teacher, template=OtherTemplate(False, unknown=reason)) if own else teacher
+    ours = Chat(tokenizer).encode_prompt(question)
+    if theirs == ours:
+        return teacher
+    said = OtherTemplate(False, tokenizer.decode(ours), tokenizer.decode(theirs))
+    if own:
+        raise ModelError(
+            f"{endpoint.who}: its chat template renders a question as {said.teacher!r}, the student's as {said.student!r}, and a "
+            f"server scores the student's own prompts; load it in process (model), or set teachers.{teacher.name}.template = "
+            "'student' to score it in them"
+        )
+    return replace(teacher, template=said)
 
 
 def _weights_of(source: str) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, SupportScore
-from opd.roles import Teacher
+from opd.roles import OtherTemplate, Teacher
 from opd.served.form import Form, Scores
 from opd.served.model import ServedModel
 from opd.served.vllm_form import VLLM
@@ -19,7 +19,8 @@ from opd.served.wire import Call, Endpoint, Wire
 class ServedTeacher:
     """A model that a server holds and that has the student's tokens; served: its name there; context: the longest sequence that it
     scores; top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared
-    with the student's, if it could not; form: how its servers are asked."""
+    with the student's, if it could not; form: how its servers are asked; template: where its chat template is not known to be the
+    student's, in which it is asked, both."""
 
     name: str
     model: ServedModel
@@ -29,6 +30,7 @@ class ServedTeacher:
     top: int = 0
     unknown: str = ""
     form: Form = VLLM
+    template: OtherTemplate | None = None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """The scores of rollouts, all asked for at once, in order. What the server could not score says why."""
@@ -87,3 +89,8 @@ class WithServed:
 def identities_of(served: Mapping[str, ServedTeacher]) -> dict[str, str]:
     """What must not change under a run, in words."""
     return {f"teacher '{name}'": f"served model '{teacher.served}'" for name, teacher in served.items()}
+
+
+def templates_of(served: Mapping[str, ServedTeacher]) -> dict[str, OtherTemplate]:
+    """Those of which it is not known that they render prompts as the student does."""
+    return {name: teacher.template for name, teacher in served.items() if teacher.template is not None}

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from typing import assert_never
 
 from opd.config import EpisodesConfig, FileTask, ReasoningGymTask, TaskConfig, TextArenaTask, ToolTask
+from opd.errors import DataError
+from opd.records import Prompt
 from opd.roles import Task
+
+SPLITS = ("train", "held_out")
 
 
 def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None = None) -> dict[str, Task]:
@@ -28,3 +32,18 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
             case _:
                 assert_never(config)
     return tasks
+
+
+def read_splits(tasks: Mapping[str, Task]) -> dict[str, dict[str, list[Prompt]]]:
+    """The prompts of each task and split. Raises DataError for one that no student could be given, and for a task without any."""
+    from opd.tasks.conversations import check_prompt
+
+    found: dict[str, dict[str, list[Prompt]]] = {}
+    for name, task in tasks.items():
+        found[name] = {split: task.prompts(split) for split in SPLITS}
+        if not found[name]["train"]:
+            raise DataError(f"tasks.{name} has no training prompts")
+        for split in SPLITS:
+            for prompt in found[name][split]:
+                check_prompt(prompt, f"prompt '{prompt.id}'")
+    return found

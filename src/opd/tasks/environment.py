@@ -8,7 +8,6 @@ import asyncio
 import concurrent.futures
 import inspect
 import itertools
-import math
 import threading
 import time
 from collections import Counter
@@ -19,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from opd.config import EpisodesConfig
-from opd.errors import one_line, without_controls
+from opd.errors import describe_error, one_line, without_controls
 from opd.records import Message
 from opd.roles import Environment, Step
+from opd.tasks.rewards import number_of
 
 _ROLES = ("system", "user", "tool")
-_MAX_REASON = 200  # characters of somebody's error message
 _MAX_MESSAGES = 64  # of one step
 _MAX_NAME = 64  # characters of an event's name
 
@@ -130,16 +129,6 @@ class Asked:
             raise Faulty(f"raised {describe_error(error)}") from None
 
 
-def describe_error(error: BaseException) -> str:
-    """The kind of an error and the beginning of its message, safe to print."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its message cannot be read)"
-    shown = one_line(text[: 4 * _MAX_REASON])[:_MAX_REASON]
-    return type(error).__name__ + (f": {shown}" if shown else "")
-
-
 def checked_opening(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
     """What an environment says first, as `checked_messages` has it; raises Faulty also where reading it raises."""
     try:
@@ -182,7 +171,7 @@ def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Ste
     if not isinstance(step, Step):
         raise Faulty(f"gave {type(step).__name__} for a step, expected opd.Step")
     try:
-        reward = None if step.reward is None else _share(step.reward)
+        reward = _reward(step.reward)
         for name, count in dict(step.events).items():
             events[one_line(str(name))[:_MAX_NAME]] += _count(name, count)
         return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))
@@ -206,11 +195,10 @@ def _unreadable(error: BaseException, what: str) -> Faulty:
     return Faulty(f"gave {what} that cannot be read: {describe_error(error)}")
 
 
-def _share(reward: Any) -> float:
+def _reward(found: Any) -> float | None:
+    if inspect.iscoroutine(found):
+        found.close()
     try:
-        value = float(reward)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not 0.0 <= value <= 1.0:
-        raise Faulty(f"gave the reward {reward!r:.40}, expected a number in [0, 1] or None")
-    return value
+        return number_of(found)
+    except ValueError as error:
+        raise Faulty(f"gave the reward {error}") from None

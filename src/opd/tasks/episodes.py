@@ -13,10 +13,11 @@ from typing import TypeAlias
 import numpy as np
 
 from opd.config import EpisodesConfig
-from opd.errors import DataError, OpdError, RunError
+from opd.errors import DataError, OpdError, RunError, describe_error
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
-from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_opening, checked_step, describe_error
+from opd.tasks.conversations import order_fault
+from opd.tasks.environment import THREADS, Asked, Faulty, Hosted, checked_opening, checked_step
 from opd.text.chat import Chat, Conversation, Stretch
 
 _MAX_HANGING = 256  # threads of environments and tools that never came back; past this the process itself is in danger
@@ -143,6 +144,8 @@ class EpisodePlayer:
                 messages = checked_opening(answer.wait(), self._limits, episode.events)
                 if messages:
                     episode.conversation.open_with(messages)
+                if fault := order_fault(episode.conversation.messages):
+                    raise DataError(fault)
             except Faulty as error:
                 episode.fail(error)
             except DataError as error:
@@ -197,7 +200,7 @@ class EpisodePlayer:
             if alive > allowed:
                 raise RunError(
                     f"{alive} threads of environments and tools do not come back (the last: {episode.failure or 'a tool'}); give "
-                    "their code a time limit of its own, then continue with 'opd train --resume'"
+                    "their code a time limit of its own"
                 )
         if episode.finish == "failed":
             return
@@ -233,4 +236,5 @@ class EpisodePlayer:
             part=part,
             events=MappingProxyType({k: n for k, n in episode.events.items() if n and part == 0}),
             failure=episode.failure,
+            opened=stretch.opened,
         )

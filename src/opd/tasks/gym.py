@@ -8,6 +8,7 @@ from opd.config import ReasoningGymTask, nearest
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.chat import user_message
+from opd.text.thoughts import behind_thoughts
 
 _MAX_DRAWS_PER_PROMPT = 50  # past this many repeated questions in a row the generator's space is taken as exhausted
 
@@ -27,8 +28,9 @@ class ReasoningGym:
         return self._splits[split]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
-        """1 for the right answer, otherwise the data set's partial credit."""
-        return float(self._dataset.score_answer(response.strip(), dict(prompt.meta["entry"])))
+        """1 for the right answer behind the response's thoughts, otherwise the data set's partial credit; 0 while it thinks."""
+        said = behind_thoughts(response)
+        return 0.0 if said is None else float(self._dataset.score_answer(said.strip(), dict(prompt.meta["entry"])))
 
     def grade(self, prompt: Prompt, response: str) -> float | None:
         return self.reward(prompt, response)

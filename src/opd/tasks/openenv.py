@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from opd.errors import describe_error
 from opd.records import Message
 from opd.roles import Step
-from opd.tasks.environment import describe_error
 from opd.text.chat import user_message
 
 _NOT_SAID = frozenset({"done", "reward", "metadata"})

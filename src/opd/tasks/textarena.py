@@ -18,10 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import TextArenaTask, nearest
-from opd.errors import ConfigError, DataError
+from opd.errors import ConfigError, DataError, describe_error
 from opd.records import Message, Prompt
 from opd.roles import Step
-from opd.tasks.environment import describe_error
 from opd.text.chat import user_message
 
 _NUM_SEEDS = 2**31

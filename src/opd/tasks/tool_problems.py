@@ -11,6 +11,7 @@ from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.tasks.arithmetic import calculate
 from opd.tasks.tools import Tool, ToolEnvironment
+from opd.tasks.verify import exact
 from opd.text.chat import user_message
 
 _WORDS = """
@@ -91,8 +92,8 @@ class ToolProblems:
         return self._splits[split]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
-        """1 for the answer alone, white space around it apart."""
-        return float(response.strip() == prompt.answer)
+        """1 for the answer alone behind the response's thoughts, white space around it apart."""
+        return exact(response, prompt.answer or "")
 
     def grade(self, prompt: Prompt, response: str) -> float | None:
         return self.reward(prompt, response)

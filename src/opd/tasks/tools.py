@@ -6,15 +6,15 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd.config import EpisodesConfig
-from opd.errors import DataError
+from opd.errors import DataError, describe_error
 from opd.records import Message
 from opd.roles import Step
-from opd.tasks.environment import THREADS, describe_error
+from opd.tasks.environment import THREADS
 from opd.text.tool_calls import Call, check_tools, parse_calls
 
 
@@ -52,7 +52,12 @@ class ToolEnvironment:
     step: those that it does not suffice for are answered so too.
     """
 
-    def __init__(self, tools: Sequence[Tool], judge: Callable[[str], float | None], limits: EpisodesConfig) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        judge: Callable[[str], Awaitable[float | None] | float | None],
+        limits: EpisodesConfig,
+    ) -> None:
         """limits: `config.episodes`. Raises DataError where two tools share a name."""
         if not isinstance(limits, EpisodesConfig):
             raise DataError(f"a tool environment's limits are {type(limits).__name__}, expected config.episodes")
@@ -68,7 +73,8 @@ class ToolEnvironment:
     async def step(self, message: Message) -> Step:
         parsed = parse_calls(message["content"], self._schemas, syntax=self._limits.tool_syntax)
         if not parsed.calls and not parsed.errors:
-            return Step(reward=self._judge(parsed.content), done=True)
+            reward: Any = self._judge(parsed.content)
+            return Step(reward=await reward if inspect.isawaitable(reward) else reward, done=True)
         events = Counter({"tool_calls": len(parsed.calls), "tool_calls_refused": len(parsed.errors)})
         found = [(e.start, f"error: {e.detail}") for e in parsed.errors]
         deadline = time.monotonic() + _SHARE_OF_A_STEP * self._limits.step_timeout_s

@@ -78,14 +78,17 @@ def with_calls(
     waiting: list[Mapping[str, Any]] = []
     number = 0
     for message in messages:
-        if message["role"] == "assistant":
+        if message.get("tool_calls"):  # of a prompt, which may have them as data
+            waiting = list(message["tool_calls"])
+            number += len(waiting)
+        elif message["role"] == "assistant":
             parsed = parse_calls(message["content"], tools, syntax=syntax)
             waiting = []
             if parsed.calls and not parsed.errors:
                 waiting = [tool_call(number + k, c.name, c.arguments) for k, c in enumerate(parsed.calls)]
                 number += len(waiting)
                 message = {**message, "content": parsed.content, "tool_calls": tuple(waiting)}
-        elif message["role"] == "tool":
+        elif message["role"] == "tool" and "tool_call_id" not in message:
             if waiting:
                 answered = waiting.pop(0)
                 message = {**message, "tool_call_id": answered["id"], "name": answered["function"]["name"]}
@@ -94,6 +97,16 @@ def with_calls(
                 number += 1
         found.append(message)
     return tuple(found)
+
+
+def calls_as_text(message: Message) -> Message:
+    """A message whose calls are data, for a template that writes none: the calls stand behind its text, in tags."""
+    written = [
+        "<tool_call>" + json.dumps(call["function"], ensure_ascii=False) + "</tool_call>"
+        for call in message["tool_calls"]
+    ]
+    content = "\n".join([*([message["content"]] if message["content"] else []), *written])
+    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
 class CallTemplate:

@@ -15,22 +15,25 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError
 from opd.records import Message, Prompt, Turn
+from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
-from opd.text.symbols import TAGS
+from opd.text.symbols import TAGS, thinking_opening
+from opd.text.template import apply_template, template_shows_tools, with_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tokenizer import described_token
 from opd.text.tool_calls import tools_text
+from opd.text.turn_end import turn_end
 
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "aXbYcZ", "description": "", "parameters": {"type": "object", "properties": {}}},
-}
+_SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 
 
 class Chat:
     """How one tokenizer writes conversations."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, rows: int | None = None) -> None:
+        """rows: the models that read it have embeddings for the ids below; None: for all."""
         self.tokenizer = tokenizer
+        self._rows = rows
         self._templated = bool(getattr(tokenizer, "chat_template", None))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
@@ -50,10 +53,19 @@ class Chat:
         """A message with placeholders. Tags of calls and of thinking are the student's and a prompt's (`trusted`) system message's
         own; where a user, a tool or an environment writes them they are text."""
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
-        return {
-            "role": message["role"],
-            "content": quotes.mark(message["content"], pattern=None if own else self._foreign),
-        }
+        message = self._shown_calls(message, quotes)
+        calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
+        pattern = None if own else self._foreign
+        said = {key: quotes.mark(message[key], pattern=pattern) for key in _SAID if key in message}
+        return {"role": message["role"], **said, **calls}
+
+    def _shown_calls(self, message: Message, quotes: Quotes) -> Message:
+        """A message of a prompt with its calls as the template takes them, or as text where it writes none."""
+        if "tool_calls" not in message:
+            return message
+        if self._calls is None:
+            return calls_as_text(message)
+        return {**message, "tool_calls": self._calls.shaped(message["tool_calls"], quotes)}
 
     def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes, *, trusted: int | None = None) -> str:
         """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
@@ -61,11 +73,22 @@ class Chat:
         quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
         tools = [_marked(tool, quotes, self._foreign) for tool in prompt.tools]
         if not self._templated:
-            return "\n\n".join(m["content"] for m in (_with_tools(quoted, tools_text(tools)) if tools else quoted))
+            return "\n\n".join(m["content"] for m in (with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
-            return apply_template(self.tokenizer, quoted, tools, natively=self._shows_tools)
-        except TemplateError as error:
-            raise DataError(f"prompt '{prompt.id}': the model's chat template refuses it: {error}") from None
+            return self._apply(quoted, tools, generate=True)
+        except DataError as error:
+            raise DataError(f"prompt '{prompt.id}': {error}") from None
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], *, generate: bool) -> str:
+        try:
+            return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
+        except (TemplateError, TypeError) as error:  # TypeError: what an expression in a template runs into
+            raise DataError(f"the model's chat template refuses it: {error}") from None
+
+    @cached_property
+    def _calls(self) -> CallTemplate | None:
+        """How the template is given calls; None where it writes none."""
+        return call_template(self._apply, [self.tokenizer.eos_token or ""]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
         """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
@@ -77,12 +100,24 @@ class Chat:
             ids = list(self.tokenizer(marked, add_special_tokens=alone).input_ids)
         if not ids:
             raise DataError(f"prompt '{prompt.id}': no tokens after tokenization; expected at least one")
-        return ids
+        return self._with_rows(ids, f"prompt '{prompt.id}'")
 
-    def encode_turn(self, text: str) -> list[int]:
-        """The token ids of a turn that somebody wrote for the student, its end token left out."""
+    def encode_turn(self, text: str, *, record: str = "a turn") -> list[int]:
+        """The token ids of a turn that somebody wrote for the student, its end token left out. record: names it in errors."""
         quotes = self.quotes()
-        return self._encoder.encode(quotes.mark(text), quotes).ids
+        return self._with_rows(self._encoder.encode(quotes.mark(text), quotes).ids, record)
+
+    def _with_rows(self, ids: list[int], record: str) -> list[int]:
+        """The ids; raises DataError naming the first for which the models have no embedding."""
+        index = next((i for i in ids if i >= self._rows), None) if self._rows is not None else None
+        if index is None:
+            return ids
+        written = self.literal(index) in str(getattr(self.tokenizer, "chat_template", None) or "")
+        what, where = ("the chat template", "template") if written else ("its text", "record")
+        raise DataError(
+            f"{record}: {what} needs token {described_token(self.tokenizer, index)}, and the models have embeddings for ids below "
+            f"{self._rows}; take it out of the {where}, or give the model a row for it (transformers: resize_token_embeddings)"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, its special tokens (end of turn) left out, but for tags of thinking and of tool calls."""
@@ -94,6 +129,12 @@ class Chat:
     def literal(self, token_id: int) -> str:
         """A special token as a template writes it."""
         return self.tokenizer.convert_ids_to_tokens(token_id)
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends a turn which somebody wrote for the student: the one that its template writes. Raises ModelError
+        where there is none."""
+        return turn_end(self.tokenizer, who=f"model '{self.tokenizer.name_or_path}'").written
 
     @cached_property
     def table(self) -> TokenBytes:
@@ -148,36 +189,6 @@ def _marked(value: Any, quotes: Quotes, pattern: re.Pattern[str]) -> Any:
     return [_marked(item, quotes, pattern) for item in value] if isinstance(value, list | tuple) else value
 
 
-def apply_template(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    tools: Sequence[Any],
-    *,
-    natively: bool,
-    generate: bool = True,
-) -> str:
-    """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
-    if tools and not natively:
-        messages = _with_tools(messages, tools_text(tools))
-    shown = [dict(tool) for tool in tools] if tools and natively else None
-    return tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tools=shown, add_generation_prompt=generate, tokenize=False
-    )
-
-
-def template_shows_tools(tokenizer: Any) -> bool:
-    """Whether a tokenizer's chat template writes the tools that it is given."""
-    question: Sequence[Message] = [{"role": "user", "content": "?"}]
-    return _PROBE_TOOL["function"]["name"] in apply_template(tokenizer, question, [_PROBE_TOOL], natively=True)
-
-
-def _with_tools(messages: Sequence[Message], text: str) -> list[Message]:
-    first, *rest = messages
-    if first["role"] == "system":
-        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
-    return [{"role": "system", "content": text}, *messages]
-
-
 def user_message(text: str) -> tuple[Message, ...]:
     """A conversation that holds one user message."""
     return ({"role": "user", "content": text},)
@@ -187,7 +198,8 @@ def user_message(text: str) -> tuple[Message, ...]:
 class Stretch:
     """Tokens of a conversation whose beginning the template has not rewritten since: what becomes one rollout.
 
-    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer.
+    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer. opened: the
+    thinking tag that the template wrote before that answer.
     """
 
     before: tuple[Message, ...]
@@ -195,6 +207,7 @@ class Stretch:
     token_ids: list[int]
     logprobs: list[float]
     turns: list[Turn]
+    opened: str = ""
 
 
 @dataclass
@@ -241,14 +254,17 @@ class Conversation:
     def answer(self, token_ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> Message:
         """Take the student's turn as it was sampled; returns the message that it means."""
         stretch = self.stretches[-1]
-        message: Message = MappingProxyType({"role": "assistant", "content": self.chat.decode(token_ids)})
+        ended = len(token_ids) > 0 and token_ids[-1] in ends
+        said = token_ids[:-1] if ended else token_ids  # not every tokenizer calls the end of a turn special
+        message: Message = MappingProxyType({"role": "assistant", "content": self.chat.decode(said)})
         start = len(stretch.token_ids)
         stretch.token_ids.extend(token_ids)
         stretch.logprobs.extend(logprobs)
         stretch.turns.append(Turn("student", start, start + len(token_ids)))
         self._messages.append(message)
         stretch.messages = tuple(self._messages)
-        closing = self.chat.literal(token_ids[-1]) if token_ids and token_ids[-1] in ends else ""
+        stretch.opened = thinking_opening(self._rendering).strip()
+        closing = self.chat.literal(token_ids[-1]) if ended else ""
         self._seen = _Seen(self._rendering, self._quotes.mark(message["content"]), closing)
         return message
 

@@ -113,11 +113,6 @@ class Encoder:
     def quotes(self) -> Quotes:
         return Quotes(self._quotable)
 
-    def opening_literal(self, text: str) -> str | None:
-        """The special token that a text begins with, if it does."""
-        found = self._pattern.match(text) if self._pattern else None
-        return found[0] if found else None
-
     def encode(self, marked: str, quotes: Quotes) -> Encoded:
         """The tokenizer's encoding of the whole; with quotes in it, run by run between special tokens, quotes as text.
 

@@ -179,7 +179,7 @@ def pair_turns(
             seen = Seen(reader.render(rollout.messages[:answer], rollout.prompt.tools), None, untranscribed=False)
         else:
             seen = own.see(answer, body, spelling)
-        reading = reader.read(seen.before, spelling, seen.transcript)
+        reading = reader.read(seen.before, spelling, seen.transcript, opened=writer.opened)
         if reading.first == 0:
             raise DataError(f"teacher '{reader.name}': the response begins within the first token of its rendering")
         blocks = None if seen.transcript is None else seen.transcript.blocks

@@ -11,20 +11,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
-from opd.errors import DataError, ModelError
+from opd.errors import DataError
 from opd.records import Message
-from opd.text.call_template import CallTemplate, call_template
-from opd.text.chat import apply_template, template_shows_tools
+from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.spelling import Masked, Spelling
-from opd.text.symbols import TAGS, counterparts, opened_thinking
+from opd.text.symbols import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
+from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import end_token_ids
 from opd.text.transcribe import Transcript
-
-_PROBE = "aXbYcZ"
+from opd.text.turn_end import turn_end
 
 
 @dataclass(frozen=True)
@@ -60,24 +57,24 @@ class Reader:
     def __init__(
         self, tokenizer: Any, *, name: str, generation_config: Any = None, vocab_size: int | None = None
     ) -> None:
-        """Raises ModelError when the tokenizer does not tell its tokens' bytes, or its template has no generation prompt."""
+        """Raises ModelError when the tokenizer does not tell its tokens' bytes, when its template has no generation prompt, and
+        when no token ends a turn."""
         self.name = name
         self.tokenizer = tokenizer
         self.table: TokenBytes = token_bytes(tokenizer, vocab_size=vocab_size)
         self._templated = bool(getattr(tokenizer, "chat_template", None))
         self._leading = [] if self._templated else _leading_ids(tokenizer)
-        shown = self._require_generation_prompt() if self._templated else _Shown("", "", "")
-        self._gap = shown.gap
+        who = f"teacher '{name}'"
+        frame = require_generation_prompt(tokenizer, who=who) if self._templated else None
+        self._gap = frame.gap if frame else ""
         # Added tokens that the template writes are structure, whether they are called special or not. Not so tags, which are
         # anybody's, and white space, which some vocabularies hold as added tokens.
-        structural = [t for t in self.table.added.values() if t in shown.whole and t.strip() and t not in TAGS]
-        self._encoder = Encoder(
-            tokenizer, self.table, [*self.table.names.values(), *structural], name=f"teacher '{name}'"
-        )
-        closing = self._encoder.opening_literal(shown.after.lstrip())
-        of_template = {i for i, literal in self.table.added.items() if literal == closing}
+        own = frame.whole if frame else ""
+        structural = [t for t in self.table.added.values() if t in own and t.strip() and t not in TAGS]
+        self._encoder = Encoder(tokenizer, self.table, [*self.table.names.values(), *structural], name=who)
         self._asked: tuple[TokenBytes, dict[int, str]] | None = None
-        self.end_ids = tuple(sorted({*end_token_ids(tokenizer, generation_config), *of_template}))
+        self.end = turn_end(tokenizer, generation_config, who=who)
+        self.end_ids = self.end.ids
 
     def counterparts(self, student: TokenBytes) -> dict[int, str]:
         """The student's tags that this teacher has tokens of its own for; the last student's are kept."""
@@ -89,7 +86,8 @@ class Reader:
         """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
         apart from the template's own. Calls that are data ("tool_calls") are for a template that writes them (`calls`)."""
         quotes = self._encoder.quotes()
-        quoted = [{**m, "content": quotes.mark(m["content"])} for m in messages]
+        shown = [calls_as_text(m) if "tool_calls" in m and self.calls is None else m for m in messages]
+        quoted = [{**m, "content": quotes.mark(m["content"])} for m in shown]
         for message in quoted:
             if self.calls is not None and "tool_calls" in message:
                 message["tool_calls"] = self.calls.shaped(message["tool_calls"], quotes)
@@ -105,14 +103,20 @@ class Reader:
         ends = [self.table.added[i] for i in self.end_ids if i in self.table.added]
         return call_template(self._apply, ends)
 
-    def read(self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None) -> Reading:
+    def read(
+        self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None, *, opened: str = ""
+    ) -> Reading:
         """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.
 
+        opened: the thinking tag that the student's generation prompt opens; the teacher then reads a thought too.
         Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
         """
         written = spelling if transcript is None else transcript
         opening = opened_thinking(before.marked, written.text)
         shown = before.marked[: len(before.marked) - len(opening)]
+        if not opens_thinking(written.text) and not thinking_opening(shown):
+            opening = thinking_tag(opened, self.table)
+            shown += opening
         led = transcript is None or transcript.led
         gap = self._gap if written.text and not opening and led else ""
         quotes = before.quotes
@@ -138,40 +142,12 @@ class Reader:
     def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, generate: bool) -> str:
         try:
             return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
-        except (TemplateError, TypeError, ValueError) as error:  # what an expression in a template runs into, too
+        except REFUSALS as error:
             raise DataError(f"teacher '{self.name}': its chat template refuses the conversation: {error}") from None
 
     @cached_property
     def _shows_tools(self) -> bool:
         return template_shows_tools(self.tokenizer)
-
-    def _require_generation_prompt(self) -> "_Shown":
-        """How the template shows an answer. Raises ModelError when it does not open the teacher's turn itself."""
-        question: Sequence[Mapping[str, str]] = [{"role": "user", "content": "?"}]
-        before = self._apply(question, generate=True)
-        whole = self._apply([*question, {"role": "assistant", "content": _PROBE}], generate=False)
-        head, found, after = whole.partition(_PROBE)
-        if not found:
-            raise ModelError(f"teacher '{self.name}': its chat template does not show an assistant's answer")
-        rest = head.removeprefix(before) if head.startswith(before) else None
-        plain = self._apply(question, generate=False)
-        opens = before.startswith(head.rstrip()) or (rest is not None and (before != plain or not rest.strip()))
-        if not opens:
-            raise ModelError(
-                f"teacher '{self.name}': its chat template has no generation prompt: an answer stands behind {head[-40:]!r}, but "
-                f"add_generation_prompt = true ends with {before[-40:]!r}; give it a template that opens the assistant's turn"
-            )
-        return _Shown(whole + before, after, rest if rest and not rest.strip() else "")
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """whole: a conversation as the template writes it; after: what follows an answer; gap: white space before one that is not
-    part of the generation prompt."""
-
-    whole: str
-    after: str
-    gap: str
 
 
 def _spans(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:

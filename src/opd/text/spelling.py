@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from opd.text.template import opened_by
 from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import encode_text, end_token_ids
+from opd.text.tokenizer import encode_text
+from opd.text.turn_end import turn_end
 
 
 class Masked(IntEnum):
@@ -48,13 +50,16 @@ class Spelling:
 
 
 class Writer:
-    """How the student writes: its tokenizer, its tokens' bytes, its end-of-turn tokens."""
+    """How the student writes: its tokenizer, its tokens' bytes, its end-of-turn tokens; opened: the thinking tag that its
+    generation prompt ends with."""
 
     def __init__(self, tokenizer: Any, *, generation_config: Any = None, vocab_size: int | None = None) -> None:
-        """Raises ModelError when the tokenizer does not tell its tokens' bytes."""
+        """Raises ModelError when the tokenizer does not tell its tokens' bytes, or when no token ends a turn."""
         self.tokenizer = tokenizer
         self.table = token_bytes(tokenizer, vocab_size=vocab_size)
-        self.end_ids = end_token_ids(tokenizer, generation_config)
+        self.end = turn_end(tokenizer, generation_config, who="the student")
+        self.end_ids, self.end_id = self.end.ids, self.end.written
+        self.opened = opened_by(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """The tokens that the tokenizer itself writes a text in, special tokens in it as text."""

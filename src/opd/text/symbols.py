@@ -1,13 +1,31 @@
 """Structural tokens by what they mean: thinking and tool-call tags under the spellings that are in use."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from opd.text.token_bytes import TokenBytes
 
-_THINK = frozenset({"<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|begin_of_thought|>"})
+THOUGHTS: Mapping[str, str] = MappingProxyType({
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<seed:think>": "</seed:think>",
+    "<longcat_think>": "</longcat_think>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
+})  # fmt: skip
+"""How models open and close a thought."""
+
+_THINK = frozenset(THOUGHTS)
 _ROLES: Sequence[frozenset[str]] = (
     _THINK,
-    frozenset({"</think>", "</thinking>", "[/THINK]", "<|END_THINKING|>", "<|end_of_thought|>"}),
+    frozenset(THOUGHTS.values()),
     frozenset({
         "<tool_call>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<|START_ACTION|>",
     }),
@@ -32,10 +50,37 @@ def counterparts(student: TokenBytes, teacher: TokenBytes) -> dict[int, str]:
     return found
 
 
+def _any(tags: frozenset[str]) -> str:
+    return "(?:" + "|".join(map(re.escape, sorted(tags))) + r")\s*"
+
+
+_OPENING = re.compile(_any(_THINK) + r"\Z")
+_BLOCK = re.compile(f"{_any(_THINK)}(?:{_any(_ROLES[1])})?" + r"\Z")
+
+
+def thinking_opening(rendering: str) -> str:
+    """The thinking tag, and the white space behind it, with which a rendering ends; "" where it ends otherwise."""
+    found = _OPENING.search(rendering)
+    return found[0] if found else ""
+
+
+def thinking_tag(opening: str, teacher: TokenBytes) -> str:
+    """The opening of a thinking block as a teacher writes it: in its own tag, where it has a token for one."""
+    tag = opening.rstrip()
+    theirs = sorted(_THINK & set(teacher.added.values()))
+    return opening if not opening or tag in theirs or not theirs else theirs[0] + opening[len(tag) :]
+
+
+def without_thinking(rendering: str) -> str:
+    """A rendering without the thinking block, open or empty, with which it ends."""
+    return _BLOCK.sub("", rendering)
+
+
+def opens_thinking(text: str) -> bool:
+    """Whether a response opens a thinking block itself."""
+    return any(text.lstrip().startswith(tag) for tag in _THINK)
+
+
 def opened_thinking(rendering: str, text: str) -> str:
     """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
-    if not any(text.lstrip().startswith(tag) for tag in _THINK):
-        return ""
-    shown = rendering.rstrip()
-    tag = next((tag for tag in _THINK if shown.endswith(tag)), None)
-    return "" if tag is None else rendering[len(shown) - len(tag) :]
+    return thinking_opening(rendering) if opens_thinking(text) else ""

@@ -28,9 +28,9 @@ class TokenBytes:
 
     flat: all tokens' bytes, one after the other; starts [ids + 1]: token i is flat[starts[i]:starts[i + 1]]. control [ids]
     bool: special tokens, whose bytes are their name and never part of a text; unknown [ids] bool: ids that the tokenizer has
-    no token for (a model's padded vocabulary). names: the special tokens, by id. dummy_prefix: a text's first space is the
-    tokenizer's own, and its decoder takes it away. added: every added token's literal, by id, special or not; stripping: those
-    that take the white space beside them.
+    no token for (a model's padded vocabulary), or its model no row. names: the special tokens, by id. dummy_prefix: a text's
+    first space is the tokenizer's own, and its decoder takes it away. added: every added token's literal, by id, special
+    or not; stripping: those that take the white space beside them.
     """
 
     family: Family
@@ -77,7 +77,8 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
-    """The table of a Hugging Face fast tokenizer, for at least `vocab_size` ids.
+    """The table of a Hugging Face fast tokenizer, for at least the `vocab_size` ids of its model; ids behind these, which the
+    model can neither read nor write, are unknown.
 
     Raises ModelError when the tokenizer does not say how its tokens are written (no fast tokenizer, another decoder).
     """
@@ -101,7 +102,7 @@ def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
         # An added token of the model's own alphabet (Gemma's runs of spaces) is written as the others are.
         plain = literal is None or (family == "sentencepiece" and not literal["special"] and token in own)
         pieces[index] = _piece(token, family) if plain or literal is None else literal["content"].encode()
-        unknown[index] = False
+        unknown[index] = vocab_size is not None and index >= vocab_size
     names = {i: t["content"] for i, t in added.items() if t["special"]}
     control = np.zeros(size, dtype=bool)
     control[list(names)] = True

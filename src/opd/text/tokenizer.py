@@ -15,6 +15,16 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, .
     return tuple(sorted(i for i in ids if i is not None))
 
 
+def described_token(tokenizer: Any, index: int) -> str:
+    """A token's text and id, as an error names it."""
+    return f"{tokenizer.convert_ids_to_tokens(int(index))!r} (id {int(index)})"
+
+
+def ids_without_rows(tokenizer: Any, rows: int) -> list[int]:
+    """The ids of a tokenizer for which a model of so many rows has none, in order; an image token, say, of a text model."""
+    return sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
+
+
 def encode_text(tokenizer: Any, text: str, *, parse_special: bool) -> list[int]:
     """A fast tokenizer's ids of a text, nothing added; without `parse_special` a special token in it is text that looks so."""
     backend = tokenizer.backend_tokenizer

@@ -15,6 +15,7 @@ from opd.text.cells import common_cells
 from opd.text.token_bytes import TokenBytes
 from opd.theory.byte_claims import END, TokenModel, ToyTokenizer, some_language, trained_on
 from opd.theory.claim import Claim
+from opd.theory.written_out import gap, log_softmax, slope
 
 _LONGEST, _STEPS, _RATE = 4, 150, 0.1
 _ALL = VocabularyLoss(support=1000)  # every common cell
@@ -139,19 +140,23 @@ def mean_loss(table: Tensor, every: Responses, discount: float, cells: CommonCel
     return sampled + compared
 
 
-def end_of_descent(student: Sequence[str], teacher: TokenModel, discount: float, *, compare: bool) -> float:
+def cells_of(student: Sequence[str], teacher: ToyTokenizer) -> CommonCells:
+    ours, theirs = (table_of(t) for t in ([*student, END], teacher.tokens))
+    common = common_cells(ours, [len(ours) - 1], theirs, [len(theirs) - 1])
+    return CommonCells(torch.from_numpy(common.student), torch.from_numpy(common.teacher), common.num)
+
+
+def end_of_descent(
+    student: Sequence[str], teacher: TokenModel, discount: float, *, compare: bool, steps: int = _STEPS
+) -> float:
     """KL of the student's texts to the teacher's after Adam on the mean gradient, nats."""
     every = everything(student, teacher)
-    cells = None
-    if compare:
-        ours, theirs = (table_of(t) for t in ([*student, END], teacher.tokenizer.tokens))
-        common = common_cells(ours, [len(ours) - 1], theirs, [len(theirs) - 1])
-        cells = CommonCells(torch.from_numpy(common.student), torch.from_numpy(common.teacher), common.num)
+    cells = cells_of(student, teacher.tokenizer) if compare else None
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(every.num_rows, len(student) + 1, generator=generator, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.Adam([table], lr=_RATE)
-    for step in range(_STEPS):
-        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / steps)
         optimizer.zero_grad()
         mean_loss(table, every, discount, cells).backward()
         optimizer.step()
@@ -161,26 +166,110 @@ def end_of_descent(student: Sequence[str], teacher: TokenModel, discount: float,
     return float((mass * (mass.log() - every.targets)).sum())
 
 
-def comparison() -> Claim:
-    """Four pairs of toys, three estimators each."""
+def _same_cells(student: Sequence[str], teacher: ToyTokenizer) -> bool:
+    """Whether tokens share a cell where the longest beginning that both vocabularies have is one, and the ends have their own."""
+    both = set(student) & set(teacher.tokens)
+
+    def beginning(token: str) -> str:
+        return max((t for t in both if token.startswith(t)), key=len, default="") if token != END else END
+
+    cells = cells_of(student, teacher)
+    names = [*map(beginning, [*student, END]), *map(beginning, teacher.tokens)]
+    numbers = [*cells.student.tolist(), *cells.teacher.tolist()]
+    pairs = set(zip(names, numbers, strict=True))
+    one_to_one = len(pairs) == len({n for n, _ in pairs}) == len({c for _, c in pairs})
+    return one_to_one and all((name == "") == (number == cells.num - 1) for name, number in pairs)
+
+
+def _loss_gaps(student: Sequence[str], teacher: TokenModel, discounts: Sequence[float]) -> tuple[float, float]:
+    """How far the mean estimates are from sums over responses, of chunks and of the comparison of cells."""
+    every = everything(student, teacher)
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(every.num_rows, len(student) + 1, generator=generator, dtype=torch.float64).requires_grad_()
+    cells = cells_of(student, teacher.tokenizer)
+    chunks = 0.0
+    for discount in discounts:
+        found = torch.autograd.grad(mean_loss(table, every, discount, None), table)[0]
+        chunks = max(chunks, gap(found, _written_out(table, every, discount, None)))
+    found = torch.autograd.grad(mean_loss(table, every, 0.0, cells), table)[0]
+    return chunks, gap(found, _written_out(table, every, 0.0, cells))
+
+
+def _written_out(table: Tensor, every: Responses, discount: float, cells: CommonCells | None) -> np.ndarray:
+    """The slope of `mean_loss` [rows, vocab] by loops over responses; with cells, by complex steps of the KL over cells."""
+    logits = table.detach().numpy()
+    logp = log_softmax(logits)
+    rows, columns, chunks = every.rows.tolist(), every.columns.tolist(), every.chunks.tolist()
+    own = [float(logp[r, c]) if free else 0.0 for r, c, free in zip(rows, columns, every.free.tolist(), strict=True)]
+    given, owners = every.given.tolist(), every.owners.tolist()
+    compared = (np.cumsum(every.compared.numpy()) - 1).tolist()
+    found = np.zeros_like(logits)
+    for owner in range(len(every.texts)):
+        tokens = [i for i, o in enumerate(owners) if o == owner]
+        chance = np.exp(sum(own[i] for i in tokens))
+        for place, i in enumerate(tokens):
+            if not every.free[i]:
+                continue
+            if cells is not None and every.compared[i]:
+                target = every.theirs[compared[i]].numpy()
+                found[rows[i]] += chance * slope(lambda z, t=target: _cell_kl(z, t, cells), logits[rows[i]])
+                continue
+            later = tokens[place:]
+            # what is open of its own chunk, and each later chunk at one more discount
+            credit = sum(
+                discount ** (chunks[j] - chunks[i]) * (given[j] - own[j]) for j in later if chunks[j] > chunks[i]
+            ) + sum(given[j] - own[j] for j in later if chunks[j] == chunks[i])
+            found[rows[i]] += chance * credit * np.exp(logp[rows[i]])
+            found[rows[i], columns[i]] -= chance * credit
+    return found
+
+
+def _cell_kl(logits: np.ndarray, theirs: np.ndarray, cells: CommonCells) -> np.ndarray:
+    """The reverse KL of distributions over cells; what the teacher has not and the student has apart counts as one tail."""
+    p, q = np.exp(log_softmax(logits)), np.exp(theirs)
+    found = np.zeros(p.shape[:-1], dtype=p.dtype)
+    for cell in range(cells.num):
+        ours, others = (side.numpy() == cell for side in (cells.student, cells.teacher))
+        if ours.any():
+            mine = p[..., ours].sum(-1)
+            found = found + mine * (np.log(mine) - np.log(max(q[others].sum(), np.exp(-50.0))))
+    return found
+
+
+PAIRS: Mapping[str, tuple[Sequence[str], tuple[tuple[str, str], ...]]] = {
+    "a b ab / none": (("a", "b", "ab"), ()),
+    "a b / ab": (("a", "b"), (("a", "b"),)),
+    "a b ab / ba bb": (("a", "b", "ab"), (("b", "a"), ("b", "b"))),
+    "a b ba / ab aba bb": (("a", "b", "ba"), (("a", "b"), ("ab", "a"), ("b", "b"))),
+}
+
+
+def comparison(pairs: Sequence[str] = tuple(PAIRS), *, steps: int = _STEPS) -> Claim:
+    """Pairs of toys, three estimators each; the first pair's teacher merges nothing."""
     language = some_language(1, longest=8)
-    pairs: Mapping[str, tuple[Sequence[str], tuple[tuple[str, str], ...]]] = {
-        "a b ab / none": (("a", "b", "ab"), ()),
-        "a b / ab": (("a", "b"), (("a", "b"),)),
-        "a b ab / ba bb": (("a", "b", "ab"), (("b", "a"), ("b", "b"))),
-        "a b ba / ab aba bb": (("a", "b", "ba"), (("a", "b"), ("ab", "a"), ("b", "b"))),
-    }
     ends: dict[str, dict[str, float]] = {}
-    for name, (student, merges) in pairs.items():
+    chunks, compared, cells = 0.0, 0.0, True
+    for name in pairs:
+        student, merges = PAIRS[name]
         teacher = trained_on(language, ToyTokenizer("ab", merges))
         ways = {"immediate": (0.0, False), "support": (0.0, True), "to_go": (1.0, False)}
-        ends[name] = {w: end_of_descent(student, teacher, d, compare=c) for w, (d, c) in ways.items()}
+        ends[name] = {w: end_of_descent(student, teacher, d, compare=c, steps=steps) for w, (d, c) in ways.items()}
+        by_chunks, by_cells = _loss_gaps(student, teacher, (0.0, 0.5, 1.0))
+        chunks, compared = max(chunks, by_chunks), max(compared, by_cells)
+        cells = cells and _same_cells(student, teacher.tokenizer)
     free, *merged = ends.values()
-    holds = free["support"] < free["immediate"] and all(e["support"] > e["immediate"] > e["to_go"] for e in merged)
+    parts = {
+        "below the chunks where nothing merges across": free["support"] < free["immediate"],
+        "above them where it does": all(e["support"] > e["immediate"] for e in merged),
+        "to-go below both": all(e["to_go"] < e["immediate"] for e in ends.values()),
+        "cells are the longest common beginnings": cells,
+        "the mean of the chunks, written out": chunks < 1e-10,
+        "the mean of the comparison, written out": compared < 1e-10,
+    }
     return Claim(
         "16c", "comparing common cells", "docs/tokenizers.md, what the two vocabularies have in common",
         "below the sampled chunks where no token of the teacher's spans several of the student's; above them where it merges "
         "across, since where a cut lies then tells of letters to come",
         "; ".join(f"{n}: " + ", ".join(f"{way} {end:.2f}" for way, end in e.items()) for n, e in ends.items()),
-        holds, {"kl_to_text": ends},
+        all(parts.values()), {"kl_to_text": ends}, parts,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 class Claim:
     """One row of the table: the claim and its source, what was expected, what was measured, and whether it holds.
 
-    `figures` are the plain numbers behind it, for JSON and for the pictures.
+    `figures` are the plain numbers behind it, for JSON and for the pictures. `parts` are the sentences that the claim is made of,
+    each with its verdict; a claim that has parts holds when all of them do.
     """
 
     number: str
@@ -19,3 +20,7 @@ class Claim:
     measured: str
     holds: bool
     figures: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert not self.parts or self.holds == all(self.parts.values()), "a claim holds when its parts do"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opd.objectives import baselines
 from opd.objectives.advantages import full_trajectory, future_kl, immediate, kl_to_go, log_ratio_to_go
+from opd.objectives.reduce import masked
 from opd.theory.tree import Policy
 
 Advantage = Callable[[Policy], Tensor]
@@ -75,16 +76,16 @@ def mean_and_variance(policy: Policy, gradients: Tensor) -> tuple[Tensor, float]
 def family(discount: float = 1.0) -> dict[str, Estimator]:
     """The estimators of docs/objectives.md that one trajectory is enough for; V is the true value, of discount 1."""
 
-    def minus_state_value(policy: Policy) -> Tensor:
-        return policy.state_value[policy.problem.tree.states]
+    def state_value(policy: Policy) -> Tensor:
+        return masked(policy.state_value[policy.problem.tree.states], mask(policy))
 
     def score_weighted(policy: Policy) -> Tensor:
         best = baselines.score_weighted(policy.logp, policy.problem.logq)
-        return best[policy.problem.tree.states]
+        return masked(best[policy.problem.tree.states], mask(policy))
 
     def future_value(policy: Policy) -> Tensor:
         """E[sum of what comes later | s_t] = V(s_t) + KL_t."""
-        return minus_state_value(policy) + policy.reverse_kl
+        return state_value(policy) + policy.reverse_kl
 
     def mask(policy: Policy) -> Tensor:
         return policy.problem.tree.mask
@@ -94,11 +95,11 @@ def family(discount: float = 1.0) -> dict[str, Estimator]:
         Estimator("log-ratio-to-go (ii)", lambda p: log_ratio_to_go(p.log_ratio, mask(p), discount)),
         Estimator(
             "log-ratio-to-go - V (iii)",
-            lambda p: log_ratio_to_go(p.log_ratio, mask(p), discount) - minus_state_value(p),
+            lambda p: log_ratio_to_go(p.log_ratio, mask(p), discount) - state_value(p),
         ),
         Estimator("KL-to-go (iv)", lambda p: kl_to_go(p.log_ratio, p.reverse_kl, mask(p), discount)),
         Estimator(
-            "KL-to-go - V (v)", lambda p: kl_to_go(p.log_ratio, p.reverse_kl, mask(p), discount) - minus_state_value(p)
+            "KL-to-go - V (v)", lambda p: kl_to_go(p.log_ratio, p.reverse_kl, mask(p), discount) - state_value(p)
         ),
         Estimator("immediate", lambda p: immediate(p.log_ratio, mask(p))),
         Estimator(
@@ -150,6 +151,7 @@ def simulate_groups(
 ) -> GroupEstimate:
     """Estimate mean and variance with a leave-one-out baseline over `size` samples of one prompt, by simulation."""
     tree = policy.problem.tree
+    assert tree.num_prompts == 1, "the samples of a group share one prompt"
     drawn = torch.multinomial(policy.chances, batches * size, replacement=True, generator=generator)
     groups = torch.arange(batches).repeat_interleave(size)
     advantages, mask = advantage(policy).detach()[drawn], tree.mask[drawn]

@@ -1,7 +1,7 @@
 """Claims on the gym of hacks: what each objective does to a hack with and without safeguards, and the law of where it ends."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from math import exp, log
 
@@ -10,6 +10,7 @@ from opd.theory.claim import Claim
 from opd.theory.hack_gym import PENALTY, Arm, Figures, Hack, follow
 
 COEF = 3.0  # of the outcome, where it stands beside a distillation term
+_REPETITIONS = 2000  # they end after some 50, but where two rest points nearly meet
 
 # Without safeguards.
 TO_GO, KL_TO_GO, EXACT = "to-go, discount 1", "KL-to-go, discount 0.9", "exact"
@@ -98,43 +99,72 @@ def run_trial(hack: Hack, arms: Mapping[str, Arm] = ARMS) -> Trial:
 @dataclass(frozen=True)
 class Ahead:
     """What is to come from a state on under the settled student: the discounted log ratios of kept responses, the mean outcome,
-    P(kept) and P(hack)."""
+    P(kept) and P(hack), the mean number of tokens, and that of responses which are kept."""
 
-    distillation: float
-    outcome: float
-    kept: float
-    hack: float
+    distillation: float = 0.0
+    outcome: float = 0.0
+    kept: float = 0.0
+    hack: float = 0.0
+    tokens: float = 0.0
+    kept_tokens: float = 0.0
 
 
 def rest_by_law(hack: Hack, arm: Arm) -> float | None:
     """P(hack) where the arm comes to rest, by scalars from the ends backwards; None for an arm without a law here.
 
-    At a row all of whose later rows have settled, k_a (log q_a - log pi_a) + discount F_a + coef U_a is one number m for all
+    At a row all of whose later rows have settled, k_a (log q_a - log pi_a) + discount F_a + share coef U_a is one number m for all
     actions taken; log q is the mean over the row's states, and after action a, k_a is P(kept), F_a the kept log ratios to come,
     U_a the mean outcome. Without masks pi ~ q exp(discount F + coef U), the branch law and the tilt law in one. With masks and
     no outcome, an action that is always masked (k = 0) makes m = 0, so that pi = q elsewhere and it gets the rest: the mask law.
     Exact terms have the P(kept) of the state in place of k_a. A KL baseline has the law of the exact term without an outcome.
+
+    `share` is the normaliser of the distillation part over that of the outcome's: 1 without masks and with a constant, else what
+    of all episodes (or tokens) is kept, which the settled student itself decides. The more is kept the more the outcome weighs, so
+    repetition from the start's share ends at the next share that agrees with its student, in the direction in which errors go.
     """
     integrated = arm.distillation == "exact" or (arm.distillation == "immediate" and arm.baseline == "kl")
     if arm.distillation == "none" or (arm.distillation == "kl_to_go" and arm.masked):
         return None
     if arm.baseline != "none" and (not integrated or arm.outcome_coef > 0):
         return None
+    kept, everything = hack_gym.normalizers(hack, arm, hack.problem.policy(hack.start))
+    share = kept / everything
+    for _ in range(_REPETITIONS):
+        settled = _settled(hack, arm, share, integrated=integrated)
+        agreed = share if arm.normalizer == "constant" else _share(arm, settled)
+        if abs(agreed - share) < 1e-14:
+            return settled.hack
+        share = agreed
+    return None
+
+
+def _share(arm: Arm, settled: Ahead) -> float:
+    return settled.kept_tokens / settled.tokens if arm.normalizer == "token" else settled.kept
+
+
+def _settled(hack: Hack, arm: Arm, share: float, *, integrated: bool) -> Ahead:
+    """What is to come from the prompts on, where the outcome weighs `share` of its coefficient."""
 
     @cache
     def ahead(name: str) -> Ahead:
         if name in hack.ends:
             end = hack.ends[name]
             paid = PENALTY if end.malformed and arm.penalised else end.paid
-            return Ahead(0.0, paid, float(not (end.malformed and arm.masked)), float(end.hack))
+            return Ahead(outcome=paid, kept=float(not (end.malformed and arm.masked)), hack=float(end.hack))
         state = hack.states[name]
         p, later = policy(state.row), [ahead(after) for after in state.after]
         ratios = [log(q) - log(x) if x > 0 else 0.0 for q, x in zip(state.teacher, p, strict=True)]
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(x * value for x, value in zip(p, values, strict=True))
+
         return Ahead(
-            sum(x * (a.kept * r + arm.discount * a.distillation) for x, a, r in zip(p, later, ratios, strict=True)),
-            sum(x * a.outcome for x, a in zip(p, later, strict=True)),
-            sum(x * a.kept for x, a in zip(p, later, strict=True)),
-            sum(x * a.hack for x, a in zip(p, later, strict=True)),
+            mean(a.kept * r + arm.discount * a.distillation for a, r in zip(later, ratios, strict=True)),
+            mean(a.outcome for a in later),
+            mean(a.kept for a in later),
+            mean(a.hack for a in later),
+            mean(1.0 + a.tokens for a in later),
+            mean(a.kept + a.kept_tokens for a in later),
         )
 
     @cache
@@ -146,15 +176,14 @@ def rest_by_law(hack: Hack, arm: Arm) -> float | None:
         later = [[ahead(after) for after in s.after] for s in states]
         logq = [sum(log(s.teacher[a]) for s in states) / len(states) for a in actions]
         future = [sum(arm.discount * x[a].distillation for x in later) / len(states) for a in actions]
-        gain = [arm.outcome_coef * sum(x[a].outcome for x in later) / len(states) for a in actions]
+        gain = [share * arm.outcome_coef * sum(x[a].outcome for x in later) / len(states) for a in actions]
         kept = [sum(x[a].kept for x in later) / len(states) for a in actions]
         if integrated:
             return _tilted(logq, gain, kept)
         return _balanced(logq, [f + g for f, g in zip(future, gain, strict=True)], kept)
 
-    starts = [hack.states[name] for name in hack.prompts]
-    rates = [sum(p * ahead(after).hack for p, after in zip(policy(s.row), s.after, strict=True)) for s in starts]
-    return sum(rates) / len(rates)
+    starts = [ahead(name) for name in hack.prompts]
+    return Ahead(*(sum(column) / len(starts) for column in zip(*map(astuple, starts), strict=True)))
 
 
 def _tilted(logq: Sequence[float], gain: Sequence[float], kept: Sequence[float]) -> Sequence[float]:
@@ -212,14 +241,17 @@ def attractor() -> Claim:
     """(b) Every response costs more than the outcome pays, so that an uncentred mask is not cured by one."""
     hack = hack_gym.attractor()
     paid = COEF * (hack.ends["answer"].paid - PENALTY)
-    trial = run_trial(hack)
+    constant = f"{TO_GO_UNCENTRED}, constant normaliser"
+    trial = run_trial(hack, {**ARMS, constant: replace(ARMS[TO_GO_UNCENTRED], normalizer="constant")})
     return trial.claim(
         "b", "a format error in which the teacher is certain", "docs/objectives.md, masks",
         "future terms and the uncentred mask collapse; a centred mask ends where exact does, above the teacher's rate; to-go with "
         f"an uncentred mask collapses in spite of an outcome whose difference, times coef, is {paid:.1f}: less than the KL of a "
-        "response; all safeguards with a centred mask hold",
+        "response; it ends at 0.998, with a constant normaliser at 0.493; all safeguards with a centred mask hold",
         trial.collapsed(TO_GO, KL_TO_GO, MASK_UNCENTRED, TO_GO_UNCENTRED)
         and paid < -trial.start.opd_reward
+        and abs(trial.arms[TO_GO_UNCENTRED].hack - 0.998) < 5e-4
+        and abs(trial.arms[constant].hack - 0.493) < 5e-4
         and trial.held(OUTCOME_ALONE, EXACT_OUTCOME, *GUARDED)
         and _no_cure(trial),
     )  # fmt: skip

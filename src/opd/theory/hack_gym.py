@@ -17,6 +17,7 @@ from torch import Tensor
 from opd.objectives import baselines
 from opd.objectives.advantages import immediate, kl_to_go, log_ratio_to_go, outcome
 from opd.objectives.losses import reinforce
+from opd.objectives.reduce import Normalizer
 from opd.theory.estimators import exact_gradients
 from opd.theory.law_claims import settle
 from opd.theory.tree import Policy, Problem, Tree
@@ -49,10 +50,12 @@ class End:
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective with its safeguards: A_t = keep(y) A_t^distillation + outcome_coef A^outcome(y).
+    """An objective with its safeguards: A_t = keep(y) A_t^distillation / N_d + outcome_coef A^outcome(y) / N_o.
 
-    masked: keep(y) is 0 for malformed responses. penalised: their outcome is `PENALTY` whatever the verifier pays. A
-    leave-one-out baseline is that of groups of `group_size` samples; masked ones count in it, as in training.
+    normalizer: what N_d and N_o count, in the mean over very many responses: those that their part acts on (the kept ones,
+    all), their tokens, or one number for both, as in training. masked: keep(y) is 0 for malformed responses. penalised: their
+    outcome is `PENALTY` whatever the verifier pays. A leave-one-out baseline is that of groups of `group_size` samples; masked
+    ones count in it, as in training.
     """
 
     distillation: Literal["none", "exact", "immediate", "to_go", "kl_to_go"]
@@ -62,6 +65,7 @@ class Arm:
     masked: bool = False
     outcome_coef: float = 0.0
     penalised: bool = False
+    normalizer: Normalizer = "trajectory"
 
 
 @dataclass(frozen=True)
@@ -237,22 +241,33 @@ def parser_exploit(*, steps: int = 3, agreed: float = 0.95, chance: float = 0.01
 
 
 def expected_gradient(hack: Hack, arm: Arm, policy: Policy) -> Tensor:
-    """The mean over all responses of the student `policy` of the step that the arm's losses take, [rows, vocab]; 0 in fixed
-    rows."""
+    """The step that the arm's losses take over very many responses of the student `policy`, [rows, vocab]; 0 in fixed rows."""
     keep = ~(hack.malformed & arm.masked)
-    total = _distillation(arm, policy) * keep[:, None]
+    kept, everything = normalizers(hack, arm, policy)
+    total = _distillation(arm, policy) * keep[:, None] / kept
     if arm.outcome_coef > 0:
         reward = outcome(hack.rewards(penalised=arm.penalised), policy.problem.tree.prompts, "none")[:, None]
         # The mean of the other samples of the prompt, which the leave-one-out baseline takes off, has this expectation.
-        total = total + arm.outcome_coef * (reward - _by_prompt(policy, reward))
+        total = total + arm.outcome_coef * (reward - _by_prompt(policy, reward)) / everything
     # The expectation: every response weighted by its probability.
     weighted = policy.chances[:, None] * total
     moved = policy.problem.policy(policy.table.detach().requires_grad_())
     loss = reinforce(moved.action_logprobs, weighted, policy.problem.tree.mask, divisor=1.0)
     found = -torch.autograd.grad(loss, moved.table)[0]
     if arm.distillation == "exact":
-        found = found + ((policy.chances * keep) @ exact_gradients(policy)).reshape(found.shape)
+        found = found + ((policy.chances * keep) @ exact_gradients(policy)).reshape(found.shape) / kept
     return found * hack.learns
+
+
+def normalizers(hack: Hack, arm: Arm, policy: Policy) -> tuple[float, float]:
+    """What training divides the distillation part and the outcome part by, for each response sampled."""
+    if arm.normalizer == "constant":
+        return 1.0, 1.0
+    keep = (~(hack.malformed & arm.masked)).double()
+    tree = policy.problem.tree
+    counted = tree.mask.sum(-1).double() if arm.normalizer == "token" else tree.mask.any(-1).double()
+    kept, everything = (float(policy.chances @ weights) for weights in (counted * keep, counted))
+    return max(kept, 1e-300), everything
 
 
 def _distillation(arm: Arm, policy: Policy) -> Tensor:
@@ -301,12 +316,11 @@ def follow(hack: Hack, arm: Arm, *, rate: float = 1.0, steps: int = 400) -> Tens
     """The table where ascent on the expected gradient ends, from `hack.start`.
 
     A logit's slope is divided by how often its action is taken (natural policy gradient, Kakade 2001), and by how often at
-    most, over the row's actions, a taken action is trained. The rest points are those of the plain gradient, which would need
-    many thousands of steps for rare actions.
+    most, over the row's actions, a taken action is kept. The rest points are those of the plain gradient, which would need
+    many thousands of steps for rare actions. The distillation part's normaliser scales the whole step, for the same reason.
     """
     tree, vocab = hack.problem.tree, hack.problem.tree.vocab
-    # Without an outcome nothing of a masked response is trained.
-    trained = ~(hack.malformed & (arm.masked and arm.outcome_coef == 0))
+    keep = ~(hack.malformed & arm.masked)
     cells = (hack.problem.rows[tree.states] * vocab + tree.actions)[tree.mask]
 
     def counts(weights: Tensor) -> Tensor:
@@ -316,8 +330,11 @@ def follow(hack: Hack, arm: Arm, *, rate: float = 1.0, steps: int = 400) -> Tens
     def direction(table: Tensor) -> Tensor:
         policy = hack.problem.policy(table)
         scale = taken = counts(policy.chances).clamp(min=1e-300)
-        if not trained.all():
-            scale = taken * (counts(policy.chances * trained) / taken).amax(-1, keepdim=True)
-        return expected_gradient(hack, arm, policy) / scale.clamp(min=1e-300)
+        kept = normalizers(hack, arm, policy)[0]
+        if arm.masked:
+            most = (counts(policy.chances * keep) / taken).amax(-1, keepdim=True)
+            # beside an outcome, which acts on everything, no step is larger than without this
+            scale = taken * (most.clamp(min=min(kept, 1.0)) if arm.outcome_coef > 0 else most)
+        return kept * expected_gradient(hack, arm, policy) / scale.clamp(min=1e-300)
 
     return settle(direction, hack.start, rate=rate, steps=steps)

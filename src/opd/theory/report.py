@@ -15,6 +15,9 @@ from opd.theory import (
     hack_claims,
     horizon,
     law_claims,
+    mask_claims,
+    objective_claims,
+    order_claims,
     support_claims,
     training_claims,
 )
@@ -23,9 +26,11 @@ from opd.theory.pictures import draw
 
 CLAIMS: tuple[Callable[[], Claim], ...] = (
     gradient_claims.theorem_1,
+    objective_claims.objective_forms,
     gradient_claims.theorem_2,
     gradient_claims.variance_order,
     horizon.crossover_claim,
+    order_claims.reversal,
     gradient_claims.growth,
     gradient_claims.kl_baseline,
     training_claims.convergence,
@@ -34,8 +39,8 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     support_claims.supports,
     support_claims.biased_head,
     support_claims.k_estimators,
-    law_claims.mask_law,
-    law_claims.tilt_law,
+    mask_claims.mask_law,
+    mask_claims.tilt_law,
     law_claims.several_teachers,
     law_claims.extrapolation,
     training_claims.staleness,
@@ -64,10 +69,12 @@ def run_claims() -> Iterator[tuple[Claim, float]]:
 
 
 def claim_line(claim: Claim) -> str:
-    """One claim as plain lines."""
+    """One claim as plain lines; of one that fails, which of its parts are false."""
+    false = [name for name, true in claim.parts.items() if not true]
     return (
         f"{'holds' if claim.holds else 'FAILS'}  {claim.number:>3}  {claim.title} ({claim.source})\n"
         f"            expected: {claim.expected}\n            measured: {claim.measured}"
+        + (f"\n            false: {'; '.join(false)}" if false else "")
     )
 
 

@@ -10,9 +10,11 @@ from opd.objectives import baselines
 from opd.objectives.advantages import future_kl, immediate, log_ratio_to_go
 from opd.objectives.corrections import importance_weights
 from opd.theory.claim import Claim
-from opd.theory.estimators import exact_gradients, trajectory_gradients
-from opd.theory.tree import Policy, Problem, Tree, make_tree, random_problem, random_table
+from opd.theory.estimators import trajectory_gradients
+from opd.theory.tree import Problem, Tree, make_tree, random_problem, random_table
+from opd.theory.written_out import FORMULAS, Path, WrittenOut, gap, leave_one_out, of_table
 
+_EXACT = 1e-10
 RATES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -109,14 +111,16 @@ def signal(name: str, students: Students, walks: Walks) -> tuple[Tensor, bool]:
 
 
 def convergence(*, horizon: int = 6, steps: int = 300, samples: int = 4, seeds: int = 8) -> Claim:
-    """SGD on a tree from a random start, the same numbers of samples, the best of one grid of rates for each."""
+    """SGD on a tree from a random start, the same numbers of samples, the best of one grid of rates for each. The first, the middle
+    and the last step are compared with loops over their samples."""
     generator = torch.Generator().manual_seed(0)
     problem = random_problem(make_tree(3, horizon), generator, sharpness=1.0)
     start = random_table(problem, generator, sharpness=1.0)
     rates = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(seeds)
-    curves: dict[str, list[list[float]]] = {}
+    curves: dict[str, list[float]] = {}
     final: dict[str, float] = {}
     best: dict[str, float] = {}
+    worst: dict[str, float] = {}
     for name in OBJECTIVES:
         students = Students(problem, start.repeat(len(rates), 1, 1))
         kls = []
@@ -125,108 +129,235 @@ def convergence(*, horizon: int = 6, steps: int = 300, samples: int = 4, seeds: 
                 kls.append(students.sequence_kl())
             walks = students.sample(samples, generator)
             advantages, exact = signal(name, students, walks)
-            students = students.ascend(walks, advantages, rates, exact=exact)
+            moved = students.ascend(walks, advantages, rates, exact=exact)
+            if step in (0, steps // 2, steps - 1):
+                worst[name] = max(worst.get(name, 0.0), _step_gap(name, students, walks, moved, rates))
+            students = moved
         kls.append(students.sequence_kl())
         history = torch.stack(kls).reshape(len(kls), len(RATES), seeds)
         chosen = int(torch.nan_to_num(history[-1].mean(-1), nan=torch.inf).argmin())
         best[name], final[name] = RATES[chosen], float(history[-1, chosen].mean())
         curves[name] = history[:, chosen].mean(-1).tolist()
     shown = "; ".join(f"{name} {kl:.3f} (rate {best[name]:g})" for name, kl in final.items())
+    first = curves["exact"][0]
+    parts = {
+        "exact < immediate": final["exact"] < final["immediate"],
+        "immediate < to-go": final["immediate"] < final["log-ratio-to-go"],
+        "every objective learns": max(final.values()) < 0.75 * first,
+        **{f"{name}: steps": gap < _EXACT for name, gap in worst.items()},
+        **_sampling_parts(problem, start, first),
+    }
     return Claim(
         "6", "the immediate log ratio converges faster than the log-ratio-to-go", "section 2.4; tree of 3^6, 4 samples a step",
         "final sequence KL: exact < immediate < to-go (0.08, 0.11, 0.36 on another tree)",
-        f"from {curves['exact'][0]:.2f}: {shown}",
-        final["exact"] < final["immediate"] < final["log-ratio-to-go"],
-        {"final": final, "rates": best, "curves": curves, "every": 20, "steps": steps},
+        f"from {first:.2f}: {shown}", all(parts.values()),
+        {"final": final, "rates": best, "curves": curves, "every": 20, "steps": steps}, parts,
     )  # fmt: skip
 
 
-def theorem_3() -> Claim:
-    """Ascent on the expected estimates to rest, tabular and with states that share rows."""
-    tabular, moved = _at_rest(tied=False, seed=0, discounts=(0.0, 1.0))
+def _step_gap(name: str, students: Students, walks: Walks, moved: Students, rates: Tensor) -> float:
+    """How far the step of the first and the last run is from the objective written out on their samples."""
+    worst = 0.0
+    for run in (0, len(rates) - 1):
+        w = of_table(students.problem, students.tables[run])
+        paths = _paths(walks, run)
+        formula = FORMULAS[_FORMULA[name]]
+        each = [[formula(w, path, t, 1.0) for t in range(len(path))] for path in paths]
+        if name.endswith("leave one out"):
+            each = [np.subtract(a, b).tolist() for a, b in zip(each, leave_one_out(each), strict=True)]
+        wanted = np.sum(
+            [w.estimate(y, a, exact=name.startswith("exact")) for y, a in zip(paths, each, strict=True)], axis=0
+        )
+        step = (moved.tables[run] - students.tables[run]) / rates[run]
+        worst = max(worst, gap(step, wanted / len(paths)))
+    return worst
+
+
+_FORMULA = {
+    "immediate": "immediate",
+    "log-ratio-to-go": "log-ratio-to-go (ii)",
+    "exact": "exact",
+    "exact + KL-to-go, leave one out": "exact + KL-to-go",
+}
+
+
+def _paths(walks: Walks, run: int) -> list[Path]:
+    """The samples of one run as (state, action) pairs."""
+    each = zip(walks.states[run].tolist(), walks.actions[run].tolist(), strict=True)
+    return [list(zip(states, actions, strict=True)) for states, actions in each]
+
+
+def _sampling_parts(problem: Problem, start: Tensor, first: float, *, samples: int = 4000) -> dict[str, bool]:
+    """Whether the samples visit states as often as the student does, and what is measured is the KL."""
+    w = of_table(problem, start)
+    students = Students(problem, start[None])
+    walks = students.sample(samples, torch.Generator().manual_seed(0))
+    visits = np.bincount(walks.states.flatten().numpy(), minlength=problem.tree.num_states) / samples
+    expected = w.occupancy(w.table)
+    return {
+        "samples are the student's": bool(
+            (np.abs(visits - expected) < 5 * np.sqrt(expected / samples) + 2 / samples).all()
+        ),
+        "the sequence KL": abs(first + float(w.value(w.table))) < _EXACT
+        and gap(students.sequence_kl(), -w.value(w.table)[None]) < _EXACT,
+    }
+
+
+TABULAR_TREES = (make_tree(3, 3), make_tree(2, 4, num_prompts=2), make_tree(3, 3, end=2, num_prompts=3))
+ALIASED_TREES = (make_tree(3, 4), make_tree(3, 3, num_prompts=2), make_tree(3, 4, end=2, num_prompts=3))
+
+
+def theorem_3(*, aliased: int = 12, tabular: int = 6, starts: int = 2) -> Claim:
+    """Ascent on the mean of each estimate to rest, for random teachers, several prompts and several starts: in a table, and with
+    states that share rows. At rest the gradient is taken by complex steps."""
+    worst = {"KL": 0.0, "distance": 0.0, "gradient": 0.0, "mean": 0.0}
+    for seed in range(tabular):
+        tree = TABULAR_TREES[seed % len(TABULAR_TREES)]
+        generator = torch.Generator().manual_seed(seed)
+        problem = random_problem(tree, generator, sharpness=0.5 + 0.5 * (seed % 4))
+        for _ in range(starts):
+            start = random_table(problem, generator, sharpness=1.0)
+            for discount in (0.0, 1.0):
+                w = _at_rest(problem, start, discount, worst)
+                worst["KL"] = max(worst["KL"], -float(w.value(w.table)))
+                worst["distance"] = max(worst["distance"], float(np.abs(w.p - np.exp(w.logq)).max()))
     excess: dict[float, list[float]] = {0.0: [], 0.9: []}
-    for seed in range(6):
-        found, last = _at_rest(tied=True, seed=seed, discounts=(0.0, 0.9, 1.0))
-        moved = max(moved, last)
-        for discount, values in excess.items():
-            values.append(found[discount] / found[1.0] - 1.0)
-    largest = max(tabular.values())
+    left = []
+    for seed in range(aliased):
+        for discount, values in _aliased(seed, starts, worst).items():
+            if discount in excess:
+                excess[discount].append(values[0] / values[1] - 1.0)
+            if discount == 0.0:
+                left.append(values[2])
     immediate_excess, discounted = excess[0.0], excess[0.9]
+    parts = {
+        "in a table the KL is 0 for both": worst["KL"] < 1e-12,
+        "in a table every state is the teacher's": worst["distance"] < 1e-6,
+        "they rest": worst["gradient"] < 1e-8,
+        "at the start the means are g1 and grad V": worst["mean"] < _EXACT,
+        "with shared rows the immediate log ratio is above the optimum": min(immediate_excess) > 1e-4,
+        "there grad V is not 0": min(left) > 1e-4,
+        "discount 0.9 within 1.5 %": max(discounted) < 0.015,
+    }
     return Claim(
         "7", "at rest the immediate log ratio is optimal in a table, not with shared parameters", "Theorem 3; trees of 3^3 and 3^4",
         "tabular: sequence KL 0 for both; shared rows: immediate above the optimum in every instance, discount 0.9 within 1.5 %",
-        f"tabular: at most {largest:.1e}; shared rows: {100 * min(immediate_excess):.1f}-{100 * max(immediate_excess):.1f} % "
+        f"tabular: at most {worst['KL']:.1e} over {tabular} problems of one to three prompts and {starts} starts; shared rows: "
+        f"{100 * min(immediate_excess):.1f}-{100 * max(immediate_excess):.1f} % "
         f"above (median {100 * float(np.median(immediate_excess)):.1f} %), discount 0.9: median "
         f"{100 * float(np.median(discounted)):.2f} %, at most {100 * max(discounted):.2f} %; "
-        f"the last quarter of the steps moved a KL by at most {moved:.0e}",
-        largest < 1e-6 and min(immediate_excess) > 0 and max(discounted) < 0.015 and moved < 1e-3,
-        {"tabular": largest, "immediate": immediate_excess, "discount 0.9": discounted, "moved": moved},
+        f"largest slope of a mean estimate at rest {worst['gradient']:.0e}",
+        all(parts.values()),
+        {"tabular": worst["KL"], "immediate": immediate_excess, "discount 0.9": discounted, "gradient": worst["gradient"]}, parts,
     )  # fmt: skip
 
 
-def _at_rest(*, tied: bool, seed: int, discounts: tuple[float, ...]) -> tuple[dict[float, float], float]:
-    """(the sequence KL where the expected estimate with each discount comes to rest, how far the last quarter moved it)."""
+def _aliased(seed: int, starts: int, worst: dict[str, float]) -> dict[float, tuple[float, float, float]]:
+    """By discount: the sequence KL at rest with shared rows, the lowest that to-go found from any start, and |grad V| there; the
+    largest of the KLs over the starts."""
     generator = torch.Generator().manual_seed(seed)
-    tree = make_tree(3, 4 if tied else 3)
-    rows = torch.randint(0, 8, (tree.num_states,), generator=generator) if tied else None
-    if rows is not None:
-        rows = torch.unique(rows, return_inverse=True)[1]
+    tree = ALIASED_TREES[seed % len(ALIASED_TREES)]
+    rows = torch.unique(torch.randint(0, 8, (tree.num_states,), generator=generator), return_inverse=True)[1]
     problem = random_problem(tree, generator, sharpness=1.0, rows=rows)
-    start = random_table(problem, generator, sharpness=0.3)
-    steps = 4000 if tied else 8000
-    found, moved = {}, 0.0
-    for discount in discounts:
-        table, before = start.clone(), 0.0
-        for step in range(steps):
-            if step == steps * 3 // 4:
-                before = -float(problem.policy(table).value)
-            table = table + 2.0 * _expected(problem.policy(table), discount).reshape(table.shape)
-        found[discount] = -float(problem.policy(table).value)
-        moved = max(moved, abs(found[discount] - before))
-    return found, moved
+    found: dict[float, list[tuple[float, float]]] = {0.0: [], 0.9: [], 1.0: []}
+    for _ in range(starts):
+        start = random_table(problem, generator, sharpness=0.3)
+        for discount, values in found.items():
+            w = _at_rest(problem, start, discount, worst)
+            values.append((-float(w.value(w.table)), float(np.abs(w.gradient()).max())))
+    optimum = min(kl for kl, _ in found[1.0])
+    return {g: (min(kl for kl, _ in values), optimum, min(slope for _, slope in values)) for g, values in found.items()}
 
 
-def _expected(policy: Policy, discount: float) -> Tensor:
-    """The mean of the exact term with the discounted future KL, [rows * vocab]."""
-    advantages = future_kl(policy.reverse_kl, policy.problem.tree.mask, discount)
-    return policy.chances @ (exact_gradients(policy) + trajectory_gradients(policy, advantages))
+def _at_rest(
+    problem: Problem, start: Tensor, discount: float, worst: dict[str, float], *, steps: int = 3000
+) -> WrittenOut:
+    """Where the mean of the log-ratio-to-go's estimate with this discount (0: the immediate log ratio's) comes to rest.
+
+    Each logit's slope is divided by how often its action is taken (natural policy gradient). Adds to `worst` how far the mean at
+    the start is from the one written out, and the largest slope of that one at rest.
+    """
+    table = start.clone()
+    tree, rows = problem.tree, problem.rows
+    for step in range(steps):
+        policy = problem.policy(table)
+        ratio = policy.log_ratio
+        advantages = log_ratio_to_go(ratio, tree.mask, discount) if discount > 0 else immediate(ratio, tree.mask)
+        mean = (policy.chances @ trajectory_gradients(policy, advantages)).reshape(table.shape)
+        if step == 0:
+            worst["mean"] = max(worst["mean"], gap(mean, _mean_slope(of_table(problem, table), discount)))
+        visits = torch.zeros(len(table), dtype=torch.float64).index_add(0, rows, policy.occupancy)
+        table = table + 0.5 * mean / (visits[:, None] * torch.softmax(table, -1)).clamp(min=1e-12)
+        if float(mean.abs().max()) < 1e-13 or not bool(table.isfinite().all()):
+            break
+    w = of_table(problem, table)
+    worst["gradient"] = max(worst["gradient"], float(np.abs(_mean_slope(w, discount)).max()))
+    return w
+
+
+def _mean_slope(w: WrittenOut, discount: float) -> np.ndarray:
+    """g1 at discount 0, grad V at 1, between them the mean over all responses."""
+    if discount in (0.0, 1.0):
+        return w.gradient() if discount else w.g1()
+    return w.chances @ w.estimator("log-ratio-to-go (ii)", discount)
 
 
 STALE_SIGNALS = ("immediate, stale", "immediate, importance weights", "exact, stale", "exact, recomputed")
 
 
-def staleness(*, steps: int = 200, seeds: int = 16) -> Claim:
-    """Rollouts of the student k updates ago: the signal as it was then, corrected by importance weights, or made anew."""
+def staleness(*, steps: int = 200, seeds: int = 16, lags: tuple[int, ...] = (0, 4, 8, 16)) -> Claim:
+    """Rollouts of the student k updates ago: the signal as it was then, corrected by importance weights, or made anew. Some updates
+    are compared with loops over their samples."""
     generator = torch.Generator().manual_seed(1)
     problem = random_problem(make_tree(3, 5), generator, sharpness=1.0)
     start = random_table(problem, generator, sharpness=1.0)
     rates = torch.tensor((0.5, 1.0, 2.0), dtype=torch.float64).repeat_interleave(seeds)
     found: dict[str, dict[int, float]] = {name: {} for name in STALE_SIGNALS}
-    for lag in (0, 4, 8, 16):
+    worst: dict[str, float] = dict.fromkeys(found, 0.0)
+    for lag in lags:
         for name, results in found.items():
             students = [Students(problem, start.repeat(len(rates), 1, 1))]
-            for _ in range(steps):
+            for step in range(steps):
                 old = students[max(0, len(students) - 1 - lag)]
-                students = [
-                    *students[max(0, len(students) - lag) :],
-                    _stale_step(name, students[-1], old, rates, generator),
-                ]
+                walks = old.sample(4, generator)
+                moved = _stale_step(name, students[-1], old, walks, rates)
+                if step in (lag + 1, steps - 1):
+                    worst[name] = max(worst[name], _stale_gap(name, students[-1], old, walks, moved, rates))
+                students = [*students[max(0, len(students) - lag) :], moved]
             final = students[-1].sequence_kl().reshape(3, seeds).mean(-1)
             results[lag] = float(torch.nan_to_num(final, nan=torch.inf).min())
     recomputed = found["exact, recomputed"]
-    others = [found[name] for name in STALE_SIGNALS[:-1]]
-    holds = all(recomputed[lag] < results[lag] for lag in (4, 8, 16) for results in others)
+    parts = {
+        f"recomputed below {name}": all(recomputed[lag] < found[name][lag] for lag in lags if lag >= 4)
+        for name in STALE_SIGNALS[:-1]
+    } | {f"{name}: updates": off < _EXACT for name, off in worst.items()}
     shown = "; ".join(f"{n}: " + ", ".join(f"{kl:.3f}" for kl in r.values()) for n, r in found.items())
     return Claim(
-        "19", "with stale prefixes, recompute the signal", "k = 0, 4, 8, 16 updates old; best of 3 rates",
+        "19", "with stale prefixes, recompute the signal", f"k = {', '.join(map(str, lags))} updates old; best of 3 rates",
         "the exact term under the current student below the same under the old one, below stale advantages and below importance "
-        "weights for k >= 4", f"final sequence KL {shown}", holds, found,
+        "weights for k >= 4", f"final sequence KL {shown}", all(parts.values()), found, parts,
     )  # fmt: skip
 
 
-def _stale_step(name: str, students: Students, old: Students, rates: Tensor, generator: torch.Generator) -> Students:
+def _stale_gap(name: str, students: Students, old: Students, walks: Walks, moved: Students, rates: Tensor) -> float:
+    """How far the update of the last run is from the signal written out on its samples."""
+    run = len(rates) - 1
+    now, then = (of_table(students.problem, s.tables[run]) for s in (students, old))
+    paths = _paths(walks, run)
+    wanted = np.zeros(now.table.size)
+    for path in paths:
+        if name.startswith("exact"):
+            judge = now if name == "exact, recomputed" else then
+            wanted += judge.estimate(path, [0.0] * len(path), exact=True)
+        elif name == "immediate, stale":
+            wanted += now.estimate(path, [then.ratio[step] for step in path])
+        else:
+            wanted += now.estimate(path, [now.ratio[step] * now.p[step] / then.p[step] for step in path])
+    return gap((moved.tables[run] - students.tables[run]) / rates[run], wanted / len(paths))
+
+
+def _stale_step(name: str, students: Students, old: Students, walks: Walks, rates: Tensor) -> Students:
     """An update of the students on responses of the old ones."""
-    walks = old.sample(4, generator)
     nothing = torch.zeros(walks.states.shape, dtype=torch.float64)
     if name == "exact, recomputed":
         return students.ascend(walks, nothing, rates, exact=True)

@@ -1,0 +1,86 @@
+"""Where in a response its answer stands: in the last box, behind "the answer is", or in the last mathematics of the text."""
+
+import re
+from collections.abc import Iterator
+
+from opd.tasks.math_values import closing_brace, read_value
+
+_BOX = re.compile(r"\\f?boxed\s*(\{)?|\\fbox\s*(\{)?")
+_BETWEEN = re.compile(
+    r"[\s$.]*(?:,|;|\band\b|\bor\b|\\(?:text|mathrm)\{\s*(?:and|or)\s*\}|\\quad|\\\)|\\\(|[\s$])*[\s$]*"
+)
+_ANCHOR = re.compile(r"(?i)\banswer\b[^.\n$\\]{0,60}?(?:\bis\b|:|=)[\s*:]*")
+_MATH = (
+    r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$[^$\n]+?(?<!\\)\$(?!\d)"  # delimited
+    r"|\\begin\{(?P<env>\w+)\}.+?\\end\{(?P=env)\}"
+    r"|\\[A-Za-z]+(?:\s*\[[^\[\]]*\])?(?:\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*|\\[{}%$,;!]"  # a command, and what it takes
+    r"|\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
+    r"|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|ln|exp|pi|infinity|percent|degrees?)(?![A-Za-z])"
+    r"|(?<![A-Za-z'])(?!(?:[aAI])(?=\s|$)(?!\s*[-+*/^=<>]))[A-Za-z](?![A-Za-z'])"
+    r"|[-\u2212+*/^=<>()\[\]{}|!,;_&%:\u00b0\u221a\u03c0\u221e\u2264\u2265\u2260\u00b1\u00d7\u00b7\u00f7\u222a\u2208\u00b2\u00b3\u00bd\u00bc\u00be\u20ac\u00a3]"
+)
+_RUN = re.compile(
+    rf"(?:{_MATH})(?:[ \t]*(?:,?[ \t]*\b(?:and|or)\b[ \t]*)?(?:{_MATH.replace('env', 'next')}))*", re.DOTALL
+)
+_BULLET = re.compile(r"^[ \t]*(?:[-*\u2022]|\d+[.)])[ \t]+", re.MULTILINE)
+_EDGES = ",;: \t"
+
+
+def stated_answer(response: str) -> str | None:
+    """The text of the answer that a response states; None where it states none.
+
+    The last box counts, and with it those before it that a comma, "and" or "or" joins to it. Without a box, what follows the last
+    "answer is"; without that the whole response where it is one answer, or else the last mathematics in it.
+    """
+    if _BOX.search(response):
+        return _boxed(response)
+    anchors = list(_ANCHOR.finditer(response))
+    if anchors and (rest := response[anchors[-1].end() :].strip()):
+        first = re.split(r"\n|(?<=[^\d\s])[.](?=\s|$)|(?<=\d)[.](?=\s|$)", rest, maxsplit=1)[0]
+        if read_value(first) is not None:
+            return first
+        return next(iter(_runs(rest)), first)
+    if "\n" not in response.strip() and read_value(response) is not None:
+        return response
+    found = list(_runs(_BULLET.sub("", response)))
+    return found[-1] if found else None
+
+
+def _boxed(response: str) -> str | None:
+    """What stands in the last box and in those that are joined to it; None where it is empty or not closed."""
+    boxes: list[tuple[int, int, str]] = []  # of the outermost ones: where they start and end, and what is in them
+    for found in _BOX.finditer(response):
+        if boxes and found.start() < boxes[-1][1]:
+            continue
+        opening = found.start(1) if found[1] else found.start(2)
+        end = closing_brace(response, opening) if opening >= 0 else -1
+        if opening < 0:  # \boxed 5
+            word = re.match(r"\S+", response[found.end() :])
+            boxes.append((found.start(), found.end() + (word.end() if word else 0), word[0] if word else ""))
+        elif end < 0:
+            return None
+        else:
+            boxes.append((found.start(), end + 1, response[opening + 1 : end]))
+    joined = [boxes[-1][2]]
+    for (_, end, content), (start, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        between = response[end:start]
+        if not _BETWEEN.fullmatch(between):
+            break
+        if content.strip() != joined[0].strip():
+            joined.insert(0, content)
+    if not all(part.strip() for part in joined):
+        return None
+    sign = re.match(r"\s*(?:\\?%|percent\b)", response[boxes[-1][1] :])
+    return ",".join(joined) + (r"\%" if sign else "")
+
+
+def _runs(text: str) -> Iterator[str]:
+    """The stretches of mathematics in a text, in order: those with a number, a command or more than a letter."""
+    for found in _RUN.finditer(text):
+        run = found[0].lstrip(_EDGES + "=").rstrip(_EDGES)  # what "15 + 9 = A book" says is none of the run's
+        run = run.rstrip("([{").strip(_EDGES) if run.count("(") > run.count(")") else run
+        run = run.lstrip(")]}").strip(_EDGES) if run.count(")") > run.count("(") and run.startswith(")") else run
+        while run.endswith(")") and run.count(")") > run.count("("):
+            run = run[:-1].strip(_EDGES)
+        if re.search(r"\d|\\[A-Za-z]|[A-Za-z]\s*[-+*/^=<>]|[\u00bd\u00bc\u00be\u03c0\u221e]|\$", run):
+            yield run

@@ -1,0 +1,190 @@
+"""How a chat template is rendered, and what it writes around an answer.
+
+A template may read the clock (`strftime_now`) and draw at random (`random`, `lipsum`). Both are frozen here: every rendering of one
+tokenizer sees the moment that `freeze` gave it, and the same draws.
+"""
+
+import random
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers.utils import chat_template_utils
+
+from opd.errors import ModelError
+from opd.records import Message
+from opd.text.symbols import thinking_opening, without_thinking
+from opd.text.tool_calls import tools_text
+
+_PROBE = "aXbYcZ"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+_QUESTION: Sequence[Message] = ({"role": "user", "content": "?"},)
+_SYSTEM: Message = {"role": "system", "content": "?"}  # some templates want one
+_MOMENT = "_opd_moment"
+_CLOCK = "strftime_now"
+_DRAWS = re.compile(r"\|\s*random\b|\blipsum\b|['\"]random['\"]")
+_WORLD = threading.Lock()  # the clock and the generator are those of the process
+REFUSALS = (TemplateError, TypeError, ValueError)  # what an expression in a template runs into, too
+
+
+def freeze(tokenizer: Any, moment: datetime) -> None:
+    """From now on the tokenizer's chat template reads this moment wherever it reads the clock."""
+    setattr(tokenizer, _MOMENT, moment)
+
+
+def clock_of(tokenizer: Any) -> str:
+    """The moment that a chat template reads, as text; "" where it reads no clock."""
+    moment = getattr(tokenizer, _MOMENT, None)
+    return str(moment) if moment is not None and _CLOCK in str(getattr(tokenizer, "chat_template", None)) else ""
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    *,
+    natively: bool,
+    generate: bool = True,
+) -> str:
+    """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
+    if tools and not natively:
+        messages = with_tools(messages, tools_text(tools))
+    shown = [dict(tool) for tool in tools] if tools and natively else None
+    with _frozen(tokenizer):
+        return tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tools=shown, add_generation_prompt=generate, tokenize=False
+        )
+
+
+def template_shows_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template writes the tools that it is given."""
+    try:
+        return _PROBE in apply_template(tokenizer, _QUESTION, [_PROBE_TOOL], natively=True)
+    except REFUSALS:
+        return _PROBE in apply_template(tokenizer, [_SYSTEM, *_QUESTION], [_PROBE_TOOL], natively=True)
+
+
+def with_tools(messages: Sequence[Message], text: str) -> list[Message]:
+    """The conversation with a text about tools in its system message."""
+    first, *rest = messages
+    if first["role"] == "system":
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
+
+
+@contextmanager
+def _frozen(tokenizer: Any) -> Iterator[None]:
+    """Rendering with the tokenizer's moment for the clock, and the same draws every time."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    moment = getattr(tokenizer, _MOMENT, None) if _CLOCK in template else None
+    if moment is None and not _DRAWS.search(template):
+        yield
+        return
+    with _WORLD:
+        # transformers passes no functions to a template: its `strftime_now` asks this name of its module
+        clock, state = getattr(chat_template_utils, "datetime"), random.getstate()  # noqa: B009
+        if moment is not None:
+            setattr(chat_template_utils, "datetime", _Clock(moment))  # noqa: B010
+        random.seed(0)
+        try:
+            yield
+        finally:
+            setattr(chat_template_utils, "datetime", clock)  # noqa: B010
+            random.setstate(state)
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """A clock that stands."""
+
+    moment: datetime
+
+    def now(self) -> datetime:
+        return self.moment
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around an answer to one question.
+
+    before: the question with the generation prompt; plain: without it; head: what stands before the answer once it is given;
+    after: what follows it.
+    """
+
+    before: str
+    plain: str
+    head: str
+    after: str
+
+    @property
+    def whole(self) -> str:
+        """All of the template's own text."""
+        return self.head + self.after + self.before
+
+    @property
+    def gap(self) -> str:
+        """White space before an answer that is not part of the generation prompt."""
+        rest = self.head.removeprefix(self.before) if self.head.startswith(self.before) else ""
+        return rest if not rest.strip() else ""
+
+    @property
+    def opens(self) -> bool:
+        """Whether the generation prompt opens the assistant's turn; a thinking block, open or empty, makes no difference."""
+        rest = self.head.removeprefix(self.before) if self.head.startswith(self.before) else None
+        if self.before.startswith(self.head.rstrip()):
+            return True
+        if rest is not None and (self.before != self.plain or not rest.strip()):
+            return True
+        head, before = without_thinking(self.head), without_thinking(self.before)
+        return (head, before) != (self.head, self.before) and before.startswith(head.rstrip())
+
+
+def frame_of(tokenizer: Any) -> Frame | None:
+    """What a chat template writes around an answer; None where it shows no answer. Raises one of `REFUSALS` where it renders no
+    conversation of a question and an answer."""
+    question: Sequence[Message] = _QUESTION
+    answer: Message = {"role": "assistant", "content": _PROBE}
+    try:
+        before = apply_template(tokenizer, question, (), natively=False)
+    except REFUSALS:
+        question = [_SYSTEM, *_QUESTION]
+        before = apply_template(tokenizer, question, (), natively=False)
+    plain = apply_template(tokenizer, question, (), natively=False, generate=False)
+    whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
+    head, found, after = whole.partition(_PROBE)
+    return Frame(before, plain, head, after) if found else None
+
+
+def opened_by(tokenizer: Any) -> str:
+    """The thinking tag, and the white space behind it, with which a chat template's generation prompt ends; "" without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        frame = frame_of(tokenizer)
+    except REFUSALS:
+        return ""
+    return thinking_opening(frame.before) if frame else ""
+
+
+def require_generation_prompt(tokenizer: Any, *, who: str) -> Frame:
+    """What the template writes around an answer. Raises ModelError when its generation prompt does not open the model's turn."""
+    try:
+        frame = frame_of(tokenizer)
+    except REFUSALS as error:
+        raise ModelError(f"{who}: its chat template refuses a question and its answer: {error}") from None
+    if frame is None:
+        raise ModelError(f"{who}: its chat template does not show an assistant's answer")
+    if not frame.opens:
+        raise ModelError(
+            f"{who}: its chat template has no generation prompt: an answer stands behind {frame.head[-40:]!r}, but "
+            f"add_generation_prompt = true ends with {frame.before[-40:]!r}; give it a template that opens the assistant's turn"
+        )
+    return frame

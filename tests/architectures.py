@@ -1,0 +1,112 @@
+"""Toy models of the architectures that transformers has: those that packed passes are right for, and those that they are not."""
+
+import copy
+from typing import Any
+
+import torch
+from factories import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from opd.embedded.network import Network
+
+_SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
+_HEAD = {"head_dim": 8}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_DELTA = {
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_GRANITE = {"num_local_experts": 0, "shared_intermediate_size": 48, "logits_scaling": 1.0, **_MAMBA}
+
+SOUND: dict[str, dict[str, Any]] = {
+    "llama": _HEAD,
+    "mistral": {**_HEAD, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": _HEAD,
+    "qwen3_moe": {**_HEAD, **_EXPERTS},
+    "gemma3_text": _HEAD,
+    "smollm3": _HEAD,
+    "olmo2": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "deepseek_v3": _LATENT,
+    "granite": {"logits_scaling": 1.0},
+    # a hybrid's config whose layers are all attention
+    "granitemoehybrid": {**_GRANITE, "layer_types": ["attention", "attention"]},
+}
+# why, and at which of the probes where only numbers show it
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "short convolutions carry state across packed sequences"),
+    "granitemoehybrid": (
+        {**_GRANITE, "layer_types": ["mamba", "attention"]},
+        "recurrent layers .* carry state across packed sequences",
+    ),
+    "falcon_h1": (
+        {**_HEAD, **_MAMBA, "mamba_d_ssm": 64},
+        "recurrent layers .* carry state across packed sequences",
+    ),
+    "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, "recurrent layers .* carry state across packed sequences"),
+    "qwen3_next": (
+        {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 16},
+        "recurrent layers .* carry state across packed sequences",
+    ),
+    "qwen3_5_text": (_DELTA, "recurrent layers .* carry state across packed sequences"),
+    "minimax": ({**_HEAD, **_EXPERTS}, "recurrent layers .* carry state across packed sequences"),
+    "recurrent_gemma": (
+        {"lru_width": 32, "attention_window_size": 256, "num_hidden_layers": 3},
+        "recurrent layers .* carry state across packed sequences",
+    ),
+    "gemma2": (_HEAD, r"soft-caps its .*softcapping = [35]0"),
+    "nanochat": ({}, r"soft-caps its logits behind the output head \(final_logit_softcapping = 15"),
+    "gpt_oss": ({**_HEAD, **_EXPERTS}, r"needs attention sinks, which packed passes do not have \(self_attn.sinks\)"),
+    "llama4_text": (
+        {**_HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        "scales its attention by a token's place within the pass",
+    ),
+}
+FOUND: dict[str, tuple[dict[str, Any], str]] = {
+    "cohere": ({"logit_scale": 0.25}, "head"),
+    "granite": ({"logits_scaling": 8.0}, "head"),
+    "minicpm3": ({k: v for k, v in _LATENT.items() if "rank" in k or "head" in k}, "head"),
+    "nemotron": ({}, "plan"),
+    "doge": ({}, "one sequence"),
+    "diffllama": ({}, "grown rows"),  # attends twice a layer
+}
+
+
+def toy_of(kind: str, options: dict[str, Any], *, scale: float = 0.15) -> PreTrainedModel:
+    """A model of one kind with random weights, large enough to matter."""
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(kind)
+    options = copy.deepcopy(options)  # configs write into what they are given
+    sizes = {k: v for k, v in {**_SIZES, **options}.items() if k in options or hasattr(known, k)}
+    model = AutoModelForCausalLM.from_config(type(known)(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, scale)
+            else:  # norms stay near 1
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def network_of(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
+    return Network(toy_of(kind, options).to(dtype), byte_tokenizer(), kind)

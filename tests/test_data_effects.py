@@ -1,0 +1,75 @@
+"""Data and options of tasks that a run makes no use of are said at start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import sft_recipe, toy_recipe, write_prompts
+
+import opd
+from opd.config import SftConfig, parse_config
+from opd.finetune import sft
+
+
+def warnings_of(tree: dict[str, Any], **callables: Any) -> list[str]:
+    findings = opd.check(parse_config(tree), **callables)
+    name = "data and options of the tasks have an effect"
+    return [finding.detail for finding in findings if finding.name == name]
+
+
+def one_task(folder: Path, records: list[dict[str, Any]], held_out: list[dict[str, Any]] = (), **options: Any) -> Any:
+    """A recipe of one file task of these records."""
+    task = {"type": "file", "path": str(folder / "p.jsonl"), "teacher": "even", **options}
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
+    if held_out:
+        (folder / "h.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+        task["held_out_path"] = str(folder / "h.jsonl")
+    tree = toy_recipe(folder, sampling={"prompts_per_step": 2})
+    return tree | {"tasks": {"words": task}, "teachers": {"even": tree["teachers"]["even"]}}
+
+
+PROMPTS = [{"prompt": f"say {letter}"} for letter in "abc"]
+ANSWERED = [{"prompt": f"say {n}", "answer": str(n)} for n in range(3)]
+
+
+def test_a_recipe_that_uses_all_it_has_says_nothing(tmp_path):
+    assert warnings_of(one_task(tmp_path, ANSWERED, [{"prompt": "say 9", "answer": "9"}], verifier="number")) == []
+
+
+def test_a_step_of_more_prompts_than_there_are_is_said(tmp_path):
+    tree = one_task(tmp_path, PROMPTS)
+    tree["sampling"] = tree["sampling"] | {"prompts_per_step": 4}
+    [line] = warnings_of(tree)
+    assert line.startswith("sampling.prompts_per_step = 4 is more than the 3 training prompts")
+
+
+def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
+    [line] = warnings_of(one_task(tmp_path, PROMPTS, [{"id": "h", "prompt": "say b"}, {"prompt": "say z"}]))
+    assert line.startswith("1 of 2 held-out prompts of tasks.words are training prompts too, the first 'words:h'")
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "said"),
+    [
+        (ANSWERED, {"verifier": "none"}, "tasks.words.verifier = 'none' leaves 3 answers without effect"),
+        (PROMPTS, {"verifier": "math"}, "tasks.words.verifier = 'math' verifies nothing"),
+        (PROMPTS, {"grader": "number"}, "tasks.words.grader = 'number' verifies nothing"),
+        (ANSWERED, {"grader": "number"}, "tasks.words.grader = 'number' is never asked, because evaluation.every = 0"),
+    ],
+)
+def test_answers_and_verifiers_without_each_other_are_said(tmp_path, records, options, said):
+    tree = one_task(tmp_path, records, **options)
+    [line] = warnings_of(tree)
+    assert line.startswith(said)
+    assert warnings_of(tree, reward=lambda prompt, response: 1.0) == []
+
+
+def test_fine_tuning_says_it_too(tmp_path, capsys):
+    tree = toy_recipe(tmp_path)
+    recipe = sft_recipe(tmp_path / "sft", tree["student"], batch_size=16, steps=2)
+    recipe["tasks"]["answers"]["held_out_path"] = write_prompts(tmp_path / "same.jsonl", 2)
+    sft(parse_config(recipe, kind=SftConfig))
+    said = capsys.readouterr().out
+    assert "warning: batch_size = 16 is more than the 12 training prompts" in said
+    assert "warning: 2 of 2 held-out prompts of tasks.answers are training prompts too" in said
