@@ -14,7 +14,7 @@ from test_signal import CHECKED, config
 
 from opd.batch import Batch, pack
 from opd.metrics import values
-from opd.records import FailedScore, Flag, Rollout, ScoredRollout, Turn
+from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Rollout, SampledScore, ScoredRollout, Turn
 from opd.signal import follow
 
 
@@ -157,3 +157,22 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
                 assert batch.advantages[row & batch.loss_mask].all()
         for name in ("kl/token/mean", "kl/sequence/mean", "kl/token/even/mean", "kl/token/odd/mean"):
             assert shown[0][name] == pytest.approx(shown[1][name], rel=1e-9), name
+
+
+def test_without_an_outcome_no_action_has_one():
+    batch, _ = pack([one_turn(0, [0.5], reward=1.0), one_turn(1, [1.0], reward=0.0)], logprob_floor=-50.0)
+    for objective in ({"type": "exact"}, {"type": "immediate"}):
+        found, _ = follow(config(objective=objective), batch)
+        assert torch.equal(found.distill_mask, batch.loss_mask)
+        assert not found.outcome_mask.any()
+
+
+def test_a_part_without_a_score_adds_no_sampled_term_to_an_integrated_objective():
+    first, second = one_turn(0, [0.5]), one_turn(0, [1.0], part=1)
+    assert isinstance(first.score, SampledScore)
+    score = HiddenScore("t", first.score.logprobs, (HiddenPart("t", 1.0, np.zeros((1, 4), dtype=np.float32)),))
+    whole = [replace(first, score=score), replace(second, score=FailedScore("t", "lost"))]
+    batch, _ = pack(whole, logprob_floor=-50.0)
+    assert len(batch) == 2
+    found, _ = follow(config(objective={"type": "exact"}), batch)
+    assert found.advantages is None
