@@ -46,8 +46,7 @@ class Llama:
             half = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1)
             return x * cos + half * sin
 
-        # as in every model of transformers, what the pad token's embedding puts in has no gradient
-        hidden = functional.embedding(torch.tensor(tokens), weights["embed_tokens.weight"], config.pad_token_id)
+        hidden = functional.embedding(torch.tensor(tokens), weights["embed_tokens.weight"])
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         for layer in range(config.num_hidden_layers):
             at = f"layers.{layer}"

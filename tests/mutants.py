@@ -30,12 +30,12 @@ from mutations import Mutant, mutants
 ROOT = Path(__file__).parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
-_VOCABULARY = ["vocabulary", "cells", "learner_objectives", "dense_reference", "learner", "theory"]
+_VOCABULARY = ["vocabulary", "cells", "learner_objectives", "dense_reference", "learner", "theory", "neutral"]
 _SAMPLED = ["advantages", "baselines", "policy_losses", "estimators", "chunks", "signal", "dense_reference", "theory"]
 _TEXT = ["align", "tokenizer_pairs", "foreign_reading", "own_syntax", "own_syntax_laws", "foreign_teacher", "cells"]
 # module -> the tests that may notice its faults, the fastest first
 MODULES: dict[str, list[str]] = {
-    "signal": ["signal", "split_episodes", "loss_terms", "dense_reference", "unscored", "chunks"],
+    "signal": ["signal", "split_episodes", "loss_terms", "dense_reference", "unscored", "chunks", "neutral"],
     "batch": [
         "signal",
         "split_episodes",

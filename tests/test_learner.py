@@ -162,6 +162,23 @@ def test_the_clipped_gradient_of_the_packed_tree_is_that_of_separate_rows(bench:
     assert max(float((found[n] - unclipped[n]).abs().max()) for n in found) > 1e-3
 
 
+def test_the_end_of_turn_token_trains_where_it_is_the_pad_token_too(full: Bench):
+    """The gradient of its embedding is that of finite differences, where prompts hold it: in and out of the model (tied)."""
+    weight, end = full.studio.student.network.base.get_input_embeddings().weight, 257
+    assert (full.batch.token_ids[~full.batch.loss_mask] == end).any()
+    gradient, _ = full.gradient_and_loss(type="exact")
+    name = next(n for n, p in full.learner(type="exact").weights().items() if p is weight)
+    for column in (0, 7, 31):
+        losses = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[end, column] += step
+            losses.append(full.gradient_and_loss(type="exact")[1])
+            with torch.no_grad():
+                weight[end, column] -= step
+        assert float(gradient[name][end, column]) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5)
+
+
 def test_full_fine_tuning_has_the_gradient_of_separate_rows_for_every_weight(full: Bench):
     found = full.gradient(type="exact")
     assert set(found) == {name for name, _ in full.studio.student.network.base.named_parameters()}

@@ -220,7 +220,7 @@ def _episode(item: ScoredRollout) -> tuple[str, str, int]:
 def _whole_episodes(scored: Sequence[ScoredRollout], counted: Sequence[ScoredRollout]) -> list[ScoredRollout]:
     """Every part of the episodes that something can be trained on, an episode's parts next to each other and in order."""
     place = _numbered(map(_episode, counted))
-    parts = [s for s in scored if _episode(s) in place and s.rollout.num_actions]
+    parts = [s for s in scored if _episode(s) in place and s.rollout.num_actions and s.rollout.failure is None]
     return sorted(parts, key=lambda s: (place[_episode(s)], s.rollout.part))
 
 

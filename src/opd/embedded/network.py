@@ -62,7 +62,10 @@ class Network:
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
-        self._num_embeddings = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+        embeddings = cast(Any, model.get_input_embeddings())
+        # Nothing is padded here, and the pad token may be the one that ends a turn: torch would leave out its gradient.
+        embeddings.padding_idx = None
+        self._num_embeddings = int(embeddings.weight.shape[0])
         use_plans(model, source=source)
         self._active: tuple[str | None, bool] | None = None
 
