@@ -180,9 +180,7 @@ def test_the_claim_fails_when_the_functions_of_training_are_broken(name: str):
     assert not found.holds, found.measured
 
 
-@pytest.mark.parametrize(
-    "name", ["the learner divides by all episodes", "the outcome loses its baseline", "masked episodes still train"]
-)
+@pytest.mark.parametrize("name", ["the learner divides by all episodes", "the outcome loses its baseline"])
 def test_the_tilt_claim_fails_when_the_functions_of_training_are_broken(name: str):
     target, broken = SABOTAGES[name]
     with patch(target, broken):
@@ -354,3 +352,11 @@ def test_an_outcome_divided_by_its_deviation_is_warned_about_with_its_own_bounds
     assert text is not None
     assert "below 2.41 nats" in text
     assert "to 4.33 nats" in text
+
+
+def test_a_recipe_that_divides_by_a_constant_is_not_told_to_do_so():
+    constant = {"type": "immediate", "normalizer": "constant", "constant": 48}
+    tree = MASKED | {"objective": constant, "outcome": {"coef": 1.0, "baseline": "grpo"}}
+    text = mask_warning(opd.parse_config(tree | {"sampling": {"prompts_per_step": 6, "group_size": 8}}))
+    assert text is not None
+    assert "Raise outcome.coef (docs" in text

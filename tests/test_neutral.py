@@ -1,17 +1,25 @@
 """A student equal to its teacher stays where it is, and one that is merely near it still learns."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from factories import toy_recipe
+from factories import prompt, rollout, scored, toy_recipe
+from test_signal import config as signal_config
+from transformers import LlamaForCausalLM
+from vllm_like import serving
 
 import opd
+from opd.batch import pack
+from opd.config import ObjectiveConfig
 from opd.embedded.learner import EmbeddedLearner
 from opd.objectives.advantages import above_rounding
-from opd.objectives.divergences import resolution, reverse_kl
+from opd.objectives.divergences import resolution, reverse_kl, support_reverse_kl
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
+from opd.signal import follow
 
 SELF_TEACHERS: dict[str, dict[str, Any]] = {
     "exact, LoRA": {"objective": {"type": "exact"}},
@@ -19,6 +27,10 @@ SELF_TEACHERS: dict[str, dict[str, Any]] = {
     "forward KL, full": {"objective": {"type": "exact", "divergence": "forward_kl"}, "trainable": "full"},
     "support, full": {"objective": {"type": "support", "support": 8}, "trainable": "full"},
     "immediate, full": {"objective": {"type": "immediate"}, "trainable": "full"},
+    "immediate, the baseline of least variance": {
+        "objective": {"type": "immediate", "baseline": "score_weighted"},
+        "trainable": "full",
+    },
     "to-go, leave one out, PPO": {
         "objective": {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out", "loss": "ppo", "epochs": 2},
         "trainable": "full",
@@ -34,10 +46,38 @@ SELF_TEACHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@contextmanager
+def in_process(folder: str) -> Iterator[dict[str, str]]:
+    yield {"model": folder}
+
+
+@contextmanager
+def behind_a_server(folder: str) -> Iterator[dict[str, str]]:
+    with serving(LlamaForCausalLM.from_pretrained(folder)) as server:
+        yield {"url": server.url}
+
+
 @pytest.mark.parametrize("name", SELF_TEACHERS)
 def test_a_student_that_equals_its_teacher_keeps_every_weight(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    run_beside_itself(tmp_path, monkeypatch, in_process, SELF_TEACHERS[name])
+
+
+@pytest.mark.parametrize("support", [5, 200])
+def test_a_student_whose_equal_names_its_likeliest_tokens_keeps_every_weight(
+    support: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    changes = {"objective": {"type": "support", "support": support}, "trainable": "full"}
+    run_beside_itself(tmp_path, monkeypatch, behind_a_server, changes)
+
+
+def run_beside_itself(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    teachers: Callable[[str], AbstractContextManager[dict[str, str]]],
+    changes: dict[str, Any],
+) -> None:
     seen: list[tuple[bool, float]] = []
     plain = EmbeddedLearner.optim_step
 
@@ -48,9 +88,10 @@ def test_a_student_that_equals_its_teacher_keeps_every_weight(
         return found
 
     monkeypatch.setattr(EmbeddedLearner, "optim_step", step)
-    tree = toy_recipe(tmp_path, steps=3, evaluation={"num_prompts": 0}, **SELF_TEACHERS[name])
-    tree["teachers"] = {name: {"model": tree["student"]} for name in ("even", "odd")}
-    lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
+    tree = toy_recipe(tmp_path, steps=3, evaluation={"num_prompts": 0}, **changes)
+    with teachers(tree["student"]) as one:
+        tree["teachers"] = {name: one for name in ("even", "odd")}
+        lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
     assert len(seen) >= 3
     assert all(same and count for same, count in seen)
     assert all(abs(line["kl/token/mean"]) < 1e-6 for line in lines)
@@ -81,6 +122,68 @@ def test_a_rounding_error_has_no_gradient_and_a_small_distance_has_all_of_it(div
             dense = torch.autograd.grad(reverse_kl(wide, teacher.double()).sum(), wide)[0]
             torch.testing.assert_close(found.double(), dense, rtol=0, atol=5e-7)
         assert float(found.abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("temperature", "weights"), [(1.0, [1.0]), (0.02, [1.0]), (1.0, [20.0, -19.0]), (0.1, [0.5, 0.5])]
+)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_rounding_that_a_low_temperature_or_an_extrapolation_magnifies_is_none_still(
+    divergence: Any, temperature: float, weights: list[float]
+):
+    eye = torch.eye(50)
+    how = VocabularyLoss(divergence=divergence, temperature=temperature)
+    student, _ = student_and_teacher(0.0)
+    generator = torch.Generator().manual_seed(3)
+
+    def gradient(distance: float) -> float:
+        others = [student + distance * torch.randn(student.shape, generator=generator) for _ in weights]
+        hidden = student.clone().requires_grad_()
+        teachers = [TeacherStates(x, eye, w) for x, w in zip(others, weights, strict=True)]
+        loss, _ = vocabulary_loss(hidden, eye, teachers, torch.ones(8), how)
+        return float(torch.autograd.grad(loss, hidden)[0].abs().max())
+
+    assert gradient(1e-5) == 0.0
+    assert gradient(1e-3) > 0.0
+
+
+@pytest.mark.parametrize(("temperature", "extrapolation"), [(1.0, 1.0), (0.1, 1.0), (1.0, 10.0)])
+def test_a_sampled_log_ratio_that_rounding_alone_magnifies_is_no_signal(
+    temperature: float, extrapolation: float, monkeypatch: pytest.MonkeyPatch
+):
+    def advantages(gap: float) -> Sequence[float]:
+        item = rollout([5, 17, 80, 33], 2, prompt=prompt(), logprobs=[-1.0, -2.0])
+        batch, _ = pack([scored(item, [-1.0 + gap, -2.0 - gap])], logprob_floor=-50.0)
+        past = {} if extrapolation == 1.0 else {"extrapolation": extrapolation, "reference": "student"}
+        plain = signal_config().model_copy(update={"objective": ObjectiveConfig(type="immediate", **past)})
+        found, _ = follow(plain.model_copy(update={"temperature": temperature}), batch)
+        assert found.advantages is not None
+        return found.advantages[found.loss_mask].tolist()
+
+    scale = extrapolation / temperature
+    assert advantages(5e-5 * scale) == [0.0, 0.0]
+    assert advantages(2e-4 * scale) == pytest.approx([2e-4 * scale, -2e-4 * scale], rel=1e-2)
+
+
+def test_what_an_overconfident_student_leaves_out_is_a_signal_for_the_forward_kl():
+    """It excludes a token of teacher probability 7e-5: 2e-9 nats of the reverse KL's gradient, 1.3e-3 nats of forward KL."""
+    student, teacher = torch.tensor([[0.0, -30.0]]), torch.tensor([[0.0, -9.6]])
+    hidden = student.clone().requires_grad_()
+    eye = torch.eye(2)
+    how = VocabularyLoss(divergence="forward_kl")
+    loss, stats = vocabulary_loss(hidden, eye, [TeacherStates(teacher, eye)], torch.ones(1), how)
+    found = torch.autograd.grad(loss, hidden)[0]
+    p, q = (torch.log_softmax(x.double(), -1) for x in (student, teacher))
+    torch.testing.assert_close(found.double(), p.exp() - q.exp(), rtol=1e-3, atol=1e-8)
+    assert float(stats.divergence) == pytest.approx(float((q.exp() * (q - p)).sum()), rel=1e-3)
+
+
+def test_a_small_bucket_far_from_its_teachers_is_a_signal():
+    """The student leaves 1e-3 to tokens that its teacher does not name, to which the teacher leaves 1e-6."""
+    logp = torch.tensor([[0.6, 0.399]]).log().requires_grad_()
+    loss = support_reverse_kl(logp, torch.tensor([[0.6006, 0.399399]]).log()).sum()
+    assert float(loss.detach()) == pytest.approx(1e-3 * 6.9 - 1e-3, rel=0.02)
+    assert float(torch.autograd.grad(loss, logp)[0].abs().max()) > 1.0
 
 
 def test_a_rare_token_far_from_its_teacher_is_a_signal():

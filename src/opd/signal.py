@@ -11,6 +11,7 @@ from opd.config import Config, CorrectionConfig, ObjectiveConfig
 from opd.metrics import Max, Metrics, Sum, mean_of
 from opd.objectives import advantages as adv
 from opd.objectives import baselines, corrections
+from opd.objectives.divergences import magnified
 from opd.objectives.reduce import denominator, without_errors
 
 
@@ -85,7 +86,7 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     """The sampled part of the distillation term, [episodes, tokens]; None when all of it is integrated in the loss."""
     objective = config.objective
     mask = batch.padded(batch.scored)
-    log_ratio = adv.above_rounding(batch.padded(batch.log_ratio), mask)
+    log_ratio = adv.above_rounding(batch.padded(batch.log_ratio), mask, _rounding(config))
     discount = objective.discount or 0.0  # the types with a future part have one
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
@@ -108,6 +109,12 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     if chunks is not None and config.alignment.credit == "full":
         total = adv.whole_chunks(total, mask, chunks)
     return (total - _baseline(objective, batch, total, mask)) * batch.padded(batch.distill_mask)
+
+
+def _rounding(config: Config) -> float:
+    """How much larger than that of one model the rounding of a log ratio is."""
+    past = config.objective.extrapolation
+    return magnified(config.temperature, (past, 1.0 - past))
 
 
 def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from opd.config import ObjectiveConfig
 from opd.data.micro import MicroBatch
 from opd.errors import ScoreError
 from opd.metrics import Mean, Metrics, mean_of, merge
-from opd.objectives.divergences import support_reverse_kl
+from opd.objectives.divergences import magnified, support_reverse_kl
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.losses import ppo, reinforce
 from opd.objectives.support import support_logprobs
@@ -124,7 +124,9 @@ def _named_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float
     logp, entropy = support_logprobs(states, given.head, ids.where(named, 0), temperature=how.temperature)
     logq = logq.masked_fill(~named, -torch.inf)
     logp = logp.masked_fill(~named, -torch.inf)
-    divergence = support_reverse_kl(logp, logq.to(logp.dtype), logprob_floor=how.logprob_floor)
+    divergence = support_reverse_kl(
+        logp, logq.to(logp.dtype), logprob_floor=how.logprob_floor, rounding=magnified(how.temperature)
+    )
     weights = coef * batch.distill_mask[flat].double().numpy() / divisor
     summed = torch.from_numpy(np.bincount(inverse, weights=weights, minlength=len(first))).to(device, logp.dtype)
     loss = (divergence * summed).sum()

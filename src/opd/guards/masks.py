@@ -37,7 +37,8 @@ def _outweighed(config: Config) -> str:
         return f"{text}, and grow above it (docs/safeguards.md)"
     episodes = config.sampling.prompts_per_step * config.sampling.group_size
     longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
+    other = f", or set objective.normalizer = 'constant' with objective.constant = {episodes}"
     return (
         f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise outcome.coef"
-        f", or set objective.normalizer = 'constant' with objective.constant = {episodes} (docs/safeguards.md)"
+        f"{other if objective.normalizer != 'constant' else ''} (docs/safeguards.md)"
     )

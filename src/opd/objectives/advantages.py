@@ -21,10 +21,11 @@ from opd.objectives.reduce import masked
 
 
 def above_rounding(
-    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], rounding: float = 1.0
 ) -> Float[Tensor, "batch tokens"]:
-    """The log ratios, 0 in a row in which none exceeds `divergences.resolution`: student and teacher are one model there."""
-    differ = (masked(log_ratio, mask).abs() > resolution(log_ratio.dtype)).any(-1, keepdim=True)
+    """The log ratios, 0 in a row in which none exceeds `rounding` times the `divergences.resolution`: student and teacher are one
+    model there."""
+    differ = (masked(log_ratio, mask).abs() > rounding * resolution(log_ratio.dtype)).any(-1, keepdim=True)
     return log_ratio * differ
 
 

@@ -1,5 +1,7 @@
 """Divergences per position, from logits over the full vocabulary or from log-probabilities on a support."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -68,6 +70,7 @@ def support_reverse_kl(
     teacher_logprobs_on_support: Float[Tensor, "*positions support"],
     *,
     logprob_floor: float = -50.0,
+    rounding: float = 1.0,
 ) -> Float[Tensor, "*positions"]:
     """The reverse KL of the distributions in which all tokens off the support are one: [..., k] -> [...], nats.
 
@@ -76,16 +79,22 @@ def support_reverse_kl(
     A lower bound of `reverse_kl` (data processing), equal to it when the support is the vocabulary, and growing with the
     support. Coefficients carry no gradient (sg); the gradient is that of the bucketed KL all the same, since the
     probabilities of the buckets sum to one. Renormalising over the support, or leaving the tail out, gives other
-    stationary points and is not offered. The teacher's log-probabilities, the tail's too, are raised to `logprob_floor`.
+    stationary points and is not offered. The teacher's log-probabilities, the tail's too, are raised to `logprob_floor`. 0, with
+    its gradient, where the two differ by no more than `rounding` times the `resolution`.
     """
     logp, logq = student_logprobs_on_support, teacher_logprobs_on_support.detach()
-    p = logp.exp()
-    gap = torch.where(p > 0, logp.detach(), 0.0) - raised(logq, logprob_floor)
+    p, eps = logp.exp(), torch.finfo(logp.dtype).eps
+    gap = torch.where(p > 0, logp, 0.0).detach() - raised(logq, logprob_floor)
     log_tail_q = tail_logprob(logq, logprob_floor=logprob_floor)
     tail_p = (1.0 - p.sum(-1)).clamp(min=0.0)
-    some = tail_p.detach() > 4 * torch.finfo(p.dtype).eps
-    tail_gap = torch.where(some, tail_p.detach().clamp(min=torch.finfo(p.dtype).tiny).log() - log_tail_q, 0.0)
-    return (p * gap.detach()).sum(-1) + tail_p * tail_gap
+    left = tail_p.detach()
+    tail_gap = torch.where(left > 4 * eps, left.clamp(min=torch.finfo(p.dtype).tiny).log() - log_tail_q, 0.0)
+    found = (p * gap).sum(-1) + tail_p * tail_gap
+    # one minus a sum has an error that a small tail's logarithm magnifies
+    sure = torch.where(left * tail_gap.abs() > 32 * eps, tail_gap, 0.0)
+    every, gaps = torch.cat([p.detach(), left[..., None]], -1), torch.cat([gap, sure[..., None]], -1)
+    mean = found.detach()
+    return found * resolved(every, gaps - mean[..., None], mean, resolution(p.dtype) * rounding)
 
 
 def tail_logprob(
@@ -113,15 +122,21 @@ def resolution(dtype: torch.dtype) -> float:
     return 1e-4 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
 
 
-def resolved(p: Tensor, centred: Tensor, mean: Tensor) -> Tensor:
-    """The states at which student and teacher differ by more than rounding, [states] in the dtype of `p`: 1, and 0 elsewhere.
+def magnified(temperature: float, weights: Sequence[float] = (1.0,)) -> float:
+    """How many times larger the rounding of a log ratio is at this temperature, to a target of models of these weights. The errors
+    of the student and of each model add up, and a temperature below 1 divides them."""
+    return max(1.0, (1.0 + sum(map(abs, weights))) / 2.0) / min(1.0, temperature)
 
-    Args: p [states, vocab] of the student; centred [states, vocab], mean [states]: log ratios minus their mean under p, and that
-    mean. Either the mean or the standard deviation under p, which the gradient of the KL has, is above `resolution`.
+
+def resolved(p: Tensor, centred: Tensor, mean: Tensor, most: float) -> Tensor:
+    """The states at which student and teacher differ by more than rounding, [...] in the dtype of `p`: 1, and 0 elsewhere.
+
+    Args: p [..., vocab] of the student; centred [..., vocab], mean [...]: log ratios minus their mean under p, and that
+    mean. Either the mean or the standard deviation under p, which the gradient of the KL has, is above `most`.
     """
-    most = resolution(p.dtype)
     differ = mean.abs() > most
     # a CPU saves passes by asking; an accelerator would have to wait for the answer
-    asked = torch.nonzero(~differ)[:, 0] if p.device.type == "cpu" else torch.arange(len(p), device=p.device)
+    asked = ~differ if p.device.type == "cpu" else ...
     spread = torch.linalg.vecdot(p[asked] * centred[asked], centred[asked])
-    return differ.index_put((asked,), differ[asked] | (spread > most**2)).to(p.dtype)
+    differ[asked] = differ[asked] | (spread > most**2)
+    return differ.to(p.dtype)

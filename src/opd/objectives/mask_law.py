@@ -108,7 +108,7 @@ def largest_kl(
     """(from every start, from a start without errors): the KL of a kept response up to which errors fade, in nats.
 
     The minimum, and the value at P(error) = 0, of c * pull(p) s / (p x o) - log x over p. For "leave_one_out": both are c for
-    "constant"; min(c, 1 + log c) and c for "trajectory".
+    "constant"; for "trajectory" c up to c = 1, above it 1 + log c, and c.
     """
 
     def bound(error: float) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd.objectives.baselines import score_weighted_mean
-from opd.objectives.divergences import mixture, resolved
+from opd.objectives.divergences import magnified, mixture, resolution, resolved
 from opd.objectives.target import target_logprobs
 from opd.objectives.tiles import blocks, tiles
 
@@ -131,9 +131,8 @@ def exact_reverse_kl(
     Does not include the future part of grad V. Source: section 1.3 (g1).
     """
     how = VocabularyLoss(temperature=temperature, logprob_floor=logprob_floor, max_logits=max_logits)
-    loss, stats = vocabulary_loss(
-        student_hidden, student_head, [TeacherStates(teacher_hidden, teacher_head)], weights, how
-    )
+    teachers = [TeacherStates(teacher_hidden, teacher_head)]
+    loss, stats = vocabulary_loss(student_hidden, student_head, teachers, weights, how)
     return loss, stats.reverse_kl, stats.entropy, stats.floored
 
 
@@ -162,8 +161,7 @@ def vocabulary_loss(
     shares = tuple((teacher.weight, teacher.cells) for teacher in teachers)
     found = _VocabularyLoss.apply(student_hidden, student_head, weights, sampled_ids, shares, how, *flat)
     loss, divergence, reverse_kl, entropy, floored, tail = cast(tuple[Tensor, ...], found)
-    unasked = torch.full_like(entropy, torch.nan)
-    return loss, StateStatistics(divergence, reverse_kl, entropy, floored, tail, unasked)
+    return loss, StateStatistics(divergence, reverse_kl, entropy, floored, tail, torch.full_like(tail, torch.nan))
 
 
 @torch.no_grad()
@@ -180,8 +178,11 @@ def state_statistics(
     empty = student_hidden.new_full((len(student_hidden),), torch.nan, dtype=_wide(student_hidden))
     found = StateStatistics(*(empty.clone() for _ in range(6)))
     for chunk in _all_chunks(student_hidden, student_head, teachers, how):
-        best = score_weighted_mean(chunk.logp, chunk.logq) if score_weighted else empty[chunk.rows]
-        for column, part in zip(found, (*_pull(chunk, None, whole)[1:], best), strict=True):
+        seen = _pull(chunk, None, whole)[1:]
+        best = empty[chunk.rows]
+        if score_weighted:  # 0 where only rounding differs, as the KL is
+            best = score_weighted_mean(chunk.logp, chunk.logq).where(seen[1] != 0.0, 0.0)
+        for column, part in zip(found, (*seen, best), strict=True):
             column[chunk.rows] = part
     return found
 
@@ -224,7 +225,8 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if need_head else None
         stats = tuple(hidden.new_zeros(len(hidden), dtype=_wide(hidden)) for _ in range(5))
         plain = how.divergence == "reverse_kl" and how.support is None and cells is None
-        for rows, logits in _tiles(hidden, head, teachers, how):
+        models = [(hidden, head), *((t.hidden, t.head) for t in teachers)]
+        for rows, logits in tiles(models, max_logits=how.max_logits):
             for chunk in _chunks(rows, logits, teachers, how):
                 scale = (weights[chunk.rows] / how.temperature)[:, None]
                 # of a row's logits nothing is needed any more: their gradient takes their place
@@ -270,7 +272,7 @@ def _of_logits(chunk: "_Chunk", pull: Tensor, cells: CommonCells | None) -> Tens
 class _Chunk(NamedTuple):
     """Some states: rows, which they are; place, where they are in their tile; ids, p of each of the student's ids
     [states, vocab]; log p, p and log q of what is compared, [states, ids or cells]; entropy of the student, floored mass, both
-    [states]; apart: whether the last cell is no event of its own."""
+    [states]; apart: whether the last cell is no event of its own; rounding: the log ratio that is none (`divergences`)."""
 
     rows: slice
     place: slice
@@ -281,20 +283,15 @@ class _Chunk(NamedTuple):
     entropy: Tensor
     floored: Tensor
     apart: bool
-
-
-def _tiles(
-    hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """The logits of the student and of each teacher, a tile of states at a time."""
-    return tiles([(hidden, head), *((t.hidden, t.head) for t in teachers)], max_logits=how.max_logits)
+    rounding: float
 
 
 def _all_chunks(
     hidden: Tensor, head: Tensor, teachers: Sequence[TeacherStates], how: VocabularyLoss
 ) -> Iterator[_Chunk]:
     """The distributions at all states, a few at a time."""
-    for rows, logits in _tiles(hidden, head, teachers, how):
+    models = [(hidden, head), *((t.hidden, t.head) for t in teachers)]
+    for rows, logits in tiles(models, max_logits=how.max_logits):
         yield from _chunks(rows, logits, teachers, how)
 
 
@@ -302,6 +299,7 @@ def _chunks(
     rows: slice, logits: Sequence[Tensor], teachers: Sequence[TeacherStates], how: VocabularyLoss
 ) -> Iterator[_Chunk]:
     """The distributions at a tile's states, a few at a time."""
+    rounding = resolution(_wide(logits[0])) * magnified(how.temperature, [t.weight for t in teachers])
     for place, which in blocks(rows, max(x.shape[-1] for x in logits), logits[0].device):
         logp = _log_softmax(logits[0][place], how.temperature)
         p = ids = logp.exp()
@@ -313,7 +311,7 @@ def _chunks(
         models = ((_logprobs(t, own[place], how), t.weight) for t, own in zip(teachers, logits[1:], strict=True))
         logq, below = target_logprobs(models, how.logprob_floor)
         floored = torch.zeros_like(entropy) if below is None else (p * below).sum(-1)
-        yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, teachers[0].cells is not None)
+        yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, cells is not None, rounding)
 
 
 def _logprobs(teacher: TeacherStates, logits: Tensor, how: VocabularyLoss) -> Tensor:
@@ -335,22 +333,25 @@ def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[T
     gap = chunk.logp - chunk.logq
     pull = chunk.p * gap
     reverse_kl = divergence = pull.sum(-1)
-    differ, tail = resolved(chunk.p, gap - reverse_kl[:, None], reverse_kl), torch.zeros_like(chunk.entropy)
+    centred, tail = gap - reverse_kl[:, None], torch.zeros_like(chunk.entropy)
+    kl_differs = differ = resolved(chunk.p, centred, reverse_kl, chunk.rounding)
     if how.support is not None and sampled is not None:
         pull, divergence, tail = _on_support(chunk, gap, sampled, how)
     elif how.divergence != "reverse_kl":
-        pull, divergence = _of_normalised(chunk, how)
-    return pull * differ[:, None], divergence * differ, reverse_kl * differ, chunk.entropy, chunk.floored, tail
+        pull, divergence, q = _of_normalised(chunk, how)
+        # what the student leaves out weighs by the teacher's probability here
+        differ = torch.maximum(differ, resolved(q, centred, reverse_kl, chunk.rounding))
+    return pull * differ[:, None], divergence * differ, reverse_kl * kl_differs, chunk.entropy, chunk.floored, tail
 
 
-def _of_normalised(chunk: _Chunk, how: VocabularyLoss) -> tuple[Tensor, Tensor]:
-    """(p h, the forward KL or the JSD), which take the target normalised."""
+def _of_normalised(chunk: _Chunk, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """(p h, the forward KL or the JSD, q), which take the target q normalised."""
     q = (logq := torch.log_softmax(chunk.logq, -1)).exp()
     if how.divergence == "forward_kl":
-        return -q, (q * (logq - chunk.logp)).sum(-1)
+        return -q, (q * (logq - chunk.logp)).sum(-1), q
     logm = mixture(chunk.logp, logq, how.jsd_beta)
     pull = (1.0 - how.jsd_beta) * chunk.p * (chunk.logp - logm)
-    return pull, how.jsd_beta * (q * (logq - logm)).sum(-1) + pull.sum(-1)
+    return pull, how.jsd_beta * (q * (logq - logm)).sum(-1) + pull.sum(-1), q
 
 
 def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, ...]:
@@ -358,7 +359,7 @@ def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, .
     scale p (log p - log q - KL), goes into `out`, and the chunk's tensors are written over."""
     gap = chunk.logp.sub_(chunk.logq)
     found = torch.linalg.vecdot(chunk.p, gap)
-    differ = resolved(chunk.p, gap.sub_(found[:, None]), found)
+    differ = resolved(chunk.p, gap.sub_(found[:, None]), found, chunk.rounding)
     torch.mul(gap, chunk.p.mul_(scale * differ[:, None]), out=out)
     found = found * differ
     return found, found, chunk.entropy, chunk.floored, torch.zeros_like(found)
