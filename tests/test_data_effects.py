@@ -53,7 +53,11 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
     [
         (ANSWERED, {"verifier": "none"}, "3 answers of tasks.words: verifier = 'none'; choose a verifier"),
         (PROMPTS, {"verifier": "math"}, "tasks.words.verifier = 'math': no prompt has an answer"),
-        (ANSWERED, {"grader": "number"}, "tasks.words.grader = \"number\": it grades held-out outcomes, and evaluation.every = 0"),
+        (
+            ANSWERED,
+            {"grader": "number"},
+            'tasks.words.grader = "number": it grades held-out outcomes, and evaluation.every = 0',
+        ),
     ],
 )
 def test_answers_and_verifiers_without_each_other_are_said(tmp_path, records, options, said):
