@@ -270,6 +270,24 @@ def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
     assert train(tree, tmp_path).exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["config.json", "own_code.txt"])
+def test_a_disk_that_is_full_before_a_run_begins_leaves_the_place_free(
+    tree: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    write = RunFolder.write_text
+
+    def fails(folder: RunFolder, file: str, text: str) -> None:
+        if file == name:
+            raise RunError("cannot write")
+        write(folder, file, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", fails)
+    with pytest.raises(RunError, match="cannot write"):
+        opd.train(opd.parse_config(tree), reward=lambda prompt, response: 1.0)
+    monkeypatch.undo()
+    assert opd.train(opd.parse_config(tree), reward=lambda prompt, response: 1.0).finished
+
+
 def test_ctrl_c_before_the_first_step_says_that_none_is_saved(
     tree: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -56,7 +56,7 @@ def stated_answer(response: str) -> str | None:
 
 
 def says(response: str, answer: str) -> bool:
-    """Whether a response gives an answer of words and numbers ("June 20") in the same letters, where it states one or as a whole."""
+    """Whether what a response states, or the whole of it, is an answer of words and numbers ("June 20") in the same letters."""
     response = _EMPHASIS.sub(lambda m: m[1] or m[2], response)
     stated = _boxed(response) if _BOX.search(response) else _anchored(response) or response
     return stated is not None and _letters(stated) == _letters(answer)
@@ -69,7 +69,7 @@ def _letters(text: str) -> str:
 def _anchored(response: str) -> str | None:
     """What follows the last "answer is"."""
     anchors = list(_ANCHOR.finditer(response))
-    return (anchors and response[anchors[-1].end() :].strip()) or None
+    return response[anchors[-1].end() :].strip() or None if anchors else None
 
 
 def _boxed(response: str) -> str | None:
