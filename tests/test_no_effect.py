@@ -107,6 +107,14 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"evaluation.before_prompts": 5},
         ["evaluation.before_prompts = 5: evaluation.num_prompts = 0", "tasks.second.held_out_path:"],
     ),
+    "more prompts before the first step than the table has": (
+        {"evaluation.num_prompts": 4, "evaluation.before_prompts": 5},
+        ["evaluation.before_prompts = 5: evaluation.num_prompts = 4, and no others are measured"],
+    ),
+    "what a format error is worth where nothing looks for one": (
+        {"outcome.coef": 1.0, "outcome.format_error": -2.0},
+        ["outcome.format_error = -2.0: no task has checks"],
+    ),
     "keys of a detector that is off": (
         {"guards.repetition.action": "off", "guards.repetition.threshold": 0.2},
         ["guards.repetition.threshold = 0.2: guards.repetition.action = 'off'"],

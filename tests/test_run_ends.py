@@ -235,6 +235,21 @@ def test_ctrl_c_in_any_phase_saves_the_last_whole_step_and_says_how_to_go_on(
     assert_same_run(run, whole)
 
 
+def test_ctrl_c_while_the_last_step_is_saved_ends_the_run_before_its_evaluation(
+    tree: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint, "save", at(1, press(1), checkpoint.save))
+    result = train(tree, tmp_path)
+    monkeypatch.undo()
+    run = Path(tree["output"])
+    assert result.exit_code == 130
+    assert not (run / "parity.json").exists()
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"stopped after step {STEPS} of {STEPS}; continue with: ")
+    follow(line, run)
+    assert_same_run(run, whole)
+
+
 def test_a_third_ctrl_c_stops_without_saving(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tree |= {"checkpoint": {"every": 2}}
     save = checkpoint.save
