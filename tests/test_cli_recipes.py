@@ -166,7 +166,7 @@ def test_a_fine_tuning_run_cannot_be_resumed_as_a_distillation(bench: dict[str, 
         ('{"id": "a", "messages": []}\n', "line 1: 'messages' must be a non-empty list"),
         ('{"id": "a", "messages": [{"role": "user", "content": ""}]}\n', "line 1: every message is empty"),
         ('{"id": "a"}\n', "line 1: give exactly one of 'messages' and 'prompt'"),
-        ('{"prompt": "x"}\n', "line 1: 'id' must be a non-empty string"),
+        ('{"id": " ", "prompt": "x"}\n', "line 1: 'id' must be a non-empty string"),
         ('{"id": "a", "promt": "x"}\n', "line 1: unknown key 'promt'; did you mean 'prompt'?"),
         ('{"id": "a", "prompt": "x", "teacher": "evn"}\n', "teacher 'evn' is not in [teachers]"),
         ('["a"]\n', "line 1: expected a JSON object, got list"),
@@ -196,8 +196,8 @@ def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tree: dict[str, Any
     path = tmp_path / "prompts.jsonl"
     tree["tasks"]["first"]["path"] = str(path)
     assert f"prompt file '{path}' does not exist (tasks.first.path)" in refuse_tree(tree, tmp_path)
-    path.write_bytes(b"\xff\xfe\x00")
-    assert "line 1: not UTF-8" in refuse_tree(tree, tmp_path)
+    path.write_bytes(b'{"prompt": "a"}\n\xff')
+    assert "line 2: not UTF-8" in refuse_tree(tree, tmp_path)
 
 
 def test_a_folder_as_prompt_file_is_refused(tree: dict[str, Any], tmp_path: Path):

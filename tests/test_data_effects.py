@@ -14,8 +14,7 @@ from opd.finetune import sft
 
 def warnings_of(tree: dict[str, Any], **callables: Any) -> list[str]:
     findings = opd.check(parse_config(tree), **callables)
-    name = "data and options of the tasks have an effect"
-    return [finding.detail for finding in findings if finding.name == name]
+    return [finding.detail for finding in findings if finding.name == "no effect"]
 
 
 def one_task(folder: Path, records: list[dict[str, Any]], held_out: list[dict[str, Any]] = (), **options: Any) -> Any:
@@ -41,7 +40,7 @@ def test_a_step_of_more_prompts_than_there_are_is_said(tmp_path):
     tree = one_task(tmp_path, PROMPTS)
     tree["sampling"] = tree["sampling"] | {"prompts_per_step": 4}
     [line] = warnings_of(tree)
-    assert line.startswith("sampling.prompts_per_step = 4 is more than the 3 training prompts")
+    assert line.startswith("sampling.prompts_per_step = 4 takes 4 prompts of tasks.words a step, and it has 3")
 
 
 def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
@@ -52,17 +51,35 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("records", "options", "said"),
     [
-        (ANSWERED, {"verifier": "none"}, "tasks.words.verifier = 'none' leaves 3 answers without effect"),
-        (PROMPTS, {"verifier": "math"}, "tasks.words.verifier = 'math' verifies nothing"),
-        (PROMPTS, {"grader": "number"}, "tasks.words.grader = 'number' verifies nothing"),
-        (ANSWERED, {"grader": "number"}, "tasks.words.grader = 'number' is never asked, because evaluation.every = 0"),
+        (ANSWERED, {"verifier": "none"}, "3 answers of tasks.words: verifier = 'none'; choose a verifier"),
+        (PROMPTS, {"verifier": "math"}, "tasks.words.verifier = 'math': no prompt has an answer"),
+        (
+            ANSWERED,
+            {"grader": "number"},
+            'tasks.words.grader = "number": it grades held-out outcomes, and evaluation.every = 0',
+        ),
     ],
 )
 def test_answers_and_verifiers_without_each_other_are_said(tmp_path, records, options, said):
     tree = one_task(tmp_path, records, **options)
     [line] = warnings_of(tree)
     assert line.startswith(said)
-    assert warnings_of(tree, reward=lambda prompt, response: 1.0) == []
+    key = next(iter(options))
+    replaced = [f"tasks.words.{key} = '{options[key]}': the reward function takes its place"]
+    shown = {"none": [], "math": replaced}
+    given = warnings_of(tree, reward=lambda prompt, response: 1.0)
+    assert given == shown.get(options[key], [line])
+
+
+def test_a_grader_without_an_answer_is_said_beside_one_that_has_some(tmp_path):
+    tree = one_task(tmp_path, PROMPTS, verifier="none", grader="number")
+    tree["evaluation"] = {"num_prompts": 0, "every": 2}
+    other = tmp_path / "other"
+    other.mkdir()
+    more = one_task(other, ANSWERED, [{"prompt": "say 9", "answer": "9"}], verifier="number")["tasks"]["words"]
+    assert warnings_of(tree | {"tasks": tree["tasks"] | {"more": more}}) == [
+        "tasks.words.grader = 'number': no prompt has an answer"
+    ]
 
 
 def test_fine_tuning_says_it_too(tmp_path, capsys):
@@ -71,5 +88,5 @@ def test_fine_tuning_says_it_too(tmp_path, capsys):
     recipe["tasks"]["answers"]["held_out_path"] = write_prompts(tmp_path / "same.jsonl", 2)
     sft(parse_config(recipe, kind=SftConfig))
     said = capsys.readouterr().out
-    assert "warning: batch_size = 16 is more than the 12 training prompts" in said
-    assert "warning: 2 of 2 held-out prompts of tasks.answers are training prompts too" in said
+    assert "warning: no effect: batch_size = 16 takes 16 prompts of tasks.answers a batch, and it has 12" in said
+    assert "warning: no effect: 2 of 2 held-out prompts of tasks.answers are training prompts too" in said

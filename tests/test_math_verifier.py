@@ -5,6 +5,23 @@ import pytest
 from opd.tasks.verify import mathematical, reference_fault
 
 RIGHT = [
+    ("12", "First 5, then 7. Therefore, the final answer is **12**."),
+    ("12", "The answer is **$12$**."),
+    ("12", "**Answer: 12**"),
+    ("12", "5 + 7 = **12**"),
+    ("8", "2**3"),
+    ("12", "The sum was 12."),
+    ("12", "Tim has 12"),
+    ("2000000", "It costs $2 million."),
+    ("$2 million", "2,000,000"),
+    ("24", "2 dozen"),
+    (r"4/3 \pi r^3", r"\frac{4}{3}\pi r^3"),
+    ("1/(2x)", r"\frac{1}{2x}"),
+    (r"11,\! 111,\! 111", "11111111"),
+    (r"\text{June 20}", "June 20"),
+    (r"\text{June 20}", "The answer is June 20."),
+    (r"\text{June 20}", r"\boxed{June 20}"),
+    ("-2", "The answer is negative 2."),
     ("f(x) = 2x", "2x"),
     ("(x,y)=(1,2)", "(1,2)"),
     ("5", "AB = 5"),
@@ -169,6 +186,12 @@ RIGHT = [
     ("(1,2)", r"x\in(1,2)"),
 ]
 WRONG = [
+    ("2", "2 million"),
+    ("2", "It costs $2 million."),
+    ("2", "minus 2"),
+    ("2", "The answer is greater than 2."),
+    ("12", "The answer is **13**."),
+    (r"\text{June 20}", "June 2"),
     ("x + y = 5", "5"),
     ("xy = 6", "6"),
     ("24", "15 + 9 = A book"),

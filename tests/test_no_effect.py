@@ -13,11 +13,17 @@ from opd.config import FileTask, without_effect
 from opd.guards.notices import notices, notices_of_tuning
 from opd.guards.preflight import Finding
 from opd.startup import read_tasks
+from opd.tasks import make_tasks, read_splits
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return toy_recipe(tmp_path_factory.mktemp("bench"), steps=2, evaluation={"num_prompts": 0})
+    folder = tmp_path_factory.mktemp("bench")
+    tree = toy_recipe(folder, steps=2, evaluation={"num_prompts": 0})
+    held_out = [{"id": n, "prompt": f"spell {n}", "answer": str(n)} for n in range(4)]
+    tree["tasks"]["second"]["held_out_path"] = str(folder / "others.jsonl")
+    (folder / "others.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+    return tree
 
 
 @pytest.fixture
@@ -88,11 +94,11 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["objective.loss = \"ppo\": in the first epoch"],
     ),
     "held-out prompts that are not measured": (
-        {"evaluation.held_out_prompts": 5, "guards.held_out.drop": 0.2, "tasks.second.grader": "number"},
+        {"evaluation.held_out_prompts": 5, "guards.held_out.drop": 0.2, "tasks.second.grader": "math"},
         [
             "evaluation.held_out_prompts = 5: evaluation.every = 0",
             "guards.held_out.drop = 0.2: evaluation.every = 0",
-            "tasks.second.grader = \"number\": it grades held-out outcomes, and evaluation.every = 0",
+            "tasks.second.grader = \"math\": it grades held-out outcomes, and evaluation.every = 0",
             "tasks.second.held_out_path: evaluation.every = 0 and evaluation.num_prompts = 0",
         ],
     ),
@@ -100,6 +106,14 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a table's prompts without a table": (
         {"evaluation.before_prompts": 5},
         ["evaluation.before_prompts = 5: evaluation.num_prompts = 0", "tasks.second.held_out_path:"],
+    ),
+    "more prompts before the first step than the table has": (
+        {"evaluation.num_prompts": 4, "evaluation.before_prompts": 5},
+        ["evaluation.before_prompts = 5: evaluation.num_prompts = 4, and no others are measured"],
+    ),
+    "what a format error is worth where nothing looks for one": (
+        {"outcome.coef": 1.0, "outcome.format_error": -2.0},
+        ["outcome.format_error = -2.0: no task has checks"],
     ),
     "keys of a detector that is off": (
         {"guards.repetition.action": "off", "guards.repetition.threshold": 0.2},
@@ -277,7 +291,7 @@ def test_fine_tuning_names_what_has_no_effect(
     bench: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     tree = sft_recipe(tmp_path, bench["student"], steps=2, batch_size=13, evaluation={"num_prompts": 0})
-    tree["tasks"]["answers"] |= {"weight": 2.0, "grader": "number"}
+    tree["tasks"]["answers"] |= {"weight": 2.0, "grader": "math"}
     config = opd.parse_config(tree | {"episodes": {"max_turns": 3}}, kind=opd.SftConfig)
     assert isinstance(config.tasks["answers"], FileTask)
     opd.sft(config)
@@ -285,13 +299,12 @@ def test_fine_tuning_names_what_has_no_effect(
     starts = [
         "warning: no effect: max_new_tokens = 4: evaluation.num_prompts = 0",
         "warning: no effect: tasks.answers.weight = 2: there is no other task",
-        "warning: no effect: tasks.answers.grader = \"number\": it grades held-out outcomes, and 'opd sft' measures none",
+        "warning: no effect: tasks.answers.grader = \"math\": it grades held-out outcomes, and 'opd sft' measures none",
         "warning: no effect: episodes.max_turns = 3: no prompt has an environment or tools",
         "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers a batch, and it has 12",
     ]
     assert len(said) == len(starts), said
     assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
-    assert (
-        notices_of_tuning(opd.parse_config(sft_recipe(tmp_path / "plain", bench["student"]), kind=opd.SftConfig), {})
-        == []
-    )
+    (tmp_path / "plain").mkdir()
+    config = opd.parse_config(sft_recipe(tmp_path / "plain", bench["student"]), kind=opd.SftConfig)
+    assert notices_of_tuning(config, read_splits(make_tasks(config.tasks))) == []

@@ -294,6 +294,25 @@ def test_a_completion_that_cannot_be_used_is_refused(tmp_path, record, completio
     assert refused(tmp_path, record, completion=completion).startswith(reason)
 
 
+def test_what_is_advised_for_a_call_at_the_end_works(tmp_path):
+    record = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
+    for completion in (None, "answer"):
+        message = refused(tmp_path, record, completion=completion)
+        assert "'drop'" in message
+        assert "demonstration" not in message
+    assert plain(read(tmp_path, record, completion="drop")[0].messages) == [USER]
+
+
+def test_a_record_without_a_prompt_is_refused_with_the_keys_that_it_has(tmp_path):
+    assert refused(tmp_path, {"question": "x", "answer": "4"}).endswith("'question' and 'answer'")
+
+
+@pytest.mark.parametrize("key", ["images", "video", "chat_template_kwargs"])
+def test_what_a_model_would_be_shown_elsewhere_is_not_lost_in_meta(tmp_path, key):
+    assert refused(tmp_path, {"prompt": "x", key: ["a"]}).startswith(f"'{key}' is no key of a record; ")
+    assert read(tmp_path, {"prompt": "x", key: None})
+
+
 def test_a_completion_key_that_no_record_needs_is_refused(tmp_path):
     assert "completion = 'drop' has no effect" in refused(tmp_path, {"prompt": "x"}, completion="drop", line=None)
 

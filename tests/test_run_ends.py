@@ -235,6 +235,21 @@ def test_ctrl_c_in_any_phase_saves_the_last_whole_step_and_says_how_to_go_on(
     assert_same_run(run, whole)
 
 
+def test_ctrl_c_while_the_last_step_is_saved_ends_the_run_before_its_evaluation(
+    tree: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint, "save", at(1, press(1), checkpoint.save))
+    result = train(tree, tmp_path)
+    monkeypatch.undo()
+    run = Path(tree["output"])
+    assert result.exit_code == 130
+    assert not (run / "parity.json").exists()
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"stopped after step {STEPS} of {STEPS}; continue with: ")
+    follow(line, run)
+    assert_same_run(run, whole)
+
+
 def test_a_third_ctrl_c_stops_without_saving(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tree |= {"checkpoint": {"every": 2}}
     save = checkpoint.save
@@ -268,6 +283,24 @@ def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
     assert (result.exit_code, result.stderr) == (130, "opd: stopped; run the same command again\n")
     assert not Path(tree["output"]).exists()
     assert train(tree, tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "own_code.txt"])
+def test_a_disk_that_is_full_before_a_run_begins_leaves_the_place_free(
+    tree: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    write = RunFolder.write_text
+
+    def fails(folder: RunFolder, file: str, text: str) -> None:
+        if file == name:
+            raise RunError("cannot write")
+        write(folder, file, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", fails)
+    with pytest.raises(RunError, match="cannot write"):
+        opd.train(opd.parse_config(tree), reward=lambda prompt, response: 1.0)
+    monkeypatch.undo()
+    assert opd.train(opd.parse_config(tree), reward=lambda prompt, response: 1.0).finished
 
 
 def test_ctrl_c_before_the_first_step_says_that_none_is_saved(

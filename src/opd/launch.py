@@ -314,7 +314,7 @@ class _Run:
                 self._rescue(report, records, line)
                 raise
         watcher.report()
-        return not stopped
+        return not (stopped or interrupts.stop)  # one that came while the last step was saved counts too
 
     def _measured(self, step: int, values: Mapping[str, float], watcher: Watcher) -> tuple[dict[str, float], bool]:
         """The metrics of a step with what is measured behind it, and whether a detector stops the run."""

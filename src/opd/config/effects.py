@@ -64,6 +64,7 @@ def _trained(config: Config) -> Iterator[_Row]:
     yield from _measured(config)
     yield "cluster.merge_adapter", config.trainable == "full", "trainable = 'full' trains no adapter"
     checked = any(task.checks.rules for task in config.tasks.values())
+    yield "outcome.format_error", not off and not checked, "no task has checks, so that there is no format error to see"
     for name in ("format_errors", "flagged_advantage"):
         sees = checked or getattr(config.guards, name).action == "off"
         yield f"guards.{name}", not sees, "no task has checks, so that there is no format error to see"
@@ -81,11 +82,13 @@ def _measured(config: Config) -> Iterator[_Row]:
     yield "guards.held_out", not evaluation.every and config.guards.held_out.action != "off", why
     late = evaluation.every > config.steps
     yield "evaluation.every", late, f"steps = {config.steps}, so that no held-out outcome is measured"
-    yield (
-        "evaluation.before_prompts",
-        not evaluation.num_prompts,
-        "evaluation.num_prompts = 0, so that there is no table",
+    few = evaluation.before_prompts > evaluation.num_prompts
+    why = (
+        "so that there is no table"
+        if not evaluation.num_prompts
+        else "and no others are measured before the first step"
     )
+    yield "evaluation.before_prompts", few, f"evaluation.num_prompts = {evaluation.num_prompts}, {why}"
 
 
 def _tuned(config: SftConfig) -> Iterator[_Row]:

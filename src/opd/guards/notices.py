@@ -33,7 +33,7 @@ def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: b
     """Keys without effect, prompts that repeat, and what becomes of rewards. reward, environment: whether the user gave one."""
     findings = rewards_used(config, prompts, reward=reward, environment=environment)
     lines = without_effect(config) + _of_prompts(config, prompts, environment=environment)
-    lines += _replaced(config) if reward else _unread_answers(config, prompts)
+    lines += _replaced(config) if reward else _idle_verifiers(config, prompts) + _unread_answers(config, prompts)
     lines += _repeated(prompts, config, "sampling.prompts_per_step", config.sampling.prompts_per_step, "step")
     lines += _held_out_prompts_in_training(config.tasks, prompts)
     shown = sum(bool(p.demonstration) for splits in prompts.values() for p in splits["train"])
@@ -49,7 +49,7 @@ def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: b
 def notices_of_tuning(config: SftConfig, prompts: PromptSets) -> list[Finding]:
     """The same for `opd sft`."""
     lines = without_effect(config) + _of_prompts(config, prompts, environment=False)
-    lines += _held_out_prompts_in_training(config.tasks, prompts)
+    lines += _idle_verifiers(config, prompts) + _held_out_prompts_in_training(config.tasks, prompts)
     return [_warning(line) for line in lines + _repeated(prompts, config, "batch_size", config.batch_size, "batch")]
 
 
@@ -98,11 +98,20 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
         bounds_servers = name == "max_concurrent" and isinstance(config, Config) and config.mode == "distributed"
         keys = [] if bounds_servers else changed(config, f"episodes.{name}")
         lines += [f"{key}: no prompt has an environment or tools, so that every episode is one turn" for key in keys]
+    return lines
+
+
+def _idle_verifiers(config: Config | SftConfig, prompts: PromptSets) -> list[str]:
+    """Verifiers and graders that the recipe names, and that have no answer to compare with."""
+    graded = isinstance(config, Config) and config.evaluation.every > 0  # otherwise no grader is asked, which is said
+    lines = []
     for name, splits in prompts.items():
         task = config.tasks[name]
-        answers = any(p.answer is not None for found in splits.values() for p in found)
-        if isinstance(task, FileTask) and task.verifier in ("math", "number") and not answers:
-            lines.append(f"tasks.{name}.verifier = '{task.verifier}': no prompt has an answer")
+        if not isinstance(task, FileTask) or any(p.answer is not None for found in splits.values() for p in found):
+            continue
+        named = {"verifier": task.verifier if task.verifier in ("math", "number") else None}
+        named |= {"grader": task.grader if graded else None}
+        lines += [f"tasks.{name}.{key} = '{value}': no prompt has an answer" for key, value in named.items() if value]
     return lines
 
 
@@ -136,7 +145,7 @@ def _replaced(config: Config) -> list[str]:
     for name, task in config.tasks.items():
         if isinstance(task, FileTask):
             named[f"tasks.{name}.verifier"] = task.verifier if task.verifier in ("math", "number") else None
-            named[f"tasks.{name}.grader"] = task.grader
+            named[f"tasks.{name}.grader"] = task.grader if config.evaluation.every else None
     return [f"{key} = '{value}': the reward function takes its place" for key, value in named.items() if value]
 
 

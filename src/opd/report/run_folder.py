@@ -57,9 +57,13 @@ class RunFolder:
         folder = cls(Path(path))
         with explain_io(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder.write_text("config.json", dump_config(config))
-            if own_code:
-                folder.write_text(_OWN_CODE, "".join(f"{name}\n" for name in own_code))
+            try:
+                if own_code:
+                    folder.write_text(_OWN_CODE, "".join(f"{name}\n" for name in own_code))
+                folder.write_text("config.json", dump_config(config))  # the last: it makes a folder a run
+            except BaseException:
+                (folder.path / _OWN_CODE).unlink(missing_ok=True)  # the same command can be run again
+                raise
         return folder
 
     def require_own_code(self, given: Sequence[str]) -> None:

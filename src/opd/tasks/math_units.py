@@ -20,6 +20,7 @@ _UNIT_NAMES = {
     "hour": "h", "hr": "h", "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "mile": "mi", "liter": "l", "litre": "l",
     "sq": "square", "milliliter": "ml", "pound": "lb", "kmh": "km/h",
 }  # fmt: skip
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|\u00a3|\u20ac|\u00a5)\s*(?=[-+]?[\d.])")
 _PERCENT = re.compile(r"(?<=[\d.})])\s*(?:\\?%|\\text\{\s*%\s*\})$")
 _DEGREES = re.compile(
@@ -32,7 +33,9 @@ _UNIT_WORDS = re.compile(r"(?<=[\d)}\]])(\s*)([A-Za-z]{2,}(?:[ /][A-Za-z]+)*\s*(
 def without_unit(text: str) -> tuple[str, str]:
     """The text without a unit at its end or a currency before it, and that unit."""
     if found := _CURRENCY.search(text):
-        return found[1] + text[found.end() :], found[2].lstrip("\\")
+        amount, sign = found[1] + text[found.end() :], found[2].lstrip("\\")
+        scaled = re.fullmatch(rf"(.*\d) *({'|'.join(SCALES)})", amount)
+        return (scaled[1], f"{scaled[2]} {sign}") if scaled else (amount, sign)
     for pattern, name in ((_PERCENT, "%"), (_DEGREES, "\u00b0")):
         if found := pattern.search(text):
             return text[: found.start()].strip(), name + ((found[1] or "").casefold() if found.lastindex else "")
@@ -52,3 +55,9 @@ def _unit(text: str) -> str:
     words = re.sub(r"[\^{}\s.]+", " ", text.casefold().replace("per ", "/")).split()
     names = [w if len(w) < 3 else w.removesuffix("s") for w in words]
     return " ".join(_UNIT_NAMES.get(name, name) for name in names)
+
+
+def without_scale(unit: str) -> tuple[int, str]:
+    """What a unit multiplies its number with, as "million" does, and the rest of the unit."""
+    first, _, rest = unit.partition(" ")
+    return (SCALES[first], rest) if first in SCALES else (1, unit)

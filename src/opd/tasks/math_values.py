@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
-from opd.tasks.math_units import FUNCTIONS, TEXT, without_unit
+from opd.tasks.math_units import FUNCTIONS, TEXT, without_scale, without_unit
 
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400
 _SECONDS = 5  # of one reading or one comparison
@@ -24,6 +24,7 @@ _DIGITS, _SAME, _ROUNDED, _ROUNDED_SHARE = 60, Fraction(1, 10**45), Fraction(1, 
 _BARE = re.compile(rf"(?<![A-Za-z\\])({'|'.join(FUNCTIONS)})(?![A-Za-z])")
 _SHORT = "so is it of to we if as by in at an be he me my no up us do go am"
 _SHORT_WORDS = frozenset(_SHORT.split())
+_SENTENCE = re.compile(r"(?<![A-Za-z])[A-Za-z]{3} +[A-Za-z\d]")  # "was 12": no product of three letters
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?![A-Za-z])")
 _UNICODE = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u00f7": r"\div ",
@@ -36,7 +37,7 @@ _UNICODE = {
 _PLAIN = (
     (re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lr]?(?![A-Za-z])\s*\.?"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])"), " "),
-    (re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|\\ |,\\!)(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|\\ |,\\! ?)(?=\d{3}(?!\d))"), ","),
     (re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])"), " "),
     (re.compile(r"\\bmod(?![A-Za-z])"), r"\\mod"),
     (re.compile(r"\\langle(?![A-Za-z])"), "("),
@@ -87,7 +88,12 @@ def read_value(text: str) -> Value | None:
     text, unit = without_unit(text)
     if _CLOCK.fullmatch(text):
         return Value(text, unit)
+    scale, unit = without_scale(unit)
     number = _number(text)
+    if number is not None:
+        number *= scale
+    elif scale != 1:
+        return None
     if number is not None:
         return Value(number, unit, rounded=bool(re.search(r"[.eE]", text)) and "overline" not in text)
     parsed = _parsed(text)
@@ -232,6 +238,7 @@ def _grouped(text: str) -> str:
                 return text
             text = f"{text[: found.start()]}{command}{text[found.end() : place - 1]}}}{text[place:]}"
     text = re.sub(r"\\sqrt\s+(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![\w.^}])(\d+) ?/ ?(\d+)(?= ?(?:\\pi|\\sqrt|[a-zA-Z(]))", r"\\frac{\1}{\2}", text)  # 4/3 r
     return re.sub(r"(?<=[\d)])\s*(?=\()(?!\(\d+\)_)", r"\\cdot ", text)
 
 
@@ -241,6 +248,8 @@ def _prose(text: str) -> bool:
         r"\\begin\{\w+\}(?:\{[clr|]+\})?|\\end\{\w+\}|\\math(?:bb|cal|frak)\s*\{\w\}", " ", TEXT.sub(" ", text)
     )
     named = re.sub(r"\\[A-Za-z]+", " ", outside)
+    if _SENTENCE.search(named):
+        return True
     return any(len(word) > 3 or word.casefold() in _SHORT_WORDS for word in _WORD.findall(named)) or bool(
         any(" " in word for word in TEXT.findall(text))
     )

@@ -17,9 +17,12 @@ from opd.text.tool_calls import check_tools
 _CONVERSATIONS = ("prompt", "messages", "conversations")
 _KEYS = ("id", *_CONVERSATIONS, "completion", "teacher", "answer", "meta", "tools", "demonstration")
 _MISSPELT = 0.82  # how near a key is to a known one that is meant
-_ELSEWHERE = {
-    "system": "a message of role 'system' that begins the conversation"
-}  # known elsewhere, and not to be lost in meta
+_NO_TEXT = "opd trains on text alone; remove the key, or the record"
+_ELSEWHERE = {  # known elsewhere, and not to be lost in meta
+    "system": "write a message of role 'system' that begins the conversation",
+    "chat_template_kwargs": "every prompt is rendered alike; remove it",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_TEXT),
+}
 
 Completion = Literal["answer", "demonstration", "drop"]
 
@@ -67,9 +70,14 @@ def checked(read: Read, where: str, completion: Completion | None) -> Prompt:
     """The prompt of a record, where it is one; raises DataError, which says where, otherwise."""
     roles = [m["role"] for m in read.prompt.messages]
     if completion is None and roles[-1:] == ["assistant"] and len(roles) > 1:
+        used = (
+            ""
+            if read.prompt.messages[-1].get("tool_calls")
+            else " ('answer' and 'demonstration' cut it off and use it)"
+        )
         raise DataError(
             f"{where}: the last message is the assistant's, and the student would write behind its answer; cut it off with "
-            f"tasks.{read.prompt.task}.completion = 'drop' ('answer' and 'demonstration' cut it off and use it), or remove it"
+            f"tasks.{read.prompt.task}.completion = 'drop'{used}, or remove it"
         )
     check_prompt(read.prompt, where)
     return read.prompt
@@ -83,7 +91,7 @@ def _meta(given: Mapping[str, Any]) -> dict[str, Any]:
     others = {key: value for key, value in given.items() if key not in _KEYS}
     for key in others:
         if key in _ELSEWHERE:
-            raise DataError(f"'{key}' is no key of a record; write {_ELSEWHERE[key]}")
+            raise DataError(f"'{key}' is no key of a record; {_ELSEWHERE[key]}")
         if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT):
             raise DataError(f"unknown key '{key}'; did you mean '{near[0]}'?; known: {', '.join(_KEYS)}")
         if key in meta:
@@ -103,7 +111,7 @@ def _conversation(
     """The messages before the student's turn, and the assistant's that the record has behind them."""
     named = [key for key in _CONVERSATIONS if key in given]
     if len(named) != 1:
-        got = f", got {' and '.join(map(repr, named))}" if named else ""
+        got = f", got {' and '.join(map(repr, named or given))}"
         raise DataError(f"give exactly one of 'messages' and 'prompt' (or 'conversations'){got}")
     value = given[named[0]]
     if named[0] == "prompt" and not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
@@ -142,9 +150,9 @@ def _as_answer(completed: tuple[Message, ...], answer: str | None) -> str:
         )
     first, *others = completed
     if others or first["role"] != "assistant" or first.get("tool_calls"):
-        raise DataError(
-            "completion = 'answer' needs one assistant's message with text and no call; use 'demonstration' or 'drop'"
-        )
+        called = any(message.get("tool_calls") for message in completed)
+        other = "'drop'" if called else "'demonstration' or 'drop'"  # no demonstration has a call as data
+        raise DataError(f"completion = 'answer' needs one assistant's message with text and no call; use {other}")
     if not first["content"].strip():
         raise DataError("the assistant's message that is to be the answer is empty; write it, or remove it")
     return first["content"]

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 
 from opd.tasks.bounded import BOUNDED
-from opd.tasks.math_answers import stated_answer
+from opd.tasks.math_answers import says, stated_answer
 from opd.tasks.math_values import equal_values, read_value
 from opd.text.thoughts import behind_thoughts
 
@@ -37,10 +37,14 @@ def mathematical(response: str, answer: str) -> float | None:
 def compared(response: str, answer: str) -> float:
     """What `mathematical` says, in the process that is bounded in time."""
     said = behind_thoughts(response)
-    stated = None if said is None else stated_answer(said)
-    value = None if stated is None else read_value(stated)
     reference = read_value(answer)
-    return float(value is not None and reference is not None and equal_values(reference, value))
+    if said is None or reference is None:
+        return 0.0
+    if isinstance(reference.value, str) and says(said, answer):
+        return 1.0
+    stated = stated_answer(said)
+    value = None if stated is None else read_value(stated)
+    return float(value is not None and equal_values(reference, value))
 
 
 _NUMBER = re.compile(
