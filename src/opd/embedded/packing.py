@@ -127,7 +127,8 @@ class _Probe:
     def _head_gap(self) -> float:
         """Logits of large random states by the model itself and by its head alone."""
         network, head = self._network, self._network.head_weight()
-        states = torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0)).to(network.device)
+        states = torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0))
+        states = states.to(network.device, torch.promote_types(head.dtype, torch.float32))
         states = states * (_SPREAD / (states @ head.T).std().clamp_min(1e-30))
 
         below: list[bool] = []
