@@ -39,15 +39,13 @@ def as_sampled(rollout: Rollout) -> list[Shown]:
 class OwnPrompt:
     """How one teacher is shown the student's turns, each behind its own template's prompt."""
 
-    def __init__(self, tokenizer: Any, student: Any, *, name: str) -> None:
-        """tokenizer: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation
-        prompt."""
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Chat, student: Chat, *, name: str) -> None:
+        """chat: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation prompt."""
         self._name = name
-        self._chat, self._student = Chat(tokenizer), Chat(student)
-        frame = _frame_or_none(tokenizer)
+        self._chat, self._student = chat, student
+        frame = _frame_or_none(chat.tokenizer)
         if frame is not None and frame.before == frame.plain:
-            require_generation_prompt(tokenizer, who=f"teacher '{name}'")
+            require_generation_prompt(chat.tokenizer, who=f"teacher '{name}'")
         self._gap = "" if frame is None else frame.gap
 
     def read(self, rollout: Rollout) -> list[Shown]:
@@ -86,7 +84,10 @@ class OwnPrompt:
         return own + gap
 
     def _behind(self, shown: str, quotes: Quotes, rollout: Rollout, turn: Turn) -> Shown:
-        prompt = self._chat.encode(shown, quotes, rollout.prompt)
+        try:
+            prompt = self._chat.encode(shown, quotes, rollout.prompt)
+        except DataError as error:
+            raise DataError(f"teacher '{self._name}': {error}") from None
         response = rollout.token_ids[turn.start : turn.end]
         token_ids = np.concatenate([np.array(prompt, dtype=np.int32), response])
         return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
