@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
-from templated import CHATTY, NO_SYSTEM, TERSE, ending, save_templated, templated
+from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
 from vllm_like import serving
 
 import opd
@@ -23,7 +23,8 @@ from opd.served.facts import compared, connect
 from opd.served.wire import Endpoint, Wire
 from opd.startup import read_tasks, run_checks
 from opd.text.chat import Chat
-from opd.text.own_prompt import OwnPrompt
+from opd.text.own_prompt import OwnPrompt, different_renderings
+from opd.tokenizers_compared import compare
 
 TEMPERATURE = 0.8
 IM_END = "<|im_end|>\n"
@@ -379,3 +380,24 @@ def test_prompts_that_a_teachers_template_refuses_are_left_out_of_the_warm_up_an
     shown = capsys.readouterr().out
     assert "responses left out" in shown
     assert "teacher 'even' alone is not measured on first held_out: prompt" in shown
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        ending(IM_END).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"),
+        "{% if tools %}{{ tools | tojson }}{% endif %}" + ending(IM_END),
+        ending(IM_END).replace("{{ m.content }}", "{{ m.content if m.role == 'user' else m.content | upper }}"),
+    ],
+    ids=["drops earlier thoughts", "shows tools", "writes system messages in capitals"],
+)  # fmt: skip
+def test_templates_that_differ_only_in_some_conversations_are_told_apart(teacher: str):
+    apart = different_renderings(templated(ending(IM_END)), templated(teacher))
+    assert apart is not None
+    assert apart.student != apart.teacher
+    assert different_renderings(templated(teacher), templated(teacher)) is None
+
+
+def test_two_models_with_a_clock_in_their_template_render_alike(tmp_path: Path):
+    sources = [save_templated(tmp_path / name, templated(CLOCK + ending(IM_END)), 1) for name in ("a", "b")]
+    assert compare(*sources).renderings is None

@@ -4,7 +4,7 @@ Equal ids are no proof of an equal prompt. The response stays as it was sampled;
 encoded as the teacher's own template has it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,20 @@ from opd.text.encoding import Quotes
 from opd.text.symbols import opens_thinking, thinking_opening
 from opd.text.template import REFUSALS, Frame, frame_of, require_generation_prompt
 
-_QUESTIONS: Sequence[Sequence[Message]] = (
-    ({"role": "user", "content": "?"},),
-    ({"role": "system", "content": "!"}, {"role": "user", "content": "?"}),
+_QUESTION: Message = {"role": "user", "content": "?"}
+_THOUGHT: Message = {
+    "role": "assistant",
+    "content": "<think>\n...\n</think>\n\n!",
+}  # some templates drop those of earlier turns
+_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
+_CONVERSATIONS: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]] = (
+    ((_QUESTION,), ()),
+    (({"role": "system", "content": "!"}, _QUESTION), ()),
+    ((_QUESTION, _THOUGHT, _QUESTION), ()),
+    ((_QUESTION,), (_TOOL,)),
 )
 
 
@@ -122,16 +133,18 @@ def same_template(student: Any, teacher: Any) -> bool:
 
 def different_renderings(student: Any, teacher: Any) -> Renderings | None:
     """The first of a few short conversations that two chat templates render otherwise; None where they render all alike."""
-    for messages in _QUESTIONS:
-        ours, theirs = (_shown(tokenizer, messages) for tokenizer in (student, teacher))
+    for messages, tools in _CONVERSATIONS:
+        ours, theirs = (_shown(tokenizer, messages, tools) for tokenizer in (student, teacher))
         if ours != theirs:
             return Renderings(ours, theirs)
     return None
 
 
-def _shown(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _shown(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
     chat = Chat(tokenizer)
     try:
-        return chat.render(Prompt("?", tuple(messages), teacher="", task=""), messages, chat.quotes())
+        quotes = chat.quotes()
+        asked = Prompt("?", tuple(messages), teacher="", task="", tools=tuple(tools))
+        return quotes.restore(chat.render(asked, messages, quotes))
     except DataError as error:
         return f"({error})"
