@@ -177,6 +177,8 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "rank pattern": ({"rank_pattern": {"v_proj": 2}}, {}, "has rank 2 at 'model.layers.0.self_attn.v_proj' (rank_pattern)"),
     "weight-decomposed": ({"use_dora": True}, {}, "use_dora = true"),
     "biased factors": ({"lora_bias": True}, {}, "lora_bias = true"),
+    "an alpha that a recipe cannot have": ({"lora_alpha": 8.5}, {}, "has alpha 8.5, lora.alpha is 8; merge it into its base"),
+    "an alpha below zero": ({"lora_alpha": -8}, {}, "has alpha -8, lora.alpha is 8; merge it into its base"),
     "one layer": ({"layers_to_transform": [1], "target_modules": ["q_proj"]}, {}, "layers_to_transform = [1]"),
     "fewer modules": ({"target_modules": ["q_proj"]}, {}, "set lora.target_modules as it was made"),
     "more modules": ({}, {"target_modules": ["q_proj"]}, "set lora.target_modules as it was made"),
@@ -260,3 +262,13 @@ def test_a_start_samples_as_its_adapter(base: str, tmp_path: Path):
     for one in scored:
         gap = one.score.logprobs - one.rollout.rollout_logprobs  # type: ignore[union-attr]  # none failed
         assert float(abs(gap).max()) < 1e-4
+
+
+def test_an_adapter_in_whole_numbers_is_refused(base: str, tmp_path: Path):
+    adapter = save_kind(tmp_path / "adapter", base)
+    file = Path(adapter) / "adapter_model.safetensors"
+    save_file({name: (20 * tensor).to(torch.int8) for name, tensor in load_file(file).items()}, file)
+    tree = toy_recipe(tmp_path) | {"student": base}
+    tree["teachers"]["even"] = {"adapter": adapter}
+    with pytest.raises(ModelError, match=r"\(teacher 'even'\): weight '.*' holds whole numbers \(I8\)"):
+        build(opd.parse_config(tree))

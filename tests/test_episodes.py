@@ -127,7 +127,10 @@ BAD = {
         "gave an observation that is no message with role",
     ),
     "a reward beyond": (lambda p: Scripted(lambda t, x: Step(reward=2.0, done=True)), "gave the reward 2.0, expected"),
-    "no number": (lambda p: Scripted(lambda t, x: Step(reward="lots", done=True)), "gave the reward 'lots', expected"),  # type: ignore[arg-type]  # what is tested
+    "no number": (
+        lambda p: Scripted(lambda t, x: Step(reward="lots", done=True)),
+        "gave the reward 'lots' (str), expected",
+    ),  # type: ignore[arg-type]  # what is tested
     "not a number": (lambda p: Scripted(lambda t, x: Step(reward=float("nan"), done=True)), "gave the reward nan"),
     "exits": (lambda p: Scripted(lambda t, x: (_ for _ in ()).throw(SystemExit(3))), "raised SystemExit: 3"),
 }

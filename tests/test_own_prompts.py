@@ -1,5 +1,6 @@
 """A teacher of the student's vocabulary that has another chat template reads the student's tokens behind its own prompt."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
-from templated import CHATTY, NO_SYSTEM, TERSE, ending, save_templated, templated
+from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
 from vllm_like import serving
 
 import opd
@@ -21,7 +22,9 @@ from opd.score_cache.identity import identities
 from opd.served.facts import compared, connect
 from opd.served.wire import Endpoint, Wire
 from opd.startup import read_tasks, run_checks
-from opd.text.own_prompt import OwnPrompt
+from opd.text.chat import Chat
+from opd.text.own_prompt import OwnPrompt, different_renderings
+from opd.tokenizers_compared import compare
 
 TEMPERATURE = 0.8
 IM_END = "<|im_end|>\n"
@@ -256,7 +259,7 @@ def test_a_teacher_without_a_generation_prompt_is_refused(tmp_path: Path):
 
 def test_white_space_before_an_answer_stands_before_it_once():
     gapped = TERSE.replace("{% if add_generation_prompt %}assistant: ", "{% if add_generation_prompt %}assistant:")
-    own = OwnPrompt(templated(gapped), templated(CHATTY), name="t")
+    own = OwnPrompt(Chat(templated(gapped)), Chat(templated(CHATTY)), name="t")
     tokenizer = templated(CHATTY)
     for said in ("yes", " yes"):
         ids = tokenizer(said, add_special_tokens=False).input_ids
@@ -275,7 +278,7 @@ def test_a_thinking_block_is_open_for_the_teacher_where_it_is_open_for_the_stude
     def shown(student: str, teacher: str, said: str) -> str:
         item = rollout([256, *ids], 1, prompt=prompt(text="hi"))
         item = replace(item, messages=(*item.prompt.messages, {"role": "assistant", "content": said}))
-        [found] = OwnPrompt(templated(teacher), templated(student), name="t").read(item)
+        [found] = OwnPrompt(Chat(templated(teacher)), Chat(templated(student)), name="t").read(item)
         return templated(plain).decode(found.token_ids[~found.mask])
 
     other = "Talk.\n" + plain
@@ -349,3 +352,52 @@ def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_
             assert unknown.unknown
     finally:
         wire.close()
+
+
+def test_a_teacher_whose_template_needs_an_id_without_a_row_says_so_and_loses_no_run(tmp_path: Path):
+    ours = save_templated(tmp_path / "mine", templated(TERSE))
+    theirs = save_templated(tmp_path / "theirs", templated("<|turn_end|>" + TERSE), 1)
+    for source, rows in ((ours, 258), (theirs, 258)):
+        toy_model(0, vocab_size=rows).save_pretrained(source)
+    teachers = {n: {"model": theirs} for n in ("even", "odd")}
+    studio = build(opd.parse_config(toy_recipe(tmp_path, student=ours, teachers=teachers)))
+    [scored, *_] = studio.teachers(keep_hidden=False).score(sampled(studio))
+    assert isinstance(scored.score, FailedScore)
+    assert "teacher 'even': prompt 'p0': the chat template needs token '<|turn_end|>' (id 258)" in scored.score.reason
+
+
+def test_prompts_that_a_teachers_template_refuses_are_left_out_of_the_warm_up_and_of_its_own_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tree = recipe(tmp_path, ending(IM_END), NO_SYSTEM, warmup={"steps": 1}, steps=2)
+    path = Path(tree["tasks"]["first"]["path"])
+    said = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in said[4:]:
+        record["messages"] = [{"role": "system", "content": "s"}, {"role": "user", "content": record.pop("prompt")}]
+    path.write_text("\n".join(map(json.dumps, said)) + "\n")
+    tree["tasks"]["first"]["held_out_path"] = str(path)
+    assert opd.train(opd.parse_config(tree | {"sampling": {"prompts_per_step": 16, "max_new_tokens": 6}})).finished
+    shown = capsys.readouterr().out
+    assert "responses left out" in shown
+    assert "teacher 'even' alone is not measured on first held_out: prompt" in shown
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        ending(IM_END).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"),
+        "{% if tools %}{{ tools | tojson }}{% endif %}" + ending(IM_END),
+        ending(IM_END).replace("{{ m.content }}", "{{ m.content if m.role == 'user' else m.content | upper }}"),
+    ],
+    ids=["drops earlier thoughts", "shows tools", "writes system messages in capitals"],
+)  # fmt: skip
+def test_templates_that_differ_only_in_some_conversations_are_told_apart(teacher: str):
+    apart = different_renderings(templated(ending(IM_END)), templated(teacher))
+    assert apart is not None
+    assert apart.student != apart.teacher
+    assert different_renderings(templated(teacher), templated(teacher)) is None
+
+
+def test_two_models_with_a_clock_in_their_template_render_alike(tmp_path: Path):
+    sources = [save_templated(tmp_path / name, templated(CLOCK + ending(IM_END)), 1) for name in ("a", "b")]
+    assert compare(*sources).renderings is None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from factories import prompt, sft_recipe, toy_recipe
-from templated import TURN_END, ending, save_templated, templated
+from templated import OPENED, TURN_END, ending, save_templated, templated
 
 import opd
 from opd.config import EpisodesConfig, SftConfig
@@ -14,9 +14,10 @@ from opd.embedded import warmup
 from opd.embedded.build import build, build_student
 from opd.embedded.sampler import episode_player
 from opd.errors import ModelError
+from opd.records import Prompt
 from opd.report.run_folder import read_rollouts
 from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import one_turn
+from opd.tasks.episodes import EpisodePlayer, one_turn
 from opd.text.chat import Chat, Conversation
 from opd.text.spelling import Writer
 from opd.text.turn_end import turn_end
@@ -58,6 +59,32 @@ KINDS: dict[str, tuple[Any, Any, tuple[int, ...], int, bool]] = {
         True,
     ),
     "a template that writes none": (templated(ending("\n")), declaring(EOS), (EOS,), EOS, False),
+    "where a further message follows": (
+        templated(ending("{% if not loop.last or add_generation_prompt %}<|turn_end|>\n{% endif %}")),
+        declaring(EOS),
+        (EOS, TURN_END),
+        TURN_END,
+        True,
+    ),
+    "before the message that follows": (
+        templated(
+            "{% for m in messages %}{{ '<|im_start|>' if loop.first else '<|turn_end|><|im_start|>' }}{{ m.role }}\n{{ m.content }}"
+            "{% endfor %}{% if add_generation_prompt %}<|turn_end|><|im_start|>assistant\n{% endif %}"
+        ),
+        None,
+        (EOS, TURN_END),
+        TURN_END,
+        True,
+    ),
+    "a question's own opening is none": (
+        templated(
+            "{% for m in messages %}{{ '<|turn_end|>' if m.role == 'user' else '<|im_start|>' }}{{ m.content }}{% endfor %}"
+        ),
+        declaring(EOS),
+        (EOS,),
+        EOS,
+        False,
+    ),
     "no template": (templated(None), declaring(EOS), (EOS,), EOS, False),
     "tokenizer and generation config alone": (templated(None), declaring(TURN_END), (EOS, TURN_END), EOS, True),
 }
@@ -181,3 +208,31 @@ def test_a_conversation_goes_on_behind_the_templates_end_of_turn_without_a_secon
     conversation.observe([{"role": "user", "content": "more"}])
     assert len(conversation.stretches) == 1
     assert conversation.token_ids.count(TURN_END) == 3  # behind the question, the answer and the next question
+
+
+def test_a_prompts_calls_are_written_by_a_template_that_ends_them_with_another_token():
+    """A turn with calls ends with a token that only the generation config names, as Llama's <|eom_id|> does."""
+    tokenizer = templated(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|turn_end|>\n{% else %}<|done|>\n{% endif %}"
+        "{% endfor %}" + OPENED
+    )
+    tokenizer.add_tokens(["<|done|>"], special_tokens=True)
+    call = {"id": "000000000", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": (call,)})
+    messages = (*messages, {"role": "user", "content": "and?"})
+    asked = Prompt("p", messages, teacher="t", task="task")
+    assert '"name": "add"' in tokenizer.decode(
+        Chat(tokenizer).encode_prompt(asked)
+    )  # nothing says that the turn ends there
+    chat = Chat(tokenizer, generation_config=declaring(TURN_END))
+    assert 'assistant\nadd({"a": 1})<|turn_end|>\n' in tokenizer.decode(chat.encode_prompt(asked))
+
+
+def test_a_demonstration_ends_with_what_the_generation_config_alone_declares():
+    tokenizer = templated(ending("\n"))
+    tokenizer.eos_token = None
+    chat = Chat(tokenizer, generation_config=declaring(TURN_END))
+    player = EpisodePlayer(chat, EpisodesConfig(), end_ids=chat.end.ids, make_environment=one_turn)
+    [found] = player.play([(prompt(), 0)], Demonstrator(chat, lambda p, m: "yes").take_turns, version=0)
+    assert (found.token_ids[-1], found.finish) == (TURN_END, "end")

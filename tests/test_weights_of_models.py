@@ -334,3 +334,33 @@ def test_a_checkpoint_of_another_student_is_refused(tree: dict[str, Any], tmp_pa
     line = one_line(invoke("train", "--resume", tree["output"]))
     assert "the checkpoint is of another student: " in line
     assert "resume with the model, transformers and peft that wrote it" in line
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])
+def test_weights_in_whole_numbers_without_a_quantisation_config_are_refused(
+    tree: dict[str, Any], tmp_path: Path, kind: torch.dtype
+):
+    folder = save_toy(tmp_path / "other", 1)
+    rewrite(folder, lambda weights: {n: (20 * t).to(kind) if "proj" in n else t for n, t in weights.items()})
+    place_of(tree, "teacher", folder)
+    line = refuse_tree(tree, tmp_path)
+    assert f"model '{folder}': weight 'model.layers." in line
+    assert "holds whole numbers" in line
+
+
+def test_a_vocabulary_too_small_for_its_special_tokens_is_one_line(tree: dict[str, Any], tmp_path: Path):
+    folder = configured(save_toy(tmp_path / "other", 1), vocab_size=200)
+    place_of(tree, "teacher", folder)
+    assert f"model '{folder}' cannot be loaded: Padding_idx must be within num_embeddings" in refuse_tree(
+        tree, tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_no_numbers_are_called_so(tree: dict[str, Any], tmp_path: Path, name: str):
+    folder = save_toy(tmp_path / "other", 1)
+    rewrite(folder, lambda weights: {n: t * float("nan") if n == name else t for n, t in weights.items()})
+    place_of(tree, "teacher", folder)
+    assert "its logits are no numbers (nan): weights of it are nan or infinite" in refuse_tree(tree, tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 
 from opd.batch import pack
 from opd.config import Config
+from opd.errors import DataError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
 from opd.loop import Parts
 from opd.metrics import Mean, Metrics, merge, values
@@ -81,7 +82,10 @@ class Measuring:
             alone = self._studio.alone(teacher)
             if alone is not None:
                 judge = self._material.judge(self._config, alone.tokenizer)
-                expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
+                try:
+                    expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
+                except DataError as error:  # its own chat template may refuse what the student's takes
+                    line.say(f"teacher '{teacher}' alone is not measured on {task} {split}: {error}")
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
         self._folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")

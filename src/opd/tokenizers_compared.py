@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from opd.text.own_prompt import Renderings, different_renderings
 from opd.text.pairing import pair_turns, total, turn_facts
 from opd.text.reading import Reader
 from opd.text.spelling import Writer
+from opd.text.template import freeze
 from opd.text.tokenizer import difference
 
 SAMPLE = (
@@ -46,6 +48,9 @@ class Comparison:
 def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMPLE) -> Comparison:
     """Line up rollouts, or one text as the student would write it, with the teacher's reading of them."""
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    now = datetime.now()
+    for loaded in (ours, theirs):
+        freeze(loaded.tokenizer, now)
     writer = Writer(ours.tokenizer, generation_config=ours.generation_config)
     reader = Reader(theirs.tokenizer, name=teacher, generation_config=theirs.generation_config)
     items = [_as_rollout(rollouts, writer)] if isinstance(rollouts, str) else list(rollouts)

@@ -50,7 +50,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
     loaded = load_tokenizer(config.student)
     if config.template_time is not None:
         freeze(loaded.tokenizer, config.template_time)
-    end = turn_end(loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'")
+    turn_end(
+        loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'"
+    )  # raises where nothing ends one
     with ExitStack() as started:
         _join(config)
         started.callback(ray.shutdown)
@@ -67,8 +69,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         started.callback(engines.close)
         group.build()
         served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
-        chat = Chat(loaded.tokenizer, rows=group.facts.teachers.vocab_size)
-        player = EpisodePlayer(chat, config.episodes, end_ids=end.ids, make_environment=make_environment)
+        rows = group.facts.teachers.vocab_size
+        chat = Chat(loaded.tokenizer, rows=rows, generation_config=loaded.generation_config)
+        player = EpisodePlayer(chat, config.episodes, end_ids=chat.end.ids, make_environment=make_environment)
         return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from opd.embedded.network import Network
+from opd.embedded.weights import require_floats
 from opd.errors import ModelError, one_line
 
 MERGE = "merge it into its base (peft: merge_and_unload) and use the merged model"
@@ -89,7 +90,9 @@ def adapter_config(folder: str, who: str) -> PeftLoraConfig:
 def adapter_names(folder: str, who: str) -> set[str]:
     """The names of the weights in an adapter's file."""
     try:
-        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        path = Path(folder) / "adapter_model.safetensors"
+        require_floats([path], who)
+        with safe_open(path, framework="pt") as file:
             return set(file.keys())
     except SafetensorError as error:
         raise ModelError(f"{who} cannot be read: {one_line(str(error))}") from None
@@ -142,10 +145,11 @@ def _other_scale(layer: Any, name: str, ours: str, theirs: str, config: PeftLora
     """Why an adapter's scale is not the student's, and what to do."""
     alpha, rank, scale = layer.lora_alpha[theirs], layer.r[theirs], layer.scaling[theirs]
     if not config.use_rslora and not config.alpha_pattern:
-        return f"has alpha {alpha}, lora.alpha is {layer.lora_alpha[ours]}; write that one"
+        advice = "write that one" if alpha == round(alpha) > 0 else MERGE
+        return f"has alpha {alpha}, lora.alpha is {layer.lora_alpha[ours]}; {advice}"
     field = "alpha_pattern" if config.alpha_pattern else "use_rslora"
     wanted = round(scale * rank)
-    plain = not config.alpha_pattern and wanted / rank == scale
+    plain = not config.alpha_pattern and wanted / rank == scale and wanted > 0
     return (
         f"scales its update at '{name}' by {scale:.6g} ({field}; alpha {alpha}, rank {rank}), lora.alpha / lora.rank is "
         f"{layer.scaling[ours]:.6g}; {f'write lora.alpha = {wanted}' if plain else MERGE}"

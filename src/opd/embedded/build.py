@@ -12,6 +12,7 @@ from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
 from opd.embedded.foreign import ForeignVoice
 from opd.embedded.loading import add_adapter, add_student_adapter, load_network
 from opd.embedded.network import Network
+from opd.embedded.sampler import chat_of
 from opd.embedded.studio import EmbeddedStudio
 from opd.embedded.teacher import Part, Target, Voice
 from opd.errors import ModelError
@@ -212,7 +213,7 @@ def _reads_own_prompts(config: Config, name: str, student: Network, network: Net
 def _shown_own_prompts(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, Voice]:
     """Those of the voices that read the student's tokens behind prompts of their own."""
     return {
-        name: replace(voice, prompts=OwnPrompt(voice.network.tokenizer, student.tokenizer, name=name))
+        name: replace(voice, prompts=OwnPrompt(chat_of(voice.network), chat_of(student), name=name))
         for name, voice in voices.items()
         if voice.network is not student and _reads_own_prompts(config, name, student, voice.network)
     }

@@ -31,10 +31,15 @@ from opd.embedded.adapters import (
 from opd.embedded.architecture import require_packable_config
 from opd.embedded.linear import fuse_adapters
 from opd.embedded.network import Network
-from opd.embedded.weights import difference_of_names, require_loaded, require_whole
+from opd.embedded.weights import difference_of_names, require_floats, require_loaded, require_whole
 from opd.errors import ModelError
 
 ADAPTER_FACTS = "opd.json"
+# what transformers and its loaders raise for files and settings that do not fit one another
+_LOADERS_SAY = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, ImportError, AttributeError, AssertionError, ArithmeticError,
+    SafetensorError,
+)  # fmt: skip
 OWN_CODE = (
     "needs code of its own (auto_map in config.json or tokenizer_config.json), which opd never runs; use a model that transformers "
     "itself has a class for, or a newer transformers that has one"
@@ -93,7 +98,10 @@ def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]
             f"model '{source}' holds an adapter beside its weights (adapter_config.json), which transformers adds to them; "
             "name the adapter by itself (teachers.NAME.adapter, lora.start), or move it out of the folder"
         )
-    return model, require_loaded(model, info, source)
+    notes = require_loaded(model, info, source)
+    if getattr(model.config, "quantization_config", None) is None:
+        require_floats(sorted(Path(where).glob("model*.safetensors")), f"model '{source}'")
+    return model, notes
 
 
 def _own_code(model: Any, tokenizer: Any, source: str) -> list[str]:
@@ -306,7 +314,7 @@ def _one_line(source: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
+    except _LOADERS_SAY as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's own (disk full, no permission), not the model's
         if asks_for_own_code(error, source):

@@ -16,7 +16,6 @@ from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed
 from opd.tasks.episodes import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
 from opd.text.chat import Chat
-from opd.text.turn_end import turn_end
 
 _REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
 
@@ -131,9 +130,13 @@ class EmbeddedSampler:
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
     """Plays episodes in a network's own template; the template's end of turn and its declared end tokens end a turn."""
-    end = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'")
-    chat = Chat(network.tokenizer, rows=network.vocab_size)
-    return EpisodePlayer(chat, limits, end_ids=end.ids, make_environment=make_environment)
+    chat = chat_of(network)
+    return EpisodePlayer(chat, limits, end_ids=chat.end.ids, make_environment=make_environment)
+
+
+def chat_of(network: Network) -> Chat:
+    """How a network's tokenizer writes conversations, for all who read it."""
+    return Chat(network.tokenizer, rows=network.vocab_size, generation_config=network.base.generation_config)
 
 
 def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:

@@ -4,26 +4,29 @@ On its own states a student that cannot yet take a turn is told little by its te
 they are none. Some steps on what the teachers themselves do put it where on-policy distillation works.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.seeds import generator_of
 from opd.data.stream import PromptStream
 from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.sampler import episode_player
+from opd.embedded.sampler import chat_of, episode_player
 from opd.embedded.sft import imitation_batch
 from opd.embedded.studio import EmbeddedStudio
+from opd.errors import DataError
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
-from opd.text.tokenizer import fingerprint
+from opd.text.chat import Chat
 
 
 def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
-    Episodes that failed or are longer than the student's context are not learnt from, nor, of a teacher with another tokenizer or
+    Prompts that the teacher's template refuses, and episodes that failed or are longer than the student's context, are not learnt
+    from, nor, of a teacher with another tokenizer or
     template, responses that were cut or that are nothing but an end: rewritten, they would seem to end where they were cut.
     """
     config = studio.config
@@ -57,19 +60,26 @@ def _shown(studio: EmbeddedStudio, prompts: Sequence[Prompt], step: int) -> list
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
     limit = studio.student.network.max_context
-    ours = fingerprint(studio.student.network.tokenizer)
     for teacher in dict.fromkeys(p.teacher for p in prompts):
         mine = [p for p in prompts if p.teacher == teacher]
         seed = (studio.config.seed, "warm-up", teacher, step)
         voice = studio.voices[teacher]
-        rollouts = studio.sampler(voice).sample(mine, num_samples=1, seed=seed)
+        chat = chat_of(studio.home(voice))
+        rollouts = studio.sampler(voice).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         # a template of its own is a rendering that the student never sees
-        foreign = fingerprint(studio.home(voice).tokenizer) != ours
-        found += _rewritten(studio, rollouts) if foreign else rollouts
+        own = teacher in studio.foreign or voice.prompts is not None
+        found += _rewritten(studio, rollouts) if own else rollouts
     # a teacher's context may be longer than the student's
     long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
+
+
+def _takes(chat: Chat, prompt: Prompt) -> bool:
+    """Whether a chat template takes a prompt; the student's takes all, which was checked."""
+    with contextlib.suppress(DataError):
+        return bool(chat.encode_prompt(prompt))
+    return False
 
 
 def _rewritten(studio: EmbeddedStudio, rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers.utils.loading_report import update_key_name
 
@@ -33,6 +34,19 @@ def require_whole(folder: Path, source: str) -> None:
             f"model '{source}': '{index.name}' names {len(files)} files, {len(absent)} of them are missing, first '{absent[0]}'; "
             "copy them into the folder"
         )
+
+
+def require_floats(files: Iterable[Path], who: str) -> None:
+    """Raise ModelError where files that say nothing of quantisation hold a weight in whole numbers: it would be read as it is."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # a file is no mapping
+                kind = str(file.get_slice(name).get_dtype())
+                if name.endswith((".weight", ".bias")) and kind.startswith(("I", "U", "BOOL")):
+                    raise ModelError(
+                        f"{who}: weight '{name}' holds whole numbers ({kind}) in '{path.name}', and no quantization_config says "
+                        "what they stand for; take the files of the model before it was quantised"
+                    )
 
 
 def require_loaded(model: Any, info: Mapping[str, Any], source: str) -> list[str]:

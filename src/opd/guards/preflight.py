@@ -259,6 +259,12 @@ def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
     worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
     detail = f"largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"
     if wrong is not None:
+        if math.isnan(gaps[wrong]):
+            detail = (
+                "its logits are no numbers (nan): weights of it are nan or infinite, or too large for compute.dtype; copy them "
+                "again, or use compute.dtype = 'float32'"
+            )
+            return Finding(f"packed logits equal plain logits ({name})", False, detail)
         detail = (
             f"{_PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
             "teachers.NAME.url)"

@@ -28,7 +28,7 @@ class Demonstrator:
         text = self._solution(prompt, messages)
         if not text:
             raise DataError(f"prompt '{prompt.id}' has no answer to learn from; add \"answer\" to the record")
-        ids = [*self._chat.encode_turn(text, record=f"prompt '{prompt.id}'"), self._chat.end_id]
+        ids = [*self._chat.encode_turn(text, record=f"prompt '{prompt.id}'"), self._chat.end.written]
         return Taken(ids, [0.0] * len(ids), "end")
 
 

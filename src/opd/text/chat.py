@@ -22,7 +22,7 @@ from opd.text.template import apply_template, template_shows_tools, with_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tokenizer import described_token
 from opd.text.tool_calls import tools_text
-from opd.text.turn_end import turn_end
+from opd.text.turn_end import TurnEnd, turn_end
 
 _SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 
@@ -30,10 +30,12 @@ _SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 class Chat:
     """How one tokenizer writes conversations."""
 
-    def __init__(self, tokenizer: Any, *, rows: int | None = None) -> None:
-        """rows: the models that read it have embeddings for the ids below; None: for all."""
+    def __init__(self, tokenizer: Any, *, rows: int | None = None, generation_config: Any = None) -> None:
+        """rows: the models that read it have embeddings for the ids below; None: for all. generation_config: the model's, which
+        may name more tokens that end a turn."""
         self.tokenizer = tokenizer
         self._rows = rows
+        self._generation_config = generation_config
         self._templated = bool(getattr(tokenizer, "chat_template", None))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
@@ -88,7 +90,7 @@ class Chat:
     @cached_property
     def _calls(self) -> CallTemplate | None:
         """How the template is given calls; None where it writes none."""
-        return call_template(self._apply, [self.tokenizer.eos_token or ""]) if self._templated else None
+        return call_template(self._apply, [self.literal(i) for i in self.end.ids]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
         """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
@@ -131,10 +133,9 @@ class Chat:
         return self.tokenizer.convert_ids_to_tokens(token_id)
 
     @cached_property
-    def end_id(self) -> int:
-        """The token that ends a turn which somebody wrote for the student: the one that its template writes. Raises ModelError
-        where there is none."""
-        return turn_end(self.tokenizer, who=f"model '{self.tokenizer.name_or_path}'").written
+    def end(self) -> TurnEnd:
+        """What ends a turn. Raises ModelError where nothing does."""
+        return turn_end(self.tokenizer, self._generation_config, who=f"model '{self.tokenizer.name_or_path}'")
 
     @cached_property
     def table(self) -> TokenBytes:

@@ -4,7 +4,7 @@ Equal ids are no proof of an equal prompt. The response stays as it was sampled;
 encoded as the teacher's own template has it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,20 @@ from opd.text.encoding import Quotes
 from opd.text.symbols import opens_thinking, thinking_opening
 from opd.text.template import REFUSALS, Frame, frame_of, require_generation_prompt
 
-_QUESTIONS: Sequence[Sequence[Message]] = (
-    ({"role": "user", "content": "?"},),
-    ({"role": "system", "content": "!"}, {"role": "user", "content": "?"}),
+_QUESTION: Message = {"role": "user", "content": "?"}
+_THOUGHT: Message = {
+    "role": "assistant",
+    "content": "<think>\n...\n</think>\n\n!",
+}  # some templates drop those of earlier turns
+_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
+_CONVERSATIONS: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]] = (
+    ((_QUESTION,), ()),
+    (({"role": "system", "content": "!"}, _QUESTION), ()),
+    ((_QUESTION, _THOUGHT, _QUESTION), ()),
+    ((_QUESTION,), (_TOOL,)),
 )
 
 
@@ -39,15 +50,13 @@ def as_sampled(rollout: Rollout) -> list[Shown]:
 class OwnPrompt:
     """How one teacher is shown the student's turns, each behind its own template's prompt."""
 
-    def __init__(self, tokenizer: Any, student: Any, *, name: str) -> None:
-        """tokenizer: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation
-        prompt."""
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Chat, student: Chat, *, name: str) -> None:
+        """chat: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation prompt."""
         self._name = name
-        self._chat, self._student = Chat(tokenizer), Chat(student)
-        frame = _frame_or_none(tokenizer)
+        self._chat, self._student = chat, student
+        frame = _frame_or_none(chat.tokenizer)
         if frame is not None and frame.before == frame.plain:
-            require_generation_prompt(tokenizer, who=f"teacher '{name}'")
+            require_generation_prompt(chat.tokenizer, who=f"teacher '{name}'")
         self._gap = "" if frame is None else frame.gap
 
     def read(self, rollout: Rollout) -> list[Shown]:
@@ -86,7 +95,10 @@ class OwnPrompt:
         return own + gap
 
     def _behind(self, shown: str, quotes: Quotes, rollout: Rollout, turn: Turn) -> Shown:
-        prompt = self._chat.encode(shown, quotes, rollout.prompt)
+        try:
+            prompt = self._chat.encode(shown, quotes, rollout.prompt)
+        except DataError as error:
+            raise DataError(f"teacher '{self._name}': {error}") from None
         response = rollout.token_ids[turn.start : turn.end]
         token_ids = np.concatenate([np.array(prompt, dtype=np.int32), response])
         return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
@@ -121,16 +133,18 @@ def same_template(student: Any, teacher: Any) -> bool:
 
 def different_renderings(student: Any, teacher: Any) -> Renderings | None:
     """The first of a few short conversations that two chat templates render otherwise; None where they render all alike."""
-    for messages in _QUESTIONS:
-        ours, theirs = (_shown(tokenizer, messages) for tokenizer in (student, teacher))
+    for messages, tools in _CONVERSATIONS:
+        ours, theirs = (_shown(tokenizer, messages, tools) for tokenizer in (student, teacher))
         if ours != theirs:
             return Renderings(ours, theirs)
     return None
 
 
-def _shown(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _shown(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
     chat = Chat(tokenizer)
     try:
-        return chat.render(Prompt("?", tuple(messages), teacher="", task=""), messages, chat.quotes())
+        quotes = chat.quotes()
+        asked = Prompt("?", tuple(messages), teacher="", task="", tools=tuple(tools))
+        return quotes.restore(chat.render(asked, messages, quotes))
     except DataError as error:
         return f"({error})"

@@ -21,7 +21,7 @@ from opd.records import Message
 from opd.text.symbols import thinking_opening, without_thinking
 from opd.text.tool_calls import tools_text
 
-_PROBE = "aXbYcZ"
+_PROBE, _PROBE_QUESTION = "aXbYcZ", "dXeYfZ"
 _PROBE_TOOL = {
     "type": "function",
     "function": {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -116,13 +116,16 @@ class Frame:
     """What a template writes around an answer to one question.
 
     before: the question with the generation prompt; plain: without it; head: what stands before the answer once it is given;
-    after: what follows it.
+    after: what follows it; opening, between: what stands before a question at first, and between an answer and a further one; ""
+    where the template refuses these.
     """
 
     before: str
     plain: str
     head: str
     after: str
+    opening: str = ""
+    between: str = ""
 
     @property
     def whole(self) -> str:
@@ -160,7 +163,18 @@ def frame_of(tokenizer: Any) -> Frame | None:
     plain = apply_template(tokenizer, question, (), natively=False, generate=False)
     whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
     head, found, after = whole.partition(_PROBE)
-    return Frame(before, plain, head, after) if found else None
+    return Frame(before, plain, head, after, *_questions(tokenizer, question, answer)) if found else None
+
+
+def _questions(tokenizer: Any, question: Sequence[Message], answer: Message) -> tuple[str, str]:
+    """What a template writes before a question at first, and between an answer and a further one."""
+    further: Message = {"role": "user", "content": _PROBE_QUESTION}
+    try:
+        opening = apply_template(tokenizer, [*question[:-1], further], (), natively=False, generate=False)
+        whole = apply_template(tokenizer, [*question, answer, further], (), natively=False, generate=False)
+    except REFUSALS:
+        return "", ""
+    return opening.partition(_PROBE_QUESTION)[0], whole.partition(_PROBE)[2].partition(_PROBE_QUESTION)[0]
 
 
 def opened_by(tokenizer: Any) -> str:

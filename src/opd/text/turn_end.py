@@ -1,12 +1,13 @@
 """Where a turn ends: read from the chat template, beside what the tokenizer and the generation config declare."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd.errors import ModelError
 from opd.text.symbols import TAGS
-from opd.text.template import REFUSALS, frame_of
+from opd.text.template import REFUSALS, Frame, frame_of
 from opd.text.tokenizer import end_token_ids
 
 
@@ -41,20 +42,23 @@ def turn_end(tokenizer: Any, generation_config: Any = None, *, who: str) -> Turn
 
 
 def _of_template(tokenizer: Any, who: str) -> int | None:
-    """The first added token that the template writes behind an answer; None where it writes white space alone, or has no place for
-    an answer."""
+    """The first added token that the template writes behind an answer, or behind one that a question follows; None where it writes
+    white space alone, or has no place for an answer."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         frame = frame_of(tokenizer)
     except REFUSALS:
         return None
-    if frame is None or not frame.after.strip():
+    if frame is None:
         return None
     added = {str(token): int(i) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    names = [name for name in added if name.strip() and name not in TAGS and name in frame.after]
-    if names:
-        return added[min(names, key=lambda name: (frame.after.index(name), -len(name)))]
+    names = sorted((name for name in added if name.strip() and name not in TAGS), key=len, reverse=True)
+    found = [piece for piece in _pieces(frame.after, names) or _behind_answer(frame, names) if piece in names]
+    if found:
+        return added[found[0]]
+    if not frame.after.strip():
+        return None
     count = len(tokenizer(frame.after.strip(), add_special_tokens=False).input_ids)
     declared = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_token_ids(tokenizer)) or "none"
     raise ModelError(
@@ -62,6 +66,21 @@ def _of_template(tokenizer: Any, who: str) -> int | None:
         f"({count} tokens of text; the tokenizer's end token: {declared}), so no turn could end there; add it to the tokenizer as "
         "one token, or give the model a chat template that ends a turn with its end token"
     )
+
+
+def _pieces(text: str, names: Sequence[str]) -> list[str]:
+    """A text cut at these names, without the white space between."""
+    cut = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return [piece.strip() for piece in cut if piece.strip()]
+
+
+def _behind_answer(frame: Frame, names: Sequence[str]) -> list[str]:
+    """What ends an answer of a template that ends it only where a question follows: without what opens every question."""
+    between, opening = _pieces(frame.between, names), _pieces(frame.opening, names)
+    while between and opening and between[-1] == opening[-1]:
+        between.pop()
+        opening.pop()
+    return between
 
 
 def _declared(generation_config: Any) -> tuple[int, ...]:
