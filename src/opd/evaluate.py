@@ -226,9 +226,7 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
             "Format errors: the share of episodes with one, of the student before, its teacher and the student after."
         )
     if any(c is not None and c.in_part for row in rows for c in (row.before, row.expert, row.after)):
-        lines.append(
-            "Mean reward: of all responses, those that are worth a part included; after / teacher is a ratio of these."
-        )
+        lines.append("The mean reward counts partial rewards; after / teacher is the ratio of the mean rewards.")
     lines.append(
         "Right answers (reward 1) in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )

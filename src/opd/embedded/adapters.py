@@ -28,7 +28,7 @@ _UNSUPPORTED: Mapping[str, str] = {
     "trainable_token_indices": "changes rows of the embeddings",
     "layer_replication": "repeats layers of the base",
     "target_parameters": "adapts parameters outside linear layers",
-    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
+    "alora_invocation_tokens": "acts only after its invocation tokens (aLoRA)",
     "arrow_config": "mixes other adapters (Arrow)",
     "use_bdlora": "has block-diagonal factors (BD-LoRA)",
     "use_qalora": "pools its input (QALoRA)",
@@ -58,7 +58,7 @@ def adapter_config(folder: str, who: str) -> PeftLoraConfig:
     if not isinstance(said, dict):
         raise ModelError(f"{who}: its adapter_config.json must hold a JSON object, got {type(said).__name__}")
     if said.get("peft_type") != "LORA":
-        raise ModelError(f"{who} is of type {said.get('peft_type')!r}, opd computes 'LORA' alone; {MERGE}")
+        raise ModelError(f"{who} is of type {said.get('peft_type')!r}, opd supports 'LORA' only; {MERGE}")
     for field, what in _UNSUPPORTED.items():
         if said.get(field):
             raise ModelError(f"{who} {what} ({field} = {_shown(said[field])}), which opd does not support; {MERGE}")

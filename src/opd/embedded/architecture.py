@@ -137,7 +137,7 @@ def _keys_named(text: Any) -> str | None:
             continue
         capped = re.search("soft_?cap", key)
         if capped and re.search("rout|moe|gate", key) is None:
-            what = "attention scores" if "attn" in key or "attention" in key else "logits behind the output head"
+            what = "attention scores" if "attn" in key or "attention" in key else "logits after the output head"
             return f"this model soft-caps its {what} ({key} = {value}), which packed passes do not do"
         if "sink" in key and value is True:
             return f"{_SINKS} ({key})"

@@ -13,7 +13,7 @@ REWARD = "reward"
 _NO_EFFECT = "no effect"
 _PLAYED = ("tools", "textarena")  # types of tasks that have environments
 _TRAIN_ON_IT = (
-    "outcome.coef = 0, so that nothing trains on it; to train on it set outcome.coef above 0, with sampling.group_size of 2 or "
+    "outcome.coef = 0, so nothing trains on it; to train on it set outcome.coef above 0, with sampling.group_size of 2 or "
     "more (or outcome.baseline = 'none')"
 )
 
@@ -77,11 +77,17 @@ def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environme
                 else "they have no answer"
             )
             detail = (
-                f"outcome.coef trains on nothing of {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
+                f"outcome.coef has no effect on {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
                 "answers and a verifier, or pass a reward"
             )
             findings.append(Finding(REWARD, True, detail, warning=True))
     return findings
+
+
+def clock_unread(config: Config | SftConfig, *, reads_clock: bool) -> list[Finding]:
+    """A recipe that sets a moment where no chat template reads one. reads_clock: whether one does."""
+    lines = [] if reads_clock else changed(config, "template_time")
+    return [_warning(f"{line}: no chat template reads the clock") for line in lines]
 
 
 def _warning(line: str) -> Finding:
@@ -97,12 +103,14 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
     for name in type(config.episodes).model_fields if not played else ():
         bounds_servers = name == "max_concurrent" and isinstance(config, Config) and config.mode == "distributed"
         keys = [] if bounds_servers else changed(config, f"episodes.{name}")
-        lines += [f"{key}: no prompt has an environment or tools, so that every episode is one turn" for key in keys]
+        lines += [f"{key}: no prompt has an environment or tools, so every episode is one turn" for key in keys]
     for name, splits in prompts.items():
         task = config.tasks[name]
         answers = any(p.answer is not None for found in splits.values() for p in found)
         if isinstance(task, FileTask) and task.verifier in ("math", "number") and not answers:
-            lines.append(f"tasks.{name}.verifier = '{task.verifier}': no prompt has an answer")
+            lines.append(
+                f"tasks.{name}.verifier = '{task.verifier}': no prompt has an answer (the key 'answer' of its record)"
+            )
     return lines
 
 
