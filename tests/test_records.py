@@ -242,9 +242,7 @@ def test_other_fields_are_kept_as_meta_and_ids_may_be_integers(tmp_path):
     assert dict(found.meta) == {"source": "web", "metadata": {"a": 1}, "level": 3}
     assert refused(tmp_path, {"prompt": "x", "answr": "4"}).startswith("unknown key 'answr'; did you mean 'answer'?")
     assert refused(tmp_path, {"prompt": "x", "system": "Be brief."}).startswith("'system' is no key of a record")
-    assert refused(tmp_path, {"prompt": "x", "level": 1, "meta": {"level": 2}}).startswith(
-        "'level' stands in the record"
-    )
+    assert refused(tmp_path, {"prompt": "x", "level": 1, "meta": {"level": 2}}).startswith("'level' is in the record")
 
 
 @pytest.mark.parametrize("completion", [[ANSWER], "4"])

@@ -168,7 +168,7 @@ def test_fine_tuning_reads_one_moment(tmp_path: Path):
 
 
 def test_a_moment_that_no_template_reads_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = opd.parse_config(toy_recipe(tmp_path, steps=2, template_time=MOMENT))
+    config = opd.parse_config(toy_recipe(tmp_path, steps=2, template_time=MOMENT, objective={"type": "immediate"}))
     assert any(
         "template_time = " in f.detail and "no chat template reads the clock" in f.detail for f in opd.check(config)
     )
