@@ -79,7 +79,7 @@ class ParityRow:
 
     @property
     def parity(self) -> float | None:
-        """The student's mean reward as a share of its teacher's."""
+        """The student's mean reward divided by its teacher's."""
         if self.expert is None or not self.expert.mean_reward or self.after.mean_reward is None:
             return None
         return self.after.mean_reward / self.expert.mean_reward

@@ -1,4 +1,4 @@
-"""Keys of a recipe that change nothing, because of what other keys say. The parser refuses some combinations; these are named."""
+"""Keys of a recipe that other keys leave without effect. The parser refuses some combinations; these are named."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of what it computes, and whether opd computes the same.
+"""Reading an adapter's folder, and whether opd computes what this adapter computes.
 
 An adapter of every kind that passes is computed by PEFT's own layers, or by products that give the same (`opd.embedded.linear`).
 What acts outside the layers (rows of the embeddings, whole copies of modules, changed base weights) would reach the student and

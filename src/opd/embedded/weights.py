@@ -1,4 +1,4 @@
-"""Whether a model's files hold the weights of the model: transformers fills what is missing with random numbers, and goes on."""
+"""Checks that a model's files hold its weights: transformers fills missing weights with random numbers and goes on."""
 
 import json
 from collections import Counter

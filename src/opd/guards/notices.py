@@ -1,4 +1,4 @@
-"""What a recipe asks for and its prompts cannot give: said before the first step, because a run would not show it."""
+"""Notices before the first step: keys and data without effect, which a run would not show."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -149,7 +149,7 @@ def _replaced(config: Config) -> list[str]:
 
 
 def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: int, what: str) -> list[str]:
-    """A task whose share of a step is more than its prompts: some are in it twice."""
+    """A task with more places in a step than prompts: some prompts repeat."""
     total = sum(task.weight for task in config.tasks.values())
     lines = []
     for name, splits in prompts.items():

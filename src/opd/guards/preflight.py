@@ -207,7 +207,7 @@ def tokens_compared(teacher: str, unknown: str) -> Finding:
 
 
 def prompts_compared(teacher: str, found: OtherTemplate) -> Finding:
-    """A teacher whose chat template is not known to be the student's reads its own prompts, or the student's by choice."""
+    """A teacher with another chat template reads its own prompts, or by choice the student's."""
     if found.unknown:
         detail = f"its chat template could not be compared ({found.unknown}), and it is scored in the student's prompts"
         return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)

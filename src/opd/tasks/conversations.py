@@ -1,4 +1,4 @@
-"""Messages of a record: read from the spellings in which they are kept, and checked to be a prompt, wherever they come from."""
+"""Messages of a record, in any of the supported forms, and the check that they are a prompt."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -155,7 +155,7 @@ def demonstration_fault(demonstration: Sequence[Message]) -> str:
 
 
 def check_prompt(prompt: Prompt, where: str) -> None:
-    """Raise DataError, which begins with `where`, for a prompt that no student could be given, whoever made it."""
+    """Raise DataError, which begins with `where`, for a prompt that no student could be given, from a file or from code."""
     fields = {
         "the id": prompt.id,
         "the task": prompt.task,

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, read strictly: what is no text, no number or not one record a line is named by its line."""
+"""Files of one JSON object a line, read strictly: an error names the line of a bad text, number or record."""
 
 import json
 import math

@@ -36,7 +36,7 @@ REFUSALS = (TemplateError, TypeError, ValueError)  # what an expression in a tem
 
 
 def freeze(tokenizer: Any, moment: datetime) -> None:
-    """From now on the tokenizer's chat template reads this moment wherever it reads the clock."""
+    """From now on the tokenizer's chat template reads this moment as the time."""
     setattr(tokenizer, _MOMENT, moment)
 
 
