@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "recurrent layers .* carry state across packed sequences",
     ),
     "gemma2": (_HEAD, r"soft-caps its .*softcapping = [35]0"),
-    "nanochat": ({}, r"soft-caps its logits behind the output head \(final_logit_softcapping = 15"),
+    "nanochat": ({}, r"soft-caps its logits after the output head \(final_logit_softcapping = 15"),
     "gpt_oss": ({**_HEAD, **_EXPERTS}, r"needs attention sinks, which packed passes do not have \(self_attn.sinks\)"),
     "llama4_text": (
         {**_HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},

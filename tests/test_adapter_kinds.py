@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Callable[[Path, str], str], str]] = {
     "principal components": (made(init_lora_weights="pissa"), 'init_lora_weights = "pissa"'),
     "orthonormal": (made(init_lora_weights="olora"), 'init_lora_weights = "olora"'),
     "repeated layers": (made(layer_replication=[[0, 2], [1, 2]]), "repeats layers of the base"),
-    "behind an invocation": (made(alora_invocation_tokens=[104, 105]), "acts only behind its invocation tokens"),
+    "behind an invocation": (made(alora_invocation_tokens=[104, 105]), "acts only after its invocation tokens"),
     "another tuner": (made(config=IA3Config(task_type="CAUSAL_LM")), "is of type 'IA3'"),
     "a field of another peft": (changed(use_xlora3=True), "does not know its field use_xlora3 = true"),
 }

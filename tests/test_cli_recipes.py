@@ -134,6 +134,11 @@ def test_neither_recipe_nor_resume_or_both_is_refused(recipe: str, tmp_path: Pat
     assert "give a recipe, or --resume RUN" in refuse(tmp_path, "train", recipe, "--resume", tmp_path)
 
 
+def test_fine_tuning_goes_on_with_the_keys_that_it_began_with(tmp_path: Path):
+    line = refuse(tmp_path, "sft", "--resume", tmp_path, "steps=5")
+    assert "the recipe that the run was started with), 'steps=5' has no effect" in line
+
+
 @pytest.mark.parametrize("arguments", [["train", "--resume"], ["eval"]])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, arguments: list[str]):
     assert "is no run folder" in refuse(tmp_path, *arguments, tmp_path)
@@ -165,7 +170,10 @@ def test_a_fine_tuning_run_cannot_be_resumed_as_a_distillation(bench: dict[str, 
         ('{"id": "a", "prompt": " "}\n', "line 1: 'prompt' is empty"),
         ('{"id": "a", "messages": []}\n', "line 1: 'messages' must be a non-empty list"),
         ('{"id": "a", "messages": [{"role": "user", "content": ""}]}\n', "line 1: every message is empty"),
-        ('{"id": "a"}\n', "line 1: give exactly one of 'messages' and 'prompt'"),
+        (
+            '{"id": "a", "question": "x"}\n',
+            "line 1: give exactly one of 'messages' and 'prompt' (or 'conversations'); the record has 'id', 'question'",
+        ),
         ('{"id": " ", "prompt": "x"}\n', "line 1: 'id' must be a non-empty string"),
         ('{"id": "a", "promt": "x"}\n', "line 1: unknown key 'promt'; did you mean 'prompt'?"),
         ('{"id": "a", "prompt": "x", "teacher": "evn"}\n', "teacher 'evn' is not in [teachers]"),

@@ -61,7 +61,7 @@ def test_an_id_above_the_head_that_nothing_needs_is_accepted_and_said(
     recipe = write_toml(tmp_path / "recipe.toml", tree | {"objective": {"type": objective}})
     shown = invoke("check", recipe)
     assert shown.exit_code == 0, shown.output
-    said = f"has 1 ids behind the 258 rows of '{tree['student']}', first '<image>' (id 258)"
+    said = f"has 1 ids beyond the 258 rows of '{tree['student']}', first '<image>' (id 258)"
     assert f"warn  models are loaded as their files say: the tokenizer of '{tree['student']}' {said}" in shown.stdout
     assert invoke("train", recipe).exit_code == 0
     assert max(int(s.rollout.token_ids.max()) for s in opd.read_rollouts(tree["output"])) < 258
@@ -73,7 +73,7 @@ def test_a_teacher_with_fewer_rows_than_the_student_is_accepted(tree: dict[str, 
         tree["teachers"][name]["model"] = save_wide(tmp_path / name, seed)
     shown = invoke("check", write_toml(tmp_path / "recipe.toml", tree))
     assert shown.exit_code == 0, shown.output
-    assert "ids behind the 258 rows of" in shown.stdout
+    assert "ids beyond the 258 rows of" in shown.stdout
 
 
 def test_a_special_token_that_somebody_types_is_text_and_needs_no_row(tree: dict[str, Any], tmp_path: Path):
@@ -183,7 +183,7 @@ def test_a_teacher_of_another_tokenizer_with_an_id_too_many_is_followed(
     recipe = write_toml(tmp_path / "recipe.toml", tree | {"objective": {"type": objective}})
     shown = invoke("check", recipe)
     assert shown.exit_code == 0, shown.output
-    assert f"the tokenizer of '{tmp_path}/reader' has 1 ids behind" in shown.stdout
+    assert f"the tokenizer of '{tmp_path}/reader' has 1 ids beyond" in shown.stdout
     assert invoke("train", recipe).exit_code == 0
     assert np.isfinite([row["kl/token/mean"] for row in opd.read_metrics(tree["output"])]).all()
 

@@ -206,16 +206,14 @@ def test_a_task_whose_outcome_nothing_gives_is_named(tree: dict[str, Any], tmp_p
     tree["tasks"]["first"]["verifier"] = "none"
     [(warning, detail)] = about_rewards(tree)
     assert warning
-    assert detail.startswith(
-        "outcome.coef trains on nothing of 12 of 12 prompts of tasks.first: its verifier is 'none'"
-    )
+    assert detail.startswith("outcome.coef has no effect on 12 of 12 prompts of tasks.first: its verifier is 'none'")
     path = Path(write_prompts(tmp_path / "some.jsonl"))
     records = [json.loads(line) for line in path.read_text().splitlines()]
     del records[0]["answer"]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     tree["tasks"]["first"] |= {"verifier": "exact", "path": str(path)}
     [(warning, detail)] = about_rewards(tree)
-    assert detail.startswith("outcome.coef trains on nothing of 1 of 12 prompts of tasks.first: they have no answer")
+    assert detail.startswith("outcome.coef has no effect on 1 of 12 prompts of tasks.first: they have no answer")
 
 
 def test_an_outcome_that_nothing_gives_is_refused(tree: dict[str, Any], tmp_path: Path):

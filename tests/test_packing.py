@@ -263,7 +263,7 @@ def test_a_limit_beyond_the_change_of_a_rope_fails_the_check(kind: str, monkeypa
     gaps = packed_gaps(network, gradients=False)
     assert list(gaps)[-1] == "distant positions"
     found = packed_equals_plain("the student", gaps)
-    assert found.detail.startswith("this model computes a sequence by the longest one of its pass")
+    assert found.detail.startswith("in this model the longest sequence of a pass changes the others")
 
 
 def test_state_that_one_pass_leaves_for_the_next_fails_the_check(monkeypatch: pytest.MonkeyPatch):

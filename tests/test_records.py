@@ -73,13 +73,19 @@ def test_only_the_last_of_several_answers_is_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([SYSTEM], "there is no user's message to answer, only a message of the system"),
-        ([ANSWER], "there is no user's message to answer, only a message of the assistant"),
+        ([SYSTEM], "there is no user message to answer, only a message of the system"),
+        ([ANSWER], "there is no user message to answer, only a message of the assistant"),
         ([SYSTEM, ANSWER], "the last message is the assistant's"),
         ([SYSTEM, SYSTEM, USER], "message 2 is a system message, which stands once, at the beginning"),
         ([USER, SYSTEM], "message 2 is a system message, which stands once, at the beginning"),
-        ([USER, {"role": "tool", "content": "3"}], "message 2 is a tool's, and no assistant's call stands before it"),
-        ([{"role": "tool", "content": "3"}], "message 1 is a tool's, and no assistant's call stands before it"),
+        (
+            [USER, {"role": "tool", "content": "3"}],
+            "message 2 has the role 'tool', and no call of the assistant comes before it",
+        ),
+        (
+            [{"role": "tool", "content": "3"}],
+            "message 1 has the role 'tool', and no call of the assistant comes before it",
+        ),
         ([USER, ANSWER, ANSWER, USER], "messages 2 and 3 are both the assistant's"),
         ([USER, {"role": "assistant", "content": ""}, USER], "message 2, the assistant's, is empty"),
         ([{"role": "system", "content": ""}, USER], "message 1, the system's, is empty"),
@@ -132,7 +138,7 @@ def test_an_environment_that_opens_in_an_impossible_order_fails_its_episode():
     ends = [chat.tokenizer.eos_token_id]
     player = EpisodePlayer(chat, EpisodesConfig(), end_ids=ends, make_environment=lambda p: Opens())
     [found] = player.play([(prompt(), 0)], lambda episodes: [], version=0)
-    assert "message 2 is a tool's, and no assistant's call stands before it" in str(found.failure)
+    assert "message 2 has the role 'tool', and no call of the assistant comes before it" in str(found.failure)
 
 
 # --- text that is no text ---
@@ -169,8 +175,8 @@ def test_half_a_character_in_any_field_is_refused_by_line(tmp_path, record, name
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "x", "answer": NaN}', "not valid JSON: NaN is no number of JSON"),
-        ('{"prompt": "x", "meta": {"a": -Infinity}}', "not valid JSON: -Infinity is no number of JSON"),
+        ('{"prompt": "x", "answer": NaN}', "not valid JSON: NaN is no JSON number"),
+        ('{"prompt": "x", "meta": {"a": -Infinity}}', "not valid JSON: -Infinity is no JSON number"),
         ('{"prompt": "x", "answer": 1e999}', "number 1e999 is too large"),
         ('{"prompt": "x", "prompt": "y"}', "key 'prompt' stands twice; keep one"),
         ('{"prompt": "x", "meta": {"a": 1, "a": 2}}', "key 'a' stands twice; keep one"),
@@ -195,7 +201,7 @@ def test_a_byte_order_mark_is_read_past(tmp_path):
     [
         (
             b'[{"prompt": "x"},\n {"prompt": "y"}]',
-            ": is one JSON array; write one record a line, such as with jq -c .[]",
+            ": is one JSON array; write one record a line, such as with: jq -c '.[]' ",
         ),
         (b'{\n "prompt": "x"\n}', ": is one JSON object; write one record a line"),
         (b"\x1f\x8b\x08\x00", "' is compressed (gzip); unpack it with gunzip (tasks.words.path)"),
@@ -236,9 +242,7 @@ def test_other_fields_are_kept_as_meta_and_ids_may_be_integers(tmp_path):
     assert dict(found.meta) == {"source": "web", "metadata": {"a": 1}, "level": 3}
     assert refused(tmp_path, {"prompt": "x", "answr": "4"}).startswith("unknown key 'answr'; did you mean 'answer'?")
     assert refused(tmp_path, {"prompt": "x", "system": "Be brief."}).startswith("'system' is no key of a record")
-    assert refused(tmp_path, {"prompt": "x", "level": 1, "meta": {"level": 2}}).startswith(
-        "'level' stands in the record"
-    )
+    assert refused(tmp_path, {"prompt": "x", "level": 1, "meta": {"level": 2}}).startswith("'level' is in the record")
 
 
 @pytest.mark.parametrize("completion", [[ANSWER], "4"])

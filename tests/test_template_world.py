@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import prompt, toy_recipe
+from factories import prompt, sft_recipe, toy_recipe
 from foreign import save_foreign
 from templated import CHATTY, CLOCK, TERSE, ending, save_templated, templated
 from zoo import toy_bpe
@@ -165,3 +165,16 @@ def test_fine_tuning_reads_one_moment(tmp_path: Path):
     time.sleep(0.01)
     assert Chat(tokenizer).encode_prompt(prompt()) == first
     shutil.rmtree(tmp_path / "mine")
+
+
+def test_a_moment_that_no_template_reads_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = opd.parse_config(toy_recipe(tmp_path, steps=2, template_time=MOMENT, objective={"type": "immediate"}))
+    assert any(
+        "template_time = " in f.detail and "no chat template reads the clock" in f.detail for f in opd.check(config)
+    )
+    student = save_templated(tmp_path / "reads", templated(CLOCK + PLAIN))
+    assert not any("template_time" in f.detail for f in opd.check(config.model_copy(update={"student": student})))
+    tasks = {"answers": {"type": "file", "path": str(tmp_path / "first.jsonl"), "teacher": "-"}}
+    tree = sft_recipe(tmp_path / "sft", config.student, template_time=MOMENT, steps=2, tasks=tasks)
+    opd.sft(SftConfig(**tree))
+    assert "warning: no effect: template_time = " in capsys.readouterr().out

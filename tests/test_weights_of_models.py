@@ -70,7 +70,7 @@ def test_weights_under_a_prefix_are_refused_with_the_prefix(tree: dict[str, Any]
 def test_the_advice_for_a_prefix_works(tree: dict[str, Any], tmp_path: Path):
     folder = rewrite(save_toy(tmp_path / "prefixed", 1), named(lambda n: f"module.{n}"))
     place_of(tree, "teacher", folder)
-    assert "begin with 'module.', which those of the model do not: write the file anew without it" in refuse_tree(
+    assert "begin with 'module.', which those of the model do not: rewrite the file without it" in refuse_tree(
         tree, tmp_path
     )
     rewrite(folder, named(lambda n: n.removeprefix("module.")))

@@ -76,7 +76,7 @@ def test_a_model_whose_numbers_alone_are_wrong_is_refused_before_anything_is_sam
     name = "the student" if who == "student" else "teacher 'even'"
     line = (
         rf"^start-up check 'packed logits equal plain logits \({name}\)' failed: this model scales, caps or shifts its logits "
-        "behind the output head; largest difference"
+        "after the output head; largest difference"
     )
     with pytest.raises(CheckError, match=line):
         opd.train(config)
@@ -88,7 +88,7 @@ def test_a_model_whose_numbers_alone_are_wrong_is_refused_before_anything_is_sam
 def test_fine_tuning_refuses_a_model_whose_numbers_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = save(tmp_path / "granite", "granite", FOUND["granite"][0])
     unlikely(monkeypatch)
-    with pytest.raises(CheckError, match="this model scales, caps or shifts its logits behind the output head"):
+    with pytest.raises(CheckError, match="this model scales, caps or shifts its logits after the output head"):
         sft(SftConfig(**sft_recipe(tmp_path / "sft", model)))
     assert not (tmp_path / "sft" / "expert").exists()
 

@@ -78,7 +78,8 @@ def sft(
     with _one_line():
         if resume is not None:
             if recipe is not None:
-                raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
+                what = f"'{recipe}' has no effect" if "=" in recipe else f"got both: '{recipe}'"
+                raise ConfigError(f"{_RECIPE_OR_RUN}, {what}")
             from opd.finetune import continue_tuning
 
             result = continue_tuning(resume)

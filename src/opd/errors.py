@@ -65,4 +65,4 @@ class RunError(OpdError, OSError):
 
 
 class StalledError(RunError):
-    """A run that cannot go on as things are; the steps that it made are saved, and it can be continued once the cause is fixed."""
+    """A run that cannot continue. Its steps are saved, and it can be resumed when the cause is fixed."""

@@ -79,7 +79,7 @@ class ParityRow:
 
     @property
     def parity(self) -> float | None:
-        """The student's mean reward as a share of its teacher's."""
+        """The student's mean reward divided by its teacher's."""
         if self.expert is None or not self.expert.mean_reward or self.after.mean_reward is None:
             return None
         return self.after.mean_reward / self.expert.mean_reward
@@ -226,9 +226,7 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
             "Format errors: the share of episodes with one, of the student before, its teacher and the student after."
         )
     if any(c is not None and c.in_part for row in rows for c in (row.before, row.expert, row.after)):
-        lines.append(
-            "Mean reward: of all responses, those that are worth a part included; after / teacher is a ratio of these."
-        )
+        lines.append("The mean reward counts partial rewards; after / teacher is the ratio of the mean rewards.")
     lines.append(
         "Right answers (reward 1) in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )

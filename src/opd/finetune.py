@@ -17,7 +17,7 @@ from opd.embedded.teacher import Voice
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.guards import preflight
-from opd.guards.notices import notices_of_tuning
+from opd.guards.notices import clock_unread, notices_of_tuning
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.report.console import ProgressLine
@@ -103,7 +103,8 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
         if resume:
             saver.restore(line.say)
         else:
-            for finding in notices_of_tuning(config, prompts):
+            unread = clock_unread(config, reads_clock=bool(clock_of(student.network.tokenizer)))
+            for finding in notices_of_tuning(config, prompts) + unread:
                 line.say(f"warning: {finding.name}: {finding.detail}")
             for note in school.notes:
                 line.say(f"warning: {note}")

@@ -351,7 +351,7 @@ class _Run:
         self.saver.unrecorded = None
 
     def _rescue(self, report: StepReport | None, records: Background, line: ProgressLine) -> None:
-        """Save the last whole step with its rollouts, whatever has failed; what fails here too is said."""
+        """Save the last whole step with its rollouts after any failure; a further failure here is printed."""
         missing = [] if report is None or self.saver.unrecorded is None else [report]
         for write in (records.again, *(partial(self.folder.write_rollouts, r.step, r.scored) for r in missing)):
             try:

@@ -115,7 +115,7 @@ def smallest(limits: Iterable[Limit | None]) -> Limit | None:
 
 @dataclass(frozen=True)
 class OtherTemplate:
-    """A teacher whose chat template is not known to be the student's: whether it reads its own prompts (else the student's), and a
+    """A teacher with a chat template that may differ from the student's: whether it reads its own prompts, and a
     short conversation as both render it; unknown: why they could not be compared."""
 
     own: bool

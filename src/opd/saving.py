@@ -1,4 +1,4 @@
-"""What a run saves of itself: its whole steps, whatever ends it, and the line that says how to go on."""
+"""Saving the whole steps of a run when it ends for any reason, and the line that says how to continue."""
 
 import base64
 import hashlib

@@ -11,7 +11,7 @@ from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.errors import DataError
 from opd.guards import preflight
-from opd.guards.notices import PromptSets, has_grade, has_verdict, notices
+from opd.guards.notices import PromptSets, clock_unread, has_grade, has_verdict, notices
 from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
@@ -37,6 +37,7 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     )
     findings += preflight.tools_are_answered(every, material.make_environment)
     facts = studio.facts()
+    findings += clock_unread(config, reads_clock=facts.reads_clock)
     chat = Chat(studio.tokenizer, rows=facts.vocab_size)
     findings.append(
         preflight.lengths_fit(

@@ -1,4 +1,4 @@
-"""Keys of a recipe that change nothing, because of what other keys say. The parser refuses some combinations; these are named."""
+"""Keys of a recipe that other keys leave without effect. The parser refuses some combinations; these are named."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def changed(config: Node, path: str) -> list[str]:
     if isinstance(value, Node):
         return [line for name in type(value).model_fields for line in changed(config, f"{path}.{name}")]
     default = type(node).model_fields[leaf].get_default(call_default_factory=True)
-    return [] if value == default else [f"{path} = {json.dumps(value)}"]
+    return [] if value == default else [f"{path} = {json.dumps(value, default=str)}"]
 
 
 def _shared(config: Config | SftConfig) -> Iterator[_Row]:
@@ -46,20 +46,20 @@ def _of_tasks(config: Config | SftConfig) -> Iterator[tuple[str, str]]:
             why = "evaluation.every = 0" if train else "'opd sft' measures none"
             yield f"tasks.{name}.grader = {json.dumps(task.grader)}", f"it grades held-out outcomes, and {why}"
         if not train and task.checks.rules and not config.evaluation.num_prompts:
-            yield f"tasks.{name}.checks", "evaluation.num_prompts = 0, so that no response is checked"
+            yield f"tasks.{name}.checks", "evaluation.num_prompts = 0, so no response is checked"
 
 
 def _trained(config: Config) -> Iterator[_Row]:
     off = config.outcome.coef == 0
     for key in ("baseline", "format_error"):
-        yield f"outcome.{key}", off, "outcome.coef = 0, so that no outcome is trained on"
+        yield f"outcome.{key}", off, "outcome.coef = 0, so no outcome is trained on"
     for key in (*(f"objective.{name}" for name in _OBJECTIVE), "mask.format_errors", "alignment.credit"):
-        yield key, config.objective.coef == 0, "objective.coef = 0, so that nothing is distilled"
+        yield key, config.objective.coef == 0, "objective.coef = 0, so nothing is distilled"
     clips = config.objective.epochs > 1 or config.mode == "distributed"
     yield (
         "objective.loss",
         not clips,
-        "in the first epoch the student is the policy that sampled, so that nothing is clipped",
+        "in the first epoch the student is the policy that sampled, so nothing is clipped",
     )
     yield from _measured(config)
     yield "cluster.merge_adapter", config.trainable == "full", "trainable = 'full' trains no adapter"
@@ -67,7 +67,7 @@ def _trained(config: Config) -> Iterator[_Row]:
     yield "outcome.format_error", not off and not checked, "no task has checks, so that there is no format error to see"
     for name in ("format_errors", "flagged_advantage"):
         sees = checked or getattr(config.guards, name).action == "off"
-        yield f"guards.{name}", not sees, "no task has checks, so that there is no format error to see"
+        yield f"guards.{name}", not sees, "no task has checks, so there is no format error to see"
     for name in type(config.guards).model_fields:
         detector = getattr(config.guards, name)
         if isinstance(detector, Node) and getattr(detector, "action", "") == "off":
@@ -77,19 +77,15 @@ def _trained(config: Config) -> Iterator[_Row]:
 
 def _measured(config: Config) -> Iterator[_Row]:
     evaluation = config.evaluation
-    why = "evaluation.every = 0, so that no held-out outcome is measured"
+    why = "evaluation.every = 0, so no held-out outcome is measured"
     yield "evaluation.held_out_prompts", not evaluation.every, why
     yield "guards.held_out", not evaluation.every and config.guards.held_out.action != "off", why
     late = evaluation.every > config.steps
-    yield "evaluation.every", late, f"steps = {config.steps}, so that no held-out outcome is measured"
+    yield "evaluation.every", late, f"steps = {config.steps}, so no held-out outcome is measured"
     few = evaluation.before_prompts > evaluation.num_prompts
-    why = (
-        "so that there is no table"
-        if not evaluation.num_prompts
-        else "and no others are measured before the first step"
-    )
+    why = "so there is no table" if not evaluation.num_prompts else "and no others are measured before the first step"
     yield "evaluation.before_prompts", few, f"evaluation.num_prompts = {evaluation.num_prompts}, {why}"
 
 
 def _tuned(config: SftConfig) -> Iterator[_Row]:
-    yield "max_new_tokens", not config.evaluation.num_prompts, "evaluation.num_prompts = 0, so that nothing is sampled"
+    yield "max_new_tokens", not config.evaluation.num_prompts, "evaluation.num_prompts = 0, so nothing is sampled"

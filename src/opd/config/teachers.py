@@ -17,7 +17,7 @@ class TeacherConfig(Node):
     if it asks for one. `weights` names other teachers of [teachers]; they are scaled to sum to one, so that a prompt with three
     teachers does not weigh three times. The student then follows their normalised geometric mean.
 
-    `template`: whose chat template renders the conversation that it reads, its "own" or the "student"'s. An adapter shares the
+    `template`: the chat template of the teacher's prompts, its "own" or the "student"'s. An adapter shares the
     student's, and a served model is asked in it.
 
     `engines`, with `model` or `adapter` in distributed mode: so many vLLM servers of it are started on the cluster (an adapter is

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of what it computes, and whether opd computes the same.
+"""Reading an adapter's folder, and whether opd computes what this adapter computes.
 
 An adapter of every kind that passes is computed by PEFT's own layers, or by products that give the same (`opd.embedded.linear`).
 What acts outside the layers (rows of the embeddings, whole copies of modules, changed base weights) would reach the student and
@@ -29,7 +29,7 @@ _UNSUPPORTED: Mapping[str, str] = {
     "trainable_token_indices": "changes rows of the embeddings",
     "layer_replication": "repeats layers of the base",
     "target_parameters": "adapts parameters outside linear layers",
-    "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",
+    "alora_invocation_tokens": "acts only after its invocation tokens (aLoRA)",
     "arrow_config": "mixes other adapters (Arrow)",
     "use_bdlora": "has block-diagonal factors (BD-LoRA)",
     "use_qalora": "pools its input (QALoRA)",
@@ -59,7 +59,7 @@ def adapter_config(folder: str, who: str) -> PeftLoraConfig:
     if not isinstance(said, dict):
         raise ModelError(f"{who}: its adapter_config.json must hold a JSON object, got {type(said).__name__}")
     if said.get("peft_type") != "LORA":
-        raise ModelError(f"{who} is of type {said.get('peft_type')!r}, opd computes 'LORA' alone; {MERGE}")
+        raise ModelError(f"{who} is of type {said.get('peft_type')!r}, opd supports 'LORA' only; {MERGE}")
     for field, what in _UNSUPPORTED.items():
         if said.get(field):
             raise ModelError(f"{who} {what} ({field} = {_shown(said[field])}), which opd does not support; {MERGE}")

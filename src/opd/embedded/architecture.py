@@ -1,4 +1,4 @@
-"""Which architectures packed passes are right for, and up to which length: what a config and a model's modules say.
+"""The architectures for which packed passes are right, and the longest sequence: read from a config and a model's modules.
 
 What they do not say, the start-up check finds on the weights themselves (`opd.embedded.packing`).
 """
@@ -81,7 +81,7 @@ def length_limit(config: Any) -> Limit | None:
         found.append(Limit(window, f"its attention has a sliding window of {window} tokens"))
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk is not None and (kinds is None or "chunked_attention" in kinds):
-        found.append(Limit(chunk, f"its attention goes by chunks of {chunk} tokens"))
+        found.append(Limit(chunk, f"its attention has chunks of {chunk} tokens"))
     found += _rope_limits(text)
     return smallest(reversed(found))  # of equal ones the last, which says more than that it is the context
 
@@ -137,7 +137,7 @@ def _keys_named(text: Any) -> str | None:
             continue
         capped = re.search("soft_?cap", key)
         if capped and re.search("rout|moe|gate", key) is None:
-            what = "attention scores" if "attn" in key or "attention" in key else "logits behind the output head"
+            what = "attention scores" if "attn" in key or "attention" in key else "logits after the output head"
             return f"this model soft-caps its {what} ({key} = {value}), which packed passes do not do"
         if "sink" in key and value is True:
             return f"{_SINKS} ({key})"

@@ -247,7 +247,7 @@ def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] 
         ends = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'").ids
     first = described_token(network.tokenizer, beyond[0])
     said = (
-        f"the tokenizer of '{network.source}' has {len(beyond)} ids behind the {rows} rows of '{source}', first {first}"
+        f"the tokenizer of '{network.source}' has {len(beyond)} ids beyond the {rows} rows of '{source}', first {first}"
     )
     unreachable = [index for index in ends if index >= rows]
     if unreachable:

@@ -210,9 +210,8 @@ def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tens
     odd = sorted(extra | {n for n, p in wanted.items() if n not in found or found[n].shape != p.shape})
     if odd:
         raise RunError(
-            f"the checkpoint is of another student: {len(odd)} of its weights and of the {len(wanted)} that train have no "
-            f"counterpart of their shape, first '{odd[0].removeprefix('student/')}'; resume with the model, transformers and peft "
-            "that wrote it"
+            f"the checkpoint is of another student: {len(odd)} weights differ in name or shape from the {len(wanted)} that train, "
+            f"first '{odd[0].removeprefix('student/')}'; resume with the model, transformers and peft that wrote it"
         )
 
 

@@ -321,7 +321,10 @@ def _one_line(source: str) -> Iterator[None]:
             raise ModelError(f"model '{source}' {OWN_CODE}") from None
         # what is no folder is asked of the hub
         where = "" if Path(source).exists() else "there is no such folder here, and as a model of the hub: "
-        raise ModelError(f"model '{source}' cannot be loaded: {where}{_first_line(error)}") from None
+        damaged = (
+            "; a file of weights is cut short or damaged: copy it again" if isinstance(error, SafetensorError) else ""
+        )
+        raise ModelError(f"model '{source}' cannot be loaded: {where}{_first_line(error)}{damaged}") from None
     except Exception as error:
         if type(error) is not Exception:
             raise

@@ -36,7 +36,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
-    """How far packed passes of a model, as it speaks now, are from its own forward pass, one row at a time, by what was probed.
+    """The difference between a model's packed passes, with its current adapter, and its own pass of one row, by probe.
 
     Log-probabilities by their largest difference, as a fraction of the spread (standard deviation) of the logits; gradients by
     the norm of the difference, as a fraction of theirs. A number that is none stays one; what is too large is the last probe.

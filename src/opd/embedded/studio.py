@@ -117,7 +117,7 @@ class EmbeddedStudio:
         return list(dict.fromkeys([self.student.network, *(v.network for v in self.voices.values())]))
 
     def _turn_ends(self) -> dict[str, str]:
-        """Of the models whose chat template, tokenizer and generation config disagree on where a turn ends: how."""
+        """Models with a chat template, tokenizer and generation config that disagree on the end of a turn, and how."""
         found = {}
         for network in self._networks():
             with contextlib.suppress(ModelError):  # of a template that is not used

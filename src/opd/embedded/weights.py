@@ -1,4 +1,4 @@
-"""Whether a model's files hold the weights of the model: transformers fills what is missing with random numbers, and goes on."""
+"""Checks that a model's files hold its weights: transformers fills missing weights with random numbers and goes on."""
 
 import json
 from collections import Counter
@@ -87,16 +87,16 @@ def difference_of_names(found: Collection[str], wanted: Collection[str]) -> str:
     """How names in a file differ from those that are wanted, and what to do; "" where no rule explains most of them."""
     inner = _extra_part(found, wanted)
     if inner is not None:
-        return f"its names hold '{inner}.', which those of the model do not: write the file anew without it"
+        return f"its names hold '{inner}.', which those of the model do not: rewrite the file without it"
     renaming = _renaming(found, wanted)
     if renaming is None:
         return ""
     old, new = renaming
     if not old:
-        return f"its names lack '{new}' at the front: write the file anew with it"
+        return f"its names lack '{new}' at the front: rewrite the file with it"
     if not new:
-        return f"its names begin with '{old}', which those of the model do not: write the file anew without it"
-    return f"its names begin with '{old}' where those of the model begin with '{new}': write the file anew with these"
+        return f"its names begin with '{old}', which those of the model do not: rewrite the file without it"
+    return f"its names begin with '{old}' where those of the model begin with '{new}': rewrite the file with these"
 
 
 def _cause(missing: Sequence[str], unexpected: Sequence[str], own: Mapping[str, Any], model: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe says at its start about masks that reward the errors that they hide (docs/safeguards.md)."""
+"""Warnings at the start about masks that reward the errors that they hide (docs/safeguards.md)."""
 
 from opd.config import Config
 from opd.objectives.mask_law import largest_kl

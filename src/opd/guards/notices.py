@@ -1,4 +1,4 @@
-"""What a recipe asks for and its prompts cannot give: said before the first step, because a run would not show it."""
+"""Notices before the first step: keys and data without effect, which a run would not show."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ REWARD = "reward"
 _NO_EFFECT = "no effect"
 _PLAYED = ("tools", "textarena")  # types of tasks that have environments
 _TRAIN_ON_IT = (
-    "outcome.coef = 0, so that nothing trains on it; to train on it set outcome.coef above 0, with sampling.group_size of 2 or "
+    "outcome.coef = 0, so nothing trains on it; to train on it set outcome.coef above 0, with sampling.group_size of 2 or "
     "more (or outcome.baseline = 'none')"
 )
 
@@ -77,11 +77,17 @@ def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environme
                 else "they have no answer"
             )
             detail = (
-                f"outcome.coef trains on nothing of {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
+                f"outcome.coef has no effect on {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
                 "answers and a verifier, or pass a reward"
             )
             findings.append(Finding(REWARD, True, detail, warning=True))
     return findings
+
+
+def clock_unread(config: Config | SftConfig, *, reads_clock: bool) -> list[Finding]:
+    """A recipe that sets a moment where no chat template reads one. reads_clock: whether one does."""
+    lines = [] if reads_clock else changed(config, "template_time")
+    return [_warning(f"{line}: no chat template reads the clock") for line in lines]
 
 
 def _warning(line: str) -> Finding:
@@ -97,7 +103,7 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
     for name in type(config.episodes).model_fields if not played else ():
         bounds_servers = name == "max_concurrent" and isinstance(config, Config) and config.mode == "distributed"
         keys = [] if bounds_servers else changed(config, f"episodes.{name}")
-        lines += [f"{key}: no prompt has an environment or tools, so that every episode is one turn" for key in keys]
+        lines += [f"{key}: no prompt has an environment or tools, so every episode is one turn" for key in keys]
     return lines
 
 
@@ -111,7 +117,11 @@ def _idle_verifiers(config: Config | SftConfig, prompts: PromptSets) -> list[str
             continue
         named = {"verifier": task.verifier if task.verifier in ("math", "number") else None}
         named |= {"grader": task.grader if graded else None}
-        lines += [f"tasks.{name}.{key} = '{value}': no prompt has an answer" for key, value in named.items() if value]
+        lines += [
+            f"tasks.{name}.{key} = '{value}': no prompt has an answer (the key 'answer' of its record)"
+            for key, value in named.items()
+            if value
+        ]
     return lines
 
 
@@ -150,7 +160,7 @@ def _replaced(config: Config) -> list[str]:
 
 
 def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: int, what: str) -> list[str]:
-    """A task whose share of a step is more than its prompts: some are in it twice."""
+    """A task with more places in a step than prompts: some prompts repeat."""
     total = sum(task.weight for task in config.tasks.values())
     lines = []
     for name, splits in prompts.items():

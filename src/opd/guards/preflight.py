@@ -17,14 +17,14 @@ _NEAR_OVERLAP, _NEAR_KL = 0.6, 1.0  # nats a token
 # Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2 (docs/log.md).
 PACKED_WITHIN = 1e-3
 _PACKING_CAUSES = {
-    "plan": "this model does not hand on to its attention what a pass sees",
-    "head": "this model scales, caps or shifts its logits behind the output head",
+    "plan": "this model does not pass the arguments of a forward pass on to its attention",
+    "head": "this model scales, caps or shifts its logits after the output head",
     "one sequence": "this model's layers do not see a token's predecessors by plain attention alone",
     "several sequences": "this model's layers carry state across packed sequences",
     "another order": "this model's layers carry state across packed sequences, which depends on their order",
-    "distant positions": "this model computes a sequence by the longest one of its pass",
+    "distant positions": "in this model the longest sequence of a pass changes the others",
     "next pass": "this model keeps state from one pass to the next",
-    "grown rows": "this model's tokens one by one differ from its forward pass (layers that run more than once share one cache)",
+    "grown rows": "this model's decoding token by token differs from its forward pass (layers that run twice share one cache)",
     "gradients": "this model's gradient through a packed pass differs from that of its forward pass",
 }
 _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
@@ -207,14 +207,14 @@ def tokens_compared(teacher: str, unknown: str) -> Finding:
 
 
 def prompts_compared(teacher: str, found: OtherTemplate) -> Finding:
-    """A teacher whose chat template is not known to be the student's reads its own prompts, or the student's by choice."""
+    """A teacher with another chat template reads its own prompts, or by choice the student's."""
     if found.unknown:
         detail = f"its chat template could not be compared ({found.unknown}), and it is scored in the student's prompts"
         return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
     if found.own:
         detail = f"its chat template writes {found.teacher!r} where the student's writes {found.student!r}"
         return Finding(f"teacher '{teacher}' reads prompts of its own", True, detail)
-    detail = f"it is scored behind {found.student!r}, where its own chat template writes {found.teacher!r}"
+    detail = f"it is scored after {found.student!r}, and its own chat template writes {found.teacher!r}"
     return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
 
 

@@ -114,7 +114,7 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """The log ratio in nats up to which two passes of one model in `dtype` (float32 or wider) differ by rounding alone: 1e-4 in
+    """The log ratio in nats by which rounding may make two passes of one model in `dtype` (float32 or wider) differ: 1e-4 in
     float32, where SmolLM2-135M differs by at most 4e-5. It stands for a KL of 5e-9 nats.
 
     Rounding is no signal, and Adam divides a gradient by its own size: it would follow the noise as fast as a teacher.

@@ -1,4 +1,4 @@
-"""Where P(error) goes when errors are masked and an outcome stands beside the distillation term.
+"""The course of P(error) when errors are masked and an outcome is added to the distillation term.
 
 A student of one choice: an error with probability p, else a response without one, which a mask keeps; x = 1 - p. In large batches
 training moves the logit of p by

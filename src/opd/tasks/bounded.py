@@ -1,4 +1,4 @@
-"""Calls with a time limit that nothing can overrun: they run in a process of their own, which is killed when it is late.
+"""Calls with a strict time limit: they run in a separate process, which is killed at the limit.
 
 Signals would not do. They work in the main thread alone, and none interrupts a power of large numbers that Python computes in C.
 """

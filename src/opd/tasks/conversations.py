@@ -1,4 +1,4 @@
-"""Messages of a record: read from the spellings in which they are kept, and checked to be a prompt, wherever they come from."""
+"""Messages of a record, in any of the supported forms, and the check that they are a prompt."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -116,12 +116,12 @@ def order_fault(messages: Sequence[Message]) -> str:
         if role == "system" and place:
             return f"message {place + 1} is a system message, which stands once, at the beginning; join them there"
         if role == "tool" and before not in ("assistant", "tool"):
-            return f"message {place + 1} is a tool's, and no assistant's call stands before it"
+            return f"message {place + 1} has the role 'tool', and no call of the assistant comes before it"
         if role == "assistant" and before == "assistant":
             return f"messages {place} and {place + 1} are both the assistant's; join them"
     if not {"user", "tool"} & set(roles):
         who = "system" if roles == ["system"] else roles[-1]
-        return f"there is no user's message to answer, only a message of the {who}; add one of role 'user'"
+        return f"there is no user message to answer, only a message of the {who}; add a message of role 'user'"
     return ""
 
 
@@ -135,7 +135,7 @@ def prompt_fault(messages: Sequence[Message]) -> str:
         if message["role"] != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             return f"message {place + 1}, the {message['role']}'s, is empty; write its text, or drop it"
     if messages[-1]["role"] == "assistant":
-        return "the last message is the assistant's, and the student would write behind its answer; cut it off"
+        return "the last message is the assistant's answer, and the student would continue after it; cut it off"
     return ""
 
 
@@ -145,7 +145,7 @@ def demonstration_fault(demonstration: Sequence[Message]) -> str:
         return "must begin and end with a message of role 'assistant'"
     question: Message = {"role": "user", "content": "?"}
     if fault := order_fault((question, *demonstration)):
-        return f"goes on in no order (counted from the prompt's last message): {fault}"
+        return f"has its roles in a wrong order (messages counted from the prompt's last one): {fault}"
     for message in demonstration:
         if message.get("tool_calls"):
             return "has a call as data; write it into the content, as episodes.tool_syntax has it"
@@ -155,7 +155,7 @@ def demonstration_fault(demonstration: Sequence[Message]) -> str:
 
 
 def check_prompt(prompt: Prompt, where: str) -> None:
-    """Raise DataError, which begins with `where`, for a prompt that no student could be given, whoever made it."""
+    """Raise DataError, which begins with `where`, for a prompt that no student could be given, from a file or from code."""
     fields = {
         "the id": prompt.id,
         "the task": prompt.task,

@@ -109,6 +109,6 @@ def _require_comparable(prompt: Prompt, verifiers: Sequence[str], where: str) ->
     for verifier in verifiers if prompt.answer is not None else ():
         if fault := reference_fault(verifier, prompt.answer or ""):
             raise DataError(
-                f"{where}: prompt '{prompt.id}': answer {prompt.answer!r:.80} {fault}; correct it, or choose another verifier "
-                f"(tasks.{prompt.task}.verifier or .grader = '{verifier}')"
+                f"{where}: prompt '{prompt.id}': answer {prompt.answer!r:.80} {fault}; write the answer alone, or choose "
+                f"another verifier (tasks.{prompt.task}.verifier or .grader = '{verifier}')"
             )

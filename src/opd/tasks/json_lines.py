@@ -1,8 +1,9 @@
-"""Files of one JSON object a line, read strictly: what is no text, no number or not one record a line is named by its line."""
+"""Files of one JSON object a line, read strictly: an error names the line of a bad text, number or record."""
 
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def _require_lines(path: str | Path, text: str) -> None:
             return
         kind = "array" if isinstance(whole, list) else "object"
         raise DataError(
-            f"{path}: is one JSON {kind}; write one record a line, such as with jq -c {'.[]' if kind == 'array' else '.'}"
+            f"{path}: is one JSON {kind}; write one record a line, such as with: jq -c '{'.[]' if kind == 'array' else '.'}' "
+            f"{shlex.quote(str(path))} > records.jsonl"
         )
 
 
@@ -133,7 +135,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise DataError(f"not valid JSON: {name} is no number of JSON; write a number, or null")
+    raise DataError(f"not valid JSON: {name} is no JSON number; write a number, or null")
 
 
 def _finite(number: str) -> float:

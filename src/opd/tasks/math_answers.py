@@ -1,4 +1,4 @@
-"""Where in a response its answer stands: in the last box, behind "the answer is", or in the last mathematics of the text."""
+"""Finding the answer in a response: the last box, the text after "the answer is", or the last mathematics of the text."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Units of mathematical answers: what stands behind a number, or before it, and is no part of it."""
+"""Units of mathematical answers, before or after a number."""
 
 import re
 

@@ -76,8 +76,8 @@ def checked(read: Read, where: str, completion: Completion | None) -> Prompt:
             else " ('answer' and 'demonstration' cut it off and use it)"
         )
         raise DataError(
-            f"{where}: the last message is the assistant's, and the student would write behind its answer; cut it off with "
-            f"tasks.{read.prompt.task}.completion = 'drop'{used}, or remove it"
+            f"{where}: the last message is the assistant's, and the student would continue after it; set "
+            f"tasks.{read.prompt.task}.completion = 'drop' to cut it off{used}, or remove it"
         )
     check_prompt(read.prompt, where)
     return read.prompt
@@ -95,7 +95,7 @@ def _meta(given: Mapping[str, Any]) -> dict[str, Any]:
         if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT):
             raise DataError(f"unknown key '{key}'; did you mean '{near[0]}'?; known: {', '.join(_KEYS)}")
         if key in meta:
-            raise DataError(f"'{key}' stands in the record and in its 'meta'; keep one")
+            raise DataError(f"'{key}' is in the record and in its 'meta'; keep one")
     return {**meta, **others}
 
 
@@ -105,13 +105,17 @@ def _content_id(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
+def _quoted(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"'{key:.40}'" for key in list(given)[:8]) or "no key"
+
+
 def _conversation(
     given: Mapping[str, Any], task: str, completion: Completion | None
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """The messages before the student's turn, and the assistant's that the record has behind them."""
     named = [key for key in _CONVERSATIONS if key in given]
     if len(named) != 1:
-        got = f", got {' and '.join(map(repr, named or given))}"
+        got = f", got {' and '.join(map(repr, named))}" if named else f"; the record has {_quoted(given)}"
         raise DataError(f"give exactly one of 'messages' and 'prompt' (or 'conversations'){got}")
     value = given[named[0]]
     if named[0] == "prompt" and not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):

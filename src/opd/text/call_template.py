@@ -100,7 +100,7 @@ def with_calls(
 
 
 def calls_as_text(message: Message) -> Message:
-    """A message whose calls are data, for a template that writes none: the calls stand behind its text, in tags."""
+    """A message with calls as data, for a template without calls: they follow its text, in tags."""
     written = [
         "<tool_call>" + json.dumps(call["function"], ensure_ascii=False) + "</tool_call>"
         for call in message["tool_calls"]

@@ -1,4 +1,4 @@
-"""A teacher of the student's vocabulary that has another chat template: it reads the sampled tokens behind its own prompt.
+"""A teacher of the student's vocabulary that has another chat template: it reads the sampled tokens after its own prompt.
 
 Equal ids are no proof of an equal prompt. The response stays as it was sampled; the conversation before each turn is rendered and
 encoded as the teacher's own template has it.

@@ -36,7 +36,7 @@ REFUSALS = (TemplateError, TypeError, ValueError)  # what an expression in a tem
 
 
 def freeze(tokenizer: Any, moment: datetime) -> None:
-    """From now on the tokenizer's chat template reads this moment wherever it reads the clock."""
+    """From now on the tokenizer's chat template reads this moment as the time."""
     setattr(tokenizer, _MOMENT, moment)
 
 
@@ -198,7 +198,7 @@ def require_generation_prompt(tokenizer: Any, *, who: str) -> Frame:
         raise ModelError(f"{who}: its chat template does not show an assistant's answer")
     if not frame.opens:
         raise ModelError(
-            f"{who}: its chat template has no generation prompt: an answer stands behind {frame.head[-40:]!r}, but "
+            f"{who}: its chat template has no generation prompt: an answer follows {frame.head[-40:]!r}, but "
             f"add_generation_prompt = true ends with {frame.before[-40:]!r}; give it a template that opens the assistant's turn"
         )
     return frame

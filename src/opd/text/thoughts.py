@@ -1,4 +1,4 @@
-"""What a response says behind its thoughts.
+"""The text of a response after its thoughts.
 
 A thought stands between two tags of one spelling, the table of which is `opd.text.symbols.THOUGHTS`; capital letters do not matter.
 """

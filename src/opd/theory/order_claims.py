@@ -1,4 +1,4 @@
-"""A claim on the order of the variances: near the teacher a law, far from it none."""
+"""A claim on the order of the variances: true near the teacher, false far from it."""
 
 from math import log
 

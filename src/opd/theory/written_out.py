@@ -1,4 +1,4 @@
-"""The formulas of the theory written out in numpy, without a function of training: what the claims compare with.
+"""The formulas of the theory in numpy, without a function of training. Claims compare with them.
 
 Values go from the ends of responses backwards and occupancies from the prompts forwards; derivatives are complex steps,
 f'(x) = Im f(x + ih) / h, exact to rounding; advantages, baselines and estimates are loops over responses and their actions.
