@@ -78,7 +78,7 @@ def test_a_grader_without_an_answer_is_said_beside_one_that_has_some(tmp_path):
     other.mkdir()
     more = one_task(other, ANSWERED, [{"prompt": "say 9", "answer": "9"}], verifier="number")["tasks"]["words"]
     assert warnings_of(tree | {"tasks": tree["tasks"] | {"more": more}}) == [
-        "tasks.words.grader = 'number': no prompt has an answer"
+        "tasks.words.grader = 'number': no prompt has an answer (the key 'answer' of its record)"
     ]
 
 

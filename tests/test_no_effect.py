@@ -161,7 +161,7 @@ def test_demonstrations_and_verifiers_that_a_run_does_not_use_are_named(tree: di
     tree["tasks"]["first"] |= {"path": str(path), "verifier": "number"}
     lines = no_effect(tree)
     assert any(line.startswith("the demonstrations of 1 prompts: 'opd sft'") for line in lines)
-    assert "tasks.first.verifier = 'number': no prompt has an answer" in lines
+    assert "tasks.first.verifier = 'number': no prompt has an answer (the key 'answer' of its record)" in lines
 
 
 def test_what_a_reward_function_takes_the_place_of_is_named(tree: dict[str, Any]):

@@ -308,7 +308,7 @@ def test_what_is_advised_for_a_call_at_the_end_works(tmp_path):
 
 
 def test_a_record_without_a_prompt_is_refused_with_the_keys_that_it_has(tmp_path):
-    assert refused(tmp_path, {"question": "x", "answer": "4"}).endswith("'question' and 'answer'")
+    assert refused(tmp_path, {"question": "x", "answer": "4"}).endswith("the record has 'id', 'question', 'answer'")
 
 
 @pytest.mark.parametrize("key", ["images", "video", "chat_template_kwargs"])

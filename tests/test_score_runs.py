@@ -1,6 +1,7 @@
 """Runs that keep their scores on disk: which of them share scores, and that none notices but by the clock."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_a_resumed_run_finds_its_scores_and_gives_the_same_losses(tmp_path: Path
 
     with pytest.raises(Stop):
         opd.train(opd.parse_config(tree), on_step=stop)
+    shutil.rmtree(Path(tree["output"]) / "checkpoints" / "step-000005")  # as if the run had been killed there
     opd.resume(tree["output"])  # from step 4: the fifth is done again
     assert hits(Path(tree["output"]))[4] == 16.0
     assert hits(whole)[4] < 16.0
