@@ -18,7 +18,6 @@ from ray.exceptions import RayActorError, RayTaskError
 from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState, Files
 from opd.distributed.node import enter
-from opd.embedded.architecture import rope_limit_of
 from opd.errors import OpdError, RunError, one_line
 from opd.served.wire import Endpoint
 
@@ -356,6 +355,9 @@ def _parallel(gpus: int, given: Sequence[str]) -> list[str]:
 
 def _one_rope(source: str, given: Sequence[str]) -> list[str]:
     """A server that takes sequences beyond the change of a 'longrope' uses the long factors for short ones too; ranks do not."""
+    # not above: an actor that only watches a server imports this module, and needs no torch
+    from opd.embedded.architecture import rope_limit_of
+
     limit = rope_limit_of(source)
     if limit is None or any(arg.startswith("--max-model-len") for arg in given):
         return []
