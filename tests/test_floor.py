@@ -162,7 +162,9 @@ def test_a_token_at_which_several_models_are_below_the_floor_counts_once():
     assert found.tolist() == [-5.0, -3.0, -3.0]
     assert below is not None
     assert below.tolist() == [True, True, True]
-    assert target_logprobs([(torch.tensor([-1.0]), 1.0)], -5.0)[1] is None
+    assert target_logprobs([(torch.tensor([-1.0, -5.0]), 1.0)], -5.0)[1] is None  # at the floor is not below it
+    assert target_logprobs([(torch.tensor([-1.0, -9.0]), 2.0)], -5.0)[0].tolist() == [-2.0, -10.0]
+    assert target_logprobs([(torch.zeros(0), 1.0)], -5.0)[0].tolist() == []
 
 
 def test_a_score_of_several_models_keeps_them_on_disk():
