@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from opd.embedded.loading import load_tokenizer
-from opd.text.align import align
-from opd.text.spelling import Writer
+from opd.models.loading import load_tokenizer
+from opd.text.chunks import align
+from opd.text.student_text import Writer
 
 Groups = list[tuple[list[int], list[int]]]
 Ends = tuple[np.ndarray, np.ndarray]

@@ -24,13 +24,13 @@ import ray
 
 from opd.config import EpisodesConfig, ServedConfig
 from opd.distributed.group import RankTeachers
-from opd.embedded.loading import load_tokenizer
+from opd.episodes.player import EpisodePlayer, one_turn
+from opd.models.loading import load_tokenizer
 from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, SupportScore, Turn
-from opd.served.model import Fixed
-from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher
-from opd.served.wire import Endpoint, Wire
-from opd.tasks.episodes import EpisodePlayer, one_turn
+from opd.remote.client import Endpoint, Wire
+from opd.remote.endpoints import Fixed
+from opd.remote.sampler import ServedSampler
+from opd.remote.teacher import ServedTeacher
 from opd.text.chat import Chat
 from opd.text.turn_end import turn_end
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import opd
 from opd.config import Config
-from opd.embedded.build import build
+from opd.data.tasks import make_tasks
 from opd.evaluate import evaluate, pick
-from opd.tasks import make_tasks
-from opd.tasks.judge import Judge
+from opd.local.build import build
+from opd.rewards.judge import Judge
 
 VARIANTS = {
     "immediate": ["objective.type=immediate", "objective.baseline=leave_one_out"],

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from work import opd_parts
 
-from opd.data.micro import micro_batches
-from opd.embedded.network import Network
 from opd.loop import Parts, train_step
+from opd.models.micro_batches import micro_batches
+from opd.models.network import Network
 from opd.records import ScoredRollout
 
 SIZE = 3072  # of the square matrices

@@ -27,7 +27,7 @@ from work import SHAPES, opd_parts, trl_command
 
 def ours(options: argparse.Namespace, rate: float, folder: Path) -> dict[str, Any]:
     """A run of opd in this process: its adapters, and the seconds of training to each."""
-    from opd.embedded.export import export
+    from opd.local.export import export
     from opd.loop import train_step
 
     settings = [f"optimizer.lr={rate}", f"seed={options.seed}", *options.set]

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 import opd
-from opd.data.micro import micro_batches
-from opd.embedded.build import prepare
-from opd.embedded.loading import load_network
-from opd.embedded.network import Network
+from opd.local.build import prepare
+from opd.models.loading import load_network
+from opd.models.micro_batches import micro_batches
+from opd.models.network import Network
 from opd.objectives.logprobs import token_logprobs
-from opd.text.spelling import Writer
+from opd.text.student_text import Writer
 
 
 def respellings(ids: list[int], writer: Writer, id_of: dict[bytes, int]) -> list[list[int]]:

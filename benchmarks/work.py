@@ -11,12 +11,12 @@ from in_turns import PEERS
 
 import opd
 from opd.config import Config
-from opd.embedded.build import build
-from opd.embedded.sampler import EmbeddedSampler
-from opd.embedded.studio import EmbeddedStudio
+from opd.episodes.player import EpisodePlayer, one_turn
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.sampler import EmbeddedSampler
 from opd.loop import Parts
 from opd.startup import Material, make_parts, read_tasks
-from opd.tasks.episodes import EpisodePlayer, one_turn
 from opd.text.chat import Chat
 
 _HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import torch
 from factories import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from opd.embedded.network import Network
+from opd.models.network import Network
 
 _SIZES = {
     "vocab_size": 258,

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import opd
 from opd.batch import Batch, pack
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.embedded.build import build
-from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.studio import EmbeddedStudio
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.learner import EmbeddedLearner
 from opd.metrics import values
 from opd.objectives.vocabulary import TeacherHead
 from opd.records import Prompt, ScoredRollout

@@ -19,10 +19,10 @@ from test_tokenizer_pairs import check_chunks
 from zoo import real, toy, toy_bpe
 
 from opd.records import Prompt, Rollout, Turn
-from opd.text.lineup import sides
-from opd.text.pairing import TurnPair, pair_turns
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Writer
+from opd.text.alignment import TurnPair, pair_turns
+from opd.text.alignment_report import sides
+from opd.text.student_text import Masked, Writer
+from opd.text.teacher_text import Reader
 from opd.text.tool_calls import Syntax
 
 Segment = tuple[str, str]

@@ -5,8 +5,8 @@ from typing import Any, get_args
 from call_texts import TOOLS
 from hypothesis import settings
 
-from opd.config.checks import ChecksConfig, Rule
-from opd.tasks.format_checks import CheckedTurn
+from opd.config.format_checks import ChecksConfig, Rule
+from opd.rewards.format_checks import CheckedTurn
 from opd.text.tool_calls import Syntax
 
 thorough = settings(max_examples=200, deadline=None, derandomize=True)

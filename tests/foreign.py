@@ -5,10 +5,10 @@ from pathlib import Path
 from factories import CHATML, toy_model
 
 from opd.config import ComputeConfig
-from opd.embedded.foreign import ForeignVoice
-from opd.embedded.loading import load_network
-from opd.text.reading import Reader
-from opd.text.spelling import Writer
+from opd.local.cross_tokenizer import ForeignVoice
+from opd.models.loading import load_network
+from opd.text.student_text import Writer
+from opd.text.teacher_text import Reader
 
 COMPUTE = ComputeConfig(device="cpu", threads=1)
 

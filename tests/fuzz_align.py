@@ -18,9 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["opd.text"]):
-    importlib.import_module("opd.text.pairing")  # what `check_response` calls
-    from opd.text.reading import Reader
-    from opd.text.spelling import Writer
+    importlib.import_module("opd.text.alignment")  # what `check_response` calls
+    from opd.text.student_text import Writer
+    from opd.text.teacher_text import Reader
 
 from test_tokenizer_pairs import check_response  # behind the instrumented imports
 from zoo import TOYS, real, toy

@@ -16,9 +16,9 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
-with atheris.instrument_imports(include=["opd.text.tool_calls", "opd.text.tool_schemas", "opd.tasks.format_checks"]):
+with atheris.instrument_imports(include=["opd.text.tool_calls", "opd.text.tool_schemas", "opd.rewards.format_checks"]):
     importlib.import_module("opd.text.tool_calls")
-    importlib.import_module("opd.tasks.format_checks")
+    importlib.import_module("opd.rewards.format_checks")
 
 from call_texts import FRAGMENTS, NOTE, TOOLS, check_parsed  # behind the instrumented imports
 from checked_turns import ALL, turn_of

@@ -8,10 +8,10 @@ from factories import byte_tokenizer
 from textarena import Wrapper, make
 
 from opd.config import EpisodesConfig, TextArenaTask
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import EpisodePlayer
+from opd.integrations.textarena import TextArena
 from opd.records import Message, Prompt, Rollout
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import EpisodePlayer
-from opd.tasks.textarena import TextArena
 from opd.text.chat import Chat
 
 GUESS, HANOI, MASTERMIND, DRAWING = "GuessTheNumber-v0", "TowerOfHanoi-v0", "Mastermind-v0", "2048-v0"

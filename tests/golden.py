@@ -15,10 +15,10 @@ from unittest.mock import patch
 from factories import save_adapter, toy_recipe
 
 import opd
-from opd.embedded.build import build
-from opd.embedded.sampler import EmbeddedSampler
-from opd.embedded.studio import EmbeddedStudio
-from opd.tasks.episodes import Taken
+from opd.episodes.player import Taken
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.sampler import EmbeddedSampler
 
 FILE = Path(__file__).with_suffix(".json")
 KEYS = ("loss/total/sum", "optim/grad_norm/mean")
@@ -49,7 +49,7 @@ def curves(name: str, folder: Path) -> dict[str, list[float]]:
     changes = {"steps": 10, "sampling": sampling, "optimizer": optimizer, "compute": compute, **RUNS[name]}
     tree = toy_recipe(folder, evaluation={"num_prompts": 0}, **changes)
     tree["teachers"]["odd"] = {"adapter": save_adapter(folder / "adapter", tree["student"], 5)}
-    with patch("opd.launch.embedded.build", wide):
+    with patch("opd.trainer.embedded.build", wide):
         lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
     return {key: [line[key] for line in lines] for key in KEYS}
 

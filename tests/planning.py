@@ -6,9 +6,9 @@ import pytest
 from transformers import Qwen3Config
 
 from opd.config import Config, parse_config
-from opd.plan.devices import DEVICES, Assumptions
-from opd.plan.search import best_plan
-from opd.plan.work import work_of
+from opd_plan.devices import DEVICES, Assumptions
+from opd_plan.search import best_plan
+from opd_plan.work import work_of
 
 H100 = Assumptions(DEVICES["h100"])
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ import torch
 from opd.objectives import advantages, divergences, vocabulary
 from opd.objectives.reduce import masked
 from opd.text import align as alignment
-from opd.theory import estimators, support_claims
+from opd_theory import estimators, support_claims
 
 Make: TypeAlias = Callable[[Any], Callable[..., Any]]  # the original -> what takes its place
 

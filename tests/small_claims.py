@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd.theory.claim import Claim
-from opd.theory.report import CLAIMS
-from opd.theory.tree import make_tree
+from opd_theory.claim import Claim
+from opd_theory.report import CLAIMS
+from opd_theory.tree import make_tree
 
 CLAIM: Mapping[str, Callable[..., Claim]] = {claim.__name__: claim for claim in CLAIMS}
 

@@ -11,10 +11,10 @@ from factories import prompt, toy_recipe
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
-from opd.embedded.build import build
+from opd.episodes.tool_problems import ToolProblems
+from opd.local.build import build
 from opd.records import Message, Prompt
 from opd.startup import read_tasks
-from opd.tasks.tool_problems import ToolProblems
 
 
 def agents(folder: Path, **changes: Any) -> dict[str, Any]:

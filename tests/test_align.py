@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.text.align import align
+from opd.text.chunks import align
 
 # ends of tokens in a text of 12 bytes: any cuts, empty tokens too
 cuts = st.lists(st.integers(0, 12), max_size=14).map(lambda c: np.array([*sorted(c), 12]))

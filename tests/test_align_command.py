@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from zoo import toy_bpe
 
 import opd
+from opd.align import SAMPLE, as_plain, compare
 from opd.cli import app
-from opd.tokenizers_compared import SAMPLE, as_plain, compare
 
 
 @pytest.fixture(scope="module")

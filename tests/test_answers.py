@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.served.form import Form, Scores
-from opd.served.sglang_form import SGLANG
-from opd.served.vllm_form import VLLM
-from opd.served.wire import Unusable
+from opd.remote.client import Unusable
+from opd.remote.protocol import Form, Scores
+from opd.remote.sglang import SGLANG
+from opd.remote.vllm import VLLM
 
 TOP = 3
 # few values, so that many are equally likely; a server in float16 rounds to a little above 0

@@ -20,12 +20,12 @@ from transformers import (
     FalconForCausalLM,
 )
 
-from opd.data.tree import TokenTree, pack_trees
-from opd.embedded.attention import TreePlan, use_plans
-from opd.embedded.linear import few_rows, fuse_adapters, merged
-from opd.embedded.network import Network
-from opd.embedded.rows import RowPlan
 from opd.errors import ModelError
+from opd.models.attention import TreePlan, use_plans
+from opd.models.kv_cache import RowPlan
+from opd.models.linear import few_rows, fuse_adapters, merged
+from opd.models.network import Network
+from opd.models.prefix_tree import TokenTree, pack_trees
 
 quick = settings(max_examples=25, deadline=None)
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=150), min_size=1, max_size=6)
@@ -77,7 +77,7 @@ def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(mon
     plan = TreePlan(tree, device=torch.device("cpu"))
     found, kept = [], []
     for wide in (10**6, 64):
-        monkeypatch.setattr("opd.embedded.attention._WIDE", wide)
+        monkeypatch.setattr("opd.models.attention._WIDE", wide)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             out = plan.attend(0, *given_, None)

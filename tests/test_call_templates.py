@@ -41,11 +41,11 @@ from zoo import toy_bpe
 
 from opd.errors import DataError
 from opd.records import Message, Turn
+from opd.text.alignment import pair_turns, turn_facts
+from opd.text.alignment_report import describe, shares
 from opd.text.call_template import tool_call
-from opd.text.lineup import describe, shares
-from opd.text.pairing import pair_turns, turn_facts
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Writer
+from opd.text.student_text import Masked, Writer
+from opd.text.teacher_text import Reader
 
 # Several calls, and text around them
 

@@ -12,16 +12,16 @@ from zoo import toy, toy_ascii, toy_bpe
 
 import opd
 from opd.batch import pack
-from opd.embedded.build import build
+from opd.data.tasks import make_tasks
 from opd.errors import ModelError
+from opd.local.build import build
 from opd.metrics import values
+from opd.objective import follow
 from opd.objectives.vocabulary import CommonCells, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import ChunkScore
-from opd.signal import follow
-from opd.tasks import make_tasks
-from opd.text.cells import Cells, common_cells
-from opd.text.reading import Reader
-from opd.text.spelling import Writer
+from opd.text.shared_vocabulary import Cells, common_cells
+from opd.text.student_text import Writer
+from opd.text.teacher_text import Reader
 
 
 def cells_of(student, teacher) -> tuple[Cells, Writer, Writer]:

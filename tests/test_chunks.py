@@ -12,9 +12,9 @@ from test_signal import config as config_of
 from torch import Tensor
 
 from opd.batch import Batch, pack
+from opd.objective import follow
 from opd.objectives.advantages import immediate, log_ratio_to_go, whole_chunks
 from opd.records import ChunkScore, ScoredRollout
-from opd.signal import follow
 
 # two chunks, [0, 0, 0] and [1], then one of two tokens; the teacher's part stands at each chunk's end
 STUDENT = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]], dtype=torch.float64)

@@ -11,11 +11,11 @@ import torch
 from sabotages import SABOTAGES, Sabotage
 from small_claims import CLAIM, SIZES, small
 
-from opd.theory import written_out
-from opd.theory.claim import Claim
-from opd.theory.gradient_claims import instance
-from opd.theory.report import claim_line
-from opd.theory.tree import make_tree
+from opd_theory import written_out
+from opd_theory.claim import Claim
+from opd_theory.gradient_claims import instance
+from opd_theory.report import claim_line
+from opd_theory.tree import make_tree
 
 
 @pytest.mark.parametrize("name", CLAIM)
@@ -45,7 +45,7 @@ def test_every_claim_has_at_least_three_sabotages_and_no_other_has_any():
 
 def test_a_sabotage_ends_with_its_test(monkeypatch: pytest.MonkeyPatch):
     from opd.objectives import advantages
-    from opd.theory import gradient_claims
+    from opd_theory import gradient_claims
 
     with monkeypatch.context() as inner:
         Sabotage("objectives.advantages:future_kl", lambda f: lambda *args: 0.0).apply(inner)
@@ -57,7 +57,7 @@ def test_a_sabotage_ends_with_its_test(monkeypatch: pytest.MonkeyPatch):
 def test_what_claims_compare_with_calls_no_function_of_training():
     tree = ast.parse(Path(written_out.__file__).read_text(encoding="utf-8"))
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {m for m in modules if m and m.startswith("opd")} == {"opd.theory.tree"}
+    assert {m for m in modules if m and m.startswith("opd")} == {"opd_theory.tree"}
 
 
 def test_complex_steps_are_the_slopes_of_finite_differences():

@@ -116,7 +116,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_later(
         monkeypatch.setattr(target, failure)  # from the first checkpoint on
         return path
 
-    monkeypatch.setattr("opd.launch.checkpoint.save", save_and_fill_the_disk)
+    monkeypatch.setattr("opd.trainer.checkpoint.save", save_and_fill_the_disk)
     line = one_line(invoke("train", write_toml(tmp_path / "recipe.toml", tree)))
     assert f"cannot write '{run}/{place}'" in line
     assert "No space left on device" in line

@@ -26,12 +26,12 @@ from torch import Tensor
 import opd
 from opd.batch import pack
 from opd.config import Config
-from opd.embedded.build import build
-from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.studio import EmbeddedStudio
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.learner import EmbeddedLearner
 from opd.metrics import values
+from opd.objective import follow
 from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, ScoredRollout, SupportScore, Turn
-from opd.signal import follow
 
 NUM_RECIPES = 216
 TOLERANCE = 1e-6

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.config.guards import AurocConfig, FormatErrorsConfig
-from opd.guards.detectors import Auroc, FormatErrors
-from opd.guards.streams import Mark, Smoothed, above, cusum, highest, lowest
+from opd.config.detectors import AurocConfig, FormatErrorsConfig
+from opd.detectors.detectors import Auroc, FormatErrors
+from opd.detectors.statistics import Mark, Smoothed, above, cusum, highest, lowest
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.config.guards import GuardsConfig
-from opd.guards.watch import Alarm, Watch
+from opd.config.detectors import GuardsConfig
+from opd.detectors.monitor import Alarm, Watch
 
 Line = dict[str, Any]
 Curve = Callable[[int], float]

@@ -22,10 +22,10 @@ import opd
 from opd.checkpoint import list_checkpoints
 from opd.distributed.group import RankLearner
 from opd.distributed.rank import Saved
-from opd.report.run_folder import read_metrics
-from opd.served.sampler import ServedSampler
-from opd.signal import follow
-from opd.tasks.episodes import Taken
+from opd.episodes.player import Taken
+from opd.logging.run_folder import read_metrics
+from opd.objective import follow
+from opd.remote.sampler import ServedSampler
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes

@@ -27,10 +27,10 @@ from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState
 from opd.distributed.engines import StudentEngines, Turns
 from opd.errors import ModelError, RunError
-from opd.report.run_folder import read_metrics
-from opd.served.facts import _weights_of
-from opd.served.sampler import ServedSampler
-from opd.signal import follow
+from opd.logging.run_folder import read_metrics
+from opd.objective import follow
+from opd.remote.discovery import _weights_of
+from opd.remote.sampler import ServedSampler
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes
@@ -395,6 +395,6 @@ def test_what_cannot_be_made_of_the_parts_ends_all_that_was_started(tmp_path: Pa
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no parts")
 
-    with patch("opd.launch.make_parts", broken), pytest.raises(RuntimeError, match="no parts"):
+    with patch("opd.trainer.make_parts", broken), pytest.raises(RuntimeError, match="no parts"):
         opd.train(opd.parse_config(recipe(tmp_path)))
     wait_for(lambda: not processes("toy_engine.py"))

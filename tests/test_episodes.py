@@ -11,13 +11,13 @@ import pytest
 from factories import byte_tokenizer, prompt
 
 from opd.config import EpisodesConfig
+from opd.episodes import player as playing
+from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
+from opd.episodes.player import EpisodePlayer, Taken
 from opd.errors import DataError, RunError
 from opd.records import Message, Prompt, Rollout
+from opd.rewards.judge import Judge
 from opd.roles import Step
-from opd.tasks import episodes as playing
-from opd.tasks.demonstrate import Demonstrator, Replay, recorded_turn
-from opd.tasks.episodes import EpisodePlayer, Taken
-from opd.tasks.judge import Judge
 from opd.text.chat import Chat
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_cells import random_case
 
 from opd.batch import Batch, pack
-from opd.embedded import terms
-from opd.guards.evidence import auroc, compression, evidence, longest_run, repeated_trigrams
+from opd.detectors.metrics import auroc, compression, evidence, longest_run, repeated_trigrams
+from opd.local import loss_terms as terms
 from opd.metrics import Metrics, merge, values
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, agreement
 from opd.records import ChunkScore, FailedScore, Flag, Rollout, ScoredRollout

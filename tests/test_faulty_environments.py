@@ -13,10 +13,10 @@ from test_episodes import Scripted, play, say
 from test_tools import call, heard, make, step
 
 from opd.config import EpisodesConfig
+from opd.episodes import environment as hosting
+from opd.episodes.tools import Tool, ToolEnvironment
 from opd.errors import DataError, RunError
 from opd.roles import Step
-from opd.tasks import environment as hosting
-from opd.tasks.tools import Tool, ToolEnvironment
 
 
 class Odd:
@@ -141,7 +141,7 @@ def test_calls_that_hang_share_the_time_of_their_turn():
 
 
 def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyPatch):
-    from opd.tasks import episodes as playing
+    from opd.episodes import player as playing
 
     release = threading.Event()
     monkeypatch.setattr(playing, "_MAX_HANGING", 0)

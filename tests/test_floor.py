@@ -15,12 +15,12 @@ from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.evaluate import evaluate
+from opd.objective import follow
 from opd.objectives.target import target_logprobs
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import SampledScore, ScoredRollout
+from opd.rewards.judge import Judge
 from opd.score_cache.encoding import from_bytes, to_bytes
-from opd.signal import follow
-from opd.tasks.judge import Judge
 
 FLOOR = -6.0  # the toys' log-probabilities reach from -0.1 to -15
 EXTRAPOLATED = {"extrapolation": 3.0, "reference": "student"}

@@ -6,9 +6,9 @@ from test_tokenizer_pairs import rollout_of
 from zoo import real, toy, toy_bpe, toy_wordpiece
 
 from opd.errors import DataError, ModelError
-from opd.text.pairing import pair_turns
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Writer
+from opd.text.alignment import pair_turns
+from opd.text.student_text import Masked, Writer
+from opd.text.teacher_text import Reader
 
 
 def test_a_lossy_normaliser_masks_what_it_changes_and_counts_it():

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import toy, toy_bpe
 
 import opd
-from opd.embedded.foreign import ForeignVoice, score_foreign
 from opd.errors import ModelError
+from opd.local.cross_tokenizer import ForeignVoice, score_foreign
 from opd.records import ChunkScore, FailedScore, Rollout, Turn
-from opd.text.pairing import chunk_score, pair_turns
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Writer
-from opd.text.symbols import counterparts
+from opd.text.alignment import chunk_score, pair_turns
+from opd.text.special_tags import counterparts
+from opd.text.student_text import Masked, Writer
+from opd.text.teacher_text import Reader
 
 
 def score(voice: ForeignVoice, rollouts: list[Rollout], *, temperature: float = 1.0) -> list[ChunkScore]:

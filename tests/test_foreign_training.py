@@ -9,12 +9,12 @@ from foreign import save_foreign
 from zoo import toy_ascii
 
 import opd
-from opd.embedded.build import build
+from opd.data.tasks import make_tasks
 from opd.errors import CheckError
 from opd.evaluate import evaluate
+from opd.local.build import build
 from opd.records import ChunkScore
-from opd.tasks import make_tasks
-from opd.tasks.judge import Judge
+from opd.rewards.judge import Judge
 
 
 def test_the_reverse_kl_per_byte_falls(tmp_path: Path):

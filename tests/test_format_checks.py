@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd.config.checks import ChecksConfig, Rule
-from opd.tasks.format_checks import CHECKS, SEARCHED_CHARACTERS, CheckedTurn, Found, check_turn
+from opd.config.format_checks import ChecksConfig, Rule
+from opd.rewards.format_checks import CHECKS, SEARCHED_CHARACTERS, CheckedTurn, Found, check_turn
 from opd.text.tool_calls import Syntax
 
 CALL = tagged(GOOD)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import real
 
-from opd.config.checks import ChecksConfig
+from opd.config.format_checks import ChecksConfig
 from opd.records import Finish, Flag, Rollout, Turn
-from opd.tasks.flags import flag_errors
-from opd.tasks.format_checks import check_turn
+from opd.rewards.format_checks import check_turn
+from opd.rewards.format_errors import flag_errors
 from opd.text.token_bytes import TokenBytes, token_bytes
 
 

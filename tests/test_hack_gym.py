@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.theory import hack_claims, hack_gym
-from opd.theory.hack_claims import ARMS, Trial, rest_by_law, run_trial
-from opd.theory.hack_gym import PENALTY, Arm, Figures, Hack, expected_gradient, follow
-from opd.theory.law_claims import settle
+from opd_theory import hack_claims, hack_gym
+from opd_theory.hack_claims import ARMS, Trial, rest_by_law, run_trial
+from opd_theory.hack_gym import PENALTY, Arm, Figures, Hack, expected_gradient, follow
+from opd_theory.law_claims import settle
 
 HACKS = {
     "quick answer": hack_gym.quick_answer,

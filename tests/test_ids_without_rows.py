@@ -15,9 +15,9 @@ from zoo import toy_ascii
 
 import opd
 from opd.config import ComputeConfig
-from opd.embedded.build import build
-from opd.embedded.loading import load_network
 from opd.errors import DataError, ModelError
+from opd.local.build import build
+from opd.models.loading import load_network
 from opd.records import FailedScore
 from opd.roles import Step
 
@@ -157,7 +157,7 @@ def test_an_environment_that_says_the_token_loses_its_episode_and_not_the_run(tm
 
 
 def opd_prompts(tree: dict[str, Any]) -> list[Any]:
-    from opd.tasks import make_tasks
+    from opd.data.tasks import make_tasks
 
     return make_tasks(opd.parse_config(tree).tasks)["first"].prompts("train")
 

@@ -25,11 +25,11 @@ from torch import Tensor
 import opd
 from opd.batch import Batch, pack
 from opd.config import OptimizerConfig
-from opd.embedded.learner import EmbeddedLearner, learning_rate
 from opd.errors import ScoreError
+from opd.local.learner import EmbeddedLearner, learning_rate
 from opd.metrics import values
+from opd.objective import follow
 from opd.records import HiddenScore, Score
-from opd.signal import follow
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,8 +22,8 @@ import opd
 from opd.batch import Batch, pack
 from opd.config import Config
 from opd.metrics import values
+from opd.objective import follow
 from opd.objectives.divergences import forward_kl, jsd, support_reverse_kl
-from opd.signal import follow
 
 
 @pytest.fixture(autouse=True, scope="module")

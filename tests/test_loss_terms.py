@@ -14,8 +14,8 @@ from test_signal import CHECKED, config
 
 from opd.batch import Batch, pack
 from opd.metrics import values
+from opd.objective import follow
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Rollout, SampledScore, ScoredRollout, Turn
-from opd.signal import follow
 
 
 @pytest.fixture(autouse=True, scope="module")

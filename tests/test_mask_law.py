@@ -13,18 +13,18 @@ import torch
 from test_hack_gym import SMALL, Path, ways
 
 import opd
-import opd.signal
+import opd.objective
 from opd.batch import pack
+from opd.checks.masks import mask_warning
 from opd.config import Config
-from opd.guards.masks import mask_warning
+from opd.objective import divisor, follow
 from opd.objectives.losses import reinforce
 from opd.objectives.mask_law import Choice, largest_kl, outcome_pull
 from opd.objectives.reduce import Normalizer
 from opd.records import Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
-from opd.signal import divisor, follow
-from opd.theory import hack_claims, hack_gym, mask_claims
-from opd.theory.hack_gym import PENALTY, Arm, Hack, expected_gradient
-from opd.theory.mask_claims import batch_gradient, enumerated, three
+from opd_theory import hack_claims, hack_gym, mask_claims
+from opd_theory.hack_gym import PENALTY, Arm, Hack, expected_gradient
+from opd_theory.mask_claims import batch_gradient, enumerated, three
 
 KL, TWO = 0.2556 - log(0.98), 2.0 - log(0.98)  # of a student without errors, in the two examples
 
@@ -164,11 +164,11 @@ def test_the_pull_of_a_normalised_outcome_is_that_of_all_groups():
 
 
 SABOTAGES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "every episode counts as kept": ("opd.signal._normalizer", lambda objective, batch, mask: float(len(batch))),
-    "masked episodes still train": ("opd.signal.without_errors", lambda flagged, *_: torch.ones_like(flagged)),
+    "every episode counts as kept": ("opd.objective._normalizer", lambda objective, batch, mask: float(len(batch))),
+    "masked episodes still train": ("opd.objective.without_errors", lambda flagged, *_: torch.ones_like(flagged)),
     "the KL baseline has the other sign": ("opd.objectives.baselines.negative_kl", lambda kl, mask: kl * mask),
     "the outcome loses its baseline": ("opd.objectives.advantages.outcome", lambda r, *_: r.clamp(min=0.0)),
-    "the learner divides by all episodes": ("opd.theory.mask_claims.divisor", lambda _, batch: float(len(batch))),
+    "the learner divides by all episodes": ("opd_theory.mask_claims.divisor", lambda _, batch: float(len(batch))),
 }
 
 
@@ -298,7 +298,7 @@ def test_the_gym_moves_a_student_as_training_does(hack: str, normalizer):
 
 
 def test_the_claim_on_the_attractor_fails_when_the_gym_divides_both_parts_alike():
-    with patch("opd.theory.hack_gym.normalizers", lambda *_: (1.0, 1.0)):
+    with patch("opd_theory.hack_gym.normalizers", lambda *_: (1.0, 1.0)):
         assert not hack_claims.attractor().holds
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd.tasks.verify import mathematical, reference_fault
+from opd.rewards.verifiers import mathematical, reference_fault
 
 RIGHT = [
     ("12", "First 5, then 7. Therefore, the final answer is **12**."),

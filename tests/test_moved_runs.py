@@ -17,7 +17,7 @@ import opd
 from opd.cli import app
 from opd.config import config_changes, moved_config
 from opd.errors import ConfigError
-from opd.report.run_folder import RunFolder
+from opd.logging.run_folder import RunFolder
 
 
 def stopped(tree: dict[str, Any], step: int = 3) -> Path:

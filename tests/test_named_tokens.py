@@ -20,8 +20,8 @@ from opd.config import ServedConfig
 from opd.objectives.divergences import support_reverse_kl
 from opd.objectives.support import support_logprobs
 from opd.records import FailedScore, HiddenScore, ScoredRollout, SupportScore
-from opd.served.facts import connect
-from opd.served.wire import Endpoint, Wire
+from opd.remote.client import Endpoint, Wire
+from opd.remote.discovery import connect
 
 
 @pytest.mark.parametrize("max_logits", [1, 90, 2**20])

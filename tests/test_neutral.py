@@ -15,11 +15,11 @@ from vllm_like import serving
 import opd
 from opd.batch import pack
 from opd.config import ObjectiveConfig
-from opd.embedded.learner import EmbeddedLearner
+from opd.local.learner import EmbeddedLearner
+from opd.objective import follow
 from opd.objectives.advantages import above_rounding
 from opd.objectives.divergences import resolution, reverse_kl, support_reverse_kl
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
-from opd.signal import follow
 
 SELF_TEACHERS: dict[str, dict[str, Any]] = {
     "exact, LoRA": {"objective": {"type": "exact"}},

@@ -9,11 +9,11 @@ from commands import invoke, one_line, refuse_tree
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
 
 import opd
+from opd.checks.findings import Finding
+from opd.checks.no_effect import notices, notices_of_tuning
 from opd.config import FileTask, without_effect
-from opd.guards.notices import notices, notices_of_tuning
-from opd.guards.preflight import Finding
+from opd.data.tasks import make_tasks, read_splits
 from opd.startup import read_tasks
-from opd.tasks import make_tasks, read_splits
 
 
 @pytest.fixture(scope="module")

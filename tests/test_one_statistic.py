@@ -11,14 +11,14 @@ import pytest
 from factories import prompt, rollout, scored, toy_recipe
 
 import opd
-from opd.config.guards import GuardsConfig
+from opd.config.detectors import GuardsConfig
+from opd.detectors.detectors import HeldOut
+from opd.detectors.metrics import _outcomes
+from opd.detectors.statistics import Detector, Smoothed
 from opd.evaluate import Cell, ParityRow, evaluate, parity_json, parity_text
-from opd.guards.detectors import HeldOut
-from opd.guards.evidence import _outcomes
-from opd.guards.streams import Detector, Smoothed
 from opd.loop import rollout_metrics
 from opd.metrics import mean_interval, values
-from opd.tasks.judge import Judge
+from opd.rewards.judge import Judge
 
 
 def graded(rewards: list[float]) -> Cell:

@@ -12,10 +12,10 @@ from factories import byte_tokenizer, prompt
 from pydantic import BaseModel
 
 from opd.config import EpisodesConfig
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import Episode, EpisodePlayer, Taken
+from opd.integrations.openenv import OpenEnvEpisode, say
 from opd.records import Message, Prompt, Rollout
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import Episode, EpisodePlayer, Taken
-from opd.tasks.openenv import OpenEnvEpisode, say
 from opd.text.chat import Chat
 
 

@@ -13,18 +13,18 @@ from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, t
 from vllm_like import serving
 
 import opd
+from opd.align import compare
 from opd.config import ServedConfig
-from opd.embedded.build import build
-from opd.embedded.studio import EmbeddedStudio
 from opd.errors import ConfigError, ModelError
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
 from opd.records import ChunkScore, FailedScore, HiddenScore, Prompt, Rollout, SampledScore, Turn
+from opd.remote.client import Endpoint, Wire
+from opd.remote.discovery import compared, connect
 from opd.score_cache.identity import identities
-from opd.served.facts import compared, connect
-from opd.served.wire import Endpoint, Wire
 from opd.startup import read_tasks, run_checks
 from opd.text.chat import Chat
-from opd.text.own_prompt import OwnPrompt, different_renderings
-from opd.tokenizers_compared import compare
+from opd.text.teacher_prompt import OwnPrompt, different_renderings
 
 TEMPERATURE = 0.8
 IM_END = "<|im_end|>\n"

@@ -36,10 +36,10 @@ from foreign import toy_without
 from zoo import toy_bpe
 
 from opd.records import Prompt
+from opd.text.alignment import chunk_score, pair_turns
 from opd.text.call_template import tool_call
-from opd.text.pairing import chunk_score, pair_turns
-from opd.text.reading import Reader
-from opd.text.spelling import Masked
+from opd.text.student_text import Masked
+from opd.text.teacher_text import Reader
 from opd.text.tool_calls import Syntax
 
 # The law: a score against a computation that knows no blocks and no alignment, and no template but the teacher's own.

@@ -25,10 +25,10 @@ from call_turns import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from opd.text.align import fold
-from opd.text.pairing import pair, turn_facts
-from opd.text.reading import Reading
-from opd.text.spelling import Masked, Spelling
+from opd.text.alignment import pair, turn_facts
+from opd.text.chunks import fold
+from opd.text.student_text import Masked, Spelling
+from opd.text.teacher_text import Reading
 from opd.text.tool_calls import parse_calls
 
 # Any turn at all

@@ -16,12 +16,12 @@ from zoo import toy, toy_bpe
 
 import opd
 from opd.config import EpisodesConfig
-from opd.embedded.foreign import ForeignVoice, score_foreign
+from opd.episodes.arithmetic import calculate
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import EpisodePlayer
+from opd.episodes.tools import Tool, ToolEnvironment
+from opd.local.cross_tokenizer import ForeignVoice, score_foreign
 from opd.records import ChunkScore, Message, Prompt, Rollout
-from opd.tasks.arithmetic import calculate
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import EpisodePlayer
-from opd.tasks.tools import Tool, ToolEnvironment
 from opd.text.call_template import tool_call
 from opd.text.chat import Chat
 

@@ -11,15 +11,16 @@ from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
 from torch import Tensor
 
+from opd.checks.findings import PACKED_WITHIN, packed_equals_plain
 from opd.config import ComputeConfig
-from opd.data.tree import pack_trees
-from opd.embedded import architecture, attention, packing
-from opd.embedded.architecture import length_limit
-from opd.embedded.loading import add_adapter, load_network
-from opd.embedded.network import Network
-from opd.embedded.packing import packed_gaps
 from opd.errors import ModelError
-from opd.guards.preflight import PACKED_WITHIN, packed_equals_plain
+from opd.models import architecture, attention
+from opd.models import packing_check as packing
+from opd.models.architecture import length_limit
+from opd.models.loading import add_adapter, load_network
+from opd.models.network import Network
+from opd.models.packing_check import packed_gaps
+from opd.models.prefix_tree import pack_trees
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {"max_position_embeddings": 64}

@@ -16,12 +16,12 @@ from planning import folders as folders
 
 from opd.config import Config
 from opd.errors import ModelError
-from opd.plan.devices import GIB, Assumptions
-from opd.plan.memory import pool_memory, rank_memory
-from opd.plan.roofline import pool_s
-from opd.plan.search import DoesNotFit, Plan, own_plan
-from opd.plan.shapes import read_shape
-from opd.plan.work import work_of
+from opd_plan.devices import GIB, Assumptions
+from opd_plan.memory import pool_memory, rank_memory
+from opd_plan.roofline import pool_s
+from opd_plan.search import DoesNotFit, Plan, own_plan
+from opd_plan.shapes import read_shape
+from opd_plan.work import work_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opd.config import parse_config
-from opd.data.tree import pack_trees
-from opd.embedded.linear import fuse_adapters
-from opd.embedded.network import Network
-from opd.plan.devices import GIB
-from opd.plan.memory import _tiles, engine_memory, kept_a_token, kv_bytes_here, rank_memory, rank_share
-from opd.plan.roofline import driver_s, head_flops, layers_flops, pool_s, sample_s, split_s, update_s
-from opd.plan.search import DoesNotFit
-from opd.plan.shapes import adapter_parameters, read_shape
-from opd.plan.work import work_of
+from opd.models.linear import fuse_adapters
+from opd.models.network import Network
+from opd.models.prefix_tree import pack_trees
+from opd_plan.devices import GIB
+from opd_plan.memory import _tiles, engine_memory, kept_a_token, kv_bytes_here, rank_memory, rank_share
+from opd_plan.roofline import driver_s, head_flops, layers_flops, pool_s, sample_s, split_s, update_s
+from opd_plan.search import DoesNotFit
+from opd_plan.shapes import adapter_parameters, read_shape
+from opd_plan.work import work_of
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples/distributed/shapes"

@@ -7,10 +7,10 @@ from planning import H100, recipe
 from planning import folders as folders
 from transformers import LlamaConfig
 
-from opd.plan.memory import engine_running
-from opd.plan.search import Plan, own_plan
-from opd.plan.shapes import read_shape
-from opd.plan.work import flag, work_of
+from opd_plan.memory import engine_running
+from opd_plan.search import Plan, own_plan
+from opd_plan.shapes import read_shape
+from opd_plan.work import flag, work_of
 
 
 @pytest.mark.parametrize(

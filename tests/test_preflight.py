@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from factories import prompt, rollout, scored
 
+from opd.checks import findings as preflight
+from opd.checks.findings import Finding
 from opd.errors import CheckError, DataError
-from opd.guards import preflight
-from opd.guards.preflight import Finding
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Limit
 

@@ -10,9 +10,9 @@ from factories import toy_recipe, write_toml
 from typer.testing import CliRunner
 
 import opd
-from opd import probe as probe_module
 from opd.cli import app
-from opd.probe import ESTIMATORS, Probe, probe
+from opd_theory import probe as probe_module
+from opd_theory.probe import ESTIMATORS, Probe, probe
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import opd
-from opd.embedded.build import build
+from opd.data.tasks import make_tasks
 from opd.evaluate import evaluate, pick
+from opd.local.build import build
+from opd.rewards.judge import Judge
 from opd.startup import read_tasks, run_checks
-from opd.tasks import make_tasks
-from opd.tasks.judge import Judge
 
 MODEL = Path("models/smollm2-135m-instruct")
 

@@ -9,15 +9,15 @@ from call_templates import BY_KEY, FENCED, LISTED, SINGLE, TAGGED, chatml
 from factories import byte_tokenizer, prompt
 
 from opd.config import EpisodesConfig, FileTask
+from opd.data.conversations import check_prompt
+from opd.data.files import PromptFile, read_prompts
+from opd.data.prompt_records import Completion
+from opd.data.tasks import read_splits
+from opd.episodes.player import EpisodePlayer
 from opd.errors import DataError
 from opd.records import Message, Prompt
-from opd.tasks import read_splits
-from opd.tasks.conversations import check_prompt
-from opd.tasks.episodes import EpisodePlayer
-from opd.tasks.files import PromptFile, read_prompts
-from opd.tasks.prompt_records import Completion
 from opd.text.chat import Chat
-from opd.text.reading import Reader
+from opd.text.teacher_text import Reader
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}

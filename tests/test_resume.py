@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import opd
 from opd import checkpoint
 from opd.cli import app
-from opd.embedded.build import build
+from opd.local.build import build
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import opd
 from opd.cli import app
-from opd.launch import _Run
-from opd.report.background import Background
-from opd.report.run_folder import RunFolder
+from opd.logging.background import Background
+from opd.logging.run_folder import RunFolder
+from opd.trainer import _Run
 
 STEPS = 30
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # The slow imports once, then the `opd` command in a child of its own for each line of arguments and files to print to.
 SPAWNER = """
 import json, os, sys
-import opd.launch
+import opd.trainer
 from opd.cli import main
 
 for line in sys.stdin:

@@ -17,9 +17,9 @@ from run_folders import checkpoints, lines_of
 
 import opd
 from opd.errors import RewardError
-from opd.tasks import verify
-from opd.tasks.bounded import Bounded
-from opd.tasks.rewards import number_of, rewards_of
+from opd.rewards import verifiers as verify
+from opd.rewards.reward import number_of, rewards_of
+from opd.rewards.time_limit import Bounded
 
 ROLLOUTS = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}"), sample=k) for i in range(2) for k in range(2)]
 

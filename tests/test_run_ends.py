@@ -17,15 +17,15 @@ from run_folders import checkpoints, lines_of
 
 import opd
 import opd.collect
-import opd.finetune
-import opd.launch
+import opd.logging.curves
 import opd.loop
-import opd.report.curves
+import opd.sft
+import opd.trainer
 from opd import checkpoint
-from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.sampler import EmbeddedSampler
 from opd.errors import RunError, ScoreError
-from opd.report.run_folder import RunFolder
+from opd.local.learner import EmbeddedLearner
+from opd.local.sampler import EmbeddedSampler
+from opd.logging.run_folder import RunFolder
 
 STEPS = 4
 
@@ -90,8 +90,8 @@ def bug() -> None:
 FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "the rollouts' file": (RunFolder, "write_rollouts", 2, full, 3, True),  # written beside the next step
     "the metrics' file": (RunFolder, "append_metrics", 3, full, 3, True),
-    "the alarms' file": (opd.launch.Watcher, "observe", 3, dead, 3, True),
-    "the console": (opd.launch.ProgressLine, "step", 3, full, 3, True),
+    "the alarms' file": (opd.trainer.Watcher, "observe", 3, dead, 3, True),
+    "the console": (opd.trainer.ProgressLine, "step", 3, full, 3, True),
     "a sampler whose server dies": (EmbeddedSampler, "sample", 5, dead, 2, True),
     "a sampler that takes no weights": (EmbeddedSampler, "load_weights", 3, dead, 2, True),
     "a teacher": (opd.loop, "judged", 3, dead, 2, True),
@@ -99,10 +99,10 @@ FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "a gradient that is no number": (
         EmbeddedLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
     ),
-    "the picture": (opd.report.curves, "draw_curves", 1, bug, 4, True),
-    "the picture's file": (opd.report.curves, "draw_curves", 1, full, 4, True),
-    "the export": (opd.launch, "draw_run", 1, dead, 4, True),
-    "the table": (opd.launch.Measuring, "parity", 1, dead, 4, True),
+    "the picture": (opd.logging.curves, "draw_curves", 1, bug, 4, True),
+    "the picture's file": (opd.logging.curves, "draw_curves", 1, full, 4, True),
+    "the export": (opd.trainer, "draw_run", 1, dead, 4, True),
+    "the table": (opd.trainer.Measuring, "parity", 1, dead, 4, True),
 }  # fmt: skip
 
 
@@ -162,8 +162,8 @@ def test_a_writer_that_fails_is_named_and_the_run_goes_on_without_it(
             full()
         return Writer(fails)
 
-    monkeypatch.setattr("opd.report.writers._make", make)
-    monkeypatch.setattr("opd.launch.require_installed", lambda names: None)
+    monkeypatch.setattr("opd.logging.writers._make", make)
+    monkeypatch.setattr("opd.trainer.require_installed", lambda names: None)
     line = one_line(train(tree | {"logging": {"writers": ["tensorboard"]}}, tmp_path))
     assert line.startswith("opd: logging.writers: 'tensorboard' fails: OSError: [Errno 28] No space left on device;")
     advised = re.search(r"add '(logging.writers=\S*)' to", line)
@@ -211,7 +211,7 @@ PHASES: dict[str, tuple[Any, str, int, int]] = {
     "before the update": (opd.loop, "judged", 3, 2),
     "while the weights move": (EmbeddedSampler, "load_weights", 4, 3),
     "while the step is recorded": (RunFolder, "append_metrics", 3, 3),
-    "while it is measured": (opd.launch.Measuring, "held_out", 3, 3),
+    "while it is measured": (opd.trainer.Measuring, "held_out", 3, 3),
 }
 
 
@@ -277,7 +277,7 @@ def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opd.launch.run_checks", interrupted)
+    monkeypatch.setattr("opd.trainer.run_checks", interrupted)
     result = train(tree, tmp_path)
     monkeypatch.undo()
     assert (result.exit_code, result.stderr) == (130, "opd: stopped; run the same command again\n")
@@ -309,7 +309,7 @@ def test_ctrl_c_before_the_first_step_says_that_none_is_saved(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opd.launch.Measuring.before", interrupted)
+    monkeypatch.setattr("opd.trainer.Measuring.before", interrupted)
     result = train(tree, tmp_path)
     monkeypatch.undo()
     [line] = result.stderr.splitlines()
@@ -336,7 +336,7 @@ def test_fine_tuning_that_ends_early_is_continued_as_its_line_says(
     tree, calm = tuned
     run = tmp_path / "expert"
     action = {"once": press(1), "twice": press(2), "a full disk": full, "a bug": bug}[how]
-    monkeypatch.setattr("opd.finetune.imitation_batch", at(3, action, opd.finetune.imitation_batch))
+    monkeypatch.setattr("opd.sft.imitation_batch", at(3, action, opd.sft.imitation_batch))
     result = invoke("sft", write_toml(tmp_path / "sft.toml", tree | {"output": str(run)}))
     monkeypatch.undo()
     step = 3 if how == "once" else 2
@@ -399,7 +399,7 @@ def test_a_run_folder_in_the_way_is_continued_with_what_fits_it(
 def test_a_run_without_a_checkpoint_is_not_evaluated_and_continued_first(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("opd.launch.Measuring.before", at(1, bug, opd.launch.Measuring.before))
+    monkeypatch.setattr("opd.trainer.Measuring.before", at(1, bug, opd.trainer.Measuring.before))
     train(tree, tmp_path)
     monkeypatch.undo()
     run = Path(tree["output"])

@@ -8,11 +8,11 @@ import torch
 from factories import merged_model, plain_logprobs, prompt, save_adapter, save_toy, toy_model
 
 from opd.config import ComputeConfig, EpisodesConfig
-from opd.embedded.loading import add_adapter, load_network
-from opd.embedded.network import Network
-from opd.embedded.sampler import EmbeddedSampler, episode_player
+from opd.episodes.player import one_turn
+from opd.local.sampler import EmbeddedSampler, episode_player
+from opd.models.loading import add_adapter, load_network
+from opd.models.network import Network
 from opd.records import Prompt, Rollout
-from opd.tasks.episodes import one_turn
 
 TEXTS = ("hi", "hi there", "hi there, you", "a quite different and rather longer question", "x")
 

@@ -12,8 +12,8 @@ from factories import byte_tokenizer, plain_logprobs, prompt, rollout, save_adap
 from vllm_like import serving, status
 
 import opd
-from opd.embedded.build import build
-from opd.report.run_folder import read_metrics
+from opd.local.build import build
+from opd.logging.run_folder import read_metrics
 from opd.score_cache.identity import identities, probe
 
 

@@ -19,11 +19,11 @@ from vllm_like import ToyServer, changed, serving, status
 import opd
 from opd.config import ServedConfig
 from opd.errors import ModelError, StalledError
+from opd.logging.run_folder import read_metrics
 from opd.records import FailedScore, Rollout, SampledScore
-from opd.report.run_folder import read_metrics
-from opd.served.facts import connect
-from opd.served.teacher import ServedTeacher
-from opd.served.wire import Endpoint, Wire
+from opd.remote.client import Endpoint, Wire
+from opd.remote.discovery import connect
+from opd.remote.teacher import ServedTeacher
 
 QUICK = ServedConfig(timeout_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
 
@@ -222,7 +222,7 @@ def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(serve
 
 def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores(server: ToyServer):
     patient = Wire(ServedConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
-    with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.served.facts._FIRST_S", 0.2):
+    with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.remote.discovery._FIRST_S", 0.2):
         endpoint = Endpoint("teacher 't'", (f"http://127.0.0.1:{silent.getsockname()[1]}",))
         begun = time.perf_counter()
         with pytest.raises(ModelError, match=r"no answer from .* in 0.2 s \(2 attempts\); start the server"):

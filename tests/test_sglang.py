@@ -15,14 +15,14 @@ from vllm_like import serving, status
 
 import opd
 from opd.config import EpisodesConfig, ServedConfig
+from opd.episodes.player import EpisodePlayer, one_turn
+from opd.logging.run_folder import read_metrics
 from opd.records import FailedScore, Rollout, SampledScore, SupportScore
-from opd.report.run_folder import read_metrics
-from opd.served.facts import connect
-from opd.served.sampler import ServedSampler
-from opd.served.sglang_form import SGLANG
-from opd.served.teacher import ServedTeacher
-from opd.served.wire import Endpoint, Wire
-from opd.tasks.episodes import EpisodePlayer, one_turn
+from opd.remote.client import Endpoint, Wire
+from opd.remote.discovery import connect
+from opd.remote.sampler import ServedSampler
+from opd.remote.sglang import SGLANG
+from opd.remote.teacher import ServedTeacher
 from opd.text.chat import Chat
 
 QUICK = ServedConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)

@@ -11,11 +11,11 @@ import opd
 from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig
 from opd.metrics import values
+from opd.objective import divisor, follow
 from opd.objectives import advantages as adv
 from opd.objectives import baselines
 from opd.objectives.reduce import MaskScope, without_errors
 from opd.records import Flag
-from opd.signal import divisor, follow
 
 CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
 PROMPTS = {name: prompt(name) for name in ("p0", "p1")}

@@ -16,13 +16,13 @@ from test_agents import always_echo
 from test_signal import config
 
 from opd import parse_config
-from opd import probe as probe_module
 from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
-from opd.guards.evidence import evidence
+from opd.detectors.metrics import evidence
 from opd.metrics import values
+from opd.objective import divisor, follow
 from opd.records import ChunkScore, FailedScore, Flag, ScoredRollout, Turn
-from opd.signal import divisor, follow
+from opd_theory import probe as probe_module
 
 CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
 

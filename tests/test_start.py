@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import opd
 from opd.config import SftConfig
-from opd.embedded.build import build
 from opd.errors import ConfigError, ModelError
-from opd.finetune import sft
+from opd.local.build import build
+from opd.sft import sft
 
 
 @pytest.fixture(scope="module")

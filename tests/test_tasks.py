@@ -8,11 +8,11 @@ import pytest
 from factories import prompt, write_prompts
 
 from opd.config import FileTask, ReasoningGymTask
+from opd.data.files import PromptFile, read_prompts
+from opd.data.tasks import make_tasks
 from opd.errors import DataError
-from opd.tasks import make_tasks
-from opd.tasks.files import PromptFile, read_prompts
-from opd.tasks.gym import ReasoningGym
-from opd.tasks.verify import VERIFIERS, exact, last_number, mathematical, nothing
+from opd.integrations.reasoning_gym import ReasoningGym
+from opd.rewards.verifiers import VERIFIERS, exact, last_number, mathematical, nothing
 
 GOOD = '{"id": "1", "prompt": "say a", "teacher": "t", "answer": "a"}'
 

@@ -16,15 +16,15 @@ import opd
 from opd.batch import pack
 from opd.config import ComputeConfig
 from opd.data.stream import PromptStream
-from opd.embedded.build import build
-from opd.embedded.loading import add_adapter, load_network
-from opd.embedded.network import Network
-from opd.embedded.studio import EmbeddedStudio
-from opd.embedded.teacher import EmbeddedTeachers, Part, Voice
+from opd.data.tasks import make_tasks
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.teacher import EmbeddedTeachers, Part, Voice
 from opd.loop import Parts, train_step
+from opd.models.loading import add_adapter, load_network
+from opd.models.network import Network
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
-from opd.tasks import make_tasks
-from opd.tasks.judge import Judge
+from opd.rewards.judge import Judge
 
 NAMES = ("left", "even", "right", "odd")
 

@@ -16,9 +16,9 @@ from zoo import toy_bpe
 
 import opd
 from opd.config import SftConfig
-from opd.embedded.build import build, build_student
 from opd.errors import ConfigError
-from opd.report.run_folder import RunFolder, read_metrics, read_rollouts
+from opd.local.build import build, build_student
+from opd.logging.run_folder import RunFolder, read_metrics, read_rollouts
 from opd.score_cache.identity import identities
 from opd.text.chat import Chat
 from opd.text.template import clock_of, freeze

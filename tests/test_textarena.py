@@ -16,10 +16,10 @@ from textarena import SinglePlayerState
 
 import opd
 from opd.config import SftConfig, parse_config
+from opd.data.tasks import make_tasks
 from opd.errors import ConfigError, DataError
+from opd.integrations.textarena import Game, TextArena
 from opd.records import Message, Prompt, Rollout
-from opd.tasks import make_tasks
-from opd.tasks.textarena import Game, TextArena
 
 
 def said(rollout: Rollout, role: str) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 from games import DRAWING, GUESS, MASTERMIND, bare, config, play, script, task
 from textarena import SinglePlayerState, make
 
+from opd.integrations.textarena import Game
 from opd.records import Prompt
-from opd.tasks.textarena import Game
 
 # --- prompts and seeds ---
 

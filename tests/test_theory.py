@@ -13,9 +13,9 @@ from opd.cli import app
 from opd.objectives import baselines
 from opd.objectives.advantages import future_kl
 from opd.objectives.losses import exact_reverse_kl, reinforce
-from opd.theory import gradient_claims, horizon, law_claims, report
-from opd.theory.claim import Claim
-from opd.theory.estimators import (
+from opd_theory import gradient_claims, horizon, law_claims, report
+from opd_theory.claim import Claim
+from opd_theory.estimators import (
     UNBIASED,
     exact_gradients,
     family,
@@ -23,8 +23,8 @@ from opd.theory.estimators import (
     simulate_groups,
     trajectory_gradients,
 )
-from opd.theory.gradient_claims import instance
-from opd.theory.tree import Policy, Problem, make_tree, random_problem, random_table
+from opd_theory.gradient_claims import instance
+from opd_theory.tree import Policy, Problem, make_tree, random_problem, random_table
 
 TREES = {
     "full": make_tree(3, 3),

@@ -8,9 +8,9 @@ from templated import templated
 from zoo import toy_bpe
 
 from opd.errors import ModelError
-from opd.text.pairing import pair_turns
-from opd.text.reading import Reader
-from opd.text.spelling import Writer
+from opd.text.alignment import pair_turns
+from opd.text.student_text import Writer
+from opd.text.teacher_text import Reader
 
 HEAD = "<|im_start|>{{ m.role }}\n"
 SHOWN = {

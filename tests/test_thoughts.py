@@ -7,15 +7,15 @@ import pytest
 from factories import byte_tokenizer, prompt, rollout
 
 from opd.config import EpisodesConfig, ReasoningGymTask
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import EpisodePlayer, one_turn
+from opd.integrations.reasoning_gym import ReasoningGym
 from opd.records import Message, Prompt, Rollout
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import EpisodePlayer, one_turn
-from opd.tasks.gym import ReasoningGym
-from opd.tasks.judge import Judge
-from opd.tasks.verify import VERIFIERS
+from opd.rewards.judge import Judge
+from opd.rewards.verifiers import VERIFIERS
 from opd.text.chat import Chat
-from opd.text.symbols import THOUGHTS
-from opd.text.thoughts import behind_thoughts
+from opd.text.special_tags import THOUGHTS
+from opd.text.thinking import behind_thoughts
 
 PAIRS = sorted(THOUGHTS.items())
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from zoo import REAL, TOYS, real, toy
 
 from opd.records import Prompt, Rollout, Turn
-from opd.text.cells import Cells, common_cells
-from opd.text.pairing import TurnPair, chunk_score, pair_turns, same_tokens
-from opd.text.reading import Reader
-from opd.text.spelling import Masked, Spelling, Writer
+from opd.text.alignment import TurnPair, chunk_score, pair_turns, same_tokens
+from opd.text.shared_vocabulary import Cells, common_cells
+from opd.text.student_text import Masked, Spelling, Writer
+from opd.text.teacher_text import Reader
 from opd.text.tokenizer import encode_text
 
 CORPUS = {

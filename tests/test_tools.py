@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import opd
 from opd.config import EpisodesConfig
+from opd.episodes.arithmetic import calculate
+from opd.episodes.tools import Tool, ToolEnvironment
 from opd.roles import Step
-from opd.tasks.arithmetic import calculate
-from opd.tasks.tools import Tool, ToolEnvironment
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
 from opd import checkpoint
-from opd.embedded.build import build
+from opd.local.build import build
+from opd.logging.run_folder import RunFolder
 from opd.records import FailedScore
-from opd.report.run_folder import RunFolder
 
 IDS = torch.tensor([[256, 104, 105, 32, 119, 111, 114, 108, 100, 257]])
 

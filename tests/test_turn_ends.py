@@ -10,16 +10,16 @@ from templated import OPENED, TURN_END, ending, save_templated, templated
 
 import opd
 from opd.config import EpisodesConfig, SftConfig
-from opd.embedded import warmup
-from opd.embedded.build import build, build_student
-from opd.embedded.sampler import episode_player
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import EpisodePlayer, one_turn
 from opd.errors import ModelError
+from opd.local import warmup
+from opd.local.build import build, build_student
+from opd.local.sampler import episode_player
+from opd.logging.run_folder import read_rollouts
 from opd.records import Prompt
-from opd.report.run_folder import read_rollouts
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import EpisodePlayer, one_turn
 from opd.text.chat import Chat, Conversation
-from opd.text.spelling import Writer
+from opd.text.student_text import Writer
 from opd.text.turn_end import turn_end
 
 EOS = 257

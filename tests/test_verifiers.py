@@ -9,13 +9,13 @@ import pytest
 from factories import byte_tokenizer
 
 from opd.config import EpisodesConfig
+from opd.episodes.demonstrations import Demonstrator
+from opd.episodes.player import EpisodePlayer
 from opd.records import Message, Prompt, Rollout
-from opd.tasks.demonstrate import Demonstrator
-from opd.tasks.episodes import EpisodePlayer
 from opd.text.chat import Chat
 
 vf: Any = pytest.importorskip("verifiers.v1", reason="verifiers, with its seventy packages, is no dependency of opd")
-from opd.tasks.verifiers_env import VerifiersEpisode, messages_of  # noqa: E402
+from opd.integrations.verifiers import VerifiersEpisode, messages_of  # noqa: E402
 
 
 class Data(vf.TaskData):

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from opd.config import EpisodesConfig, ServedConfig
 from opd.distributed.engine import Engine, EnginePlan
-from opd.embedded.loading import load_tokenizer
+from opd.episodes.player import EpisodePlayer, one_turn
+from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, SupportScore
-from opd.served.facts import connect
-from opd.served.model import Fixed
-from opd.served.sampler import ServedSampler
-from opd.served.teacher import ServedTeacher
-from opd.served.wire import Endpoint, Wire
-from opd.tasks.episodes import EpisodePlayer, one_turn
+from opd.remote.client import Endpoint, Wire
+from opd.remote.discovery import connect
+from opd.remote.endpoints import Fixed
+from opd.remote.sampler import ServedSampler
+from opd.remote.teacher import ServedTeacher
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 

@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 import opd
 from opd.config import ComputeConfig
-from opd.embedded.loading import load_network
 from opd.errors import ModelError
+from opd.models.loading import load_network
 
 CPU = ComputeConfig(device="cpu")
 Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]

@@ -11,12 +11,12 @@ from factories import byte_tokenizer, prompt, rollout, save_adapter, sft_recipe,
 
 import opd
 from opd.config import SftConfig
-from opd.embedded.build import build
-from opd.embedded.sampler import EmbeddedSampler
-from opd.embedded.studio import EmbeddedStudio
 from opd.errors import CheckError, DataError, ModelError
-from opd.finetune import sft
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.sampler import EmbeddedSampler
 from opd.records import FailedScore, Rollout
+from opd.sft import sft
 
 LONGROPE = {
     "rope_parameters": {

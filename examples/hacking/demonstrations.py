@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from opd.config import EpisodesConfig, ToolTask
+from opd.episodes.tool_problems import ToolProblems
 from opd.records import Message, Prompt
-from opd.tasks.tool_problems import ToolProblems
 
 SIZE = 1000
 MALFORMED, SURRENDER = "<tool_call>calculator</tool_call>", "I cannot do that."

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from opd.embedded.loading import convert_gguf
+from opd.models.loading import convert_gguf
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from opd.embedded.loading import convert_gguf
+from opd.models.loading import convert_gguf
 
 PARTS = 22
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.config import Config, SftConfig, load_config, parse_config
+    from opd.episodes.tools import Tool, ToolEnvironment
     from opd.errors import OpdError
-    from opd.finetune import resume_sft, sft
-    from opd.launch import Result, check, evaluate_run, resume, train
-    from opd.report.run_folder import read_metrics, read_rollouts
+    from opd.logging.run_folder import read_metrics, read_rollouts
     from opd.roles import Environment, Step
-    from opd.tasks.tools import Tool, ToolEnvironment
+    from opd.sft import resume_sft, sft
+    from opd.trainer import Result, check, evaluate_run, resume, train
 
 __all__ = [
     "Config",
@@ -43,11 +43,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
     "opd.errors": ("OpdError",),
-    "opd.finetune": ("resume_sft", "sft"),
-    "opd.launch": ("Result", "check", "evaluate_run", "resume", "train"),
-    "opd.report.run_folder": ("read_metrics", "read_rollouts"),
+    "opd.sft": ("resume_sft", "sft"),
+    "opd.trainer": ("Result", "check", "evaluate_run", "resume", "train"),
+    "opd.logging.run_folder": ("read_metrics", "read_rollouts"),
     "opd.roles": ("Environment", "Step"),
-    "opd.tasks.tools": ("Tool", "ToolEnvironment"),
+    "opd.episodes.tools": ("Tool", "ToolEnvironment"),
 }
 
 

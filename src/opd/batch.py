@@ -35,7 +35,7 @@ class Batch:
     for the parts of one episode, which follow each other in order; turns [tokens]: which of its episode's student turns an action
     belongs to; flagged [tokens]: where format errors lie;
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. distill_mask: those that the
-    distillation term acts on (all, unless `opd.signal` leaves some out); outcome_mask: those that an outcome acts on.
+    distillation term acts on (all, unless `opd.objective` leaves some out); outcome_mask: those that an outcome acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
     support_ids, support_logprobs [tokens, support]: of teachers that gave their likeliest tokens, as in `SupportScore` (-1 and -inf

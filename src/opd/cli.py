@@ -46,7 +46,7 @@ def train(
     """
     with _one_line():
         if resume is not None:
-            from opd.launch import resume as continue_run
+            from opd.trainer import resume as continue_run
 
             pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
             if recipe is not None and recipe.endswith(".toml"):
@@ -58,7 +58,7 @@ def train(
             from opd.config import load_config
 
             config = load_config(recipe, overrides or [])
-            from opd.launch import train as start_run
+            from opd.trainer import train as start_run
 
             result = start_run(config)
     if not result.finished:
@@ -80,7 +80,7 @@ def sft(
             if recipe is not None:
                 what = f"'{recipe}' has no effect" if "=" in recipe else f"got both: '{recipe}'"
                 raise ConfigError(f"{_RECIPE_OR_RUN}, {what}")
-            from opd.finetune import continue_tuning
+            from opd.sft import continue_tuning
 
             result = continue_tuning(resume)
         elif recipe is None:
@@ -89,7 +89,7 @@ def sft(
             from opd.config import SftConfig, load_config
 
             config = load_config(recipe, overrides or [], kind=SftConfig)
-            from opd.finetune import fine_tune
+            from opd.sft import fine_tune
 
             result = fine_tune(config)
     if not result.finished:
@@ -107,7 +107,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's student and its teachers, and print the parity table."""
     with _one_line():
-        from opd.launch import evaluate_run
+        from opd.trainer import evaluate_run
 
         evaluate_run(run, overrides or [])
 
@@ -119,7 +119,7 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         from opd.config import load_config
 
         config = load_config(recipe, overrides or [])
-        from opd.launch import check as run_checks
+        from opd.trainer import check as run_checks
 
         findings = run_checks(config)
     for finding in findings:
@@ -141,7 +141,7 @@ def align(
     with _one_line():
         if text is not None and rollouts is not None:
             raise ConfigError("give --text FILE or --rollouts RUN, not both")
-        from opd.tokenizers_compared import SAMPLE, as_plain, compare, read_text, rollouts_of, show
+        from opd.align import SAMPLE, as_plain, compare, read_text, rollouts_of, show
 
         found = compare(
             student,
@@ -193,8 +193,8 @@ def plan(
         from opd.config import load_config
 
         config = load_config(recipe, overrides or [])
-        from opd.plan.devices import Assumptions, device_of
-        from opd.plan.text import gpus_of, plan_text
+        from opd_plan.devices import Assumptions, device_of
+        from opd_plan.text import gpus_of, plan_text
 
         assumed = Assumptions(device_of(gpu), prompt_tokens=prompt_tokens, network_gb_s=network)
         said, refused = plan_text(config, gpus_of(gpus), assumed)
@@ -205,7 +205,7 @@ def plan(
 
 def _claims(output: Path, *, as_json: bool) -> int:
     """Run and print every claim; returns how many failed."""
-    from opd.theory.report import claim_line, run_claims, write_report
+    from opd_theory.report import claim_line, run_claims, write_report
 
     claims = []
     for claim, seconds in run_claims():
@@ -225,7 +225,7 @@ def _probe(recipe: Path, overrides: list[str], output: Path, *, as_json: bool) -
     from opd.config import load_config
 
     config = load_config(recipe, overrides)
-    from opd.probe import probe, probe_text, write_probe
+    from opd_theory.probe import probe, probe_text, write_probe
 
     found = probe(config)
     files = write_probe(found, output)

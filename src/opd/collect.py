@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
+from opd.rewards.judge import Judge
 from opd.roles import Sampler, Seed, Teacher
-from opd.tasks.judge import Judge
 
 
 @dataclass(frozen=True)

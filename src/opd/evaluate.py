@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from opd.batch import pack
+from opd.data.tasks import SPLITS
 from opd.metrics import mean_interval, wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
+from opd.rewards.judge import Judge
 from opd.roles import Sampler, Seed, Teacher
-from opd.tasks import SPLITS
-from opd.tasks.judge import Judge
 
 ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
 

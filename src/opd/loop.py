@@ -13,17 +13,17 @@ from functools import partial
 from opd.batch import pack, trainable
 from opd.collect import Collected, collect, judged
 from opd.config import Config
-from opd.data.ahead import Ahead
 from opd.data.stream import PromptStream
+from opd.detectors.metrics import evidence
 from opd.errors import RewardError, StalledError
-from opd.guards.evidence import evidence
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
+from opd.objective import follow
+from opd.prefetch import Ahead
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
+from opd.rewards.judge import Judge
 from opd.roles import Learner, Sampler, Teacher
-from opd.signal import follow
-from opd.tasks.judge import Judge
-from opd.text.lineup import shares
-from opd.text.pairing import LARGEST, total
+from opd.text.alignment import LARGEST, total
+from opd.text.alignment_report import shares
 
 _MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none of one teacher: no accident any more
 
@@ -214,7 +214,7 @@ def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollou
 
 
 def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
-    """How each teacher with another tokenizer read the responses (`opd.text.lineup.shares`)."""
+    """How each teacher with another tokenizer read the responses (`opd.text.alignment_report.shares`)."""
     found: dict[str, list[Mapping[str, int]]] = {}
     for item in scored:
         if isinstance(item.score, ChunkScore):

@@ -11,11 +11,11 @@ from opd.batch import pack
 from opd.config import Config
 from opd.errors import DataError
 from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity_text, pick
+from opd.logging.console import ProgressLine
+from opd.logging.run_folder import RunFolder
 from opd.loop import Parts
 from opd.metrics import Mean, Metrics, merge, values
 from opd.records import Prompt, ScoredRollout
-from opd.report.console import ProgressLine
-from opd.report.run_folder import RunFolder
 from opd.roles import Studio
 from opd.startup import Material
 

@@ -182,7 +182,7 @@ class ChunkScore:
 
     chunks [tokens]: the chunk of each action, numbered from 0; -1 where there is none (off the loss mask, or masked).
     logprobs [tokens]: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere. num_bytes: of the text
-    in chunks. facts: how the two lined up, counts by name (`opd.text.pairing.facts`), with "masked/REASON" for each masked token.
+    in chunks. facts: how the two lined up, counts by name (`opd.text.alignment.facts`), with "masked/REASON" for each masked token.
     compared [tokens] bool: with `part`, the actions at which both sides chose the same token, so that their distributions can
     be compared too; the part's states are those before them.
     """

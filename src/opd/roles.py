@@ -197,7 +197,7 @@ class Studio(Protocol):
 
     def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
         """Of each model, by a name to show: how far its packed passes are from its plain ones, by what was probed
-        (`opd.embedded.packing.packed_gaps`)."""
+        (`opd.models.packing_check.packed_gaps`)."""
         ...
 
     def export(self, folder: Path) -> None:

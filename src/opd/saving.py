@@ -15,9 +15,9 @@ import torch
 from opd import checkpoint
 from opd.batch import Batch
 from opd.errors import CheckError, OpdError, RewardError, ScoreError, describe_error
+from opd.logging.run_folder import RunFolder, explain_io
 from opd.metrics import Metrics
 from opd.records import Prompt
-from opd.report.run_folder import RunFolder, explain_io
 from opd.roles import Learner
 
 

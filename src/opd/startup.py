@@ -7,29 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opd.checks import findings as preflight
+from opd.checks.findings import Finding
+from opd.checks.no_effect import PromptSets, clock_unread, has_grade, has_verdict, notices
 from opd.config import Config
 from opd.data.stream import PromptStream
+from opd.data.tasks import SPLITS, make_tasks, read_splits
+from opd.episodes.player import MakeEnvironment
 from opd.errors import DataError
-from opd.guards import preflight
-from opd.guards.notices import PromptSets, clock_unread, has_grade, has_verdict, notices
-from opd.guards.preflight import Finding
 from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
+from opd.rewards.judge import Judge
+from opd.rewards.reward import Reward
 from opd.roles import Environment, Studio, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
-from opd.tasks import SPLITS, make_tasks, read_splits
-from opd.tasks.episodes import MakeEnvironment
-from opd.tasks.judge import Judge
-from opd.tasks.rewards import Reward
 from opd.text.chat import Chat
 
 _PROBES_PER_TEACHER = 2
 
 
 def run_checks(config: Config, studio: Studio, material: "Material") -> list[Finding]:
-    """Every start-up check, on the real weights: see `opd.guards.preflight`."""
+    """Every start-up check, on the real weights: see `opd.checks.findings`."""
     every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += notices(

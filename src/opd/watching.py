@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 
 from opd.config import GuardsConfig
-from opd.guards.watch import Alarm, Watch
-from opd.report.run_folder import RunFolder, read_metrics
+from opd.detectors.monitor import Alarm, Watch
+from opd.logging.run_folder import RunFolder, read_metrics
 
 _ALARMS = "alarms.jsonl"
 

@@ -4,15 +4,15 @@ A recipe is TOML; `key=value` pairs on the command line override it (`optimizer.
 name the nearest known key. Importing this package needs no torch.
 """
 
-from opd.config.checks import ChecksConfig
 from opd.config.cluster import ClusterConfig
-from opd.config.effects import changed, without_effect
+from opd.config.detectors import GuardsConfig
 from opd.config.episodes import EpisodesConfig
-from opd.config.guards import GuardsConfig
-from opd.config.moved import config_changes, moved_config
+from opd.config.format_checks import ChecksConfig
+from opd.config.no_effect import changed, without_effect
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
+from opd.config.resume import config_changes, moved_config
 from opd.config.teachers import ServedConfig, TeacherConfig
 from opd.config.tree import (
     AlignmentConfig,

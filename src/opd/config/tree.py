@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd.config.checks import ChecksConfig
+from opd.config.backends import require_mode_fits, require_served_fit
 from opd.config.cluster import ClusterConfig
+from opd.config.detectors import GuardsConfig
 from opd.config.episodes import EpisodesConfig
-from opd.config.guards import GuardsConfig
-from opd.config.modes import require_mode_fits, require_served_fit
+from opd.config.format_checks import ChecksConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
 from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
 from opd.config.teachers import ServedConfig, TeacherConfig

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from opd.data.seeds import generator_of
 from opd.records import Prompt
+from opd.seeds import generator_of
 
 
 class PromptStream:

@@ -195,7 +195,7 @@ class Engine:
             shutil.rmtree(adapter)
 
     def _merge(self, adapter: Path, place: Path) -> None:
-        from opd.embedded.export import write_merged  # torch and all that reads models: most engines do without
+        from opd.local.export import write_merged  # torch and all that reads models: most engines do without
 
         whose = self._plan.teachers[0] if self._plan.teachers else self._plan.name
         write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=whose)
@@ -333,8 +333,8 @@ class _Unanswered(RunError):
 def _kept(
     folder: Path, command: Sequence[str], stdout: int | IO[str], env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A command that ends with this process, and the folder with both (`opd.distributed.keeper`)."""
-    keeper = [sys.executable, "-m", "opd.distributed.keeper", str(folder), *command]
+    """A command that ends with this process, and the folder with both (`opd.distributed.supervisor`)."""
+    keeper = [sys.executable, "-m", "opd.distributed.supervisor", str(folder), *command]
     return subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, env=env)
 
 

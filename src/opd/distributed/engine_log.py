@@ -27,7 +27,7 @@ def lines_of(log: Path, began: int) -> list[str]:
 def reason(log: Path, began: int, code: int) -> str:
     """Why an engine ended: the last error that its log names, or else the signal that ended it, or the last thing it said.
 
-    code: as it was passed on by `opd.distributed.keeper`, one byte.
+    code: as it was passed on by `opd.distributed.supervisor`, one byte.
     """
     lines = lines_of(log, began)
     errors = [found[0] for line in lines if not _NO_REASON.search(line) and (found := _ERROR.search(line))]

@@ -19,7 +19,7 @@ from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState, Files
 from opd.distributed.node import enter
 from opd.errors import OpdError, RunError, one_line
-from opd.served.wire import Endpoint
+from opd.remote.client import Endpoint
 
 _AGAIN_S = 1.0
 _STOP_S = 5.0  # for an engine to end in order; what starts still is ended by its keeper
@@ -130,7 +130,7 @@ class Places:
 
 
 class StudentEngines:
-    """The engines that sample from the student (`opd.served.model.ServedModel`); they get its weights when they are asked for.
+    """The engines that sample from the student (`opd.remote.endpoints.ServedModel`); they get its weights when they are asked for.
 
     Adapters stand beside each other, so who began with an older one goes on with it. Whole weights take each other's place: whoever
     uses the engines is waited for, and who comes meanwhile waits.
@@ -210,7 +210,7 @@ class StudentEngines:
 
 
 class TeacherEngines:
-    """The engines of one teachers' model (`opd.served.model.ServedModel`)."""
+    """The engines of one teachers' model (`opd.remote.endpoints.ServedModel`)."""
 
     def __init__(self, plan: EnginePlan, places: Places, model: int, turns: "Turns") -> None:
         self._plan = plan
@@ -356,7 +356,7 @@ def _parallel(gpus: int, given: Sequence[str]) -> list[str]:
 def _one_rope(source: str, given: Sequence[str]) -> list[str]:
     """A server that takes sequences beyond the change of a 'longrope' uses the long factors for short ones too; ranks do not."""
     # not above: an actor that only watches a server imports this module, and needs no torch
-    from opd.embedded.architecture import rope_limit_of
+    from opd.models.architecture import rope_limit_of
 
     limit = rope_limit_of(source)
     if limit is None or any(arg.startswith("--max-model-len") for arg in given):

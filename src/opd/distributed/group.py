@@ -16,8 +16,8 @@ from opd.config import Config
 from opd.distributed.rank import Rank, RankFacts, Saved, Who
 from opd.errors import OpdError, RunError, one_line
 from opd.metrics import Metrics, merge
+from opd.objective import divisor
 from opd.records import Rollout, ScoredRollout
-from opd.signal import divisor
 
 
 class RankGroup:

@@ -26,11 +26,11 @@ from opd.batch import Batch, pack
 from opd.config import Config
 from opd.distributed.node import enter
 from opd.distributed.sharding import shard
-from opd.embedded.build import build
-from opd.embedded.export import export, export_files
-from opd.embedded.learner import EmbeddedLearner
-from opd.embedded.studio import EmbeddedStudio
 from opd.errors import RunError, one_line
+from opd.local.backend import EmbeddedStudio
+from opd.local.build import build
+from opd.local.export import export, export_files
+from opd.local.learner import EmbeddedLearner
 from opd.metrics import Metrics
 from opd.records import Rollout, ScoredRollout
 from opd.roles import Limit, Teacher, TeacherFacts

@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from opd.embedded.network import Network
+from opd.models.network import Network
 
 
 class ShardedWeights:
-    """How a network speaks once `shard` has spread it (`opd.embedded.network.Shards`)."""
+    """How a network speaks once `shard` has spread it (`opd.models.network.Shards`)."""
 
     def __init__(self, network: Network, mesh: DeviceMesh, trainable: list[nn.Parameter], *, tied: bool) -> None:
         self._network = network

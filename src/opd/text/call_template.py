@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from opd.errors import DataError
 from opd.records import Message
 from opd.text.encoding import Quotes
-from opd.text.symbols import opened_thinking
+from opd.text.special_tags import opened_thinking
 from opd.text.tool_calls import Syntax, parse_calls
 
 

@@ -17,7 +17,7 @@ from opd.errors import DataError
 from opd.records import Message, Prompt, Turn
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
-from opd.text.symbols import TAGS, thinking_opening
+from opd.text.special_tags import TAGS, thinking_opening
 from opd.text.template import apply_template, template_shows_tools, with_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.tokenizer import described_token

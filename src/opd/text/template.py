@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 
 from opd.errors import ModelError
 from opd.records import Message
-from opd.text.symbols import thinking_opening, without_thinking
+from opd.text.special_tags import thinking_opening, without_thinking
 from opd.text.tool_calls import tools_text
 
 _PROBE, _PROBE_QUESTION = "aXbYcZ", "dXeYfZ"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.errors import ModelError
-from opd.text.symbols import TAGS
+from opd.text.special_tags import TAGS
 from opd.text.template import REFUSALS, Frame, frame_of
 from opd.text.tokenizer import end_token_ids
 

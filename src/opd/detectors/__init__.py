@@ -1,0 +1,1 @@
+"""Detectors of reward hacking: their metrics, their state and their alarms."""

@@ -1,0 +1,1 @@
+"""Episodes: conversations with environments and tools, as rollouts."""

@@ -1,0 +1,138 @@
+"""Generated problems that need a tool: sums for a calculator, codes for a table. Each comes with its own solution."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from opd.config import EpisodesConfig, ToolTask
+from opd.episodes.arithmetic import calculate
+from opd.episodes.tools import Tool, ToolEnvironment
+from opd.errors import DataError
+from opd.records import Message, Prompt
+from opd.rewards.verifiers import exact
+from opd.text.chat import user_message
+
+_WORDS = """
+apple anchor arrow badge basin beach bell bird board boat book bottle branch bread brick bridge brush bucket
+button cabin cable camel candle canyon carpet castle chain chair cherry circle cliff clock cloud coast coffee
+compass copper corner cotton cradle crown dagger desert diamond dragon drum eagle engine falcon feather fence
+field flag flame flute forest fountain garden ginger glass globe glove grape hammer harbor hat hill honey
+horse island ivory jacket jungle kettle key kite ladder lake lamp leaf lemon lion magnet maple marble meadow
+melon mirror moon mountain needle ocean olive onion orange orchard otter owl palace paper pearl pencil pepper
+piano pilot planet pond pumpkin rabbit raven river rocket rope saddle salt sand shell shield ship silver snow
+spider spoon star stone storm sugar table temple thunder tiger tower train tulip turtle valley violin wagon
+walnut whale wheel willow window wolf
+"""
+_KEYS = tuple(_WORDS.split())
+_DRAWS_PER_PROBLEM = 50
+
+_CALCULATOR_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"expression": {"type": "string"}},
+    "required": ["expression"],
+    "additionalProperties": False,
+}
+_LOOKUP_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"key": {"type": "string"}},
+    "required": ["key"],
+    "additionalProperties": False,
+}
+
+
+def _calculator(problem: Mapping[str, Any]) -> Tool:
+    return Tool("calculator", "Evaluate arithmetic.", _CALCULATOR_SCHEMA, calculate)
+
+
+def _lookup(problem: Mapping[str, Any]) -> Tool:
+    table = problem.get("table", {})
+
+    def find(key: str) -> str:
+        if key not in table:
+            raise ValueError(f"no entry {key[:40]!a}")
+        return table[key]
+
+    return Tool("lookup", "Find a code in the table.", _LOOKUP_SCHEMA, find)
+
+
+def _draw_sum(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
+    """(question, answer, what the tool is to be asked)."""
+    numbers = [draw.randint(11, 99) for _ in range(3)]
+    first, second = draw.choice(("*", "+", "-")), draw.choice(("+", "-"))
+    text = f"{numbers[0]} {first} {numbers[1]} {second} {numbers[2]}"
+    return f"What is {text}?", calculate(text), {"arguments": {"expression": text}}
+
+
+def _draw_code(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
+    """A code that no two problems share, so that it cannot be learnt by heart."""
+    keys = draw.sample(_KEYS, 4)
+    codes = [str(draw.randint(1000, 9999)) for _ in keys]
+    table = dict(zip(keys, codes, strict=True))
+    return f"What is the code of {keys[0]}?", codes[0], {"table": table, "arguments": {"key": keys[0]}}
+
+
+_TOOLS: Mapping[str, Callable[[Mapping[str, Any]], Tool]] = {"calculator": _calculator, "lookup": _lookup}
+_DRAWS = {"calculator": _draw_sum, "lookup": _draw_code}
+
+
+class ToolProblems:
+    """A task of generated problems, each of which its one tool solves; held-out problems are never trained on."""
+
+    def __init__(self, name: str, config: ToolTask, limits: EpisodesConfig) -> None:
+        self.name = name
+        self._config = config
+        self._limits = limits
+        self._splits: dict[str, list[Prompt]] = {}
+
+    def prompts(self, split: str) -> list[Prompt]:
+        if not self._splits:
+            self._splits = self._draw()
+        return self._splits[split]
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        """1 for the answer alone behind the response's thoughts, white space around it apart."""
+        return exact(response, prompt.answer or "")
+
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return self.reward(prompt, response)
+
+    def environment(self, prompt: Prompt) -> ToolEnvironment:
+        tool = _TOOLS[self._config.problems](prompt.meta)
+        return ToolEnvironment([tool], lambda response: self.reward(prompt, response), self._limits)
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        """The student's next turn as it should be: the call, then what the tool found."""
+        if messages[-1]["role"] == "tool":
+            return messages[-1]["content"]
+        name = _TOOLS[self._config.problems](prompt.meta).name
+        return "<tool_call>" + json.dumps({"name": name, "arguments": prompt.meta["arguments"]}) + "</tool_call>"
+
+    def _draw(self) -> dict[str, list[Prompt]]:
+        config = self._config
+        wanted = config.held_out_size + config.size
+        draw = random.Random(f"{config.problems}:{config.seed}")
+        found: dict[tuple[str, str], Prompt] = {}
+        for index in range(_DRAWS_PER_PROBLEM * wanted):
+            question, answer, meta = _DRAWS[config.problems](draw)
+            found.setdefault(
+                (question, answer),
+                Prompt(
+                    id=f"{self.name}:{index}",
+                    messages=user_message(question),
+                    teacher=config.teacher,
+                    task=self.name,
+                    answer=answer,
+                    meta=MappingProxyType(dict(meta)),
+                    tools=(_TOOLS[config.problems](meta).schema,),
+                ),
+            )
+            if len(found) == wanted:
+                break
+        else:
+            raise DataError(
+                f"tasks.{self.name}: there are no {wanted} distinct problems; lower size + held_out_size ({len(found)} found)"
+            )
+        prompts = list(found.values())
+        return {"held_out": prompts[: config.held_out_size], "train": prompts[config.held_out_size :]}

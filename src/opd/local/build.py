@@ -1,0 +1,324 @@
+"""From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
+from opd.episodes.player import MakeEnvironment, one_turn
+from opd.errors import ModelError
+from opd.local.backend import EmbeddedStudio
+from opd.local.cross_tokenizer import ForeignVoice
+from opd.local.sampler import chat_of
+from opd.local.teacher import Part, Target, Voice
+from opd.models.loading import add_adapter, add_student_adapter, load_network
+from opd.models.network import Network
+from opd.remote.client import Wire
+from opd.remote.discovery import connect_all
+from opd.remote.teacher import ServedTeacher, identities_of
+from opd.roles import INITIAL_STUDENT, OtherTemplate
+from opd.text.shared_vocabulary import common_cells
+from opd.text.student_text import Writer
+from opd.text.teacher_prompt import OwnPrompt, different_renderings, same_template
+from opd.text.teacher_text import Reader
+from opd.text.template import clock_of, freeze
+from opd.text.tokenizer import described_token, difference, fingerprint, ids_without_rows
+from opd.text.turn_end import turn_end
+
+_INITIAL = "student"  # objective.reference: the student as it was before the first step
+
+
+def prepare(compute: ComputeConfig) -> None:
+    """Process-wide settings of torch."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+
+
+def build(config: Config, make_environment: MakeEnvironment = one_turn, *, served: bool = True) -> EmbeddedStudio:
+    """Load the student and every teacher, each set of weights once; without `served` those behind servers are left out.
+
+    Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
+    student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
+    """
+    config = config.started()
+    network = _student(config)
+    lora = config.trainable == "lora"
+    loaded: dict[str, Network] = {config.student: network} if lora else {}
+    voices: dict[str, Voice] = {}
+    for index, (name, teacher) in enumerate(config.teachers.items()):
+        if teacher.weights is not None or teacher.served:
+            continue
+        source = teacher.model or config.student
+        if source not in loaded:
+            loaded[source] = _load(source, config)
+        home = loaded[source]
+        # A name of our own: peft refuses some, and a teacher may be called "student".
+        adapter = f"teacher{index}" if teacher.adapter is not None else None
+        if teacher.adapter is not None and adapter is not None:
+            add_adapter(home, teacher.adapter, teacher=name, name=adapter)
+        voices[name] = Voice(home, adapter)
+    if config.objective.reference == _INITIAL:
+        if config.student not in loaded:
+            loaded[config.student] = _load(config.student, config)
+        # A fresh adapter changes nothing before the first step: its base is the student as it was.
+        if config.lora.start is not None:
+            add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
+        voices[INITIAL_STUDENT] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
+    foreign = _foreign(config, network, voices)
+    voices |= _shown_own_prompts(config, network, {n: v for n, v in voices.items() if n not in foreign})
+    own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
+    vocab_size = min(n.vocab_size for n in own)
+    narrowest = min(own, key=lambda n: n.vocab_size)
+    _require_rows(network, vocab_size, narrowest.source)
+    for net in own:
+        net.vocab_size = vocab_size
+    connected = _connected(config, network.tokenizer) if served else {}
+    identities = _identities(config, network, voices, foreign, connected)
+    apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.served}
+    targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
+    followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
+    return EmbeddedStudio(
+        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, connected, identities,
+        vocab_size, make_environment, _other_templates(config, network, voices, foreign),
+    )  # fmt: skip
+
+
+def _connected(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
+    """The teachers behind servers; whoever closes one closes the connections of all."""
+    if not any(teacher.url for teacher in config.teachers.values()):
+        return {}
+    wire = Wire(config.served)
+    try:
+        return connect_all(config, tokenizer, wire)
+    except BaseException:
+        wire.close()
+        raise
+
+
+def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:
+    """What a teacher key stands for: one voice, or several whose weights sum to one."""
+    weights = config.teachers[name].weights or {name: 1.0}
+    total = sum(weights.values())
+    return tuple(Part(part, voices[part], weight / total) for part, weight in weights.items())
+
+
+def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -> Target:
+    """lambda log q + (1 - lambda) log pi_ref: with lambda above 1 away from the reference, past the teacher."""
+    share, reference = config.objective.extrapolation, config.objective.reference
+    if reference is None:
+        return target
+    name = INITIAL_STUDENT if reference == _INITIAL else reference
+    scaled = tuple(replace(part, weight=share * part.weight) for part in target)
+    return (*scaled, Part(name, voices[name], 1.0 - share))
+
+
+def _load(source: str, config: Config | SftConfig) -> Network:
+    """A model, whose chat template reads the run's clock."""
+    network = load_network(source, config.compute)
+    if config.template_time is not None:
+        freeze(network.tokenizer, config.template_time)
+    return network
+
+
+def build_student(config: SftConfig) -> Voice:
+    """A student to fine-tune, without teachers."""
+    network = _student(config.started())
+    _require_rows(network, network.vocab_size, network.source)
+    return Voice(network, "student" if config.trainable == "lora" else None)
+
+
+def _student(config: Config | SftConfig) -> Network:
+    """What is to be trained, as it trains."""
+    prepare(config.compute)
+    network = _load(config.student, config)
+    if config.trainable == "lora":
+        add_student_adapter(network, config.lora, seed=config.seed)
+    if config.compute.activation_checkpointing:
+        network.checkpoint_layers()
+    return network
+
+
+def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, ForeignVoice]:
+    """The teachers that have another tokenizer. Raises ModelError where the recipe asks for what only one tokenizer gives."""
+    found: dict[str, ForeignVoice] = {}
+    writer = None
+    for name, voice in voices.items():
+        network = voice.network
+        what = _other_tokens(config, name, student, network)
+        if what is None:
+            continue
+        _require_text_alone(config, name, what)
+        writer = writer or Writer(
+            student.tokenizer, generation_config=student.base.generation_config, vocab_size=student.vocab_size
+        )
+        reader = Reader(
+            network.tokenizer,
+            name=name,
+            generation_config=network.base.generation_config,
+            vocab_size=network.vocab_size,
+        )
+        mask = config.alignment.non_canonical == "mask"
+        _require_rows(network, network.vocab_size, network.source, reader.end_ids)
+        floor = config.objective.teacher_logprob_floor
+        cells = None
+        if config.objective.type == "support":
+            tags = reader.counterparts(writer.table)
+            cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
+        found[name] = ForeignVoice(
+            network, voice.adapter, reader, writer, floor,
+            mask_non_canonical=mask,
+            cells=cells,
+            own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
+        )  # fmt: skip
+    if not found and config.alignment != AlignmentConfig():
+        raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
+    return found
+
+
+def _other_tokens(config: Config, name: str, student: Network, network: Network) -> str | None:
+    """Why a teacher can only be compared by text: another tokenizer, or another token that ends a turn; None where neither."""
+    if network is student:
+        return None
+    gap = difference(student.tokenizer, network.tokenizer)
+    if gap is not None:
+        return f"'{network.source}' has another tokenizer than '{student.source}' ({gap})"
+    if not _reads_own_prompts(config, name, student, network):
+        return None
+    ours, theirs = (
+        turn_end(n.tokenizer, n.base.generation_config, who=f"model '{n.source}'") for n in (student, network)
+    )
+    if theirs.written in ours.ids:
+        return None
+    ends = [student.tokenizer.convert_ids_to_tokens(end.written) for end in (theirs, ours)]
+    return (
+        f"'{network.source}' ends a turn with {ends[0]!r} and '{student.source}' with {ends[1]!r} (teachers.{name}.template = "
+        "'student' would ask it in the student's template)"
+    )
+
+
+def _reads_own_prompts(config: Config, name: str, student: Network, network: Network) -> bool:
+    """Whether a teacher of the student's vocabulary is shown conversations in a chat template of its own."""
+    return (
+        name in config.teachers
+        and config.teachers[name].template == "own"
+        and bool(network.tokenizer.chat_template)  # a model without one has no prompt of its own
+        and not same_template(student.tokenizer, network.tokenizer)
+    )
+
+
+def _shown_own_prompts(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, Voice]:
+    """Those of the voices that read the student's tokens behind prompts of their own."""
+    return {
+        name: replace(voice, prompts=OwnPrompt(chat_of(voice.network), chat_of(student), name=name))
+        for name, voice in voices.items()
+        if voice.network is not student and _reads_own_prompts(config, name, student, voice.network)
+    }
+
+
+def _other_templates(
+    config: Config, student: Network, voices: Mapping[str, Voice], foreign: Mapping[str, ForeignVoice]
+) -> dict[str, OtherTemplate]:
+    """The teachers of the student's vocabulary that render a conversation otherwise than the student."""
+    found = {}
+    for name, voice in voices.items():
+        if name in foreign or name not in config.teachers:
+            continue
+        apart = different_renderings(student.tokenizer, voice.network.tokenizer)
+        if apart is not None:
+            none = "" if voice.network.tokenizer.chat_template else "it has none"
+            found[name] = OtherTemplate(voice.prompts is not None, apart.student, apart.teacher, unknown=none)
+    return found
+
+
+def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] | None = None) -> None:
+    """Note where a tokenizer has ids for which a model, `source`, has no rows. Raises ModelError where a turn would end with one;
+    that no prompt needs one is checked with the prompts.
+
+    ends: the ids that end a turn, where they are not the network's own.
+    """
+    beyond = ids_without_rows(network.tokenizer, rows)
+    if not beyond:
+        return
+    if ends is None:
+        ends = turn_end(network.tokenizer, network.base.generation_config, who=f"model '{network.source}'").ids
+    first = described_token(network.tokenizer, beyond[0])
+    said = (
+        f"the tokenizer of '{network.source}' has {len(beyond)} ids beyond the {rows} rows of '{source}', first {first}"
+    )
+    unreachable = [index for index in ends if index >= rows]
+    if unreachable:
+        raise ModelError(
+            f"{said}; its turns end with {described_token(network.tokenizer, unreachable[0])}, which could never be sampled: name "
+            "another end token (eos_token in tokenizer_config.json, eos_token_id in generation_config.json), or give the model a "
+            "row for it (transformers: resize_token_embeddings)"
+        )
+    note = f"{said}; they are never sampled, and a text that needs one is refused"
+    network.notes += [note] if note not in network.notes else []
+
+
+def _require_text_alone(config: Config, name: str, what: str) -> None:
+    """A teacher of another tokenizer says how probable a text is, not which of the student's tokens comes next."""
+    objective = config.objective
+    if objective.tail_residual:
+        raise ModelError(
+            f"teacher '{name}': {what}, and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
+        )
+    if objective.type == "support" and config.mask.format_errors != "off":
+        raise ModelError(
+            f"teacher '{name}': {what}, so part of type = 'support' is a sampled log ratio without a baseline, and "
+            "mask.format_errors would reward errors; leave it at 'off', or write objective.type = 'immediate' with "
+            "baseline = 'leave_one_out'"
+        )
+    if objective.needs_distributions and objective.type != "support":
+        raise ModelError(
+            f"teacher '{name}': {what}, and the objective needs its distribution over the student's tokens (type = "
+            f"'{objective.type}', baseline = '{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with "
+            "baseline = 'none' or 'leave_one_out', which follow the text in chunks, or 'support', which also compares what the two "
+            "vocabularies have in common"
+        )
+    if objective.reference == name or objective.extrapolation != 1.0:
+        raise ModelError(f"teacher '{name}': {what}, so objective.extrapolation has no common tokens; leave it at 1.0")
+    for mixture, teacher in config.teachers.items():
+        if name in (teacher.weights or ()):
+            raise ModelError(
+                f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
+                "token by token"
+            )
+
+
+def _identities(
+    config: Config,
+    student: Network,
+    voices: Mapping[str, Voice],
+    foreign: Mapping[str, ForeignVoice],
+    served: Mapping[str, ServedTeacher],
+) -> dict[str, str]:
+    """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
+    named = {f"teacher '{name}'": _identity(config, name, voice) for name, voice in voices.items()}
+    named |= identities_of(served)
+    named["the student's tokenizer"] = fingerprint(student.tokenizer)
+    for name, voice in voices.items():
+        if name in foreign or voice.prompts is not None:
+            tokenizer, clock = voice.network.tokenizer, clock_of(voice.network.tokenizer)
+            named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
+    if config.trainable == "lora":
+        named["the student's base"] = student.fingerprint()
+    return named
+
+
+def _identity(config: Config, name: str, voice: Voice) -> str:
+    """What makes this teacher this teacher: its base's weights and its adapter's file."""
+    adapter = config.lora.start if name == INITIAL_STUDENT else config.teachers[name].adapter
+    base = voice.network.fingerprint()
+    if adapter is None:
+        return base
+    digest = hashlib.sha256()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        path = Path(adapter) / file
+        if path.exists():
+            digest.update(path.read_bytes())
+    return f"{base}+{digest.hexdigest()[:32]}"

@@ -1,0 +1,90 @@
+"""Writing a student: a standard PEFT adapter, or a whole Hugging Face folder."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opd.config import ComputeConfig
+from opd.local.teacher import Voice
+from opd.models.loading import add_adapter, load_network, quiet, save_adapter_facts
+
+
+def export(voice: Voice, folder: Path, *, dtype: str = "float32", weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder with its tokenizer.
+
+    weights: those that train by name, where the model itself holds only a part of them.
+    """
+    network = voice.network
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        if voice.adapter is None:
+            kept = None if weights is None else {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
+            model = network.base if weights is not None else network.base.to(getattr(torch, dtype))  # type: ignore[call-arg]  # a decorator hides its signature
+            with quiet():
+                model.save_pretrained(staging, state_dict=kept)
+            network.tokenizer.save_pretrained(staging)
+        else:
+            assert isinstance(network.model, PeftModel)
+            # peft puts an adapter of this name into a folder of this name
+            network.model.save_pretrained(
+                str(staging),
+                selected_adapters=[voice.adapter],
+                save_embedding_layers=False,
+                state_dict=None if weights is None else dict(weights),
+            )
+            for file in (staging / voice.adapter).iterdir():
+                file.rename(staging / file.name)
+            (staging / voice.adapter).rmdir()
+            (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
+            _sort_lists(staging / "adapter_config.json")
+            save_adapter_facts(staging, network)
+        _cast(staging, getattr(torch, dtype))
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors writes files for their owner alone
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def export_files(voice: Voice, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The same as the contents of the folder's files."""
+    with tempfile.TemporaryDirectory(prefix="opd-export-") as place:
+        export(voice, Path(place) / "student", weights=weights)
+        return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
+
+
+def write_merged(base: str, adapter: Path, folder: Path, *, dtype: str, whose: str) -> None:
+    """Write a base with an adapter in its weights, its tokenizer beside it. whose: in errors, a teacher's name.
+
+    dtype: that in which it will be computed; adding to weights of less precision would round the adapter away. Raises ModelError
+    where the two do not fit.
+    """
+    network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
+    add_adapter(network, str(adapter), teacher=whose, name="merged")
+    assert isinstance(network.model, PeftModel)
+    with quiet():
+        network.model.merge_and_unload().save_pretrained(folder)
+    network.tokenizer.save_pretrained(folder)
+
+
+def _sort_lists(path: Path) -> None:
+    """Write a JSON file's lists in order: peft keeps them as sets, whose order changes from process to process."""
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in plain.items()}
+    path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "adapter_model.safetensors"
+    if path.exists():
+        tensors: dict[str, Tensor] = {name: t.to(dtype).contiguous() for name, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,234 @@
+"""The learner in process: the student's trainable weights, their gradient and their optimizer."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd.batch import Batch
+from opd.checkpoint import write_tensors
+from opd.config import ObjectiveConfig, OptimizerConfig
+from opd.errors import RunError, ScoreError
+from opd.local.loss_terms import (
+    Pass,
+    agreement_metrics,
+    integrated_term,
+    policy_term,
+    student_scores,
+    vocabulary_settings,
+)
+from opd.metrics import Max, Metrics, Sum, mean_of, merge
+from opd.models.micro_batches import micro_batches
+from opd.models.network import Network
+from opd.objective import divisor
+from opd.objectives.vocabulary import TeacherHead
+
+_TENSORS = "tensors.safetensors"
+
+
+class EmbeddedLearner:
+    """Minimises a divergence over the vocabulary, a policy-gradient loss over `batch.advantages`, or their sum.
+
+    Any split of a batch into packed passes gives the same gradient: denominators are those of the whole batch.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        adapter: str | None,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        steps: int,
+        heads: Mapping[str, TeacherHead],
+        temperature: float,
+        max_tokens: int,
+    ) -> None:
+        self._network = network
+        self._adapter = adapter
+        self._objective = objective
+        self._config = optimizer
+        self._steps = steps
+        self._heads = dict(heads)
+        self._how = vocabulary_settings(objective, temperature=temperature)
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._num_updates = 0
+        network.activate(adapter, trainable=True)
+        self._parameters = {n: p for n, p in network.model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    @torch.no_grad()
+    def score_student(self, batch: Batch) -> Batch:
+        """The batch with `student_logprobs` and, where teachers gave distributions, `reverse_kl` and the baseline b*."""
+        wanted = self._objective.baseline == "score_weighted"
+        columns: dict[str, Tensor] = {}
+        for given in self.passes(batch):
+            for name, column in student_scores(given, self._how, score_weighted=wanted).items():
+                columns.setdefault(name, column.new_zeros(len(batch.token_ids)))[given.flat] = column
+        return replace(batch, **columns)
+
+    @torch.no_grad()
+    def distances(self, batch: Batch) -> Metrics:
+        """kl/token/TEACHER/mean and student/topk_overlap/TEACHER/mean of each teacher, and more."""
+        found = merge([agreement_metrics(g, self._how) for g in self.passes(batch)])
+        kl = self.score_student(batch).reverse_kl
+        assert kl is not None
+        owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
+        compared = batch.scored if batch.compared is None else batch.scored & batch.compared
+        for teacher in dict.fromkeys(batch.teachers):
+            mine = torch.tensor([name == teacher for name in batch.teachers])[owners] & compared
+            found[f"kl/token/{teacher}/mean"] = mean_of(kl[mine].tolist())
+        return found
+
+    def stand_by(self) -> None:
+        """Make the passes that other ranks of a sharded network make, without a batch of one's own."""
+        self._network.activate(self._adapter, trainable=True)
+        for _ in self._network.rounds([]):
+            raise AssertionError("a pass out of nothing")
+
+    def forward_backward(self, batch: Batch, *, shared: float | None = None) -> Metrics:
+        """Add the gradient of the whole batch's loss, pass by pass. shared: the divisor of the batch that it is a part of."""
+        shared = divisor(self._objective, batch) if shared is None else shared
+        found = []
+        for given in self.passes(batch, batch.used):
+            loss, metrics = self.loss_of(given, divisor=shared)
+            loss.backward()
+            found.append(metrics | {"loss/total/sum": Sum(float(loss.detach()))})
+        return merge(found)
+
+    def passes(self, batch: Batch, actions: Tensor | None = None) -> Iterator[Pass]:
+        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off. actions
+        [tokens]: those that the passes are for, all unless they are given."""
+        self._network.activate(self._adapter, trainable=True)
+        sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        wanted = batch.loss_mask if actions is None else actions
+        masks = [wanted[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        for micro in self._network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
+            yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
+
+    def loss_of(self, given: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
+        """The part of the batch's loss that falls on one pass, divided by the whole batch's `divisor`, and its metrics."""
+        loss = given.hidden.sum() * 0.0
+        metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(given.micro.tree))}
+        if self._objective.integrated:
+            term, more = integrated_term(given, self._how, divisor=divisor, coef=self._objective.coef)
+            loss, metrics = loss + term, metrics | more
+        if given.batch.advantages is not None:
+            term, more = policy_term(given, self._objective, temperature=self._temperature, divisor=divisor)
+            loss, metrics = loss + term, metrics | more
+        if not torch.isfinite(loss):
+            raise ScoreError(
+                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(given)}; the weights were left as they are. "
+                "Check the student's and the teachers' weights (opd check)"
+            )
+        return loss, metrics
+
+    def optim_step(self) -> Metrics:
+        """Clip the gradient, step, advance the schedule, clear the gradient."""
+        parameters = list(self._parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise ScoreError(
+                f"update {self._num_updates}: the gradient's norm is {float(norm)}; the weights were left as they are. "
+                "Begin a new run with a lower optimizer.lr, or with compute.dtype = 'float32'"
+            )
+        lr = learning_rate(self._config, self._num_updates, self._steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_updates += 1
+        return {"optim/grad_norm/mean": mean_of([float(norm)]), "optim/lr/max": Max(lr)}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trainable weights by name, as they are in memory (not a copy)."""
+        return self._parameters
+
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Write the trainable weights and the optimizer's moments into a folder; returns the plain values that go with them."""
+        tensors, values = self.state()
+        write_tensors(tensors, folder / _TENSORS)
+        return values
+
+    def load(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        self.load_state(load_file(folder / _TENSORS), values)
+
+    def state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """(tensors, plain values) from which `load_state` continues bit for bit."""
+        tensors = {f"student/{name}": p.detach() for name, p in self._parameters.items()}
+        for name, p in self._parameters.items():
+            for key, value in self._optimizer.state.get(p, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value.detach()
+        return tensors, {"num_updates": self._num_updates}
+
+    def blank_state(self, *, with_moments: bool) -> dict[str, Tensor]:
+        """Tensors of the shapes of `state`, to be read into; without moments as before the first update."""
+        tensors = {f"student/{name}": torch.empty_like(p.detach()) for name, p in self._parameters.items()}
+        for name, p in self._parameters.items() if with_moments else ():
+            tensors[f"optimizer/{name}/step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer/{name}/{key}"] = torch.empty_like(p.detach())
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Raises RunError where the tensors are not those of the weights that train."""
+        _require_same_weights({f"student/{name}": p for name, p in self._parameters.items()}, tensors)
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                p.copy_(tensors[f"student/{name}"])
+        for name, p in self._parameters.items():
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{name}/{k}" in tensors]
+            saved = {k: tensors[f"optimizer/{name}/{k}"].clone() for k in keys}
+            # AdamW keeps its count on the CPU and the moments beside the parameter.
+            self._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in saved.items()}
+        self._num_updates = int(values["num_updates"])
+
+    def _head(self) -> Tensor:
+        """The student's head over the vocabulary that it shares with its teachers."""
+        head = self._network.head_weight()
+        sizes = [len(h.rows) for h in self._heads.values() if h.cells is None]
+        return head[: min([len(head), *sizes])]
+
+
+def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise RunError where a checkpoint holds other weights than those that train, by name or by shape."""
+    extra = {name for name in found if name.startswith("student/")} - wanted.keys()
+    odd = sorted(extra | {n for n, p in wanted.items() if n not in found or found[n].shape != p.shape})
+    if odd:
+        raise RunError(
+            f"the checkpoint is of another student: {len(odd)} weights differ in name or shape from the {len(wanted)} that train, "
+            f"first '{odd[0].removeprefix('student/')}'; resume with the model, transformers and peft that wrote it"
+        )
+
+
+def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:
+    """The rate of update 0, 1, ...: a linear warm-up to `lr`, then the schedule down to `final_lr_share * lr`.
+
+    The last of `steps` updates still moves: the schedule would reach its end one update later.
+    """
+    if update < config.warmup_steps:
+        return config.lr * (update + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (update - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
+
+
+def _names(given: Pass) -> str:
+    names = [f"'{given.batch.rollout_ids[m]}'" for m in given.micro.members]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,185 @@
+"""Sampling from the student in process: packed prompts, then rows that grow by a token a pass, end, and make room."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.config import EpisodesConfig
+from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
+from opd.models.kv_cache import RowPlan
+from opd.models.network import Network
+from opd.objectives.draw import invert
+from opd.records import Finish, Prompt, Rollout
+from opd.roles import Seed
+from opd.seeds import generator_of
+from opd.text.chat import Chat
+
+_REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
+
+
+class EmbeddedSampler:
+    """Samples from the full distribution softmax(logits / temperature) of one adapter of a network.
+
+    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, whatever else is sampled
+    beside it, so splitting a batch changes nothing but rounding.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        adapter: str | None,
+        temperature: float,
+        max_new_tokens: int,
+        max_rows: int,
+        max_tokens: int,
+        player: EpisodePlayer,
+    ) -> None:
+        self._network = network
+        self._adapter = adapter
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._max_rows = max_rows
+        self._max_tokens = max_tokens
+        self._player = player
+        self._version = 0
+
+    def load_weights(self, weights: Any, *, policy_version: int) -> None:
+        """The learner trains the very weights that this sampler reads; only the version moves."""
+        self._version = policy_version
+
+    def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
+        rows = numbered(prompts, num_samples)
+        draws: dict[int, Tensor] = {}
+
+        def take_turns(episodes: Sequence[Episode]) -> list[Taken]:
+            turn = episodes[0].turn  # episodes go in step
+            if turn not in draws:
+                draws.clear()
+                own = seed if turn == 0 else (*seed, "turn", turn)
+                draws[turn] = uniforms(own, len(rows), self._max_new_tokens)
+            return self._take_turns(episodes, draws[turn])
+
+        with self._network.merged(self._adapter):
+            return self._player.play(rows, take_turns, version=self._version)
+
+    def _take_turns(self, episodes: Sequence[Episode], draws: Tensor) -> list[Taken]:
+        """One turn of each episode, as many tokens as its limit and the student's context allow."""
+        limit = self._network.max_context
+        room = [
+            self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(e.token_ids))
+            for e in episodes
+        ]
+        taken = [Taken([], [], "context")] * len(episodes)
+        fits = [i for i, left in enumerate(room) if left > 0]
+        mine = draws[[episodes[i].row for i in fits]]
+        grown = self._grow([episodes[i].token_ids for i in fits], mine, [room[i] for i in fits])
+        for i, row in zip(fits, grown, strict=True):
+            assert row.finish is not None
+            cut = row.finish == "length" and room[i] < self._max_new_tokens
+            taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
+        return taken
+
+    @torch.no_grad()
+    def _grow(self, prompts: Sequence[list[int]], draws: Tensor, room: Sequence[int]) -> list["_Response"]:
+        """Extend every prompt until its turn ends or its `room`, a number of tokens, is used up.
+
+        Samples that share all tokens so far (a group, at first) share one row; a row is copied where they part. When responses
+        end, the prompts that wait take their places.
+        """
+        responses = [_Response() for _ in prompts]
+        waiting = list(range(len(prompts)))[::-1]
+        rows, samples = RowPlan(self._network.device), list[list[int]]()  # the samples that each row stands for
+        hidden = torch.empty(0)
+        while waiting or samples:
+            free = self._max_rows - sum(map(len, samples))
+            if waiting and (not samples or free >= _REFILL * self._max_rows):
+                begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                found, sharing = self._begin(begun, prompts, rows)
+                hidden = found if not samples else torch.cat([hidden, found])
+                samples += sharing
+            owners = [row for row, members in enumerate(samples) for _ in members]
+            drawn = [sample for members in samples for sample in members]
+            places = [len(responses[sample].tokens) for sample in drawn]
+            tokens, logprobs = self._draw(hidden, owners, draws[drawn, places])
+            for sample, token, logprob in zip(drawn, tokens, logprobs, strict=True):
+                responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
+            inputs = _part(rows, samples, responses)
+            if samples:
+                hidden = self._network.extend_rows(inputs, rows)
+        return responses
+
+    def _begin(
+        self, begun: Sequence[int], prompts: Sequence[list[int]], rows: RowPlan
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Rows for the samples that begin: (the hidden states after their prompts, the samples of each new row)."""
+        sharing: dict[tuple[int, ...], list[int]] = {}
+        for sample in begun:
+            sharing.setdefault(tuple(prompts[sample]), []).append(sample)
+        hidden = self._network.begin_rows(list(sharing), rows, max_tokens=self._max_tokens)
+        return hidden, list(sharing.values())
+
+    def _draw(self, hidden: Tensor, owners: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
+        """One token a sample from its row's distribution, and its log-probability."""
+        logits = self._network.logits(hidden).float() / self._temperature
+        return invert(logits, torch.tensor(owners), draws)
+
+
+def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
+    """Plays episodes in a network's own template; the template's end of turn and its declared end tokens end a turn."""
+    chat = chat_of(network)
+    return EpisodePlayer(chat, limits, end_ids=chat.end.ids, make_environment=make_environment)
+
+
+def chat_of(network: Network) -> Chat:
+    """How a network's tokenizer writes conversations, for all who read it."""
+    return Chat(network.tokenizer, rows=network.vocab_size, generation_config=network.base.generation_config)
+
+
+def uniforms(seed: Seed, rows: int, tokens: int) -> Tensor:
+    """The random numbers of one call, [rows, tokens] float64 in [0, 1)."""
+    return torch.rand(rows, tokens, dtype=torch.float64, generator=generator_of(*seed))
+
+
+@dataclass
+class _Response:
+    """A response while it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def append(self, token: int, logprob: float, *, ends: Container[int], limit: int) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in ends:
+            self.finish = "end"
+        elif len(self.tokens) == limit:
+            self.finish = "length"
+
+
+def _part(rows: RowPlan, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
+    """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
+    inputs: list[int] = []
+    for row in range(len(samples)):
+        by_token: dict[int, list[int]] = {}
+        for sample in samples[row]:
+            if responses[sample].finish is None:
+                by_token.setdefault(responses[sample].tokens[-1], []).append(sample)
+        groups = list(by_token.items()) or [(-1, [])]
+        inputs.insert(row, groups[0][0])
+        samples[row] = groups[0][1]
+        for token, members in groups[1:]:
+            rows.copy(row)
+            samples.append(members)
+            inputs.append(token)
+    for row in reversed(range(len(samples))):
+        if not samples[row]:
+            rows.drop(row)
+            samples[row], inputs[row] = samples[-1], inputs[-1]
+            samples.pop()
+            inputs.pop()
+    return inputs

@@ -1,0 +1,98 @@
+"""A short imitation of the teachers before the first step, for a student that is far from them.
+
+On its own states a student that cannot yet take a turn is told little by its teachers: what they say of its attempts is that
+they are none. Some steps on what the teachers themselves do put it where on-policy distillation works.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+from opd.config import ObjectiveConfig, OptimizerConfig
+from opd.data.stream import PromptStream
+from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
+from opd.errors import DataError
+from opd.local.backend import EmbeddedStudio
+from opd.local.learner import EmbeddedLearner
+from opd.local.sampler import chat_of, episode_player
+from opd.local.sft_batch import imitation_batch
+from opd.metrics import values
+from opd.records import Prompt, Rollout
+from opd.seeds import generator_of
+from opd.text.chat import Chat
+
+
+def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
+    """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
+    `sampling.prompts_per_step`; says the loss of each step and what was left out.
+
+    Prompts that the teacher's template refuses, and episodes that failed or are longer than the student's context, are not learnt
+    from, nor, of a teacher with another tokenizer or
+    template, responses that were cut or that are nothing but an end: rewritten, they would seem to end where they were cut.
+    """
+    config = studio.config
+    rate = config.warmup.lr or config.optimizer.lr
+    learner = EmbeddedLearner(
+        studio.student.network,
+        adapter=studio.student.adapter,
+        objective=ObjectiveConfig(type="immediate", normalizer="token"),
+        optimizer=OptimizerConfig(lr=rate, schedule="constant", warmup_steps=min(3, config.warmup.steps - 1)),
+        steps=config.warmup.steps,
+        heads={},
+        temperature=config.temperature,
+        max_tokens=config.compute.max_tokens,
+    )
+    weights = {name: task.weight for name, task in config.tasks.items()}
+    seed = generator_of(config.seed, "warm-up").initial_seed()  # prompts in another order than training will have them
+    stream = PromptStream(prompts, weights, seed=seed)
+    for step in range(1, config.warmup.steps + 1):
+        chosen = stream.next(config.sampling.prompts_per_step)
+        rollouts = _shown(studio, chosen, step)
+        missing = len(chosen) - sum(r.part == 0 for r in rollouts)
+        left_out = f", {missing} responses left out" if missing else ""
+        if not rollouts:
+            say(f"warm-up {step}/{config.warmup.steps}: nothing to learn from{left_out}")
+            continue
+        metrics = learner.forward_backward(imitation_batch(rollouts)) | learner.optim_step()
+        say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
+
+
+def _shown(studio: EmbeddedStudio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
+    found: list[Rollout] = []
+    limit = studio.student.network.max_context
+    for teacher in dict.fromkeys(p.teacher for p in prompts):
+        mine = [p for p in prompts if p.teacher == teacher]
+        seed = (studio.config.seed, "warm-up", teacher, step)
+        voice = studio.voices[teacher]
+        chat = chat_of(studio.home(voice))
+        rollouts = studio.sampler(voice).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
+        rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
+        # a template of its own is a rendering that the student never sees
+        own = teacher in studio.foreign or voice.prompts is not None
+        found += _rewritten(studio, rollouts) if own else rollouts
+    # a teacher's context may be longer than the student's
+    long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
+    return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
+
+
+def _takes(chat: Chat, prompt: Prompt) -> bool:
+    """Whether a chat template takes a prompt; the student's takes all, which was checked."""
+    with contextlib.suppress(DataError):
+        return bool(chat.encode_prompt(prompt))
+    return False
+
+
+def _rewritten(studio: EmbeddedStudio, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The same episodes as the student's tokenizer and template write them."""
+    network = studio.student.network
+    last = {(r.prompt.id, r.sample): r for r in rollouts}  # the part of an episode that holds all of its messages
+    whole = [(r, last[r.prompt.id, r.sample].messages[len(r.prompt.messages) :]) for r in rollouts if r.part == 0]
+    said = {id(r.prompt): messages for r, messages in whole if not r.truncated and all(m["content"] for m in messages)}
+    usable = [r for r, _ in whole if id(r.prompt) in said]
+
+    def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:
+        return recorded_turn(said[id(prompt)], len(messages) - len(prompt.messages))
+
+    player = episode_player(network, studio.config.episodes, lambda prompt: Replay(said[id(prompt)]))
+    demonstrator = Demonstrator(player.chat, turn)
+    return player.play([(r.prompt, r.sample) for r in usable], demonstrator.take_turns, version=0)

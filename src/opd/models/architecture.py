@@ -1,0 +1,168 @@
+"""The architectures for which packed passes are right, and the longest sequence: read from a config and a model's modules.
+
+What they do not say, the start-up check finds on the weights themselves (`opd.models.packing_check`).
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from opd.errors import ModelError
+from opd.roles import Limit, smallest
+
+_STATE = "carry state across packed sequences"
+_ALLOWED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
+_LAYERS = {
+    "conv": f"this model's short convolutions {_STATE}",
+    "mamba": f"this model's Mamba layers {_STATE}",
+    "recurrent": f"this model's recurrent layers {_STATE}",
+    "linear_attention": f"this model's recurrent layers (linear attention, Mamba) {_STATE}",
+    "hybrid": f"this model's recurrent layers (Mamba or linear attention beside attention) {_STATE}",
+    "hybrid_sliding": f"this model's recurrent layers (linear attention beside attention) {_STATE}",
+}
+# of modules, by the names that transformers gives to their classes
+_KINDS = (
+    ("Mamba|SSM|Ssm", f"this model's Mamba layers {_STATE}"),
+    ("DeltaNet|KimiDelta|DeltaAttention|GatedDelta", f"this model's gated delta layers (linear attention) {_STATE}"),
+    ("Lightning|LinearAttention|Retention|GatedLinear", f"this model's linear attention {_STATE}"),
+    ("RgLru|RGLRU|RecurrentBlock|Rwkv|RWKV|[ms]LSTM|LSTM", f"this model's recurrent layers {_STATE}"),
+    ("ShortConv", f"this model's short convolutions {_STATE}"),
+)
+_SINKS = "this model needs attention sinks, which packed passes do not have"
+
+
+def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The blocks of a model, those that transformers would not split over devices."""
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            yield module
+
+
+def require_packable_config(config: Any, *, source: str) -> None:
+    """Raise ModelError for a config whose model is known to be wrong in packed passes, before its weights are read."""
+    text = config.get_text_config()
+    why = _layers_named(text) or _keys_named(text)
+    if why is not None:
+        raise _refused(source, why)
+
+
+def require_packable(model: PreTrainedModel, *, source: str) -> None:
+    """Raise ModelError for a model whose layers packed passes cannot run, with the cause that its modules show."""
+    require_packable_config(model.config, source=source)
+    for layer in (*decoder_layers(model),) or (model.base_model,):
+        why = _modules_named(layer)
+        if why is not None:
+            raise _refused(source, why)
+    if not model._supports_attention_backend:
+        why = f"{type(model).__name__} does not take another attention function (transformers' AttentionInterface)"
+        raise _refused(source, why)
+    if model.base_model is model:
+        raise _refused(source, f"{type(model).__name__} does not say which of its modules lie below the output head")
+
+
+def length_limit(config: Any) -> Limit | None:
+    """The longest sequence that packed passes are right for, with its cause; None where the config sets no limit.
+
+    The mask of a packed pass has no window and no chunks, and one rope turns all sequences of a pass: where a rope changes with the
+    longest of them ("longrope", "dynamic"), all stay below the change.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    found: list[Limit] = []
+    if (context := getattr(text, "max_position_embeddings", None)) is not None:
+        found.append(Limit(context))
+    window = getattr(text, "sliding_window", None)
+    if window is not None and (kinds is None or "sliding_attention" in kinds):
+        found.append(Limit(window, f"its attention has a sliding window of {window} tokens"))
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk is not None and (kinds is None or "chunked_attention" in kinds):
+        found.append(Limit(chunk, f"its attention has chunks of {chunk} tokens"))
+    found += _rope_limits(text)
+    return smallest(reversed(found))  # of equal ones the last, which says more than that it is the context
+
+
+def rope_limit_of(source: str) -> Limit | None:
+    """Where the rope of a model changes with the longest sequence, by its config alone; None where it does not, or cannot be
+    read."""
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return smallest(_rope_limits(config.get_text_config()))
+    return None
+
+
+def _rope_limits(text: Any) -> Iterator[Limit]:
+    """Where ropes change with the longest sequence of a pass."""
+    for rope in _ropes(text):
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        context = getattr(text, "max_position_embeddings", None)
+        if "dynamic" in kind:  # transformers grows it beyond the config's own context
+            original = context
+        if kind not in ("longrope", "su") and "dynamic" not in kind:
+            continue
+        if (tokens := original or context) is not None:
+            yield Limit(tokens, f"its rope ('{kind}') changes beyond {tokens} tokens")
+
+
+def _ropes(text: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of each rope, which may be given by kind of layer."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = getattr(text, key, None)
+        if isinstance(found, Mapping):
+            nested = [value for value in found.values() if isinstance(value, Mapping)]
+            yield from nested or [found]
+
+
+def _layers_named(text: Any) -> str | None:
+    """Why the kinds of layers that a config lists cannot be packed."""
+    for key in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(text, key, None)
+        for kind in kinds if isinstance(kinds, list | tuple) else ():
+            if kind not in _ALLOWED_LAYERS:
+                return _LAYERS.get(kind, f"this model's layers of kind '{kind}' are not plain attention") + f" ({key})"
+    return None
+
+
+def _keys_named(text: Any) -> str | None:
+    """Why the settings of a config cannot be packed."""
+    for key, value in text.to_dict().items():
+        if not value or isinstance(value, Mapping):
+            continue
+        capped = re.search("soft_?cap", key)
+        if capped and re.search("rout|moe|gate", key) is None:
+            what = "attention scores" if "attn" in key or "attention" in key else "logits after the output head"
+            return f"this model soft-caps its {what} ({key} = {value}), which packed passes do not do"
+        if "sink" in key and value is True:
+            return f"{_SINKS} ({key})"
+        if key == "attn_temperature_tuning":
+            return f"this model scales its attention by a token's place within the pass ({key})"
+    return None
+
+
+def _modules_named(layer: torch.nn.Module) -> str | None:
+    """Why the modules of a layer cannot be packed."""
+    for module in layer.modules():
+        name = type(module).__name__
+        for kinds, why in _KINDS:
+            if re.search(kinds, name):
+                return f"{why} ({name})"
+        if isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1:
+            return f"this model's short convolutions {_STATE} ({type(layer).__name__})"
+    for name, _ in layer.named_parameters():
+        if re.search("(^|[._])sinks?$|sink_bias$", name):
+            return f"{_SINKS} ({name})"
+    return None
+
+
+def _refused(source: str, why: str) -> ModelError:
+    return ModelError(
+        f"model '{source}': {why}, so its passes cannot be packed; use another model (a teacher of this kind can be "
+        "served: teachers.NAME.url)"
+    )

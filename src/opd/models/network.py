@@ -1,0 +1,227 @@
+"""A causal language model, the LoRA adapters that live on it, and the packed forward pass that all parts use."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from opd.models.micro_batches import MicroBatch
+from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.models.architecture import decoder_layers, length_limit
+from opd.models.attention import Plan, TreePlan, use_plans
+from opd.models.linear import few_rows, merged
+from opd.models.kv_cache import RowPlan
+from opd.errors import ModelError
+from opd.roles import Limit
+from opd.text.tokenizer import described_token
+
+# of four dimensions, so that transformers makes none: a plan says it
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+[(_, _ONE_TOKEN)] = pack_trees([[0]], max_tokens=1)
+
+
+class Shards(Protocol):
+    """What a network needs to know once its weights lie on several ranks."""
+
+    def most(self, count: int) -> int:
+        """The largest count of all ranks; all of them ask at the same place."""
+        ...
+
+    def head(self) -> Tensor:
+        """The whole output head [vocab, hidden], with its gradient where it trains."""
+        ...
+
+    def keep_trainable(self) -> None:
+        """What trains goes on to ask for gradients, whoever speaks: it is only asked where gradients are switched on."""
+        ...
+
+
+class Network:
+    """One set of weights in memory. Adapters are switched, not copied: N adapters cost one base.
+
+    `student` and every teacher that is an adapter of the student's own base share one Network; each call says which
+    adapter it speaks for (None: the bare model).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str, *, notes: Sequence[str] = ()) -> None:
+        """notes: lines about how it was loaded that a user should know."""
+        self.model: PreTrainedModel | PeftModel = model
+        self.base = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.notes = list(notes)
+        self.shards: Shards | None = None
+        self._fingerprint: str | None = None
+        self.vocab_size = len(self._whole_head())
+        embeddings = cast(Any, model.get_input_embeddings())
+        # Nothing is padded here, and the pad token may be the one that ends a turn: torch would leave out its gradient.
+        embeddings.padding_idx = None
+        self._num_embeddings = int(embeddings.weight.shape[0])
+        use_plans(model, source=source)
+        self._active: tuple[str | None, bool] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def limit(self) -> Limit | None:
+        """The longest sequence that the packed pass is right for, and why; None where the model's config sets no limit."""
+        return length_limit(self.base.config)
+
+    @property
+    def max_context(self) -> int | None:
+        """The tokens of `limit`."""
+        return None if self.limit is None else self.limit.tokens
+
+    def head_weight(self) -> Tensor:
+        """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
+        return self._whole_head()[: self.vocab_size]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's logits [rows, vocab] of a few hidden states [rows, hidden], without gradients."""
+        return few_rows(self.head_weight(), None, hidden, together=False)
+
+    @property
+    def _tuner(self) -> Any:
+        """What switches adapters, once there are any."""
+        return cast(PeftModel, self.model).base_model
+
+    @property
+    def _backbone(self) -> torch.nn.Module:
+        """The layers below the head."""
+        return cast(torch.nn.Module, self.base.base_model)
+
+    def _whole_head(self) -> Tensor:
+        if self.shards is not None:
+            return self.shards.head()
+        head = self.base.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            raise ModelError(
+                f"model '{self.source}': needs a plain linear output head without bias, got {type(head).__name__}; adapters "
+                "that touch the head (target_modules, modules_to_save) are not supported"
+            )
+        return cast(Tensor, head.weight)
+
+    def activate(self, adapter: str | None, *, trainable: bool = False) -> None:
+        """Speak as this adapter from now on; `trainable` says whether its weights collect gradients."""
+        if self._active == (adapter, trainable):
+            return
+        if isinstance(self.model, PeftModel):
+            if adapter is None:
+                self._tuner.disable_adapter_layers()
+            else:
+                if self._active is None or self._active[0] is None:
+                    self._tuner.enable_adapter_layers()
+                self._tuner.set_adapter(adapter, inference_mode=not trainable)
+        else:
+            assert adapter is None, f"{self.source} has no adapters, asked for {adapter!r}"
+            self.base.requires_grad_(trainable)
+        if self.shards is not None:
+            self.shards.keep_trainable()
+        self._active = (adapter, trainable)
+
+    def layers(self) -> Iterator[torch.nn.Module]:
+        """The blocks of the model, those that transformers would not split over devices."""
+        return decoder_layers(self.base)
+
+    def checkpoint_layers(self) -> None:
+        """From now on keep of each layer its input alone for the gradient, and compute the layer again."""
+        for layer in self.layers():
+            # of this one module, inside of what FSDP does around its call
+            layer.forward = partial(checkpointed, layer.forward)
+
+    def remember_fingerprint(self) -> None:
+        """Keep the fingerprint: weights on several ranks cannot be read by one."""
+        self._fingerprint = self.fingerprint()
+
+    def rounds(self, micros: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The packed passes to make, one after the other. A sharded network makes as many on every rank: whoever has fewer
+        makes empty ones behind them, with a gradient of zero unless gradients are switched off."""
+        if self.shards is None:
+            yield from micros
+            return
+        own = list(micros)
+        most = self.shards.most(len(own))
+        yield from own
+        for _ in range(most - len(own)):
+            hidden = self.hidden_states(_ONE_TOKEN)
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                ((hidden.sum() + self.head_weight()[0].sum()) * 0.0).backward()
+
+    def hidden_states(self, tree: TokenTree) -> Tensor:
+        """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
+        plan = TreePlan(tree, device=self.device)
+        return self._run(tree.token_ids[None], tree.positions[None], plan)[0]
+
+    def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
+        """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
+        device = self.device
+        if token_ids.size and int(token_ids.max()) >= self._num_embeddings:
+            raise ModelError(
+                f"model '{self.source}': a sequence has token {described_token(self.tokenizer, int(token_ids.max()))}, and the "
+                f"embeddings have {self._num_embeddings} rows; take it out of the text"
+            )
+        return self._backbone(
+            input_ids=torch.from_numpy(token_ids).to(device),
+            position_ids=torch.as_tensor(positions).to(device),
+            attention_mask=_NO_MASK.to(device),
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state
+
+    @contextmanager
+    def merged(self, adapter: str | None) -> Iterator[None]:
+        """Speak as this adapter, for passes of few tokens without gradients: its weights are added to copies of the base's."""
+        self.activate(adapter)
+        with merged(self._backbone):
+            yield
+
+    def begin_rows(self, sequences: Sequence[Sequence[int]], rows: RowPlan, *, max_tokens: int) -> Tensor:
+        """Add a row for each sequence, in packed passes of at most `max_tokens` distinct tokens; returns the hidden states
+        [sequences, hidden] after the last token of each."""
+        found = []
+        for _, tree in pack_trees(sequences, max_tokens=max_tokens):
+            plan = TreePlan(tree, device=self.device, keep=True)
+            hidden = self._run(tree.token_ids[None], tree.positions[None], plan)[0]
+            rows.add(plan.kept or {}, tree.paths)
+            found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
+        return torch.cat(found)
+
+    def extend_rows(self, token_ids: Sequence[int], rows: RowPlan) -> Tensor:
+        """One further token for each row; returns the hidden states [rows, hidden] after it."""
+        positions = rows.begin()
+        return self._run(np.array(token_ids)[:, None], positions[:, None], rows)[:, 0]
+
+    def fingerprint(self) -> str:
+        """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16; of a sharded network, as
+        it was before."""
+        if self._fingerprint is not None:
+            return self._fingerprint
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.base.named_parameters()):
+            if "lora_" in name:
+                continue
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, math.ceil(len(flat) / 64))].to(torch.bfloat16).float().cpu()
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One call of a layer that keeps its inputs alone for the gradient."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )  # nothing is drawn in a layer

@@ -1,0 +1,292 @@
+"""Packed passes against the model's own forward pass, in float32: the start-up check of every model.
+
+Half precision moves logits by as much as a wrong architecture does, so weights of half precision are widened operation by operation
+while the check runs. Memory: one weight at a time in float32, and for the gradient one layer.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.models.attention import own_attention
+from opd.models.network import Network, checkpointed
+from opd.models.kv_cache import RowPlan
+from opd.checks.findings import PACKED_WITHIN
+
+_TEXT = (
+    'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
+    "brown fox among them."
+)
+_TOKENS = 32  # of the longest probe
+_GROWN = 3  # tokens that rows grow by
+_FAR = 100_000  # a position to probe where nothing limits it
+_SPREAD = 30.0  # of the logits with which the head is probed: where soft caps bend
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
+    """The difference between a model's packed passes, with its current adapter, and its own pass of one row, by probe.
+
+    Log-probabilities by their largest difference, as a fraction of the spread (standard deviation) of the logits; gradients by
+    the norm of the difference, as a fraction of theirs. A number that is none stays one; what is too large is the last probe.
+
+    plan: whether attention asks what the tokens of a pass see; head: logits from hidden states; one sequence: a pass of one;
+    several sequences: one pass over all, which share prefixes; another order: the same pass turned round; distant positions: a
+    short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows: tokens one by
+    one, as while sampling; gradients: of the pass over all, for its inputs.
+    """
+    with _in_float32(network) as widened:
+        probe = _Probe(network)
+        found: dict[str, float] = {}
+        for name, gap in probe.gaps.items():
+            with torch.no_grad():
+                found[name] = gap()
+            if not found[name] <= PACKED_WITHIN:
+                return found
+        if gradients:
+            with _layer_by_layer(network) if widened else nullcontext():
+                found["gradients"] = probe.gradient_gap()
+        return found
+
+
+def _sequences(network: Network) -> list[list[int]]:
+    """Token sequences that share prefixes, end within one another and differ in length; the last has no token in common place
+    with the first."""
+    limit = network.max_context or _FAR
+    ids = [i for i in network.tokenizer(_TEXT, add_special_tokens=False)["input_ids"] if i < network.vocab_size]
+    base = (ids or [0])[: min(_TOKENS, limit)]
+    half = len(base) // 2
+    other = base[::-1]
+    if other[0] == base[0]:
+        other = [(base[0] + 1) % network.vocab_size, *other[1:]]
+    found = [base, [*base[:half], *other[: len(base) - half]], base[: half // 2 + 1], other[: half + 1]]
+    return [list(one) for one in dict.fromkeys(map(tuple, found))]
+
+
+class _Probe:
+    """The comparisons of one model, each of its packed passes with the model's own logits of every sequence alone."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._sequences = _sequences(network)
+        self._known: list[Tensor] = []
+        self.gaps: Mapping[str, Callable[[], float]] = {
+            "plan": self._plan_gap,
+            "head": self._head_gap,
+            "one sequence": lambda: self._tree_gap(self._sequences[:1], self._plain[:1]),
+            "several sequences": lambda: self._tree_gap(self._sequences, self._plain),
+            "another order": lambda: self._tree_gap(self._sequences[::-1], self._plain[::-1]),
+            "distant positions": self._distant_gap,
+            "next pass": lambda: _gap([self._own(self._sequences[0])], self._plain[:1]),
+            "grown rows": self._rows_gap,
+        }
+
+    @property
+    def _plain(self) -> list[Tensor]:
+        """The model's own logits of each sequence, made once."""
+        self._known = self._known or [self._own(sequence) for sequence in self._sequences]
+        return self._known
+
+    def _own(self, sequence: Sequence[int], first: int = 0) -> Tensor:
+        """The model's own logits [tokens, vocab] of a sequence that begins at position `first`."""
+        network = self._network
+        ids = torch.tensor([list(sequence)], device=network.device)
+        where = torch.arange(first, first + len(sequence), device=network.device)[None]
+        with own_attention(network.base):
+            logits = network.base(input_ids=ids, position_ids=where, use_cache=False).logits
+        return logits[0, :, : network.vocab_size]
+
+    def _packed(self, tree: TokenTree) -> list[Tensor]:
+        """The logits [tokens, vocab] of each path of a packed pass."""
+        logits = self._network.hidden_states(tree) @ self._network.head_weight().T
+        return [logits[self._on(path)] for path in tree.paths]
+
+    def _on(self, path: np.ndarray) -> Tensor:
+        return torch.from_numpy(path).to(self._network.device)
+
+    def _tree_gap(self, sequences: Sequence[Sequence[int]], plain: Sequence[Tensor]) -> float:
+        return _gap(self._packed(_tree(sequences)), plain)
+
+    def _plan_gap(self) -> float:
+        """Infinite for a model that does not hand on to its attention what it was called with."""
+        rows = RowPlan(self._network.device)
+        self._network.begin_rows(self._sequences[:1], rows, max_tokens=_TOKENS)
+        return 0.0 if rows.num_layers else math.inf
+
+    def _head_gap(self) -> float:
+        """Logits of large random states by the model itself and by its head alone."""
+        network, head = self._network, self._network.head_weight()
+        states = torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0))
+        states = states.to(network.device, torch.promote_types(head.dtype, torch.float32))
+        states = states * (_SPREAD / (states @ head.T).std().clamp_min(1e-30))
+
+        below: list[bool] = []
+        output_head: Any = network.base.get_output_embeddings()
+
+        def put(module: Any, args: Any, output: Any) -> Any:
+            below.append(True)
+            output.last_hidden_state = states[None]
+            return output
+
+        def put_in(module: Any, args: Any) -> Any:  # where a model runs its layers by another module
+            return None if below else (states[None],)
+
+        hooks = [
+            network.base.base_model.register_forward_hook(put),
+            output_head.register_forward_pre_hook(put_in),
+        ]
+        try:
+            logits = self._own([0] * len(states))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _gap([states @ head.T], [logits])
+
+    def _distant_gap(self) -> float:
+        """A sequence at the first positions beside one at the last ones: what a long sequence would do to a short one."""
+        far = self._sequences[-1]
+        tree = _tree([self._sequences[0], far])
+        first = max(0, (self._network.max_context or _FAR) - len(far))
+        positions = tree.positions.copy()
+        positions[tree.paths[1]] = np.arange(first, first + len(far))
+        if self._sequences[0][0] == far[0]:  # of one token there is no other sequence
+            return 0.0
+        return _gap(self._packed(replace(tree, positions=positions)), [self._plain[0], self._own(far, first)])
+
+    def _rows_gap(self) -> float:
+        """Rows of different lengths that grow together."""
+        chosen = [i for i, s in enumerate(self._sequences) if len(s) > _GROWN]
+        if not chosen:
+            return 0.0
+        texts = [self._sequences[i] for i in chosen]
+        rows = RowPlan(self._network.device)
+        found = [self._network.begin_rows([s[:-_GROWN] for s in texts], rows, max_tokens=2 * _TOKENS)]
+        found += [self._network.extend_rows([s[step] for s in texts], rows) for step in range(-_GROWN, 0)]
+        logits = torch.stack(found, dim=1) @ self._network.head_weight().T
+        return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
+
+    def gradient_gap(self) -> float:
+        """Gradients of weighted log-probabilities for the embeddings of a pass: what flows back through every layer."""
+        network, sequences = self._network, self._sequences
+        tree = _tree(sequences)
+        with _inputs(network) as given:
+            logits = self._packed(tree)
+            total = torch.stack([_loss(mine, s) for mine, s in zip(logits, sequences, strict=True)]).sum()
+            packed = _gradient(total, given.pop())
+        expected = torch.zeros_like(packed)
+        for sequence, path in zip(sequences, tree.paths, strict=True):
+            with _inputs(network) as given, own_attention(network.base):  # which layers may attend with once more
+                expected[0, self._on(path)] += _gradient(_loss(self._own(sequence), sequence), given.pop())[0]
+        return float((packed - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _gap(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
+    """The largest difference of log-probabilities [tokens, vocab], as a fraction of the spread of the plain logits."""
+    worst = 0.0
+    for mine, own in zip(packed, plain, strict=True):
+        gap = (torch.log_softmax(mine, -1) - torch.log_softmax(own, -1)).abs().max()
+        spread = own.std(-1).mean()
+        worst = float(np.maximum(worst, float(gap / spread.clamp_min(1e-30))))  # unlike max(), keeps a nan
+    return worst
+
+
+def _loss(logits: Tensor, sequence: Sequence[int]) -> Tensor:
+    """The log-probabilities of a sequence's tokens, weighted at random; its last state counts too."""
+    targets = torch.tensor([*sequence[1:], sequence[0]], device=logits.device)
+    logprobs = torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+    weights = torch.randn(len(sequence), generator=torch.Generator().manual_seed(len(sequence)))
+    return (logprobs * weights.to(logits.device)).sum()
+
+
+def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    """Of one scalar for one leaf, by the engine itself: `torch.autograd.grad` leaves `_Widened` while it runs."""
+    engine: Any = Variable._execution_engine
+    [found] = engine.run_backward(
+        (value,), (torch.ones_like(value),), False, False, (leaf,), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
+
+
+def _tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
+    [(_, tree)] = pack_trees(sequences, max_tokens=sum(map(len, sequences)) + 1)
+    return tree
+
+
+@contextmanager
+def _inputs(network: Network) -> Iterator[list[Tensor]]:
+    """The embeddings of the passes that follow, as leaves of their own."""
+    given: list[Tensor] = []
+
+    def leaf(module: Any, args: Any, output: Tensor) -> Tensor:
+        given.append(output.detach().requires_grad_())
+        return given[-1]
+
+    hook = network.base.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        yield given
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _layer_by_layer(network: Network) -> Iterator[None]:
+    """Keep of each layer its input alone for the gradient: widened weights of one layer at a time."""
+    changed: list[tuple[torch.nn.Module, Callable[..., Any] | None]] = []
+    try:
+        for layer in network.layers():
+            changed.append((layer, layer.__dict__.get("forward")))
+            layer.forward = partial(checkpointed, layer.forward)
+        yield
+    finally:
+        for layer, forward in changed:
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+@contextmanager
+def _in_float32(network: Network) -> Iterator[bool]:
+    """Compute in float32, in full, whatever the weights are; gives whether they are widened for it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    widened = any(p.dtype in _HALF for p in (*network.model.parameters(), *network.model.buffers()))
+    try:
+        with _Widened() if widened else nullcontext():
+            yield widened
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Widened(TorchFunctionMode):
+    """Every operation reads half precision as float32, and makes nothing of half precision. Weights stay as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if getattr(func, "__self__", None) is Tensor.dtype:
+            dtype = func(*args, **kwargs)
+            return torch.float32 if dtype in _HALF else dtype
+        if name in ("__get__", "__set__", "data_ptr", "size", "dim", "numel", "stride", "requires_grad_"):
+            return func(*args, **kwargs)
+        if func is torch.nn.functional.embedding:  # a table is large, its rows are few
+            return func(*args, **kwargs).float()
+        if name.endswith("_") and not name.endswith("__"):  # in place: what is written to stays what it is
+            return func(args[0], *tree_map(_wide, tuple(args[1:])), **tree_map(_wide, kwargs))
+        return func(*tree_map(_wide, tuple(args)), **tree_map(_wide, kwargs))
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in _HALF:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value

@@ -1,0 +1,1 @@
+"""Rewards of episodes: verifiers, reward functions and format checks."""

@@ -1,0 +1,239 @@
+"""Format errors in what the student writes: one small rule each, from the text of a turn to the places where it errs.
+
+A turn may be anything that a model can write. Every rule takes time linear in its length (a pattern of the user's: at most a
+second) and raises nothing.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import regex
+
+from opd.config.format_checks import ChecksConfig, Rule
+from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
+
+MIN_WORDS = 20
+"""Fewer words than this are not judged for repetition, by words."""
+MIN_CHARACTERS = 128
+"""Shorter stretches without white space are not judged for repetition, by characters."""
+SEARCHED_CHARACTERS = 8192
+"""How much of a turn's end `answer_pattern` is looked for in: `.*` in a pattern costs the square of it."""
+
+_PATTERN_TIMEOUT_S = 1.0  # a pattern is the user's, and some take for ever on some texts
+_CHARACTERS = 12  # of an n-gram: in prose, in CJK text and among digits hardly one repeats, in a loop all do
+_WORD = re.compile(r"\S+")
+_FENCE = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)([^\n]*+)", re.MULTILINE)
+_ESCAPED = re.compile("[\udc80-\udcff]+")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a turn; start = end for what is missing there."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A format error: the rule that found it, and the characters [start, end) in which it lies."""
+
+    rule: Rule
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CheckedTurn:
+    """One turn of the student, as rules see it.
+
+    text: raw.decode(errors="replace"); raw: its bytes. last: whether the episode ends with it; cut: whether a limit on tokens
+    ended it. opened: the tag that the prompt has opened for it, as templates that begin with <think> do.
+    """
+
+    text: str
+    tools: Sequence[Mapping[str, Any]]
+    syntax: Syntax
+    last: bool
+    cut: bool
+    raw: bytes
+    settings: ChecksConfig
+    opened: str = ""
+
+    @cached_property
+    def parsed(self) -> Parsed:
+        return parse_calls(self.text, self.tools, syntax=self.syntax)
+
+    @property
+    def end(self) -> Span:
+        """Where something is missing."""
+        return Span(len(self.text), len(self.text))
+
+
+def check_turn(turn: CheckedTurn, rules: Sequence[Rule]) -> list[Found]:
+    """The errors that these rules find, rule by rule, each rule's in the order of the text."""
+    return [Found(rule, span.start, span.end) for rule in rules for span in CHECKS[rule](turn)]
+
+
+def tool_call(turn: CheckedTurn) -> list[Span]:
+    """Calls that are not the JSON object that the syntax asks for, or that do not end."""
+    return _call_errors(turn, "unparsed")
+
+
+def unknown_tool(turn: CheckedTurn) -> list[Span]:
+    """Calls of a tool that there is not."""
+    return _call_errors(turn, "unknown")
+
+
+def tool_arguments(turn: CheckedTurn) -> list[Span]:
+    """Calls whose arguments are outside the tool's schema."""
+    return _call_errors(turn, "arguments")
+
+
+def dropped_call(turn: CheckedTurn) -> list[Span]:
+    """What was meant as a call and is none for the syntax."""
+    return _call_errors(turn, "dropped")
+
+
+def _call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
+    return [Span(error.start, error.end) for error in turn.parsed.errors if error.reason == reason]
+
+
+def tags(turn: CheckedTurn) -> list[Span]:
+    """Tags that stand a second time or before one that they belong behind; and, at the end, those that are missing.
+
+    The last turn needs all of them; any other turn only those whose counterpart it has.
+    """
+    names = turn.settings.tags
+    order = {tag: i for i, tag in enumerate(tag for name in names for tag in (f"<{name}>", f"</{name}>"))}
+    if not order:
+        return []
+    seen = {order[f"<{turn.opened}>"]} if turn.opened in names else set()
+    wrong: list[Span] = []
+    for found in re.finditer("|".join(map(re.escape, order)), turn.text):
+        rank = order[found[0]]
+        if rank in seen or rank < max(seen, default=0):
+            wrong.append(Span(*found.span()))
+        seen.add(rank)
+    unpaired = any((rank in seen) != (rank + 1 in seen) for rank in range(0, len(order), 2))
+    if unpaired or (turn.last and len(seen) < len(order)):
+        wrong.append(turn.end)
+    return wrong
+
+
+def code_fence(turn: CheckedTurn) -> list[Span]:
+    """The fence (``` or ~~~) of a code block that does not end. A fence ends with one as long, of the same sign, alone."""
+    opened: re.Match[str] | None = None
+    for found in _FENCE.finditer(turn.text):
+        sign, behind = found[1], found[2]
+        if opened is None:
+            if sign[0] == "~" or "`" not in behind:  # otherwise it is code within a line
+                opened = found
+        elif sign[0] == opened[1][0] and len(sign) >= len(opened[1]) and not behind.strip():
+            opened = None
+    return [] if opened is None else [Span(opened.start(1), opened.end())]
+
+
+def answer_pattern(turn: CheckedTurn) -> list[Span]:
+    """The end of a last turn that has no answer as the task wants it, or none that the pattern finds within a second."""
+    pattern = turn.settings.answer_pattern
+    if pattern is None or not turn.last:
+        return []
+    searched = max(0, len(turn.text) - SEARCHED_CHARACTERS)
+    try:
+        found = regex.compile(pattern).search(turn.text, searched, timeout=_PATTERN_TIMEOUT_S)
+    except TimeoutError:
+        found = None
+    return [] if found else [turn.end]
+
+
+def truncated(turn: CheckedTurn) -> list[Span]:
+    """The end of a turn that a limit on tokens has ended."""
+    return [turn.end] if turn.cut else []
+
+
+def repetition(turn: CheckedTurn) -> list[Span]:
+    """What repeats: where more than the allowed share of 3-grams of words, or of 12-grams of the characters of a stretch without
+    white space, has stood before. In a text of few words the whole of it counts as one stretch."""
+    limit = turn.settings.max_repetition
+    words = list(_WORD.finditer(turn.text))
+    if len(words) < MIN_WORDS:
+        return _loops(turn.text, 0, limit) if len(turn.text) >= MIN_CHARACTERS else []
+    numbers: dict[str, int] = {}
+    codes = np.array([numbers.setdefault(word[0], len(numbers)) for word in words], dtype=np.uint64)
+    found = _repeated(codes, 3, limit)
+    if found is not None:
+        return [Span(words[found[0]].start(), words[found[1] - 1].end())]
+    long = [word for word in words if len(word[0]) >= MIN_CHARACTERS]
+    return [span for word in long for span in _loops(word[0], word.start(), limit)]
+
+
+def _loops(text: str, offset: int, limit: float) -> list[Span]:
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    found = _repeated(codes, _CHARACTERS, limit)
+    return [] if found is None else [Span(offset + found[0], offset + found[1])]
+
+
+def _repeated(codes: np.ndarray, width: int, limit: float) -> tuple[int, int] | None:
+    """[start, end) of the items [n] from the first to the last n-gram that has stood before; None while their share is within
+    the limit."""
+    count = len(codes) - width + 1
+    grams = np.zeros(count, dtype=np.uint64)
+    for k in range(width):  # a polynomial of each n-gram modulo 2^64; two that differ hardly ever share one
+        grams = grams * np.uint64(0x9E3779B97F4A7C15) + codes[k : k + count] + np.uint64(1)
+    _, first = np.unique(grams, return_index=True)
+    again = np.ones(count, dtype=bool)
+    again[first] = False
+    if again.mean() <= limit:
+        return None
+    places = np.flatnonzero(again)
+    return int(places[0]), int(places[-1]) + width
+
+
+def invalid_utf8(turn: CheckedTurn) -> list[Span]:
+    """Bytes that are no text, which stand as U+FFFD; not a character that a limit on tokens has cut at the end."""
+    text, _ = codecs.utf_8_decode(turn.raw, "surrogateescape", not turn.cut)
+    spans: list[Span] = []
+    surplus = 0  # characters that `text` has more than the turn's, each of its invalid bytes being one
+    for found in _ESCAPED.finditer(text):
+        width = len(found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        start = found.start() - surplus
+        spans.append(Span(start, start + width))
+        surplus += len(found[0]) - width
+    return spans
+
+
+def after_answer(turn: CheckedTurn) -> list[Span]:
+    """What follows the first end of an answer, white space apart."""
+    ending = turn.settings.answer_end
+    place = turn.text.find(ending) if ending else -1
+    if ending is None or place < 0:
+        return []
+    behind = turn.text[place + len(ending) :]
+    start = len(turn.text) - len(behind.lstrip())
+    return [Span(start, len(turn.text.rstrip()))] if behind.strip() else []
+
+
+Check: TypeAlias = Callable[[CheckedTurn], list[Span]]
+
+CHECKS: Mapping[Rule, Check] = MappingProxyType(
+    {
+        "tool_call": tool_call,
+        "unknown_tool": unknown_tool,
+        "tool_arguments": tool_arguments,
+        "dropped_call": dropped_call,
+        "tags": tags,
+        "code_fence": code_fence,
+        "answer_pattern": answer_pattern,
+        "truncated": truncated,
+        "repetition": repetition,
+        "invalid_utf8": invalid_utf8,
+        "after_answer": after_answer,
+    }
+)

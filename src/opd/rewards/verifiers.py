@@ -1,0 +1,93 @@
+"""Verifiers: what a response is worth against a reference answer, in [0, 1].
+
+Each reads what the response says behind its thoughts (`opd.text.thinking`): a thought that is not closed is worth 0.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+from types import MappingProxyType
+
+from opd.rewards.math_answers import says, stated_answer
+from opd.rewards.math_values import equal_values, read_value
+from opd.rewards.time_limit import BOUNDED
+from opd.text.thinking import behind_thoughts
+
+MATH_LIMIT_S = 20.0  # the parser has 5 s for each of several steps, by signals, which do not interrupt C code
+
+
+def exact(response: str, answer: str) -> float | None:
+    """1 where the response is the answer, white space around both apart."""
+    said = behind_thoughts(response)
+    return float(said is not None and said.strip() == answer.strip())
+
+
+def mathematical(response: str, answer: str) -> float | None:
+    """1 where the answer that the response states has the value of the reference; both are read whole, by the same rules.
+
+    A response is worth 0 of which nothing, or not all of the stated answer, is understood, or not within `MATH_LIMIT_S`. Any thread
+    may ask.
+    """
+    try:
+        return BOUNDED.call(compared, response, answer, limit_s=MATH_LIMIT_S)
+    except TimeoutError:
+        return 0.0
+
+
+def compared(response: str, answer: str) -> float:
+    """What `mathematical` says, in the process that is bounded in time."""
+    said = behind_thoughts(response)
+    reference = read_value(answer)
+    if said is None or reference is None:
+        return 0.0
+    if isinstance(reference.value, str) and says(said, answer):
+        return 1.0
+    stated = stated_answer(said)
+    value = None if stated is None else read_value(stated)
+    return float(value is not None and equal_values(reference, value))
+
+
+_NUMBER = re.compile(
+    r"""(?:(?<![\w.)])[-\u2212])?                   # a minus (also U+2212); behind a word, a point or a bracket it takes away
+    (?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?    # thousands' commas
+    |\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?""",
+    re.VERBOSE,
+)
+
+
+def last_number(response: str, answer: str) -> float | None:
+    """1 where the last number of the response is the answer, thousands' commas apart; a response without one is worth 0."""
+    found = _NUMBER.findall(behind_thoughts(response) or "")
+    value = _value(found[-1]) if found else None
+    return float(value is not None and value == _value(answer.strip()))
+
+
+def _value(number: str) -> Decimal | None:
+    """None for a number whose exponent is too large for any."""
+    try:
+        return Decimal(number.replace(",", "").replace("\u2212", "-"))
+    except InvalidOperation:
+        return None
+
+
+def nothing(response: str, answer: str) -> float | None:
+    """No verdict."""
+    return None
+
+
+VERIFIERS: Mapping[str, Callable[[str, str], float | None]] = MappingProxyType(
+    {"exact": exact, "math": mathematical, "number": last_number, "none": nothing}
+)
+
+
+def reference_fault(verifier: str, answer: str) -> str:
+    """Why a verifier cannot compare with a reference answer; "" where it can."""
+    if verifier == "none":
+        return ""
+    if not answer.strip():
+        return "is empty"
+    if verifier == "number" and (_NUMBER.fullmatch(answer.strip()) is None or _value(answer.strip()) is None):
+        return "is no number"
+    if verifier == "math" and read_value(answer) is None:
+        return "is not understood, or only a part of it is"
+    return ""

@@ -1,0 +1,150 @@
+"""A teacher of the student's vocabulary that has another chat template: it reads the sampled tokens after its own prompt.
+
+Equal ids are no proof of an equal prompt. The response stays as it was sampled; the conversation before each turn is rendered and
+encoded as the teacher's own template has it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opd.errors import DataError
+from opd.records import Message, Prompt, Rollout, Turn, read_only
+from opd.text.chat import Chat
+from opd.text.encoding import Quotes
+from opd.text.special_tags import opens_thinking, thinking_opening
+from opd.text.template import REFUSALS, Frame, frame_of, require_generation_prompt
+
+_QUESTION: Message = {"role": "user", "content": "?"}
+_THOUGHT: Message = {
+    "role": "assistant",
+    "content": "<think>\n...\n</think>\n\n!",
+}  # some templates drop those of earlier turns
+_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
+_CONVERSATIONS: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]] = (
+    ((_QUESTION,), ()),
+    (({"role": "system", "content": "!"}, _QUESTION), ()),
+    ((_QUESTION, _THOUGHT, _QUESTION), ()),
+    ((_QUESTION,), (_TOOL,)),
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Tokens that a teacher reads: token_ids [tokens] int32, and which of them are actions of the student, mask [tokens] bool."""
+
+    token_ids: np.ndarray
+    mask: np.ndarray
+
+
+def as_sampled(rollout: Rollout) -> list[Shown]:
+    """A rollout as the student saw it."""
+    return [Shown(rollout.token_ids, rollout.loss_mask)]
+
+
+class OwnPrompt:
+    """How one teacher is shown the student's turns, each behind its own template's prompt."""
+
+    def __init__(self, chat: Chat, student: Chat, *, name: str) -> None:
+        """chat: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation prompt."""
+        self._name = name
+        self._chat, self._student = chat, student
+        frame = _frame_or_none(chat.tokenizer)
+        if frame is not None and frame.before == frame.plain:
+            require_generation_prompt(chat.tokenizer, who=f"teacher '{name}'")
+        self._gap = "" if frame is None else frame.gap
+
+    def read(self, rollout: Rollout) -> list[Shown]:
+        """What the teacher reads: the rollout itself where both templates render its conversation alike, else one sequence a turn.
+        Their actions in order are those of the rollout. Raises DataError when the template refuses the conversation."""
+        answers = [
+            i for i, m in enumerate(rollout.messages) if i >= len(rollout.prompt.messages) and m["role"] == "assistant"
+        ]
+        turns = [t for t in rollout.turns if t.author == "student"]
+        assert len(turns) == len(answers), rollout.id
+        if not turns:
+            return as_sampled(rollout)
+        found, same = [], True
+        for turn, answer in zip(turns, answers, strict=True):
+            before, text = rollout.messages[:answer], rollout.messages[answer]["content"]
+            trusted = len(rollout.prompt.messages)
+            own, quotes = self._render(rollout.prompt, before, trusted)
+            theirs, other = _render(self._student, rollout.prompt, before, trusted)
+            same = same and own == theirs and quotes.restore(own) == other.restore(theirs)
+            found.append(self._behind(self._begun(own, theirs, text), quotes, rollout, turn))
+        return as_sampled(rollout) if same else found
+
+    def _render(self, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:
+        try:
+            return _render(self._chat, prompt, messages, trusted)
+        except DataError as error:
+            raise DataError(f"teacher '{self._name}': {error}") from None
+
+    def _begun(self, own: str, student: str, text: str) -> str:
+        """The teacher's prompt, so that a thinking block is open where it is open for the student, and once."""
+        if opens_thinking(text):
+            return own[: len(own) - len(thinking_opening(own))]
+        if not thinking_opening(own) and (opening := thinking_opening(student)):
+            return own + opening
+        gap = self._gap if text and not text.startswith(self._gap) else ""
+        return own + gap
+
+    def _behind(self, shown: str, quotes: Quotes, rollout: Rollout, turn: Turn) -> Shown:
+        try:
+            prompt = self._chat.encode(shown, quotes, rollout.prompt)
+        except DataError as error:
+            raise DataError(f"teacher '{self._name}': {error}") from None
+        response = rollout.token_ids[turn.start : turn.end]
+        token_ids = np.concatenate([np.array(prompt, dtype=np.int32), response])
+        return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
+
+
+def _frame_or_none(tokenizer: Any) -> Frame | None:
+    """What a template writes around an answer; None where it has no place for one, and can still show the question."""
+    try:
+        return frame_of(tokenizer)
+    except REFUSALS:
+        return None
+
+
+def _render(chat: Chat, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:
+    quotes = chat.quotes()
+    return chat.render(prompt, messages, quotes, trusted=trusted), quotes
+
+
+@dataclass(frozen=True)
+class Renderings:
+    """One short conversation as the student's template renders it, and as a teacher's does."""
+
+    student: str
+    teacher: str
+
+
+def same_template(student: Any, teacher: Any) -> bool:
+    """Whether two tokenizers have one chat template, and the same special tokens for it to write."""
+    ours, theirs = ((t.chat_template or None, dict(t.special_tokens_map)) for t in (student, teacher))
+    return ours == theirs
+
+
+def different_renderings(student: Any, teacher: Any) -> Renderings | None:
+    """The first of a few short conversations that two chat templates render otherwise; None where they render all alike."""
+    for messages, tools in _CONVERSATIONS:
+        ours, theirs = (_shown(tokenizer, messages, tools) for tokenizer in (student, teacher))
+        if ours != theirs:
+            return Renderings(ours, theirs)
+    return None
+
+
+def _shown(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+    chat = Chat(tokenizer)
+    try:
+        quotes = chat.quotes()
+        asked = Prompt("?", tuple(messages), teacher="", task="", tools=tuple(tools))
+        return quotes.restore(chat.render(asked, messages, quotes))
+    except DataError as error:
+        return f"({error})"
