@@ -16,7 +16,7 @@ import numpy as np
 
 from opd.models.loading import load_tokenizer
 from opd.text.chunks import align
-from opd.text.student_text import Writer
+from opd.text.student_text import StudentSide
 
 Groups = list[tuple[list[int], list[int]]]
 Ends = tuple[np.ndarray, np.ndarray]
@@ -82,7 +82,7 @@ def main() -> None:
     for source in (options.student, options.teacher):
         tokenizer = load_tokenizer(source).tokenizer
         start = time.perf_counter()
-        writers.append(Writer(tokenizer))
+        writers.append(StudentSide(tokenizer))
         tables.append(writers[-1].table)
         print(f"table of {source}: {len(tables[-1])} ids in {time.perf_counter() - start:.2f} s")
     texts = responses(options.characters)
@@ -115,8 +115,8 @@ def main() -> None:
         print(f"GOLD: not measured ({error})")
         return
     offsets = []
-    for writer in writers:
-        encoded = encode_with_byte_offsets(writer.tokenizer.backend_tokenizer, texts, add_special_tokens=False)
+    for student_side in writers:
+        encoded = encode_with_byte_offsets(student_side.tokenizer.backend_tokenizer, texts, add_special_tokens=False)
         offsets.append([list(spans) for _, spans in encoded])
     pairs = list(zip(*offsets, strict=True))
     seconds = timed(lambda: [ULDLoss._align_by_byte_offsets(a, b) for a, b in pairs], options.repeats)

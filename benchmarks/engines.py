@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from opd.config import EpisodesConfig, ServedConfig
+from opd.config import EpisodesConfig, RemoteConfig
 from opd.distributed.group import RankTeachers
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
-from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, SupportScore, Turn
-from opd.remote.client import Endpoint, Wire
+from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, TopKScore, Turn
+from opd.remote.client import Client, Endpoint
 from opd.remote.endpoints import Fixed
-from opd.remote.sampler import ServedSampler
-from opd.remote.teacher import ServedTeacher
+from opd.remote.sampler import RemoteSampler
+from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
 from opd.text.turn_end import turn_end
 
@@ -122,24 +122,26 @@ def measured(what: str, engines: int, slots: int, service_s: float, count: int, 
     servers = start(engines, slots, service_s)
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
-        wire = Wire(ServedConfig(max_in_flight=2 * slots))
+        client = Client(RemoteConfig(max_in_flight=2 * slots))
         model = Fixed(Endpoint("the model", urls, "m"))
         if what == "score":
-            teacher, items = ServedTeacher("t", model, "m", wire, top=top), rollouts(count)
+            teacher, items = RemoteTeacher("t", model, "m", client, top=top), rollouts(count)
             teacher.score(items[: 2 * engines])  # connections are there
             begun = time.perf_counter()
             found = teacher.score(items)
             seconds = time.perf_counter() - begun
-            assert all(isinstance(item.score, SupportScore if top else SampledScore) for item in found)
+            assert all(isinstance(item.score, TopKScore if top else SampledScore) for item in found)
         else:
-            sampler = ServedSampler(model, wire, temperature=1.0, max_new_tokens=TOKENS, context=None, player=player())
+            sampler = RemoteSampler(
+                model, client, temperature=1.0, max_new_tokens=TOKENS, context=None, player=player()
+            )
             prompts = [Prompt(f"p{i}", ({"role": "user", "content": "?"},), "t", "task") for i in range(count)]
             sampler.sample(prompts[: 2 * engines], num_samples=1, seed=(0,))
             begun = time.perf_counter()
             made = sampler.sample(prompts, num_samples=1, seed=(1,))
             seconds = time.perf_counter() - begun
             assert all(item.failure is None and item.num_actions == TOKENS - PROMPT for item in made)
-        wire.close()
+        client.close()
         return count / seconds
     finally:
         for server in servers:

@@ -19,18 +19,18 @@ import opd
 from opd.metrics import wilson_interval
 
 MASK = ["mask.format_errors=trajectory"]
-OUTCOME = ["outcome.coef=6.0"]
+OUTCOME = ["reward.coef=6.0"]
 ARMS: Mapping[str, Sequence[str]] = {
     "none": [],
     "mask": MASK,
-    "outcome": [*OUTCOME, "outcome.format_error=0.0"],
+    "reward": [*OUTCOME, "reward.format_error=0.0"],
     "both": [*MASK, *OUTCOME],
     "exact": ["objective.discount=0.0"],  # at discount 0 the exact immediate term
 }
 LAST = 5  # steps at the end of a run that its row of the table is the mean of
 PANELS = (
     ("kl/sequence/mean", "OPD reward: - reverse KL of an episode, nats", -1.0),
-    ("outcome/mean", "outcome: mean reward", 1.0),
+    ("reward/mean", "reward: mean reward", 1.0),
     ("format/errors/mean", "share of episodes with a format error", 1.0),
 )
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/hacking.toml")
     parser.add_argument("--output", type=Path, default=Path("runs/hacking"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["none", "mask", "outcome", "both"])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["none", "mask", "reward", "both"])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe for every arm"
     )
@@ -93,7 +93,7 @@ def main() -> None:
             folder = given.output / f"{arm}-{seed}"
             lines = run(given.recipe, folder, [*ARMS[arm], f"seed={seed}", *given.set])
             found.setdefault(arm, []).append(lines)
-    head = ["| safeguards | OPD reward | outcome | format errors |", "|---|---|---|---|"]
+    head = ["| safeguards | OPD reward | reward | format errors |", "|---|---|---|---|"]
     table = "\n".join([*head, *(row(arm, runs) for arm, runs in found.items())])
     (given.output / "hacking.md").write_text(table + "\n", encoding="utf-8")
     (given.output / "hacking.json").write_text(json.dumps(found) + "\n", encoding="utf-8")

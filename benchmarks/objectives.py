@@ -25,7 +25,7 @@ OBJECTIVES: Mapping[str, list[str]] = {
         "objective.discount=0.9",
         "objective.baseline=leave_one_out",
     ],
-    "support": ["objective.type=support", "objective.support=32"],
+    "top_k": ["objective.type=top_k", "objective.top_k=32"],
 }
 COMMON = (
     "sampling.prompts_per_step=8",

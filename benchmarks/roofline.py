@@ -116,8 +116,8 @@ def operations(network: Network, done: Work) -> tuple[float, float]:
 
 
 def training(shape: str, tokens: int, steps: int, overrides: list[str]) -> str:
-    config, studio, _, parts = opd_parts(shape, tokens, steps + 1, overrides, endless=True)
-    network = studio.student.network
+    config, backend, _, parts = opd_parts(shape, tokens, steps + 1, overrides, endless=True)
+    network = backend.student.network
     train_step(config, parts, 1)
     times, counted = np.zeros(2), np.zeros(2)
 
@@ -139,8 +139,8 @@ def training(shape: str, tokens: int, steps: int, overrides: list[str]) -> str:
 
 def sampling(rows: int, tokens: int, overrides: list[str]) -> str:
     shape = [f"sampling.prompts_per_step={rows}", f"sampling.max_rows={rows}", *overrides]
-    _, studio, _, parts = opd_parts("32x1", tokens, 1, shape, endless=True)
-    network = studio.student.network
+    _, backend, _, parts = opd_parts("32x1", tokens, 1, shape, endless=True)
+    network = backend.student.network
     base, _ = weights(network)
     every = base + network.head_weight().numel()
     prompts = parts.stream.next(rows)

@@ -31,14 +31,14 @@ def ours(options: argparse.Namespace, rate: float, folder: Path) -> dict[str, An
     from opd.loop import train_step
 
     settings = [f"optimizer.lr={rate}", f"seed={options.seed}", *options.set]
-    config, studio, _, parts = opd_parts(options.shape, options.tokens, options.steps, settings, endless=False)
+    config, backend, _, parts = opd_parts(options.shape, options.tokens, options.steps, settings, endless=False)
     kept, seconds = [], 0.0
     for step in range(1, options.steps + 1):
         start = time.perf_counter()
         train_step(config, parts, step)
         seconds += time.perf_counter() - start
         if step % options.every == 0:
-            export(studio.student, folder / f"step-{step}")
+            export(backend.student, folder / f"step-{step}")
             kept.append({"step": step, "seconds": seconds, "adapter": str(folder / f"step-{step}")})
     return {"kept": kept}
 
@@ -47,8 +47,10 @@ class Measure:
     """The exact reverse KL, nats a token, of adapters over the base on the same held-out prompts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.config, self.studio, material, self.parts = opd_parts(options.shape, options.tokens, 1, [], endless=False)
-        self.prompts = material.prompts["letters"]["held_out"][: options.held_out]
+        self.config, self.backend, task_data, self.parts = opd_parts(
+            options.shape, options.tokens, 1, [], endless=False
+        )
+        self.prompts = task_data.prompts["letters"]["held_out"][: options.held_out]
 
     def __call__(self, adapter: str) -> tuple[float, float]:
         """(the mean over tokens, its standard error from the responses)."""
@@ -74,7 +76,7 @@ class Measure:
         weights = self.parts.learner.weights()
         assert len(found) == len(weights), f"{path} has {len(found)} tensors, the student {len(weights)}"
         for name, parameter in weights.items():
-            parameter.copy_(found[name.replace(f".{self.studio.student.adapter}.", ".")])
+            parameter.copy_(found[name.replace(f".{self.backend.student.adapter}.", ".")])
 
 
 def time_to(mark: float, kept: list[dict[str, Any]]) -> float:

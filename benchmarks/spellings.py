@@ -21,13 +21,13 @@ from opd.models.loading import load_network
 from opd.models.micro_batches import micro_batches
 from opd.models.network import Network
 from opd.objectives.logprobs import token_logprobs
-from opd.text.student_text import Writer
+from opd.text.student_text import StudentSide
 
 
-def respellings(ids: list[int], writer: Writer, id_of: dict[bytes, int]) -> list[list[int]]:
+def respellings(ids: list[int], student_side: StudentSide, id_of: dict[bytes, int]) -> list[list[int]]:
     """The same bytes with one change."""
-    pieces = [writer.table.of(i) for i in ids]
-    text = [bool(p) and not writer.table.control[i] for i, p in zip(ids, pieces, strict=True)]
+    pieces = [student_side.table.of(i) for i in ids]
+    text = [bool(p) and not student_side.table.control[i] for i, p in zip(ids, pieces, strict=True)]
     found = []
     for k, piece in enumerate(pieces):
         if not text[k]:
@@ -62,17 +62,17 @@ def main() -> None:
     config = opd.parse_config(json.loads((Path(options.run) / "config.json").read_text()))
     prepare(config.compute)
     network = load_network(config.student, config.compute)
-    writer = Writer(network.tokenizer, vocab_size=network.vocab_size)
-    plain = np.flatnonzero(~writer.table.control & ~writer.table.unknown).tolist()
-    id_of = {writer.table.of(i): i for i in plain}
+    student_side = StudentSide(network.tokenizer, vocab_size=network.vocab_size)
+    plain = np.flatnonzero(~student_side.table.control & ~student_side.table.unknown).tolist()
+    id_of = {student_side.table.of(i): i for i in plain}
     sequences, starts, owners, bonus, size, odd = [], [], [], [], [], []
     chosen = [s.rollout for s in opd.read_rollouts(options.run, step=options.step)][: options.responses]
     for owner, rollout in enumerate(chosen):
         first = int(np.flatnonzero(rollout.loss_mask)[0])
         prompt, ids = rollout.token_ids[:first].tolist(), rollout.token_ids[first:].tolist()
-        odd.append(bool(writer.strange(np.array(ids), {}).any()))
+        odd.append(bool(student_side.strange(np.array(ids), {}).any()))
         size.append(len(ids))
-        for path in [ids, *respellings(ids, writer, id_of)]:
+        for path in [ids, *respellings(ids, student_side, id_of)]:
             sequences.append(np.array([*prompt, *path]))
             starts.append(first)
             owners.append(owner)

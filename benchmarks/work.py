@@ -12,11 +12,11 @@ from in_turns import PEERS
 import opd
 from opd.config import Config
 from opd.episodes.player import EpisodePlayer, one_turn
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.sampler import EmbeddedSampler
+from opd.local.sampler import LocalSampler
 from opd.loop import Parts
-from opd.startup import Material, make_parts, read_tasks
+from opd.startup import TaskData, make_parts, read_tasks
 from opd.text.chat import Chat
 
 _HERE = Path(__file__).parent
@@ -25,21 +25,21 @@ SHAPES = {"8x4": (8, 4), "32x1": (32, 1)}
 
 def opd_parts(
     shape: str, tokens: int, steps: int, overrides: list[str], *, endless: bool
-) -> tuple[Config, EmbeddedStudio, Material, Parts]:
+) -> tuple[Config, LocalBackend, TaskData, Parts]:
     """A run of opd, about to begin; with `endless` no end token ends a response."""
     prompts, group = SHAPES[shape]
     sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": tokens}
     settings = [f"sampling.{name}={size}" for name, size in sizes.items()]
     config = opd.load_config(_HERE / "work.toml", [*settings, f"steps={steps}", *overrides])
-    material = read_tasks(config, None, None)
-    studio = build(config, material.make_environment)
-    parts = make_parts(config, studio, material)
+    task_data = read_tasks(config, None, None)
+    backend = build(config, task_data.make_environment)
+    parts = make_parts(config, backend, task_data)
     if endless:
-        network = studio.student.network
+        network = backend.student.network
         player = EpisodePlayer(Chat(network.tokenizer), config.episodes, end_ids=(), make_environment=one_turn)
-        sampler = EmbeddedSampler(
+        sampler = LocalSampler(
             network,
-            adapter=studio.student.adapter,
+            adapter=backend.student.adapter,
             temperature=1.0,
             max_new_tokens=tokens,
             max_rows=config.sampling.max_rows,
@@ -47,7 +47,7 @@ def opd_parts(
             player=player,
         )
         parts = replace(parts, sampler=sampler)
-    return config, studio, material, parts
+    return config, backend, task_data, parts
 
 
 def trl_command(shape: str, tokens: int, steps: int, *options: object) -> list[str]:

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import opd
 from opd.batch import Batch, pack
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.learner import EmbeddedLearner
+from opd.local.learner import LocalLearner
 from opd.metrics import values
 from opd.objectives.vocabulary import TeacherHead
 from opd.records import Prompt, ScoredRollout
@@ -48,20 +48,20 @@ def float64_norms() -> Iterator[None]:
 class Bench:
     """A student with non-zero weights in float64, its rollouts scored by two teachers, and the batch made of them."""
 
-    studio: EmbeddedStudio
+    backend: LocalBackend
     scored: list[ScoredRollout]
     batch: Batch
 
-    def learner(self, *, max_tokens: int = 10_000, steps: int = 10, **options: Any) -> EmbeddedLearner:
+    def learner(self, *, max_tokens: int = 10_000, steps: int = 10, **options: Any) -> LocalLearner:
         optimizer = options.pop("optimizer", OptimizerConfig(lr=1e-2, warmup_steps=1))
-        student = self.studio.student
-        return EmbeddedLearner(
+        student = self.backend.student
+        return LocalLearner(
             student.network,
             adapter=student.adapter,
             objective=ObjectiveConfig(**options),
             optimizer=optimizer,
             steps=steps,
-            heads={n: TeacherHead(head) for n, head in heads_of(self.studio, student.network.base.dtype).items()},
+            heads={n: TeacherHead(head) for n, head in heads_of(self.backend, student.network.base.dtype).items()},
             temperature=TEMPERATURE,
             max_tokens=max_tokens,
         )
@@ -82,25 +82,25 @@ class Bench:
         return found, metrics["loss/total/sum"]
 
 
-def heads_of(studio: EmbeddedStudio, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: voice.network.head_weight().to(dtype) for name, voice in studio.voices.items()}
+def heads_of(backend: LocalBackend, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: policy.network.head_weight().to(dtype) for name, policy in backend.policies.items()}
 
 
 def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool = True, **changes: Any) -> Bench:
     config = opd.parse_config(toy_recipe(folder, temperature=TEMPERATURE, **changes))
-    studio = build(config)
+    backend = build(config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for name, parameter in studio.learner().weights().items():
+        for name, parameter in backend.learner().weights().items():
             if "lora_" in name:  # a fresh adapter is the identity, and half of its gradient is 0
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(5,))
-    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
+    rollouts = backend.sampler().sample(prompts, num_samples=2, seed=(5,))
+    scored = backend.teachers(keep_hidden=True, followed=True).score(rollouts)
     batch, counts = pack(scored, logprob_floor=-50.0)
     assert counts["dropped"] == 0
     if wide:
-        studio.student.network.base.double()
-    return Bench(studio, scored, batch)
+        backend.student.network.base.double()
+    return Bench(backend, scored, batch)
 
 
 def with_advantages(batch: Batch, seed: int = 0) -> Batch:
@@ -131,7 +131,7 @@ def dense_gradient(bench: Bench, batch: Batch, loss_of_row: Loss) -> dict[str, T
 
     loss_of_row: (student logits [actions, vocab], targets [actions], the rollout's actions within the batch, its index).
     """
-    network = bench.studio.student.network
+    network = bench.backend.student.network
     weights = bench.learner().weights()
     total = torch.zeros((), dtype=torch.float64)
     for row, (start, end) in enumerate(zip(batch.offsets, batch.offsets[1:], strict=False)):

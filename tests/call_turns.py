@@ -21,8 +21,8 @@ from zoo import real, toy, toy_bpe
 from opd.records import Prompt, Rollout, Turn
 from opd.text.alignment import TurnPair, pair_turns
 from opd.text.alignment_report import sides
-from opd.text.student_text import Masked, Writer
-from opd.text.teacher_text import Reader
+from opd.text.student_text import Masked, StudentSide
+from opd.text.teacher_text import TeacherSide
 from opd.text.tool_calls import Syntax
 
 Segment = tuple[str, str]
@@ -45,32 +45,32 @@ def tagged(expression: str = "1 + 2") -> str:
 
 
 @functools.cache
-def writer(name: str) -> Writer:
-    return Writer(toy(name) if name == "bytes" else real(name))
+def student_side(name: str) -> StudentSide:
+    return StudentSide(toy(name) if name == "bytes" else real(name))
 
 
 @functools.cache
-def reader(name: str) -> Reader:
+def teacher_side(name: str) -> TeacherSide:
     """A published tokenizer with its own template, or one like its model's where the archive's writes no calls."""
     tokenizer = copy.copy(real(name))
     tokenizer.chat_template = TEMPLATES.get(name, tokenizer.chat_template)
-    return Reader(tokenizer, name=name)
+    return TeacherSide(tokenizer, name=name)
 
 
 @functools.cache
-def toy_reader(answer: str) -> Reader:
-    return Reader(toy_bpe(390, template=chatml(answer)), name="t")
+def toy_reader(answer: str) -> TeacherSide:
+    return TeacherSide(toy_bpe(390, template=chatml(answer)), name="t")
 
 
 @functools.cache
-def bytes_reader(answer: str) -> Reader:
+def bytes_reader(answer: str) -> TeacherSide:
     """A teacher that writes bytes, so that no token has a part in two things."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chatml(answer)
-    return Reader(tokenizer, name="t")
+    return TeacherSide(tokenizer, name="t")
 
 
-def turn_of(text: str, own: Writer, prompt: Prompt | None = None, *, ended: bool = True) -> Rollout:
+def turn_of(text: str, own: StudentSide, prompt: Prompt | None = None, *, ended: bool = True) -> Rollout:
     """A rollout of one turn, behind one token that stands for the prompt."""
     prompt = prompt or asked()
     ids = [0, *own.encode(text), *([own.end_ids[-1]] if ended else [])]
@@ -87,17 +87,19 @@ def turn_of(text: str, own: Writer, prompt: Prompt | None = None, *, ended: bool
     )
 
 
-def read(text: str, own: Writer, theirs: Reader, *, syntax: Syntax | None = "hermes", **kwargs: Any) -> TurnPair:
+def read(
+    text: str, own: StudentSide, theirs: TeacherSide, *, syntax: Syntax | None = "hermes", **kwargs: Any
+) -> TurnPair:
     [turn] = pair_turns(turn_of(text, own, **kwargs), own, theirs, own_syntax=syntax)
     return turn
 
 
-def told(turn: TurnPair, theirs: Reader) -> str:
+def told(turn: TurnPair, theirs: TeacherSide) -> str:
     """What the teacher reads of a turn, from its tokens."""
-    return theirs.table.join(turn.reading.token_ids[turn.reading.first :]).tobytes().decode()
+    return theirs.table.join(turn.teacher_text.token_ids[turn.teacher_text.first :]).tobytes().decode()
 
 
-def left_out(turn: TurnPair, own: Writer, text: str) -> list[str]:
+def left_out(turn: TurnPair, own: StudentSide, text: str) -> list[str]:
     """The student's tokens that are masked."""
     pieces = [own.table.of(i).decode(errors="replace") for i in own.encode(text)]
     return [piece for piece, why in zip(pieces, turn.pairing.masked, strict=False) if why]
@@ -106,14 +108,14 @@ def left_out(turn: TurnPair, own: Writer, text: str) -> list[str]:
 def same(one: TurnPair, other: TurnPair) -> bool:
     """Whether two readings agree in everything that a score depends on."""
     pairs = [
-        (one.reading.token_ids, other.reading.token_ids),
-        (one.reading.ends, other.reading.ends),
+        (one.teacher_text.token_ids, other.teacher_text.token_ids),
+        (one.teacher_text.ends, other.teacher_text.ends),
         (one.pairing.masked, other.pairing.masked),
         (one.pairing.chunk_ids, other.pairing.chunk_ids),
         (one.pairing.chunks.ends, other.pairing.chunks.ends),
         (one.pairing.chunks.teacher, other.pairing.chunks.teacher),
     ]
-    return one.reading.first == other.reading.first and all(np.array_equal(a, b) for a, b in pairs)
+    return one.teacher_text.first == other.teacher_text.first and all(np.array_equal(a, b) for a, b in pairs)
 
 
 def kept_by_hand(pieces: tuple[list[str], list[str]], segments: Sequence[Segment]) -> tuple[list[bool], list[bool]]:
@@ -144,7 +146,7 @@ def kept_by_hand(pieces: tuple[list[str], list[str]], segments: Sequence[Segment
         kept = fewer
 
 
-def check_laws(turn: TurnPair, own: Writer, theirs: Reader, text: str) -> None:
+def check_laws(turn: TurnPair, own: StudentSide, theirs: TeacherSide, text: str) -> None:
     """Chunks part what is kept, in order, and spell the same bytes on both sides; the counts agree."""
     ids = [*own.encode(text), *([own.end_ids[-1]] if turn.ends_turn else [])]
     check_chunks(turn, ids, own, theirs)
@@ -157,12 +159,12 @@ def check_laws(turn: TurnPair, own: Writer, theirs: Reader, text: str) -> None:
     shown = sides(turn, ids, own, theirs)
     assert b"".join(piece for side in shown for piece in side.student) == own.table.join(np.array(ids)).tobytes()
     read = b"".join(piece for side in shown for piece in side.teacher).removesuffix(b"<end of turn>")
-    assert read == theirs.table.join(turn.reading.token_ids[turn.reading.first :]).tobytes()
+    assert read == theirs.table.join(turn.teacher_text.token_ids[turn.teacher_text.first :]).tobytes()
 
 
 def with_control(text: str, place: int) -> Rollout:
     """A control token of the student's in the middle of a turn; its message does not show it."""
-    own = writer("bytes")
+    own = student_side("bytes")
     item = turn_of(text, own)
     ids = np.insert(item.token_ids, 1 + place, own.tokenizer.convert_tokens_to_ids("<|im_start|>"))
     return replace(
@@ -174,7 +176,7 @@ def with_control(text: str, place: int) -> Rollout:
     )
 
 
-def kept_text(turn: TurnPair, own: Writer, text: str) -> str:
+def kept_text(turn: TurnPair, own: StudentSide, text: str) -> str:
     """What the student's tokens spell that are compared."""
     ids = own.encode(text)
     kept = [own.table.of(i) for i, why in zip(ids, turn.pairing.masked, strict=False) if not why]
@@ -187,6 +189,6 @@ def history(*messages: tuple[str, str]) -> Prompt:
     return Prompt("p", (*asked().messages, *said), teacher="t", task="task", tools=asked().tools)
 
 
-def before(turn: TurnPair, theirs: Reader) -> str:
+def before(turn: TurnPair, theirs: TeacherSide) -> str:
     """What the teacher reads before a turn."""
-    return theirs.table.join(turn.reading.token_ids[: turn.reading.first]).tobytes().decode()
+    return theirs.table.join(turn.teacher_text.token_ids[: turn.teacher_text.first]).tobytes().decode()

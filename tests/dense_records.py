@@ -68,11 +68,11 @@ class Episode:
     actions: list[Action] = field(default_factory=list)
     used: list[Action] = field(default_factory=list)
     verdict: float | None = None
-    outcome: float = 0.0
+    reward: float = 0.0
 
     @property
     def seen(self) -> list[Action]:
-        """The actions of the parts that have a score or that an outcome acts on; others say of the episode alone what it is."""
+        """The actions of the parts that have a score or that an reward acts on; others say of the episode alone what it is."""
         rows = {a.row for a in self.used if a.scored or a.judged}
         return [a for a in self.used if a.row in rows]
 

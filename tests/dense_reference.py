@@ -34,7 +34,9 @@ def target_of(parts: Sequence[tuple[float, Tensor]], *, temperature: float, floo
     return total
 
 
-def follow(recipe: Recipe, rows: Sequence[Row], logits: Sequence[Tensor], parts: Sequence[Any], facts: Recipe) -> Plan:
+def compute_advantages(
+    recipe: Recipe, rows: Sequence[Row], logits: Sequence[Tensor], parts: Sequence[Any], facts: Recipe
+) -> Plan:
     """The plan of one update. logits: the student's before it, [actions, vocab] a row; parts: each row's teachers (weight, logits);
     facts: `student_scored`, whether the student's own log-probabilities are known, and `chunk_logq`, `named_logq` by row."""
     objective = recipe["objective"]
@@ -50,16 +52,16 @@ def follow(recipe: Recipe, rows: Sequence[Row], logits: Sequence[Tensor], parts:
         _advantages(objective, recipe.get("credit", "causal"), episode)
     _baselines(objective, episodes)
     _masks(recipe, rows, episodes)
-    _outcomes(recipe, rows, episodes)
+    _rewards(recipe, rows, episodes)
     metrics = _corrections(objective["correction"], episodes)
     by_distillation = _normaliser(objective, episodes, "distilled")
-    by_outcome = _normaliser(objective, episodes, "judged")
+    by_reward = _normaliser(objective, episodes, "judged")
     for episode in episodes:
         for a in episode.used:
             if a.distilled:
                 a.pull += objective["coef"] * (a.advantage - a.baseline) / by_distillation
             if a.judged:
-                a.pull += recipe["outcome"]["coef"] * episode.outcome / by_outcome
+                a.pull += recipe["reward"]["coef"] * episode.reward / by_reward
             a.pull *= a.weight
     metrics |= _figures(recipe, rows, episodes, logits, parts, facts)
     return Plan([a for e in episodes for a in e.seen], by_distillation, metrics, targets)
@@ -77,7 +79,7 @@ def loss(recipe: Recipe, rows: Sequence[Row], plan: Plan, logits: Sequence[Tenso
     for a in plan.actions:
         row, logp = rows[a.row], logps[a.row][a.k]
         token = row.tokens[row.actions[a.k]]
-        if objective["type"] in ("exact", "support", "exact_to_go") and a.scored:
+        if objective["type"] in ("exact", "top_k", "exact_to_go") and a.scored:
             logq = plan.targets[a.row]
             assert logq is not None
             if row.kind == "named":
@@ -95,8 +97,8 @@ def loss(recipe: Recipe, rows: Sequence[Row], plan: Plan, logits: Sequence[Tenso
             trained += 1
             clipped += was_clipped
     metrics = {"loss/total/sum": float(total.detach()), "student/nll/mean": _mean(nll)}
-    if objective["type"] in ("exact", "support", "exact_to_go"):
-        metrics |= {"divergence/token/mean": _mean(divergences), "support/tail_mass/mean": _mean(tails)}
+    if objective["type"] in ("exact", "top_k", "exact_to_go"):
+        metrics |= {"divergence/token/mean": _mean(divergences), "top_k/tail_mass/mean": _mean(tails)}
     if objective["loss"] == "ppo":
         metrics["loss/clipped/mean"] = clipped / trained if trained else math.nan
     return total, metrics
@@ -110,7 +112,7 @@ def _episodes(recipe: Recipe, rows: Sequence[Row]) -> list[Episode]:
     for episode in found.values():
         faulty = any(rows[i].flags for i in episode.rows)
         verdicts = [rows[i].reward for i in episode.rows if rows[i].reward is not None]
-        episode.verdict = recipe["outcome"]["format_error"] if faulty else (verdicts[0] if verdicts else None)
+        episode.verdict = recipe["reward"]["format_error"] if faulty else (verdicts[0] if verdicts else None)
         t = 0
         for i in episode.rows:
             row = rows[i]
@@ -121,7 +123,7 @@ def _episodes(recipe: Recipe, rows: Sequence[Row]) -> list[Episode]:
                 scored = row.kind != "none" and chunk >= 0
                 episode.actions.append(Action(i, k, t, turn, flagged, scored, chunk))
                 t += 1
-        judged = recipe["outcome"]["coef"] > 0 and episode.verdict is not None
+        judged = recipe["reward"]["coef"] > 0 and episode.verdict is not None
         trains = any(not rows[i].failed and (rows[i].kind != "none" or judged) for i in episode.rows)
         episode.used = episode.actions if trains else []
     return list(found.values())
@@ -146,7 +148,7 @@ def _fill(a: Action, row: Row, logits: Tensor, logq: Tensor | None, recipe: Reci
 def _advantages(objective: Recipe, credit: str, episode: Episode) -> None:
     """The sampled part of the distillation term, before its baseline, on scored actions."""
     kind, discount = objective["type"], objective["discount"] or 0.0
-    if kind in ("exact", "support"):
+    if kind in ("exact", "top_k"):
         return
     units = list(_units(episode.scored))
     for u, unit in enumerate(units):
@@ -210,9 +212,9 @@ def _masks(recipe: Recipe, rows: Sequence[Row], episodes: Sequence[Episode]) -> 
             a.distilled = a.scored and kept and recipe["objective"]["coef"] > 0
 
 
-def _outcomes(recipe: Recipe, rows: Sequence[Row], episodes: Sequence[Episode]) -> None:
-    outcome = recipe["outcome"]
-    if outcome["coef"] == 0:
+def _rewards(recipe: Recipe, rows: Sequence[Row], episodes: Sequence[Episode]) -> None:
+    reward = recipe["reward"]
+    if reward["coef"] == 0:
         return
     for mine in episodes:
         if mine.verdict is None:
@@ -222,12 +224,12 @@ def _outcomes(recipe: Recipe, rows: Sequence[Row], episodes: Sequence[Episode]) 
         others = [float(e.verdict) for e in group if e is not mine and e.verdict is not None]
         mean = sum(every) / len(every) if every else 0.0
         deviation = math.sqrt(sum((x - mean) ** 2 for x in every) / len(every)) if every else 0.0
-        mine.outcome = {
+        mine.reward = {
             "none": mine.verdict,
             "group_mean": mine.verdict - mean,
             "grpo": (mine.verdict - mean) / (deviation + 1e-6),
             "leave_one_out": mine.verdict - sum(others) / len(others) if others else 0.0,
-        }[outcome["baseline"]]
+        }[reward["baseline"]]
         for a in mine.used:
             a.judged = True
 
@@ -290,8 +292,8 @@ def _named(objective: Recipe, logp: Tensor, named: Mapping[int, float]) -> tuple
 def _divergence(objective: Recipe, logp: Tensor, logq: Tensor, token: int) -> tuple[Tensor, Tensor, float]:
     """(the divergence of one state, the residual's policy term, the student's mass in the bucket)."""
     nothing = torch.zeros((), dtype=torch.float64)
-    if objective["type"] == "support":
-        k = min(objective["support"], len(logp))
+    if objective["type"] == "top_k":
+        k = min(objective["top_k"], len(logp))
         inside = {*logp.topk(k).indices.tolist(), *logq.topk(k).indices.tolist()}
         inside |= set() if objective["tail_residual"] else {token}
         outside = [i for i in range(len(logp)) if i not in inside]
@@ -359,7 +361,7 @@ def _figures(
     ):
         masked = [a for a in scored if not a.distilled]
         found |= {"mask/tokens/sum": len(masked), "mask/rollouts/sum": len({a.row for a in masked})}
-    if objective["type"] in ("exact", "support", "exact_to_go"):
+    if objective["type"] in ("exact", "top_k", "exact_to_go"):
         entropies, floored = [], []
         for a in scored:
             logp = torch.log_softmax(logits[a.row][a.k].detach() / temperature, -1)

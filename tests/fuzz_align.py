@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["opd.text"]):
     importlib.import_module("opd.text.alignment")  # what `check_response` calls
-    from opd.text.student_text import Writer
-    from opd.text.teacher_text import Reader
+    from opd.text.student_text import StudentSide
+    from opd.text.teacher_text import TeacherSide
 
 from test_tokenizer_pairs import check_response  # behind the instrumented imports
 from zoo import TOYS, real, toy
@@ -36,24 +36,24 @@ def tokenizer(name: str):
 
 
 @cache
-def writer(name: str) -> Writer:
-    return Writer(tokenizer(name))
+def student_side(name: str) -> StudentSide:
+    return StudentSide(tokenizer(name))
 
 
 @cache
-def reader(student: str, teacher: str) -> Reader:
+def teacher_side(student: str, teacher: str) -> TeacherSide:
     """One a pair: a reader remembers what it has in common with the last student alone."""
-    return Reader(tokenizer(teacher), name=teacher)
+    return TeacherSide(tokenizer(teacher), name=teacher)
 
 
 @cache
 def id_of_byte(name: str) -> dict[int, int]:
-    table = writer(name).table
+    table = student_side(name).table
     return {table.of(i)[0]: i for i in np.flatnonzero(table.lengths(np.arange(len(table))) == 1).tolist()}
 
 
 def tokens(kind: int, content: bytes, student: str) -> list[int]:
-    mine = writer(student)
+    mine = student_side(student)
     if kind == 0:
         return mine.encode(content.decode(errors="ignore"))
     if kind == 1:
@@ -65,13 +65,13 @@ def one_input(raw: bytes) -> None:
     if len(raw) < 3:
         return
     student, teacher = PAIRS[raw[0] % len(PAIRS)]
-    ids = [i for i in tokens(raw[1] % 3, raw[3:], student) if i not in writer(student).end_ids]
-    check_response(ids, writer(student), reader(student, teacher), ended=bool(raw[2] % 2))
+    ids = [i for i in tokens(raw[1] % 3, raw[3:], student) if i not in student_side(student).end_ids]
+    check_response(ids, student_side(student), teacher_side(student, teacher), ended=bool(raw[2] % 2))
 
 
 def main() -> None:
     for student, teacher in PAIRS:
-        reader(student, teacher).counterparts(writer(student).table)
+        teacher_side(student, teacher).counterparts(student_side(student).table)
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
 

@@ -16,9 +16,9 @@ from factories import save_adapter, toy_recipe
 
 import opd
 from opd.episodes.player import Taken
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.sampler import EmbeddedSampler
+from opd.local.sampler import LocalSampler
 
 FILE = Path(__file__).with_suffix(".json")
 KEYS = ("loss/total/sum", "optim/grad_norm/mean")
@@ -27,17 +27,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "exact_full": {"objective": {"type": "exact"}, "trainable": "full"},
     "immediate": {"objective": {"type": "immediate", "baseline": "leave_one_out"}},
     "to_go_ppo": {"objective": {"type": "to_go", "discount": 0.9, "loss": "ppo", "epochs": 2}},
-    "support": {"objective": {"type": "support", "support": 8}},
+    "top_k": {"objective": {"type": "top_k", "top_k": 8}},
 }
 
 
-def wide(*args: Any) -> EmbeddedStudio:
+def wide(*args: Any) -> LocalBackend:
     """The parts of a run with weights in float64: those of float32 are rounded otherwise on another kind of processor, and ten
     steps of Adam make 1e-6 of it."""
-    studio = build(*args)
-    for network in dict.fromkeys([studio.student.network, *(voice.network for voice in studio.voices.values())]):
+    backend = build(*args)
+    for network in dict.fromkeys([backend.student.network, *(policy.network for policy in backend.policies.values())]):
         network.base.double()
-    return studio
+    return backend
 
 
 def curves(name: str, folder: Path) -> dict[str, list[float]]:
@@ -57,14 +57,14 @@ def curves(name: str, folder: Path) -> dict[str, list[float]]:
 @contextmanager
 def recorded(calls: list[Any]) -> Iterator[None]:
     """Append to `calls` what every call of a sampler returned."""
-    plain = EmbeddedSampler._take_turns
+    plain = LocalSampler._take_turns
 
-    def take_turns(self: EmbeddedSampler, *args: Any) -> list[Taken]:
+    def take_turns(self: LocalSampler, *args: Any) -> list[Taken]:
         found = plain(self, *args)
         calls.append([[t.token_ids, t.logprobs, t.finish] for t in found])
         return found
 
-    with patch.object(EmbeddedSampler, "_take_turns", take_turns):
+    with patch.object(LocalSampler, "_take_turns", take_turns):
         yield
 
 
@@ -72,7 +72,7 @@ def recorded(calls: list[Any]) -> Iterator[None]:
 def replayed(calls: list[Any]) -> Iterator[None]:
     """Let samplers return what was recorded, in order."""
     waiting = iter(calls)
-    with patch.object(EmbeddedSampler, "_take_turns", lambda *_: [Taken(*turn) for turn in next(waiting)]):
+    with patch.object(LocalSampler, "_take_turns", lambda *_: [Taken(*turn) for turn in next(waiting)]):
         yield
 
 

@@ -30,9 +30,9 @@ from mutations import Mutant, mutants
 ROOT = Path(__file__).parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
-_VOCABULARY = ["vocabulary", "cells", "learner_objectives", "dense_reference", "learner", "theory", "neutral"]
+_VOCABULARY = ["vocabulary", "shared_vocabulary", "learner_objectives", "dense_reference", "learner", "theory", "neutral"]
 _SAMPLED = ["advantages", "baselines", "policy_losses", "estimators", "chunks", "signal", "dense_reference", "theory"]
-_TEXT = ["align", "tokenizer_pairs", "foreign_reading", "own_syntax", "own_syntax_laws", "foreign_teacher", "cells"]
+_TEXT = ["align", "tokenizer_pairs", "teacher_text", "teacher_calls", "teacher_calls_laws", "cross_tokenizer_teacher", "shared_vocabulary"]
 # module -> the tests that may notice its faults, the fastest first
 MODULES: dict[str, list[str]] = {
     "signal": ["signal", "split_episodes", "loss_terms", "dense_reference", "unscored", "chunks", "neutral"],
@@ -56,7 +56,7 @@ MODULES: dict[str, list[str]] = {
         "dense_reference",
         "defects",
     ],
-    "objectives.support": ["named_tokens", "vocabulary", "dense_reference"],
+    "objectives.top_k": ["named_tokens", "vocabulary", "dense_reference"],
     "objectives.draw": ["draw", "sampler"],
     "objectives.target": ["floor", "vocabulary", "dense_reference"],
     "objectives.vocabulary": _VOCABULARY,

@@ -37,15 +37,15 @@ def recipe(folders: dict[str, str], teachers: dict[str, Any] | None = None, **ch
     tree: dict[str, Any] = {
         "student": folders["student"],
         "output": "runs/none",
-        "mode": "distributed",
+        "backend": "ray",
         "cluster": {},
         "teachers": teachers,
         "tasks": {n: {"type": "file", "path": "x.jsonl", "teacher": n} for n in teachers},
         "sampling": {"prompts_per_step": 16, "group_size": 4, "max_new_tokens": 256},
-        "objective": {"type": "support", "support": 8},
+        "objective": {"type": "top_k", "top_k": 8},
         "lora": {"rank": 8, "alpha": 8},
         "compute": {"dtype": "bfloat16", "max_tokens": 4096},
-        "served": {"max_in_flight": 64},
+        "remote": {"max_in_flight": 64},
     }
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value

@@ -57,23 +57,23 @@ def draw(rng: random.Random) -> tuple[str, str, dict[str, Any]]:
         objective |= {"loss": rng.choice(["reinforce", "ppo"])}
     else:
         objective |= _correction(rng) | _loss(rng)
-    outcome: dict[str, Any] = {"coef": rng.choice([0.0, 0.0, 0.7, 2.0])}
-    if outcome["coef"]:
-        outcome["baseline"] = rng.choice(["leave_one_out", "group_mean", "grpo", "none"])
-        outcome["format_error"] = rng.choice([-1.0, -0.3])
+    reward: dict[str, Any] = {"coef": rng.choice([0.0, 0.0, 0.7, 2.0])}
+    if reward["coef"]:
+        reward["baseline"] = rng.choice(["leave_one_out", "group_mean", "grpo", "none"])
+        reward["format_error"] = rng.choice([-1.0, -0.3])
     world = rng.choice(["lora", "lora", "full", "full", "past the student", "past a teacher", "halfway"])
     if WORLDS[world][1] != 1.0:
         objective |= {"extrapolation": WORLDS[world][1], "reference": WORLDS[world][2]}
     scores = "whole"
     distributions = kind in ("exact", "exact_to_go", "kl_to_go") or baseline in ("kl", "score_weighted")
     if not distributions and not objective.get("tail_residual") and world in ("lora", "full"):
-        scores = rng.choice(["whole", "named"] if kind == "support" else ["whole", "sampled", "chunks"])
+        scores = rng.choice(["whole", "named"] if kind == "top_k" else ["whole", "sampled", "chunks"])
     return (
         world,
         scores,
         {
             "objective": objective,
-            "outcome": outcome,
+            "reward": reward,
             "mask": {"format_errors": rng.choice(["off", "off", "trajectory", "suffix", "turn", "span"])},
             "temperature": rng.choice([1.0, 0.8, 1.4]),
             "compute": {"threads": 1, "device": "cpu", "max_tokens": rng.choice([1, 40, 10_000])},
@@ -83,15 +83,15 @@ def draw(rng: random.Random) -> tuple[str, str, dict[str, Any]]:
 
 
 def _term(rng: random.Random) -> dict[str, Any]:
-    kinds = ["exact", "exact", "support", "immediate", "immediate", "to_go", "kl_to_go", "exact_to_go", "exact_to_go"]
+    kinds = ["exact", "exact", "top_k", "immediate", "immediate", "to_go", "kl_to_go", "exact_to_go", "exact_to_go"]
     found: dict[str, Any] = {"type": rng.choice(kinds), "coef": rng.choice([1.0, 1.0, 1.0, 0.5, 0.0])}
     match found["type"]:
         case "exact":
             found["divergence"] = rng.choice(["reverse_kl", "reverse_kl", "forward_kl", "jsd", "jsd"])
             if found["divergence"] == "jsd":
                 found["jsd_beta"] = rng.choice([0.2, 0.5, 0.7])
-        case "support":
-            found |= {"support": rng.choice([1, 3, 16, 300]), "tail_residual": rng.random() < 0.4}
+        case "top_k":
+            found |= {"top_k": rng.choice([1, 3, 16, 300]), "tail_residual": rng.random() < 0.4}
         case "exact_to_go":
             found["baseline"] = "leave_one_out"
         case _:

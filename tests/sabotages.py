@@ -15,8 +15,8 @@ import torch
 
 from opd.objectives import advantages, divergences, vocabulary
 from opd.objectives.reduce import masked
-from opd.text import align as alignment
-from opd_theory import estimators, support_claims
+from opd.text import chunks as alignment
+from opd_theory import estimators, top_k_claims
 
 Make: TypeAlias = Callable[[Any], Callable[..., Any]]  # the original -> what takes its place
 
@@ -146,7 +146,7 @@ FUTURE_OF_WRONG_SIGN = Sabotage(ADV + "future_kl", scaled(-1.0))
 OWN_SAMPLE = Sabotage(BASE + "leave_one_out", instead(with_its_own_sample))
 EXACT_HALVED = Sabotage(EST + "exact_gradients", scaled(0.5))
 SCORES_DOUBLED = Sabotage(EST + "trajectory_gradients", scaled(2.0))
-OUTCOME_HALVED = Sabotage(ADV + "outcome", scaled(0.5))
+OUTCOME_HALVED = Sabotage(ADV + "reward", scaled(0.5))
 NEGATIVE_REINFORCE = Sabotage("objectives.losses:reinforce", scaled(-1.0))
 
 SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
@@ -261,37 +261,37 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     "supports": {
         "twice the loss": Sabotage(VOCABULARY_LOSS, loss_scaled(2.0)),
         "half of the tokens": Sabotage(
-            VOCABULARY_LOSS, lambda f: lambda s, h, t, w, how, **kw: f(s, h, t, w, replace(how, support=how.support // 2), **kw)
+            VOCABULARY_LOSS, lambda f: lambda s, h, t, w, how, **kw: f(s, h, t, w, replace(how, top_k=how.top_k // 2), **kw)
         ),
-        "no support": Sabotage(VOCABULARY_LOSS, how_changed(support=None)),
+        "no support": Sabotage(VOCABULARY_LOSS, how_changed(top_k=None)),
         "the forward KL": Sabotage("objectives.divergences:reverse_kl", instead(_FORWARD)),
     },
     "biased_head": {
         "a tail with the + 1": Sabotage(
-            "theory.support_claims:sampled_tail", instead(support_claims.head_by_autodiff)
+            "theory.top_k_claims:sampled_tail", instead(top_k_claims.head_by_autodiff)
         ),
-        "half of the tail": Sabotage("theory.support_claims:sampled_tail", scaled(0.5)),
+        "half of the tail": Sabotage("theory.top_k_claims:sampled_tail", scaled(0.5)),
         "a head without the + 1": Sabotage(
-            "theory.support_claims:head_by_autodiff", instead(support_claims.sampled_tail)
+            "theory.top_k_claims:head_by_autodiff", instead(top_k_claims.sampled_tail)
         ),
         "no residual": Sabotage(VOCABULARY_LOSS, how_changed(tail_residual=False)),
     },
     "k_estimators": {
-        "k1 is k2": Sabotage("theory.support_claims:k1", instead(support_claims.k2)),
-        "k2 without its half": Sabotage("theory.support_claims:k2", scaled(2.0)),
-        "k3 of the inverse ratio": Sabotage("theory.support_claims:k3", lambda f: lambda r: f(-r)),
+        "k1 is k2": Sabotage("theory.top_k_claims:k1", instead(top_k_claims.k2)),
+        "k2 without its half": Sabotage("theory.top_k_claims:k2", scaled(2.0)),
+        "k3 of the inverse ratio": Sabotage("theory.top_k_claims:k3", lambda f: lambda r: f(-r)),
         "the reverse KL is the forward one": Sabotage("objectives.divergences:reverse_kl", instead(_FORWARD)),
         "the forward KL is the reverse one": Sabotage("objectives.divergences:forward_kl", instead(_REVERSE)),
     },
     "mask_law": {
         "half of the immediate log ratio": IMMEDIATE_HALVED,
-        "half of the outcome": OUTCOME_HALVED,
+        "half of the reward": OUTCOME_HALVED,
         "the KL baseline of the wrong sign": Sabotage(BASE + "negative_kl", scaled(-1.0)),
     },
     "tilt_law": {
-        "half of the outcome": OUTCOME_HALVED,
+        "half of the reward": OUTCOME_HALVED,
         "half of the immediate log ratio": IMMEDIATE_HALVED,
-        "an outcome that is not counted": Sabotage(ADV + "outcome", scaled(0.0)),
+        "an reward that is not counted": Sabotage(ADV + "reward", scaled(0.0)),
     },
     "several_teachers": {
         "teachers of equal weight": Sabotage(VOCABULARY_LOSS, teachers_changed(lambda t: t._replace(weight=0.5))),
@@ -347,7 +347,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     },
     "comparison": {
         "a cell for each token": Sabotage(
-            "text.cells:common_cells", lambda f: lambda *args: replace(f(*args), student=f(*args).student[::-1].copy())
+            "text.cells:shared_vocabulary", lambda f: lambda *args: replace(f(*args), student=f(*args).student[::-1].copy())
         ),
         "all in one chunk": Sabotage("text.align:align", instead(one_chunk)),
         "no chunks": Sabotage(ADV + "log_ratio_to_go", first_arguments(3)),
@@ -357,7 +357,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         hack: {
             "a to-go without what comes later": TO_GO_WITHOUT_LATER,
             "KL-to-go without its future": KL_TO_GO_IS_IMMEDIATE,
-            "half of the outcome": OUTCOME_HALVED,
+            "half of the reward": OUTCOME_HALVED,
         }
         for hack in ("quick_answer", "attractor", "loop", "early_end", "parser_exploit")
     },

@@ -200,8 +200,8 @@ def test_a_student_starts_as_exactly_that_adapter_or_the_field_that_differs_is_n
             build(opd.parse_config(tree))
         assert reason in str(caught.value)
         return
-    studio = build(opd.parse_config(tree))
-    network = studio.student.network
+    backend = build(opd.parse_config(tree))
+    network = backend.student.network
     for found in logits_of(network, "student"):
         torch.testing.assert_close(found, logits_of_peft(base, adapter), atol=CLOSE, rtol=0)
     assert not [name for name, _ in network.model.named_parameters() if ".start." in name]
@@ -256,9 +256,9 @@ def test_a_start_samples_as_its_adapter(base: str, tmp_path: Path):
     adapter = save_kind(tmp_path / "adapter", base, use_rslora=True)
     tree = toy_recipe(tmp_path) | {"student": base, "lora": {"rank": 4, "alpha": 16, "start": adapter}}
     tree["teachers"]["even"] = {"adapter": adapter}
-    studio = build(opd.parse_config(tree))
-    rollouts = studio.sampler().sample([prompt("p", "hi", teacher="even")], num_samples=3, seed=(1,))
-    scored = studio.teachers(keep_hidden=False).score(rollouts)
+    backend = build(opd.parse_config(tree))
+    rollouts = backend.sampler().sample([prompt("p", "hi", teacher="even")], num_samples=3, seed=(1,))
+    scored = backend.teachers(keep_hidden=False).score(rollouts)
     for one in scored:
         gap = one.score.logprobs - one.rollout.rollout_logprobs  # type: ignore[union-attr]  # none failed
         assert float(abs(gap).max()) < 1e-4

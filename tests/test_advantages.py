@@ -1,4 +1,4 @@
-"""Laws of the advantages: those of the log ratio, and those of outcomes within a group."""
+"""Laws of the advantages: those of the log ratio, and those of rewards within a group."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd.objectives.advantages import immediate, log_ratio_to_go, outcome
+from opd.objectives.advantages import immediate, log_ratio_to_go, reward_advantages
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 NAN, INF = math.nan, math.inf
@@ -91,7 +91,7 @@ def test_a_discount_outside_zero_and_one_is_refused(discount):
         log_ratio_to_go(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), discount)
 
 
-# --- outcome ---
+# --- reward ---
 
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.2, 0.5, 0.0])
 GROUPS = torch.tensor([7, 3, 7, 3, 3, 9])  # 7: [1, 0.5], 3: [0, 0.2, 0.5], 9: [0]
@@ -100,38 +100,38 @@ GROUPS = torch.tensor([7, 3, 7, 3, 3, 9])  # 7: [1, 0.5], 3: [0, 0.2, 0.5], 9: [
 def test_leave_one_out_compares_with_the_mean_of_the_others():
     # 3: 0 - 0.35, 0.2 - 0.25, 0.5 - 0.1
     expected = torch.tensor([0.5, -0.35, -0.5, -0.05, 0.4, 0.0])
-    torch.testing.assert_close(outcome(REWARDS, GROUPS, "leave_one_out"), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(reward_advantages(REWARDS, GROUPS, "leave_one_out"), expected, atol=1e-6, rtol=0)
 
 
 def test_group_mean_compares_with_the_mean_of_all():
     mean = 0.7 / 3
     expected = torch.tensor([0.25, -mean, -0.25, 0.2 - mean, 0.5 - mean, 0.0])
-    torch.testing.assert_close(outcome(REWARDS, GROUPS, "group_mean"), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(reward_advantages(REWARDS, GROUPS, "group_mean"), expected, atol=1e-6, rtol=0)
 
 
 def test_grpo_divides_by_the_standard_deviation_of_the_group():
     mean = 0.7 / 3
     deviation = math.sqrt(((0 - mean) ** 2 + (0.2 - mean) ** 2 + (0.5 - mean) ** 2) / 3)
     expected = torch.tensor([1.0, -mean / deviation, -1.0, (0.2 - mean) / deviation, (0.5 - mean) / deviation, 0.0])
-    torch.testing.assert_close(outcome(REWARDS, GROUPS, "grpo"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward_advantages(REWARDS, GROUPS, "grpo"), expected, atol=1e-5, rtol=0)
 
 
 def test_without_a_baseline_the_outcome_is_the_reward():
-    got = outcome(REWARDS, GROUPS, "none")
+    got = reward_advantages(REWARDS, GROUPS, "none")
     assert torch.equal(got, REWARDS)
     assert got.data_ptr() != REWARDS.data_ptr()
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
 def test_a_group_of_one_has_nothing_to_compare_with(baseline):
-    assert float(outcome(torch.tensor([0.8]), torch.tensor([4]), baseline)) == 0.0
+    assert float(reward_advantages(torch.tensor([0.8]), torch.tensor([4]), baseline)) == 0.0
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
 @quick
 @given(reward=st.floats(0, 1, width=32), size=st.integers(1, 16))
 def test_equal_rewards_give_no_advantage(baseline, reward, size):
-    got = outcome(torch.full((size,), reward), torch.zeros(size, dtype=torch.long), baseline)
+    got = reward_advantages(torch.full((size,), reward), torch.zeros(size, dtype=torch.long), baseline)
     assert float(got.abs().max()) <= 1e-6
 
 
@@ -140,7 +140,7 @@ def test_equal_rewards_give_no_advantage(baseline, reward, size):
 def test_outcome_advantages_of_every_group_sum_to_zero(pairs):
     rewards, groups = torch.tensor([p[0] for p in pairs]).double(), torch.tensor([p[1] for p in pairs])
     for baseline in ("leave_one_out", "group_mean", "grpo"):
-        got = outcome(rewards, groups, baseline)
+        got = reward_advantages(rewards, groups, baseline)
         for group in groups.unique():
             assert float(got[groups == group].sum()) == pytest.approx(0.0, abs=1e-6)
 
@@ -151,10 +151,10 @@ def test_leave_one_out_is_group_mean_times_n_over_n_minus_one(rewards):
     values, n = torch.tensor(rewards).double(), len(rewards)
     group = torch.zeros(n, dtype=torch.long)
     torch.testing.assert_close(
-        outcome(values, group, "leave_one_out"), outcome(values, group, "group_mean") * n / (n - 1)
+        reward_advantages(values, group, "leave_one_out"), reward_advantages(values, group, "group_mean") * n / (n - 1)
     )
 
 
 def test_the_outcome_of_no_rollouts_is_empty():
     for baseline in ("leave_one_out", "group_mean", "grpo", "none"):
-        assert outcome(torch.zeros(0), torch.zeros(0, dtype=torch.long), baseline).shape == (0,)
+        assert reward_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.long), baseline).shape == (0,)

@@ -87,12 +87,12 @@ def test_scores_and_gradients_of_several_turns_are_those_of_plain_passes(tmp_pat
     from factories import plain_logprobs, toy_model
 
     config = several_turns(tmp_path)
-    studio = build(config, always_echo)
+    backend = build(config, always_echo)
     prompts = [prompt(f"p{i}", "hi", teacher="even") for i in range(12)]
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(3,))
+    rollouts = backend.sampler().sample(prompts, num_samples=2, seed=(3,))
     assert max(sum(t.author == "student" for t in r.turns) for r in rollouts) > 1
     student, teacher = toy_model(0), toy_model(1)
-    for item in studio.teachers(keep_hidden=False).score(rollouts):
+    for item in backend.teachers(keep_hidden=False).score(rollouts):
         rollout = item.rollout
         plain = plain_logprobs(student, rollout, temperature=3.0)
         np.testing.assert_allclose(rollout.rollout_logprobs[rollout.loss_mask], plain, atol=2e-4)
@@ -207,8 +207,8 @@ def test_files_may_have_tools_and_demonstrations(tmp_path: Path):
 
 def test_an_alarm_that_stops_saves_the_run_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Every response of a toy is cut, from the first step on: the detector of truncation has its case."""
-    guards = {"truncation": {"action": "stop", "patience": 2, "memory": 1}}
-    tree = toy_recipe(tmp_path, steps=6, guards=guards, evaluation={"num_prompts": 0})
+    detectors = {"truncation": {"action": "stop", "patience": 2, "memory": 1}}
+    tree = toy_recipe(tmp_path, steps=6, detectors=detectors, evaluation={"num_prompts": 0})
     tree["sampling"]["max_new_tokens"] = 2
     result = opd.train(opd.parse_config(tree))
     assert not result.finished
@@ -218,7 +218,7 @@ def test_an_alarm_that_stops_saves_the_run_and_is_kept(tmp_path: Path, capsys: p
     assert f"continue with: opd train --resume {result.run}" in shown
     alarms = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
     assert [a["detector"] for a in alarms if a["action"] == "stop"] == ["truncation"]
-    assert "guard/truncation/value" in opd.read_metrics(result.run)[-1]
+    assert "detectors/truncation/value" in opd.read_metrics(result.run)[-1]
     resumed = opd.resume(result.run)
     assert resumed.finished
     again = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
@@ -230,9 +230,9 @@ def test_a_held_out_outcome_by_another_grader(tmp_path: Path):
     tree["tasks"]["second"] |= {"verifier": "none", "grader": "exact"}
     tree["evaluation"] = {"num_prompts": 0, "every": 2, "held_out_prompts": 3}
     lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
-    assert ["held_out/outcome/second/mean" in line for line in lines] == [False, True, False, True]
-    assert "outcome/second/mean" not in lines[0]
-    assert lines[1]["held_out/outcome/mean"] == lines[1]["held_out/outcome/second/mean"]
+    assert ["held_out/reward/second/mean" in line for line in lines] == [False, True, False, True]
+    assert "reward/second/mean" not in lines[0]
+    assert lines[1]["held_out/reward/mean"] == lines[1]["held_out/reward/second/mean"]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cross_tokenizer import save_cross_tokenizer
 from factories import byte_tokenizer, toy_recipe, write_toml
-from foreign import save_foreign
 from typer.testing import CliRunner
 from zoo import toy_bpe
 
@@ -100,7 +100,7 @@ def test_a_text_that_is_no_text(pair: tuple[str, str], tmp_path: Path):
 
 def test_check_shows_how_a_teacher_reads(tmp_path: Path):
     tree = toy_recipe(tmp_path, objective={"type": "immediate"})
-    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390))}
+    tree["teachers"]["odd"] = {"model": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390))}
     result = CliRunner().invoke(app, ["check", write_toml(tmp_path / "recipe.toml", tree)])
     assert result.exit_code == 0, result.output
     assert "ok    teacher 'odd' reads the student's text: " in result.output
@@ -109,6 +109,6 @@ def test_check_shows_how_a_teacher_reads(tmp_path: Path):
 
 def test_a_uniform_foreign_teacher_is_refused(tmp_path: Path):
     tree = toy_recipe(tmp_path, objective={"type": "immediate"})
-    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390), scale=0.0)}
+    tree["teachers"]["odd"] = {"model": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390), scale=0.0)}
     with pytest.raises(opd.OpdError, match="teacher 'odd' is not uniform"):
         opd.train(opd.parse_config(tree))

@@ -22,7 +22,7 @@ from transformers import (
 
 from opd.errors import ModelError
 from opd.models.attention import TreePlan, use_plans
-from opd.models.kv_cache import RowPlan
+from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, fuse_adapters, merged
 from opd.models.network import Network
 from opd.models.prefix_tree import TokenTree, pack_trees
@@ -121,8 +121,8 @@ def toy_network(tmp_path: Path) -> Network:
 def test_rows_that_begin_grow_split_and_end_have_the_states_of_their_tokens(tmp_path, max_tokens):
     network = toy_network(tmp_path)
     texts = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7]]
-    rows = RowPlan(network.device)
-    hidden = network.begin_rows(texts, rows, max_tokens=max_tokens)
+    rows = KVCache(network.device)
+    hidden = network.prefill(texts, rows, max_tokens=max_tokens)
     rng = np.random.default_rng(0)
     for step in range(140):  # past what buffers begin with
         for text, state in zip(texts, hidden, strict=True):
@@ -137,11 +137,11 @@ def test_rows_that_begin_grow_split_and_end_have_the_states_of_their_tokens(tmp_
             texts.pop()
         if step == 8:
             texts.append([9, 8])
-            network.begin_rows([[9, 8]], rows, max_tokens=max_tokens)
+            network.prefill([[9, 8]], rows, max_tokens=max_tokens)
         tokens = rng.integers(0, 200, len(texts)).tolist()
         texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
         assert rows.lengths == [len(text) - 1 for text in texts]
-        hidden = network.extend_rows(tokens, rows)
+        hidden = network.decode(tokens, rows)
 
 
 def adapted(tmp_path: Path, **options: bool) -> PeftModel:

@@ -8,11 +8,11 @@ import torch
 from factories import prompt, rollout, scored
 from hypothesis import given
 from hypothesis import strategies as st
-from test_signal import config as config_of
+from test_compute_advantages import config as config_of
 from torch import Tensor
 
 from opd.batch import Batch, pack
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.objectives.advantages import immediate, log_ratio_to_go, whole_chunks
 from opd.records import ChunkScore, ScoredRollout
 
@@ -85,7 +85,7 @@ def scored_in_chunks() -> ScoredRollout:
 
 def followed(**tables: Any) -> tuple[Batch, Tensor]:
     batch, _ = pack([scored_in_chunks()], logprob_floor=-50.0)
-    batch, _ = follow(config_of(**tables), batch)
+    batch, _ = compute_advantages(config_of(**tables), batch)
     assert batch.advantages is not None
     return batch, batch.advantages
 
@@ -98,7 +98,7 @@ def test_masked_tokens_have_no_advantage_and_leave_the_denominator():
 
 
 def test_an_outcome_still_trains_masked_tokens():
-    batch, _ = followed(objective={"type": "immediate"}, outcome={"coef": 1.0, "baseline": "none"})
+    batch, _ = followed(objective={"type": "immediate"}, reward={"coef": 1.0, "baseline": "none"})
     assert batch.train_mask.tolist() == [False, False, True, True, True, True]
     assert batch.distill_mask.tolist() == [False, False, True, True, False, True]
 
@@ -114,7 +114,7 @@ def test_rollouts_of_both_kinds_share_a_batch():
     assert batch.chunks is not None
     assert batch.num_bytes is not None
     assert batch.num_bytes.tolist() == [5, 0]
-    batch, _ = follow(config_of(objective={"type": "immediate"}), batch)
+    batch, _ = compute_advantages(config_of(objective={"type": "immediate"}), batch)
     assert batch.advantages is not None
     assert batch.advantages[6:].tolist() == [0.0, 0.5, 0.75]
     assert batch.scored.tolist()[6:] == [False, True, True]

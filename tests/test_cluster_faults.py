@@ -36,7 +36,7 @@ def cluster() -> Iterator[Cluster]:
 def recipe(folder: Path, cluster: Cluster, **changes: Any) -> dict[str, Any]:
     places = {"address": cluster.address, "cpus_per_rank": 1, "cpus_per_engine": 1}
     tree = toy_recipe(folder, steps=5, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
-    tree |= {"mode": "distributed", "cluster": cluster_of(**places) | changes}
+    tree |= {"backend": "ray", "cluster": cluster_of(**places) | changes}
     return tree
 
 

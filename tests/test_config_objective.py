@@ -24,7 +24,7 @@ def parsed(**changes: Any) -> Config:
     [
         {},
         {"type": "exact", "divergence": "jsd", "jsd_beta": 0.1},
-        {"type": "support", "support": 8, "tail_residual": True},
+        {"type": "top_k", "top_k": 8, "tail_residual": True},
         TO_GO,
         {"type": "kl_to_go", "discount": 1.0, "baseline": "kl", "correction": {"type": "reject", "level": "sequence"}},
         {"type": "immediate", "baseline": "score_weighted", "loss": "ppo", "clip_dual": 3.0, "epochs": 2},
@@ -54,7 +54,7 @@ def test_the_default_objective_is_the_exact_immediate_term():
         ({"type": "immediate", "baseline": "kl"}, True, True),
         ({"type": "immediate", "baseline": "score_weighted"}, True, True),
         ({"type": "kl_to_go", "discount": 1.0}, True, True),
-        ({"type": "support"}, True, False),
+        ({"type": "top_k"}, True, False),
         (TO_GO, True, True),
         ({"type": "immediate", "correction": {"type": "truncate"}}, False, True),
     ],
@@ -72,13 +72,13 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
         (TO_GO | {"baseline": "kl"}, "type = 'exact_to_go' needs baseline = 'leave_one_out', got 'kl'"),
         ({"type": "exact_to_go", "baseline": "leave_one_out"}, "type = 'exact_to_go' needs a discount"),
         ({"type": "exact", "baseline": "kl"}, "type = 'exact' has no sampled advantage: drop baseline"),
-        ({"type": "support", "discount": 0.5}, "type = 'support' has no future part to discount"),
+        ({"type": "top_k", "discount": 0.5}, "type = 'top_k' has no future part to discount"),
         ({"type": "immediate", "divergence": "jsd"}, "divergence belongs to type = 'exact', got type = 'immediate'"),
         ({"jsd_beta": 0.3}, "jsd_beta belongs to divergence = 'jsd', got divergence = 'reverse_kl'"),
         ({"clip_low": 0.1}, "clip_low belongs to loss = 'ppo', got loss = 'reinforce'"),
-        ({"type": "exact", "support": 8}, "support belongs to type = 'support', got type = 'exact'"),
+        ({"type": "exact", "top_k": 8}, "support belongs to type = 'top_k', got type = 'exact'"),
         (
-            {"type": "support", "tail_residual": True, "correction": {"type": "reject"}},
+            {"type": "top_k", "tail_residual": True, "correction": {"type": "reject"}},
             "tail_residual is a sampled term that corrections and epochs > 1 do not reach",
         ),
         ({"correction": {"type": "truncate"}}, "correction.type = 'truncate' weighs sampled advantages"),
@@ -89,7 +89,7 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
             TO_GO | {"extrapolation": 1.5, "reference": "student"},
             "the extrapolated target is not normalised, so the future part would reward length",
         ),
-        ({"type": "exact", "tail_residual": True}, "tail_residual belongs to type = 'support'"),
+        ({"type": "exact", "tail_residual": True}, "tail_residual belongs to type = 'top_k'"),
         ({"clip_dual": 2.0}, "clip_dual belongs to loss = 'ppo'"),
         ({"extrapolation": 1.5}, "extrapolation other than 1 and 'reference' go together"),
         ({"reference": "student"}, "extrapolation other than 1 and 'reference' go together"),
@@ -114,9 +114,9 @@ def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(n
     ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass off the support")]
 )
 def test_wrong_tails_of_a_support_are_refused_with_the_reason(tail: str, reason: str):
-    message = fault(tree(objective={"type": "support", "support_tail": tail}))
+    message = fault(tree(objective={"type": "top_k", "top_k_tail": tail}))
     assert reason in message
-    assert "leave support_tail = 'bucket'" in message
+    assert "leave top_k_tail = 'bucket'" in message
 
 
 @pytest.mark.parametrize("discount", [-0.1, 1.5])
@@ -131,8 +131,8 @@ def test_leave_one_out_needs_a_group():
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
 def test_an_outcome_against_the_group_needs_one(baseline: str):
-    message = fault(tree(outcome={"coef": 1.0, "baseline": baseline}))
-    assert f"outcome.baseline = '{baseline}' compares the samples of one prompt" in message
+    message = fault(tree(reward={"coef": 1.0, "baseline": baseline}))
+    assert f"reward.baseline = '{baseline}' compares the samples of one prompt" in message
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_an_outcome_against_the_group_needs_one(baseline: str):
 def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str, Any], scope: str):
     masked = {"mask": {"format_errors": scope}, "objective": objective, "tasks": CHECKED}
     assert "rewards errors" in fault(tree(**masked))
-    assert parsed(**masked, outcome={"coef": 1.0}, sampling=GROUPS).mask.format_errors == scope
+    assert parsed(**masked, reward={"coef": 1.0}, sampling=GROUPS).mask.format_errors == scope
     assert parsed(**masked | {"objective": {"type": "exact"}}).mask.format_errors == scope
     centred = masked | {"objective": objective | {"baseline": "leave_one_out"}}
     assert parsed(**centred, sampling=GROUPS).mask.format_errors == scope
@@ -162,14 +162,14 @@ def test_a_mask_without_checks_masks_nothing_and_is_refused():
 
 def test_something_must_be_left_to_learn_from():
     assert "leave nothing to learn from" in fault(tree(objective={"coef": 0.0}))
-    assert parsed(objective={"coef": 0.0}, outcome={"coef": 1.0}, sampling=GROUPS).objective.coef == 0.0
+    assert parsed(objective={"coef": 0.0}, reward={"coef": 1.0}, sampling=GROUPS).objective.coef == 0.0
 
 
-@pytest.mark.parametrize("kind", ["exact", "support"])
+@pytest.mark.parametrize("kind", ["exact", "top_k"])
 def test_ppo_without_a_sampled_advantage_is_refused_unless_an_outcome_gives_one(kind: str):
     objective = {"type": kind, "loss": "ppo"}
-    assert "without an outcome has none" in fault(tree(objective=objective))
-    assert parsed(objective=objective, outcome={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
+    assert "without an reward has none" in fault(tree(objective=objective))
+    assert parsed(objective=objective, reward={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
 
 
 @pytest.mark.parametrize(
@@ -221,14 +221,14 @@ def test_an_override_replaces_a_teachers_source(override: str, expected: dict[st
 
 def test_a_mask_on_the_residual_of_a_support_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED}
-    objective = {"type": "support", "tail_residual": True}
+    objective = {"type": "top_k", "tail_residual": True}
     assert "'exact' without tail_residual" in fault(tree(**masked, objective=objective))
-    assert parsed(**masked, objective={"type": "support"}).mask.format_errors == "turn"
+    assert parsed(**masked, objective={"type": "top_k"}).mask.format_errors == "turn"
 
 
 def test_a_mask_without_a_price_for_errors_is_refused():
-    masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "outcome": {"coef": 1.0, "format_error": 0.0}}
+    masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "reward": {"coef": 1.0, "format_error": 0.0}}
     assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
     centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}
     assert "pays for errors" in fault(tree(**masked, objective=centred, sampling=GROUPS))
-    assert parsed(**masked, objective={"type": "exact"}, sampling=GROUPS).outcome.format_error == 0.0
+    assert parsed(**masked, objective={"type": "exact"}, sampling=GROUPS).reward.format_error == 0.0

@@ -34,8 +34,8 @@ from opd.config import dump_config, parse_config
         ("objective.epochs", 0),
         ("objective.constant", 0.0),
         ("objective.teacher_logprob_floor", 0.0),
-        ("outcome.coef", -0.1),
-        ("outcome.baseline", "mean"),
+        ("reward.coef", -0.1),
+        ("reward.baseline", "mean"),
         ("optimizer.lr", 0.0),
         ("optimizer.lr", float("nan")),
         ("optimizer.eps", 0.0),
@@ -43,7 +43,7 @@ from opd.config import dump_config, parse_config
         ("optimizer.max_grad_norm", 0.0),
         ("optimizer.schedule", "step"),
         ("optimizer.warmup_steps", -1),
-        ("optimizer.final_lr_share", 1.1),
+        ("optimizer.final_lr_fraction", 1.1),
         ("compute.dtype", "float16"),
         ("compute.max_tokens", 0),
         ("compute.threads", -1),
@@ -137,18 +137,18 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"loss": "ppo"}},
-            "loss = 'ppo' clips sampled advantages; type = 'exact' without an outcome has none: write loss = 'reinforce'",
+            "loss = 'ppo' clips sampled advantages; type = 'exact' without an reward has none: write loss = 'reinforce'",
         ),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in [0, 1), got [0.9, 1.0]"),
         ({"optimizer": {"betas": [-0.1, 0.5]}}, "optimizer: betas must lie in [0, 1), got [-0.1, 0.5]"),
         (
-            {"outcome": {"coef": 1.0}},
-            "outcome.baseline = 'leave_one_out' compares the samples of one prompt: set sampling.group_size >= 2, "
-            "or outcome.baseline = 'none'",
+            {"reward": {"coef": 1.0}},
+            "reward.baseline = 'leave_one_out' compares the samples of one prompt: set sampling.group_size >= 2, "
+            "or reward.baseline = 'none'",
         ),
         (
-            {"outcome": {"coef": 1.0, "baseline": "grpo"}},
-            "outcome.baseline = 'grpo' compares the samples of one prompt",
+            {"reward": {"coef": 1.0, "baseline": "grpo"}},
+            "reward.baseline = 'grpo' compares the samples of one prompt",
         ),
         (
             {"steps": 5},
@@ -171,9 +171,9 @@ def test_rules_across_keys_say_what_to_write_instead(changes, message):
         {"objective": {"type": "to_go", "discount": 0.0}},
         {"objective": {"normalizer": "constant", "constant": 5.0}},
         {"objective": {"type": "immediate", "loss": "ppo", "epochs": 3}},
-        {"outcome": {"coef": 1.0}, "sampling": {"group_size": 2}},
-        {"outcome": {"coef": 1.0, "baseline": "none"}},
-        {"outcome": {"coef": 0.0, "baseline": "grpo"}},
+        {"reward": {"coef": 1.0}, "sampling": {"group_size": 2}},
+        {"reward": {"coef": 1.0, "baseline": "none"}},
+        {"reward": {"coef": 0.0, "baseline": "grpo"}},
         {"steps": 5, "optimizer": {"schedule": "constant"}},
         {"steps": 6},
         {"tasks": {"words": {"type": "file", "path": "w"}}},  # its records name their teachers
@@ -190,8 +190,8 @@ def test_combinations_that_make_sense_are_accepted(changes):
     [
         ({"objective": {"type": "exakt"}}, "; did you mean 'exact'?"),
         (
-            {"guards": {"goodhart": "stop"}},
-            "guards.goodhart = 'stop': expected a table of keys (action, memory, drop, gain)",
+            {"detectors": {"goodhart": "stop"}},
+            "detectors.goodhart = 'stop': expected a table of keys (action, memory, drop, gain)",
         ),
         ({"logging": {"writers": "trackio"}}, 'valid list, such as ["trackio"]'),
     ],

@@ -56,7 +56,7 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
         (
             ANSWERED,
             {"grader": "number"},
-            'tasks.words.grader = "number": it grades held-out outcomes, and evaluation.every = 0',
+            'tasks.words.grader = "number": it grades held-out rewards, and evaluation.every = 0',
         ),
     ],
 )

@@ -11,7 +11,7 @@ from opd.batch import pack
 from opd.objectives.advantages import immediate, log_ratio_to_go
 from opd.objectives.baselines import leave_one_out
 from opd.objectives.corrections import importance_weights, rejected
-from opd.objectives.divergences import reverse_kl, support_reverse_kl
+from opd.objectives.divergences import reverse_kl, top_k_reverse_kl
 from opd.objectives.losses import reinforce
 from opd.objectives.reduce import denominator
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
@@ -76,7 +76,7 @@ def test_a_truncated_sum_clamped_at_zero_drops_the_gradient_where_it_acts():
         return torch.autograd.grad(value, free)[0]
 
     assert not gradient(lambda p, q: (p.exp() * (p - q)).sum().clamp(min=0.0)).any()
-    found = gradient(lambda p, q: support_reverse_kl(p, q))
+    found = gradient(lambda p, q: top_k_reverse_kl(p, q))
     assert float(found[chosen].max()) < 0  # descending raises both
     assert float(found.norm()) > 0.1
 
@@ -116,7 +116,7 @@ def test_two_bins_of_the_sampled_token_and_the_rest_are_not_the_reverse_kl():
         free = student[None].clone().requires_grad_()
         loss, _ = vocabulary_loss(
             free, eye, [TeacherStates(teacher[None], eye)], torch.ones(1).double(),
-            VocabularyLoss(support=1, tail_residual=True), sampled_ids=torch.tensor([token]),
+            VocabularyLoss(top_k=1, tail_residual=True), sampled_ids=torch.tensor([token]),
         )  # fmt: skip
         total += torch.softmax(student, -1)[token] * torch.autograd.grad(loss, free)[0][0]
     torch.testing.assert_close(total, wanted)

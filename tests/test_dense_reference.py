@@ -26,12 +26,12 @@ from torch import Tensor
 import opd
 from opd.batch import pack
 from opd.config import Config
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.learner import EmbeddedLearner
+from opd.local.learner import LocalLearner
 from opd.metrics import values
-from opd.objective import follow
-from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, ScoredRollout, SupportScore, Turn
+from opd.objective import compute_advantages
+from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, ScoredRollout, TopKScore, Turn
 
 NUM_RECIPES = 216
 TOLERANCE = 1e-6
@@ -54,7 +54,7 @@ def short(name: str) -> str:
 class World:
     """A student and its teachers, in the library and written out; `rows` are what the student sampled."""
 
-    studio: EmbeddedStudio
+    backend: LocalBackend
     student: Llama
     models: dict[str, Llama]
     extrapolation: float
@@ -62,7 +62,7 @@ class World:
     logits: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     teacher_logits: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
-    def weights(self, learner: EmbeddedLearner) -> dict[str, Tensor]:
+    def weights(self, learner: LocalLearner) -> dict[str, Tensor]:
         return {short(n): p.detach().clone().requires_grad_() for n, p in learner.weights().items()}
 
     def parts(self, row: Row) -> list[tuple[float, Tensor]]:
@@ -98,16 +98,16 @@ def make_world(folder: Path, trainable: str, extrapolation: float = 1.0, referen
             "compute": {"threads": 1, "device": "cpu"},
         }
     )
-    studio = build(config)
+    backend = build(config)
     generator = torch.Generator().manual_seed(4)
-    for voice in (studio.student, *studio.voices.values()):
-        voice.network.base.double()
+    for policy in (backend.student, *backend.policies.values()):
+        policy.network.base.double()
     with torch.no_grad():
-        for name, parameter in studio.learner().weights().items():
+        for name, parameter in backend.learner().weights().items():
             if "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     models = {"student": Llama(0), "even": Llama(1), "odd": Llama(2)}
-    return World(studio, models["student"], models, extrapolation, reference)
+    return World(backend, models["student"], models, extrapolation, reference)
 
 
 @cache
@@ -149,7 +149,7 @@ def every_recipe() -> list[tuple[int, str, str, Config]]:
     found = []
     for seed in itertools.count(1):
         name, scores, tree = draw(random.Random(seed))
-        plain = every_world()[name].studio.config.model_dump(mode="json") | {"sampling": {"group_size": 3}}
+        plain = every_world()[name].backend.config.model_dump(mode="json") | {"sampling": {"group_size": 3}}
         try:
             found.append((seed, name, scores, opd.parse_config(plain | tree)))
         except opd.OpdError:
@@ -176,20 +176,20 @@ def test_every_option_occurs_in_the_random_recipes():
             [f"temperature {config.temperature}", f"normalizer {objective.normalizer}", f"loss {objective.loss}"]
         )
         seen.update([f"correction {correction.type} {correction.level if correction.type != 'none' else ''}"])
-        seen.update([f"outcome {config.outcome.baseline if config.outcome.coef else 'off'}", f"coef {objective.coef}"])
+        seen.update([f"reward {config.reward.baseline if config.reward.coef else 'off'}", f"coef {objective.coef}"])
         seen.update([f"epochs {objective.epochs}", f"dual {objective.clip_dual is not None}"])
         seen.update([f"divergence {objective.divergence}", f"residual {objective.tail_residual}"])
         seen.update([f"credit {config.alignment.credit}", f"passes of {config.compute.max_tokens}"])
         if objective.discount is not None:
             seen.update([f"discount {objective.discount} of {objective.type}"])
-        if objective.type == "support":
-            seen.update([f"support {objective.support}"])
+        if objective.type == "top_k":
+            seen.update([f"support {objective.top_k}"])
     rare = {name: count for name, count in seen.items() if count < 2}
     assert not rare
     expected = {
         "world": 5, "scores": 4, "type": 6, "baseline": 4, "scope": 5, "floor": 3, "temperature": 3, "normalizer": 3, "loss": 2,
-        "correction": 7, "outcome": 5, "coef": 3, "epochs": 2, "dual": 2, "divergence": 3, "residual": 2, "credit": 2, "passes": 3,
-        "discount": 12, "support": 4,
+        "correction": 7, "reward": 5, "coef": 3, "epochs": 2, "dual": 2, "divergence": 3, "residual": 2, "credit": 2, "passes": 3,
+        "discount": 12, "top_k": 4,
     }  # fmt: skip
     assert Counter(name.split()[0] for name in seen) == expected
 
@@ -199,9 +199,9 @@ def compare(world: World, seed: int, scores: str, config: Config) -> list[str]:
     rng = random.Random(seed)
     tree = config.model_dump(mode="json")
     objective = config.objective
-    recipe = {k: tree[k] for k in ("objective", "outcome", "mask", "temperature")} | {"credit": config.alignment.credit}
+    recipe = {k: tree[k] for k in ("objective", "reward", "mask", "temperature")} | {"credit": config.alignment.credit}
     rows = scored_rows(rng, world, scores, recipe)
-    own = world.weights(replace(world.studio, config=config).learner())
+    own = world.weights(replace(world.backend, config=config).learner())
     logits = [world.student(row.tokens, own)[[place - 1 for place in row.actions]] for row in rows]
     noise = rng.choice([0.0, 0.2, 0.5])
     rows = [
@@ -216,20 +216,20 @@ def compare(world: World, seed: int, scores: str, config: Config) -> list[str]:
         "distributions": scores == "whole" and (objective.integrated or student_scored),
         "chunk_logq": [chunk_logprobs(rng, row) for row in rows],
     }
-    plan = dense.follow(recipe, rows, logits, parts, facts)
+    plan = dense.compute_advantages(recipe, rows, logits, parts, facts)
 
-    studio = replace(world.studio, config=config)
-    items = scored_by(studio, rows, scores, recipe, parts, facts)
-    unscored = config.outcome.coef > 0
+    backend = replace(world.backend, config=config)
+    items = scored_by(backend, rows, scores, recipe, parts, facts)
+    unscored = config.reward.coef > 0
     if not plan.actions:
         with pytest.raises(opd.OpdError, match="none of"):
             pack(items, logprob_floor=objective.teacher_logprob_floor, unscored=unscored)
         return []
     batch, _ = pack(items, logprob_floor=objective.teacher_logprob_floor, unscored=unscored)
-    learner = studio.learner()
+    learner = backend.learner()
     if student_scored:
         batch = learner.score_student(batch)
-    batch, followed = follow(config, batch)
+    batch, followed = compute_advantages(config, batch)
     faults: list[str] = []
     with kept(learner) as weights:
         for epoch in range(objective.epochs):
@@ -255,7 +255,7 @@ def scored_rows(rng: random.Random, world: World, scores: str, recipe: Mapping[s
     rows = [row if row.kind == "none" else replace(row, kind=scores) for row in rows]
     if scores != "named":
         return rows
-    k = recipe["objective"]["support"]
+    k = recipe["objective"]["top_k"]
     found = []
     for row in rows:
         if row.kind == "none":
@@ -271,7 +271,7 @@ def scored_rows(rng: random.Random, world: World, scores: str, recipe: Mapping[s
 
 
 def scored_by(
-    studio: EmbeddedStudio,
+    backend: LocalBackend,
     rows: list[Row],
     scores: str,
     recipe: Mapping[str, Any],
@@ -280,7 +280,7 @@ def scored_by(
 ) -> list[ScoredRollout]:
     """The rows as the library's teachers score them; those that name tokens or score chunks are servers' and are made here."""
     rollouts = [rollout_of(row) for row in rows]
-    plain = studio.teachers(keep_hidden=scores == "whole", followed=True).score(rollouts)
+    plain = backend.teachers(keep_hidden=scores == "whole", followed=True).score(rollouts)
     found = []
     for i, (row, item) in enumerate(zip(rows, plain, strict=True)):
         if row.kind == "none":
@@ -300,17 +300,17 @@ def scored_by(
                 spread[places] = logq.gather(-1, row.targets[:, None])[:, 0].numpy()
                 width = max(map(len, row.named))
                 ids = np.full((len(places), width), -1, dtype=np.int32)
-                on_support = np.full((len(places), width), -np.inf, dtype=np.float32)
+                top_k_logprobs = np.full((len(places), width), -np.inf, dtype=np.float32)
                 for k, named in enumerate(row.named):
                     ids[k, : len(named)] = list(named)
-                    on_support[k, : len(named)] = list(named.values())
-                score = SupportScore(row.teacher, spread, ids, on_support)
+                    top_k_logprobs[k, : len(named)] = list(named.values())
+                score = TopKScore(row.teacher, spread, ids, top_k_logprobs)
             found.append(ScoredRollout(item.rollout, score))
     return found
 
 
 @contextmanager
-def kept(learner: EmbeddedLearner) -> Iterator[Mapping[str, Tensor]]:
+def kept(learner: LocalLearner) -> Iterator[Mapping[str, Tensor]]:
     """The learner's weights, without a gradient; as they were before, afterwards."""
     weights = learner.weights()
     before = {name: p.detach().clone() for name, p in weights.items()}
@@ -352,4 +352,4 @@ def figures(wanted: Mapping[str, float], found: Mapping[str, float], recipe: Map
 
 def shown(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    return "    " + str({k: tree[k] for k in ("objective", "outcome", "mask", "temperature", "alignment") if k in tree})
+    return "    " + str({k: tree[k] for k in ("objective", "reward", "mask", "temperature", "alignment") if k in tree})

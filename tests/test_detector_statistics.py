@@ -95,7 +95,7 @@ def test_the_format_errors_are_a_plain_loop(errors: list[int], num: int):
         total = max(0.0, total + (rate - usual) / math.sqrt(usual * (1.0 - usual) / num) - 0.5)
         mean += max(1.0 / (step + 1), 0.4) * (rate - mean)
         means.append(mean)
-        state, readings = state.observe(step, {"format/errors/mean": rate, "guard/episodes/sum": float(num)})
+        state, readings = state.observe(step, {"format/errors/mean": rate, "detectors/episodes/sum": float(num)})
         assert readings[""].value == pytest.approx(total, abs=1e-9)
         assert (readings[""].message is not None) == (total > 6.0) or total == pytest.approx(6.0)
 
@@ -105,7 +105,7 @@ def test_the_pooled_auroc_weighs_steps_by_their_precision():
     readings: Mapping[str, Any] = {}
     steps = [(0.9, 15.0, 8.0), (0.4, 1024.0, 64.0), (0.5, 256.0, 32.0)]
     for step, (area, pairs, num) in enumerate(steps):
-        line = {"guard/auroc/mean": area, "guard/auroc_pairs/sum": pairs, "guard/auroc_of/sum": num}
+        line = {"detectors/auroc/mean": area, "detectors/auroc_pairs/sum": pairs, "detectors/auroc_of/sum": num}
         state, readings = state.observe(step, line)
     precision = [12.0 * pairs / (num + 1.0) for _, pairs, num in steps]
     pooled = sum(p * area for p, (area, _, _) in zip(precision, steps, strict=True)) / sum(precision)
@@ -114,9 +114,9 @@ def test_the_pooled_auroc_weighs_steps_by_their_precision():
 
 def test_the_precision_of_a_step_is_that_of_the_rank_statistic():
     rng = np.random.default_rng(3)
-    outcomes = np.arange(40) < 15
+    rewards = np.arange(40) < 15
     areas = []
     for _ in range(2000):
         scores = rng.standard_normal(40)
-        areas.append(float((scores[outcomes][:, None] > scores[~outcomes][None, :]).mean()))
+        areas.append(float((scores[rewards][:, None] > scores[~rewards][None, :]).mean()))
     assert 1.0 / float(np.var(areas)) == pytest.approx(12.0 * 15 * 25 / 41, rel=0.1)

@@ -13,8 +13,8 @@ import golden
 import pytest
 import torch
 from clusters import cluster_of, processes
+from cross_tokenizer import save_cross_tokenizer
 from factories import save_adapter, toy_recipe
-from foreign import save_foreign
 from safetensors.torch import load_file
 from zoo import toy_ascii
 
@@ -24,8 +24,8 @@ from opd.distributed.group import RankLearner
 from opd.distributed.rank import Saved
 from opd.episodes.player import Taken
 from opd.logging.run_folder import read_metrics
-from opd.objective import follow
-from opd.remote.sampler import ServedSampler
+from opd.objective import compute_advantages
+from opd.remote.sampler import RemoteSampler
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.processes
 def replayed(calls: list[Any]) -> Iterator[None]:
     """Let engines' samplers return what was recorded, in order."""
     waiting = iter(calls)
-    with patch.object(ServedSampler, "_take_turns", lambda *_, **__: [Taken(*turn) for turn in next(waiting)]):
+    with patch.object(RemoteSampler, "_take_turns", lambda *_, **__: [Taken(*turn) for turn in next(waiting)]):
         yield
 
 
@@ -60,18 +60,18 @@ OBJECTIVES = {
 }
 
 
-def with_a_foreign_teacher(folder: Path) -> dict[str, Any]:
+def with_a_cross_tokenizer_teacher(folder: Path) -> dict[str, Any]:
     """A teacher with another tokenizer, compared on what both have in common, beside one with the student's."""
-    tree = recipe(folder, objective={"type": "support"})
-    tree["student"] = save_foreign(folder / "ascii", toy_ascii(), seed=4)
-    tree["teachers"]["even"] = {"model": save_foreign(folder / "same", toy_ascii(), seed=6)}
+    tree = recipe(folder, objective={"type": "top_k"})
+    tree["student"] = save_cross_tokenizer(folder / "ascii", toy_ascii(), seed=4)
+    tree["teachers"]["even"] = {"model": save_cross_tokenizer(folder / "same", toy_ascii(), seed=6)}
     merges = [(a, b) for a in "aeiou" for b in "nrst"]
-    tree["teachers"]["odd"] = {"model": save_foreign(folder / "merged", toy_ascii(*merges), seed=5)}
+    tree["teachers"]["odd"] = {"model": save_cross_tokenizer(folder / "merged", toy_ascii(*merges), seed=5)}
     return tree
 
 
 RECIPES = {name: partial(recipe, **changes) for name, changes in OBJECTIVES.items()}
-RECIPES["another tokenizer"] = with_a_foreign_teacher
+RECIPES["another tokenizer"] = with_a_cross_tokenizer_teacher
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -82,7 +82,7 @@ def test_ten_steps_are_those_of_one_process(name: str, tmp_path: Path):
     found = {}
     for ranks in (1, 2):
         tree = RECIPES[name](tmp_path / str(ranks))
-        tree |= {"mode": "distributed", "cluster": cluster_of(learner_ranks=ranks)}
+        tree |= {"backend": "ray", "cluster": cluster_of(learner_ranks=ranks)}
         with replayed(calls):
             found[ranks] = read_metrics(opd.train(opd.parse_config(tree)).run)
     for plain, one, two in zip(read_metrics(here), found[1], found[2], strict=True):
@@ -94,7 +94,7 @@ def test_ten_steps_are_those_of_one_process(name: str, tmp_path: Path):
 
 def sampled_recipe(folder: Path, **cluster: Any) -> dict[str, Any]:
     tree = toy_recipe(folder, steps=6, evaluation={"num_prompts": 0}, checkpoint={"every": 1})
-    return tree | {"mode": "distributed", "cluster": cluster_of(**cluster)}
+    return tree | {"backend": "ray", "cluster": cluster_of(**cluster)}
 
 
 def prompts_of(run: Path, step: int) -> list[str]:
@@ -131,9 +131,9 @@ def test_rollouts_on_an_older_student_are_compared_with_the_student_as_it_is(tmp
 
     def keep(config: Any, batch: Any) -> Any:
         seen.append(batch)
-        return follow(config, batch)
+        return compute_advantages(config, batch)
 
-    with patch("opd.loop.follow", keep):
+    with patch("opd.loop.compute_advantages", keep):
         opd.train(opd.parse_config(tree))
     assert len(seen) == 6
     gaps = [float((b.student_logprobs - b.rollout_logprobs)[b.loss_mask].abs().max()) for b in seen]
@@ -164,7 +164,7 @@ def test_what_cannot_start_is_one_line_and_leaves_nothing(tmp_path: Path, cluste
 def test_an_adapter_that_is_not_there_is_named_before_a_cluster_starts(tmp_path: Path):
     tree = sampled_recipe(tmp_path)
     tree["teachers"]["even"] = {"adapter": str(tmp_path / "nowhere"), "engines": 1}
-    tree["objective"] = {"type": "immediate", "support": 32}
+    tree["objective"] = {"type": "immediate", "top_k": 32}
     with (
         patch("ray.init", side_effect=AssertionError("a cluster")),
         pytest.raises(opd.errors.ModelError, match=r"nowhere' \(teacher 'even'\) has no adapter_config.json"),

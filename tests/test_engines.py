@@ -28,9 +28,9 @@ from opd.distributed.engine import Engine, EnginePlan, EngineState
 from opd.distributed.engines import StudentEngines, Turns
 from opd.errors import ModelError, RunError
 from opd.logging.run_folder import read_metrics
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.remote.discovery import _weights_of
-from opd.remote.sampler import ServedSampler
+from opd.remote.sampler import RemoteSampler
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.processes
 
 def recipe(folder: Path, *, cluster: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     tree = toy_recipe(folder, steps=4, evaluation={"num_prompts": 0}, **changes)
-    return tree | {"mode": "distributed", "cluster": cluster_of(**(cluster or {}))}
+    return tree | {"backend": "ray", "cluster": cluster_of(**(cluster or {}))}
 
 
 def sampled(run: Path, steps: int) -> list[list[int]]:
@@ -52,9 +52,9 @@ def gaps_of(tree: dict[str, Any]) -> tuple[Path, list[float]]:
     def keep(config: Config, batch: Batch) -> Batch:
         assert batch.student_logprobs is not None
         gaps.append(float((batch.student_logprobs - batch.rollout_logprobs)[batch.loss_mask].abs().max()))
-        return follow(config, batch)
+        return compute_advantages(config, batch)
 
-    with patch("opd.loop.follow", keep):
+    with patch("opd.loop.compute_advantages", keep):
         run = opd.train(opd.parse_config(tree)).run
     return run, gaps
 
@@ -92,7 +92,7 @@ def test_a_whole_student_goes_to_its_engines_after_every_update(tmp_path: Path):
 
 
 def with_engines(folder: Path, **cluster: Any) -> dict[str, Any]:
-    tree = recipe(folder, cluster=cluster, objective={"type": "support", "support": 8})
+    tree = recipe(folder, cluster=cluster, objective={"type": "top_k", "top_k": 8})
     for teacher in tree["teachers"].values():
         teacher |= {"engines": 1, "gpus_per_engine": int(cluster.get("teachers_sleep", False))}
     return tree
@@ -121,7 +121,7 @@ def test_teachers_of_one_model_are_at_one_engine_and_say_what_servers_of_it_do(t
     alone["teachers"] = {name: {"model": one, "engines": 2} for name in ("even", "odd")}
     for a, b in zip(read_metrics(run), read_metrics(opd.train(opd.parse_config(alone)).run), strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
-        assert "served/lost/sum" not in a
+        assert "remote/lost/sum" not in a
 
 
 def said(pid: int) -> str:
@@ -140,7 +140,7 @@ def test_a_teachers_adapter_at_an_engine_says_what_it_says_at_the_ranks(tmp_path
         lines.append(read_metrics(opd.train(opd.parse_config(tree)).run))
     for inside, engine in zip(*lines, strict=True):
         assert engine["loss/total/sum"] == pytest.approx(inside["loss/total/sum"], rel=1e-4)
-        assert "served/lost/sum" not in engine
+        assert "remote/lost/sum" not in engine
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     where models take turns, not each its own way."""
     found = {}
     for together in (False, True):
-        with patch("opd.startup._in_units", lambda _, together=together: not together):
+        with patch("opd.startup._per_prompt", lambda _, together=together: not together):
             tree = with_engines(tmp_path_factory.mktemp("apart"))
             found[together] = opd.train(opd.parse_config(tree)).run
     return found
@@ -159,20 +159,20 @@ def assert_the_same(run: Path, calm: Path) -> None:
     ours, wanted = read_metrics(run), read_metrics(calm)
     for a, b in zip(ours, wanted, strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
-        assert "served/lost/sum" not in a
+        assert "remote/lost/sum" not in a
 
 
 def test_models_that_share_devices_take_turns_and_score_the_same(apart: dict[bool, Path], tmp_path: Path):
     run = opd.train(opd.parse_config(with_engines(tmp_path, teachers_sleep=True))).run
     assert_the_same(run, apart[True])
     lines = [*read_metrics(run), *read_metrics(apart[True])]
-    assert not [name for line in lines for name in line if name.startswith(("served/", "failed/"))]
+    assert not [name for line in lines for name in line if name.startswith(("remote/", "failed/"))]
 
 
 @pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
 def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
     tree = with_engines(tmp_path, teachers_sleep=sleep)
-    tree["served"] = {"attempts": 1, "first_wait_s": 0}
+    tree["remote"] = {"attempts": 1, "first_wait_s": 0}
 
     def strike(report: Any) -> None:
         if report.step == 2:
@@ -238,7 +238,7 @@ def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_
         )
     playing = Playing()
     playing.places = engines._places
-    sampler = ServedSampler(engines, None, temperature=1.0, max_new_tokens=4, context=None, player=playing)  # type: ignore[arg-type]
+    sampler = RemoteSampler(engines, None, temperature=1.0, max_new_tokens=4, context=None, player=playing)  # type: ignore[arg-type]
     sampler.load_weights(None, policy_version=0)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(sampler.sample, [], num_samples=1, seed=(0,))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.evaluate import evaluate
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.objectives.target import target_logprobs
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import SampledScore, ScoredRollout
@@ -55,7 +55,7 @@ def dense_targets(bench: Bench, row: int) -> tuple[Tensor, Tensor]:
     total, below = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     assert bench.batch.teacher_parts is not None
     for part in bench.batch.teacher_parts[row]:
-        head = bench.studio.voices[part.model].network.head_weight().double()
+        head = bench.backend.policies[part.model].network.head_weight().double()
         each = torch.log_softmax(torch.tensor(part.hidden).double() @ head.T / TEMPERATURE, -1)
         total, below = total + part.weight * each.clamp(min=FLOOR), below | (each < FLOOR)
     return total, below
@@ -97,7 +97,7 @@ def test_the_kl_is_minus_the_mean_of_the_log_ratio(floored: tuple[Bench, dict[st
 
 
 @pytest.mark.parametrize(
-    "kind", [{"type": "exact"}, {"type": "support", "support": 4}, {"type": "immediate", "baseline": "kl"}]
+    "kind", [{"type": "exact"}, {"type": "top_k", "top_k": 4}, {"type": "immediate", "baseline": "kl"}]
 )
 def test_a_gradient_where_the_floor_acts_is_that_of_the_floored_target(
     floored: tuple[Bench, dict[str, Any]], kind: dict[str, Any]
@@ -105,7 +105,7 @@ def test_a_gradient_where_the_floor_acts_is_that_of_the_floored_target(
     bench, objective = floored
     learner_options = objective | kind
     batch = bench.learner(**learner_options).score_student(bench.batch)
-    batch, _ = follow(config_of(bench, learner_options), batch)
+    batch, _ = compute_advantages(config_of(bench, learner_options), batch)
 
     def loss(logits: Tensor, targets: Tensor, places: Tensor, row: int) -> Tensor:
         logp, (logq, _) = torch.log_softmax(logits, -1), dense_targets(bench, row)
@@ -145,7 +145,7 @@ def test_the_tail_of_a_support_may_be_aimed_below_the_floor_too():
     reference = torch.log_softmax(torch.tensor([[-1.0, -1.0, 3.0, 3.0]], dtype=torch.float64), -1)
     head = torch.eye(4, dtype=torch.float64)
     teachers = [TeacherStates(teacher, head, 3.0), TeacherStates(reference, head, -2.0)]
-    how = VocabularyLoss(support=1, logprob_floor=-5.5)
+    how = VocabularyLoss(top_k=1, logprob_floor=-5.5)
     one = torch.ones(1, dtype=torch.float64)
     loss, _ = vocabulary_loss(logits, head, teachers, one, how, sampled_ids=torch.tensor([1]))
     logp, logq = torch.log_softmax(logits, -1)[0], (3.0 * teacher - 2.0 * reference)[0]

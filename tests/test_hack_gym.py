@@ -115,12 +115,12 @@ class WrittenOut:
         return kept, sum(weights)
 
     def slopes(self, path: Path, end: str, others: list[Path], mean: float) -> Iterator[tuple[str, list[float]]]:
-        """(row, slope of each logit) at every step of a response in a group with `others`; mean: of the outcome."""
+        """(row, slope of each logit) at every step of a response in a group with `others`; mean: of the reward."""
         kept, everything = self.normalizers()
         for t, (name, action) in enumerate(path):
             baseline = [self.advantage(other, t) for other in others if len(other) > t]
             total = self.advantage(path, t) - (sum(baseline) / len(baseline) if baseline else 0.0)
-            total = self.keeps(end) * total / kept + self.arm.outcome_coef * (self.paid(end) - mean) / everything
+            total = self.keeps(end) * total / kept + self.arm.reward_coef * (self.paid(end) - mean) / everything
             pull = self.keeps(end) * (self.arm.distillation == "exact") / kept
             yield (
                 self.hack.states[name].row,
@@ -151,10 +151,10 @@ WRITTEN_OUT = {
     "to-go, discount 0.7, mask": Arm("to_go", 0.7, masked=True),
     "KL-to-go, mask": Arm("kl_to_go", 0.7, masked=True),
     "immediate": Arm("immediate"),
-    "penalised outcome": Arm("none", outcome_coef=0.5, penalised=True),
-    "to-go, mask, outcome, by token": Arm("to_go", 1.0, masked=True, outcome_coef=0.5, normalizer="token"),
-    "exact, mask, outcome, by token": Arm("exact", masked=True, outcome_coef=0.5, normalizer="token"),
-    "immediate, mask, outcome, constant": Arm("immediate", masked=True, outcome_coef=0.5, normalizer="constant"),
+    "penalised reward": Arm("none", reward_coef=0.5, penalised=True),
+    "to-go, mask, reward, by token": Arm("to_go", 1.0, masked=True, reward_coef=0.5, normalizer="token"),
+    "exact, mask, reward, by token": Arm("exact", masked=True, reward_coef=0.5, normalizer="token"),
+    "immediate, mask, reward, constant": Arm("immediate", masked=True, reward_coef=0.5, normalizer="constant"),
 }
 
 
@@ -170,13 +170,13 @@ def test_the_expected_gradient_is_the_sum_over_responses(small: Hack, name: str)
 def test_the_leave_one_out_gradient_is_the_sum_over_groups(name: str, size: int):
     hack = SMALL[name]() if name == "early end" else hack_gym.loop(steps=2)
     for distillation in (Arm("immediate"), Arm("to_go", 1.0)):
-        arm = replace(distillation, baseline="leave_one_out", group_size=size, masked=True, outcome_coef=0.3)
+        arm = replace(distillation, baseline="leave_one_out", group_size=size, masked=True, reward_coef=0.3)
         table = some_table(hack)
         torch.testing.assert_close(gradient(hack, arm, table), written_out(hack, arm, table), rtol=0, atol=1e-12)
 
 
 def value(hack: Hack, table: Tensor, coef: float) -> float:
-    """-KL of a response + coef * outcome, from the ends backwards over states; no response is enumerated."""
+    """-KL of a response + coef * reward, from the ends backwards over states; no response is enumerated."""
     p = shares(hack, table)
 
     @cache
@@ -198,7 +198,7 @@ def test_at_discount_1_the_expected_gradient_is_the_slope_of_distillation_and_ou
     small: Hack, distillation, coef: float
 ):
     table = some_table(small, seed=1)
-    found = gradient(small, Arm(distillation, 1.0, outcome_coef=coef), table)
+    found = gradient(small, Arm(distillation, 1.0, reward_coef=coef), table)
     for row, action in itertools.product(range(len(small.rows)), range(table.shape[1])):
         if small.learns[row] == 0:
             assert found[row, action] == 0
@@ -236,7 +236,7 @@ def test_figures_are_those_of_the_responses(small: Hack):
                 chance *= p[state][action]
             for i, mark in enumerate((end.hack, end.correct, end.paid)):
                 expected[i] += chance * mark
-    assert [figures.hack, figures.outcome, figures.paid] == pytest.approx(expected, abs=1e-12)
+    assert [figures.hack, figures.reward, figures.paid] == pytest.approx(expected, abs=1e-12)
     assert figures.opd_reward == pytest.approx(value(small, table, 0.0), abs=1e-12)
 
 
@@ -270,8 +270,8 @@ NATS = -log(2 * (0.95 * 0.05) ** 0.5)  # of a word that is the teacher's with 0.
         (Arm("kl_to_go", 0.9), sum(0.9**t for t in range(1, 6)) * NATS + 0.9 * log(0.999)),
         (Arm("exact"), 0.0),
         (Arm("immediate", masked=True), 0.0),
-        (Arm("exact", outcome_coef=3.0), -3 * 0.8),
-        (Arm("to_go", 1.0, outcome_coef=3.0), 5 * NATS + log(0.999) - 3 * 0.8),
+        (Arm("exact", reward_coef=3.0), -3 * 0.8),
+        (Arm("to_go", 1.0, reward_coef=3.0), 5 * NATS + log(0.999) - 3 * 0.8),
     ],
 )
 def test_a_quick_answer_ends_at_the_branch_and_tilt_laws(arm: Arm, log_odds: float):
@@ -297,7 +297,7 @@ def test_an_early_end_ends_at_the_mask_law(arm: Arm, kept: float):
 
 def test_an_outcome_behind_an_uncentred_mask_lifts_the_mask_law_by_its_advantage():
     hack = hack_gym.early_end(steps=1)
-    arm = Arm("immediate", masked=True, outcome_coef=0.1, penalised=True)
+    arm = Arm("immediate", masked=True, reward_coef=0.1, penalised=True)
     kept = 0.5
     for _ in range(200):
         kept = 0.98 * exp(0.1 * 1.9 * kept - NATS)  # the kept episodes divide the distillation part
@@ -317,7 +317,7 @@ def test_an_outcome_behind_an_uncentred_mask_lifts_the_mask_law_by_its_advantage
         Arm("immediate", masked=True),
         Arm("immediate", 0.0, "kl", masked=True),
         Arm("immediate", 0.0, "leave_one_out", 2, masked=True),
-        Arm("exact", masked=True, outcome_coef=0.2, penalised=True),
+        Arm("exact", masked=True, reward_coef=0.2, penalised=True),
     ],
     ids=lambda arm: f"{arm.distillation}-{arm.baseline}",
 )
@@ -330,9 +330,9 @@ def test_plain_ascent_ends_where_the_natural_gradient_does(arm: Arm):
 def test_arms_that_no_law_covers_have_none():
     hack = hack_gym.early_end(steps=1)
     for arm in (
-        Arm("none", outcome_coef=1.0),
+        Arm("none", reward_coef=1.0),
         Arm("immediate", 0.0, "leave_one_out"),
-        Arm("immediate", 0.0, "kl", outcome_coef=1.0),
+        Arm("immediate", 0.0, "kl", reward_coef=1.0),
         Arm("kl_to_go", 1.0, masked=True),
         Arm("to_go", 1.0, "kl"),
     ):

@@ -52,7 +52,7 @@ def write_records(tree: dict[str, Any], path: Path, *texts: str) -> None:
     tree["tasks"]["first"]["path"] = str(path)
 
 
-@pytest.mark.parametrize("objective", ["exact", "immediate", "support"])
+@pytest.mark.parametrize("objective", ["exact", "immediate", "top_k"])
 @pytest.mark.parametrize("special", [True, False])
 def test_an_id_above_the_head_that_nothing_needs_is_accepted_and_said(
     tree: dict[str, Any], tmp_path: Path, objective: str, special: bool
@@ -150,9 +150,9 @@ class _Shows:
 
 def test_an_environment_that_says_the_token_loses_its_episode_and_not_the_run(tmp_path: Path):
     tree = widen(toy_recipe(tmp_path / "toys"), tmp_path, special=False)
-    studio = build(opd.parse_config(tree), lambda prompt: _Shows())
+    backend = build(opd.parse_config(tree), lambda prompt: _Shows())
     [prompt, *_] = opd_prompts(tree)
-    found = studio.sampler().sample([prompt], num_samples=2, seed=(1,))
+    found = backend.sampler().sample([prompt], num_samples=2, seed=(1,))
     assert all("needs token '<image>' (id 258)" in str(r.failure) for r in found)
 
 
@@ -175,7 +175,7 @@ def save_reader(folder: Path, *, template: str = CHATML) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("objective", ["immediate", "support"])
+@pytest.mark.parametrize("objective", ["immediate", "top_k"])
 def test_a_teacher_of_another_tokenizer_with_an_id_too_many_is_followed(
     tree: dict[str, Any], tmp_path: Path, objective: str
 ):
@@ -192,9 +192,9 @@ def test_a_teacher_of_another_tokenizer_cannot_score_a_text_that_needs_the_token
     tree = toy_recipe(tmp_path, objective={"type": "immediate"})
     tree["teachers"]["even"]["model"] = save_reader(tmp_path / "reader")
     write_records(tree, tmp_path / "r.jsonl", "what is <image>?", "fine")
-    studio = build(opd.parse_config(tree))
-    rollouts = studio.sampler().sample(opd_prompts(tree)[:2], num_samples=1, seed=(1,))
-    first, second = studio.teachers(keep_hidden=False).score(rollouts)
+    backend = build(opd.parse_config(tree))
+    rollouts = backend.sampler().sample(opd_prompts(tree)[:2], num_samples=1, seed=(1,))
+    first, second = backend.teachers(keep_hidden=False).score(rollouts)
     assert isinstance(first.score, FailedScore)
     assert "the text needs token '<image>' (id " in first.score.reason
     assert not isinstance(second.score, FailedScore)

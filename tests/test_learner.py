@@ -26,9 +26,9 @@ import opd
 from opd.batch import Batch, pack
 from opd.config import OptimizerConfig
 from opd.errors import ScoreError
-from opd.local.learner import EmbeddedLearner, learning_rate
+from opd.local.learner import LocalLearner, learning_rate
 from opd.metrics import values
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.records import HiddenScore, Score
 
 
@@ -51,7 +51,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def dense_exact(bench: Bench, batch: Batch, divisor: float, *, plain_teachers: bool = False) -> dict[str, Tensor]:
     """The gradient of sum KL(student, teacher) / divisor, with the teachers' logits from their hidden states or models."""
     models = {"even": toy_model(1).double(), "odd": toy_model(2).double()}
-    heads = heads_of(bench.studio, torch.float64)
+    heads = heads_of(bench.backend, torch.float64)
 
     @torch.no_grad()
     def teacher_logits(row: int, places: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def test_the_clipped_gradient_of_the_packed_tree_is_that_of_separate_rows(bench:
 
 def test_the_end_of_turn_token_trains_where_it_is_the_pad_token_too(full: Bench):
     """The gradient of its embedding is that of finite differences, where prompts hold it: in and out of the model (tied)."""
-    weight, end = full.studio.student.network.base.get_input_embeddings().weight, 257
+    weight, end = full.backend.student.network.base.get_input_embeddings().weight, 257
     assert (full.batch.token_ids[~full.batch.loss_mask] == end).any()
     gradient, _ = full.gradient_and_loss(type="exact")
     name = next(n for n, p in full.learner(type="exact").weights().items() if p is weight)
@@ -181,7 +181,7 @@ def test_the_end_of_turn_token_trains_where_it_is_the_pad_token_too(full: Bench)
 
 def test_full_fine_tuning_has_the_gradient_of_separate_rows_for_every_weight(full: Bench):
     found = full.gradient(type="exact")
-    assert set(found) == {name for name, _ in full.studio.student.network.base.named_parameters()}
+    assert set(found) == {name for name, _ in full.backend.student.network.base.named_parameters()}
     assert_same_gradient(found, dense_exact(full, full.batch, len(full.batch)), 1e-9)
     batch = with_advantages(full.batch)
     assert_same_gradient(full.gradient(batch, type="immediate"), dense_policy(full, batch, len(batch), clip=None), 1e-6)
@@ -241,9 +241,9 @@ def test_samples_of_one_prompt_id_for_two_teachers_are_two_groups(bench: Bench):
     batch, _ = pack(items, logprob_floor=-50.0)
     assert batch.group_ids.tolist() == [0, 0, 1]
     config = opd.parse_config(
-        bench.studio.config.model_dump() | {"outcome": {"coef": 1.0}, "objective": {"type": "exact"}}
+        bench.backend.config.model_dump() | {"reward": {"coef": 1.0}, "objective": {"type": "exact"}}
     )
-    found = follow(config, batch)[0].advantages
+    found = compute_advantages(config, batch)[0].advantages
     assert found is not None
     firsts = [float(found[start:end][batch.loss_mask[start:end]][0]) for start, end in _spans(batch)]
     assert firsts == [1.0, -1.0, 0.0]
@@ -263,7 +263,7 @@ def _spans(batch: Batch) -> list[tuple[int, int]]:
     ],
 )
 def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule: str, share: float, expected: list[float]):
-    config = OptimizerConfig(lr=3.0, warmup_steps=4, schedule=schedule, final_lr_share=share)
+    config = OptimizerConfig(lr=3.0, warmup_steps=4, schedule=schedule, final_lr_fraction=share)
     found = [learning_rate(config, update, 10) / 3.0 for update in range(10)]
     assert found == pytest.approx(expected)
     assert learning_rate(config, 10, 10) / 3.0 == pytest.approx(1.0 if schedule == "constant" else share)
@@ -308,11 +308,11 @@ def test_the_gradient_is_clipped_to_its_largest_norm(tmp_path: Path):
         torch.testing.assert_close(moment, 0.5 * 0.1 / norm * g, rtol=1e-4, atol=1e-9)
 
 
-def snapshot(learner: EmbeddedLearner) -> dict[str, Tensor]:
+def snapshot(learner: LocalLearner) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in learner.weights().items()}
 
 
-def assert_untouched(learner: EmbeddedLearner, before: dict[str, Tensor]) -> None:
+def assert_untouched(learner: LocalLearner, before: dict[str, Tensor]) -> None:
     for name, parameter in learner.weights().items():
         assert torch.equal(parameter, before[name]), name
 
@@ -376,7 +376,7 @@ def test_a_teachers_state_that_is_no_number_names_the_rollout_and_the_weights_st
 def test_a_saved_state_continues_bit_for_bit(tmp_path: Path, changes: dict[str, Any]):
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1)
 
-    def updates(learner: EmbeddedLearner, batch: Batch, count: int) -> list[dict[str, float]]:
+    def updates(learner: LocalLearner, batch: Batch, count: int) -> list[dict[str, float]]:
         return [values(learner.forward_backward(batch) | learner.optim_step()) for _ in range(count)]
 
     first = make_bench(tmp_path / "a", wide=False, **changes)

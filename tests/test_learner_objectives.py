@@ -22,8 +22,8 @@ import opd
 from opd.batch import Batch, pack
 from opd.config import Config
 from opd.metrics import values
-from opd.objective import follow
-from opd.objectives.divergences import forward_kl, jsd, support_reverse_kl
+from opd.objective import compute_advantages
+from opd.objectives.divergences import forward_kl, jsd, top_k_reverse_kl
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +38,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def config_of(bench: Bench, objective: dict[str, Any], **tables: Any) -> Config:
-    return opd.parse_config(bench.studio.config.model_dump(mode="json") | {"objective": objective} | tables)
+    return opd.parse_config(bench.backend.config.model_dump(mode="json") | {"objective": objective} | tables)
 
 
 def teacher_logits(batch: Batch, bench: Bench, row: int) -> Tensor:
@@ -46,7 +46,7 @@ def teacher_logits(batch: Batch, bench: Bench, row: int) -> Tensor:
     assert batch.teacher_parts is not None
     total = torch.zeros(())
     for part in batch.teacher_parts[row]:
-        head = bench.studio.voices[part.model].network.head_weight().double()
+        head = bench.backend.policies[part.model].network.head_weight().double()
         total = total + part.weight * torch.log_softmax(torch.tensor(part.hidden).double() @ head.T / TEMPERATURE, -1)
     return total
 
@@ -72,12 +72,12 @@ def reverse(logp: Tensor, logq: Tensor, _: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1)
 
 
-def on_support(logp: Tensor, logq: Tensor, targets: Tensor) -> Tensor:
+def top_k_logprobs(logp: Tensor, logq: Tensor, targets: Tensor) -> Tensor:
     found = []
     for p, q, target in zip(logp, logq, targets, strict=True):
         chosen = {*p.topk(5).indices.tolist(), *q.topk(5).indices.tolist(), int(target)}
         ids = torch.tensor(sorted(chosen))
-        found.append(support_reverse_kl(p[ids], q[ids]))
+        found.append(top_k_reverse_kl(p[ids], q[ids]))
     return torch.stack(found)
 
 
@@ -86,9 +86,9 @@ def on_support(logp: Tensor, logq: Tensor, targets: Tensor) -> Tensor:
     [
         ({"type": "exact", "divergence": "forward_kl"}, lambda p, q, _: forward_kl(p, q)),
         ({"type": "exact", "divergence": "jsd", "jsd_beta": 0.3}, lambda p, q, _: jsd(p, q, beta=0.3)),
-        ({"type": "support", "support": 5}, on_support),
+        ({"type": "top_k", "top_k": 5}, top_k_logprobs),
     ],
-    ids=["forward_kl", "jsd", "support"],
+    ids=["forward_kl", "jsd", "top_k"],
 )
 def test_the_gradient_is_that_of_the_divergence(bench: Bench, options: dict[str, Any], term: Any):
     wanted = dense_term(bench, bench.batch, term, len(bench.batch))
@@ -114,7 +114,7 @@ def test_the_gradient_of_a_sampled_objective_is_written_out(bench: Bench, object
     objective = objective | {"normalizer": normalizer}
     stale = with_advantages(bench.batch)  # whose rollout log-probabilities are those of a policy that has moved since
     batch = bench.learner(**objective).score_student(replace(stale, advantages=None))
-    batch, _ = follow(config_of(bench, objective), batch)
+    batch, _ = compute_advantages(config_of(bench, objective), batch)
     if "correction" in objective:
         assert 0 < int(batch.train_mask.sum()) < int(batch.loss_mask.sum())
     rows = batch.padded(batch.train_mask)
@@ -127,7 +127,7 @@ def test_the_gradient_of_a_sampled_objective_is_written_out(bench: Bench, object
 
 def test_the_learners_scores_of_the_student_are_those_of_plain_passes(bench: Bench):
     found = bench.learner(baseline="score_weighted", type="immediate", max_tokens=40).score_student(bench.batch)
-    network = bench.studio.student.network
+    network = bench.backend.student.network
     bench.learner()  # activates the student's adapter
     for row, (start, end) in enumerate(zip(found.offsets, found.offsets[1:], strict=False)):
         ids = found.token_ids[start:end]
@@ -151,7 +151,7 @@ def test_the_learners_scores_of_the_student_are_those_of_plain_passes(bench: Ben
 def test_ppo_takes_its_ratio_to_the_student_as_the_update_found_it(bench: Bench):
     objective = {"type": "immediate", "loss": "ppo", "correction": {"type": "truncate"}}
     batch = bench.learner(**objective).score_student(replace(with_advantages(bench.batch), advantages=None))
-    batch, _ = follow(config_of(bench, objective), batch)
+    batch, _ = compute_advantages(config_of(bench, objective), batch)
     # at that student the ratio is 1, whoever sampled: the gradient is that of REINFORCE
     plain = bench.gradient(batch, type="immediate", correction={"type": "truncate"})
     assert_same_gradient(bench.gradient(batch, **objective), plain, 1e-6)
@@ -177,13 +177,13 @@ def test_several_teachers_weigh_as_one(merged: Bench):
 
 
 def test_a_sampled_score_of_several_teachers_is_the_weighted_log_probability(merged: Bench):
-    merged.studio.student.network.base.float()
+    merged.backend.student.network.base.float()
     rollouts = [s.rollout for s in merged.scored]
     apart = {
-        name: merged.studio.scoring({"both": merged.studio.targets[name]}, keep_hidden=False).score(rollouts)
+        name: merged.backend.scoring({"both": merged.backend.targets[name]}, keep_hidden=False).score(rollouts)
         for name in ("even", "odd")
     }
-    merged.studio.student.network.base.double()
+    merged.backend.student.network.base.double()
     for i, item in enumerate(merged.scored):
         expected = 0.75 * apart["even"][i].score.logprobs + 0.25 * apart["odd"][i].score.logprobs
         torch.testing.assert_close(torch.tensor(item.score.logprobs), torch.tensor(expected), rtol=1e-5, atol=1e-5)
@@ -200,8 +200,8 @@ def test_extrapolation_scores_against_the_reference(tmp_path_factory: pytest.Tem
     wanted = dense_term(found, found.batch, reverse, len(found.batch))
     assert_same_gradient(found.gradient(type="exact", **objective), wanted, 1e-6)
     # what the table of parity compares with is the teacher itself
-    plain = found.studio.teachers(keep_hidden=False)
-    assert [part.weight for part in found.studio.targets["even"]] == [1.0]
+    plain = found.backend.teachers(keep_hidden=False)
+    assert [part.weight for part in found.backend.targets["even"]] == [1.0]
     assert plain is not None
 
 
@@ -214,9 +214,9 @@ def test_an_all_masked_batch_has_no_loss_and_no_gradient(bench: Bench):
 
 
 def test_the_metrics_of_a_support_show_what_it_leaves_out(bench: Bench):
-    found = values(bench.learner(type="support", support=3).forward_backward(bench.batch))
+    found = values(bench.learner(type="top_k", top_k=3).forward_backward(bench.batch))
     whole = values(bench.learner(type="exact").forward_backward(bench.batch))
-    assert 0 < found["support/tail_mass/mean"] < 1
+    assert 0 < found["top_k/tail_mass/mean"] < 1
     assert found["divergence/token/mean"] < found["kl/token/mean"]
     assert found["kl/token/mean"] == pytest.approx(whole["kl/token/mean"], rel=1e-6)
 
@@ -226,6 +226,6 @@ def test_a_group_of_equal_samples_still_packs(bench: Bench):
     again = replace(first, rollout=replace(first.rollout, sample=first.rollout.sample + 1))
     batch, _ = pack([first, again], logprob_floor=-50.0)
     scored = bench.learner(**TO_GO).score_student(batch)
-    found, _ = follow(config_of(bench, TO_GO), scored)
+    found, _ = compute_advantages(config_of(bench, TO_GO), scored)
     assert found.advantages is not None
     assert float(found.advantages.abs().max()) < 1e-6  # each is the other's baseline

@@ -10,11 +10,11 @@ import pytest
 import torch
 from benches import float64_norms, make_bench
 from factories import prompt, rollout, scored
-from test_signal import CHECKED, config
+from test_compute_advantages import CHECKED, config
 
 from opd.batch import Batch, pack
 from opd.metrics import values
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Rollout, SampledScore, ScoredRollout, Turn
 
 
@@ -33,7 +33,7 @@ def one_turn(sample: int, logprobs: list[float], *, part: int = 0, reward: float
 
 def advantages(batch: Batch, **tables: Any) -> list[list[float]]:
     """Of the actions of each rollout."""
-    found, _ = follow(config(**tables), batch)
+    found, _ = compute_advantages(config(**tables), batch)
     assert found.advantages is not None
     rows = torch.split(found.advantages, batch.lengths.tolist())
     masks = torch.split(batch.loss_mask, batch.lengths.tolist())
@@ -69,7 +69,7 @@ def test_an_outcome_is_weighted_by_the_correction(kind: str, bounds: dict[str, f
     batch = replace(batch, student_logprobs=moved)
     correction = {"type": kind, **bounds}
     found = advantages(
-        batch, objective={"coef": 0.0, "correction": correction}, outcome={"coef": 2.0, "baseline": "none"}
+        batch, objective={"coef": 0.0, "correction": correction}, reward={"coef": 2.0, "baseline": "none"}
     )
     second = 1.5 if kind == "truncate" else float(np.exp(0.75))
     assert found == [pytest.approx([2.0 * np.exp(0.25), 2.0 * second]), [0.0]]
@@ -84,7 +84,7 @@ def test_what_a_mask_leaves_out_still_counts_in_earlier_sums(kind: str):
     kl = torch.where(batch.loss_mask, torch.tensor([0.0, 0.0, 1.0, 3.0, 7.0]), 0.0)
     batch = replace(batch, reverse_kl=kl, student_logprobs=batch.rollout_logprobs)
     objective = {"type": kind, "discount": 1.0} | ({"baseline": "leave_one_out"} if kind == "exact_to_go" else {})
-    tables = {"mask": {"format_errors": "span"}, "tasks": CHECKED, "outcome": {"coef": 1e-9, "baseline": "none"}}
+    tables = {"mask": {"format_errors": "span"}, "tasks": CHECKED, "reward": {"coef": 1e-9, "baseline": "none"}}
     wanted = {"to_go": [-4.5, -5.0, 0.0], "kl_to_go": [0.5 - 10.0, -2.0 - 7.0, 0.0], "exact_to_go": [-10.0, -7.0, 0.0]}
     [found] = advantages(batch, objective=objective, **tables)
     assert found == pytest.approx(wanted[kind], abs=1e-6)
@@ -117,7 +117,9 @@ def two_turns(flag: tuple[int, int]) -> Rollout:
 @pytest.mark.parametrize(("flag", "kept"), [((3, 4), [False, False, True, True]), ((5, 6), [True, True, False, False])])
 def test_a_format_error_masks_its_own_turn_and_no_other(flag: tuple[int, int], kept: list[bool]):
     batch, _ = pack([scored(two_turns(flag), [-1.0] * 4)], logprob_floor=-50.0)
-    found, _ = follow(config(objective={"type": "exact"}, mask={"format_errors": "turn"}, tasks=CHECKED), batch)
+    found, _ = compute_advantages(
+        config(objective={"type": "exact"}, mask={"format_errors": "turn"}, tasks=CHECKED), batch
+    )
     assert found.distill_mask[batch.loss_mask].tolist() == kept
 
 
@@ -131,7 +133,7 @@ def test_a_split_episode_counts_once_in_the_outcomes_of_its_group():
                 one_turn(s, [0.0], part=k, reward=r) for s, r in rewards.items() for k in range(parts if s == 0 else 1)
             ]
             batch, _ = pack(items, logprob_floor=-50.0)
-            rows = advantages(batch, objective={"coef": 0.0}, outcome={"coef": 1.0, "baseline": baseline})
+            rows = advantages(batch, objective={"coef": 0.0}, reward={"coef": 1.0, "baseline": baseline})
             found[parts] = [rows[0], rows[parts], rows[parts + 1]]
             assert rows[:parts] == [rows[0]] * parts
         assert found[1] == found[3]
@@ -141,19 +143,19 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
     bench = make_bench(tmp_path)
     rewarded = [replace(s, rollout=replace(s.rollout, reward=float(i % 2))) for i, s in enumerate(bench.scored)]
     lost = ScoredRollout(rewarded[1].rollout, FailedScore(rewarded[1].score.teacher, "lost"))
-    for objective in ({"type": "exact"}, {"type": "immediate"}, {"type": "support", "support": 4}):
-        how = config(objective=objective, outcome={"coef": 1.0})
+    for objective in ({"type": "exact"}, {"type": "immediate"}, {"type": "top_k", "top_k": 4}):
+        how = config(objective=objective, reward={"coef": 1.0})
         shown = []
         for items in ([rewarded[0], lost, *rewarded[2:]], [rewarded[0], *rewarded[2:]]):
             batch, _ = pack(items, logprob_floor=-50.0, unscored=True)
-            batch, _ = follow(how, batch)
+            batch, _ = compute_advantages(how, batch)
             shown.append(values(bench.learner(**objective).forward_backward(batch)))
             if items[1] is lost:
                 row = torch.tensor([name == lost.rollout.id for name in batch.rollout_ids])
                 assert row.sum() == 1
                 row = torch.repeat_interleave(row, batch.lengths)
                 assert batch.advantages is not None
-                assert batch.outcome_mask[row & batch.loss_mask].all()
+                assert batch.reward_mask[row & batch.loss_mask].all()
                 assert batch.advantages[row & batch.loss_mask].all()
         for name in ("kl/token/mean", "kl/sequence/mean", "kl/token/even/mean", "kl/token/odd/mean"):
             assert shown[0][name] == pytest.approx(shown[1][name], rel=1e-9), name
@@ -162,9 +164,9 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
 def test_without_an_outcome_no_action_has_one():
     batch, _ = pack([one_turn(0, [0.5], reward=1.0), one_turn(1, [1.0], reward=0.0)], logprob_floor=-50.0)
     for objective in ({"type": "exact"}, {"type": "immediate"}):
-        found, _ = follow(config(objective=objective), batch)
+        found, _ = compute_advantages(config(objective=objective), batch)
         assert torch.equal(found.distill_mask, batch.loss_mask)
-        assert not found.outcome_mask.any()
+        assert not found.reward_mask.any()
 
 
 def test_a_part_without_a_score_adds_no_sampled_term_to_an_integrated_objective():
@@ -174,5 +176,5 @@ def test_a_part_without_a_score_adds_no_sampled_term_to_an_integrated_objective(
     whole = [replace(first, score=score), replace(second, score=FailedScore("t", "lost"))]
     batch, _ = pack(whole, logprob_floor=-50.0)
     assert len(batch) == 2
-    found, _ = follow(config(objective={"type": "exact"}), batch)
+    found, _ = compute_advantages(config(objective={"type": "exact"}), batch)
     assert found.advantages is None

@@ -17,9 +17,9 @@ import opd.objective
 from opd.batch import pack
 from opd.checks.masks import mask_warning
 from opd.config import Config
-from opd.objective import divisor, follow
+from opd.objective import compute_advantages, divisor
 from opd.objectives.losses import reinforce
-from opd.objectives.mask_law import Choice, largest_kl, outcome_pull
+from opd.objectives.mask_law import Choice, largest_kl, reward_pull
 from opd.objectives.reduce import Normalizer
 from opd.records import Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 from opd_theory import hack_claims, hack_gym, mask_claims
@@ -54,7 +54,7 @@ def test_the_mean_step_over_all_batches_is_the_law(choice: Choice, error: float)
     allowed = 1e-5 if choice.baseline == "grpo" else 1e-12
     expected = replace(choice, batch=4).flow(error)
     if choice.baseline == "none":
-        # without a baseline a batch of errors alone is divided by the outcome's normaliser, as every other is
+        # without a baseline a batch of errors alone is divided by the reward's normaliser, as every other is
         assert choice.normalizer == "trajectory"
     assert enumerated(choice, error, 4) == pytest.approx(expected, abs=allowed)
 
@@ -160,14 +160,14 @@ def test_the_pull_of_a_normalised_outcome_is_that_of_all_groups():
             chance = float(np.prod([error if wrong else 1 - error for wrong in group]))
             advantage = (rewards - rewards.mean()) / (rewards.std() or 1.0)
             total += chance * float((advantage * np.where(group, 1 - error, -error)).mean())
-        assert outcome_pull(error, "grpo", size) == pytest.approx(-total, abs=1e-12)
+        assert reward_pull(error, "grpo", size) == pytest.approx(-total, abs=1e-12)
 
 
 SABOTAGES: dict[str, tuple[str, Callable[..., Any]]] = {
     "every episode counts as kept": ("opd.objective._normalizer", lambda objective, batch, mask: float(len(batch))),
     "masked episodes still train": ("opd.objective.without_errors", lambda flagged, *_: torch.ones_like(flagged)),
     "the KL baseline has the other sign": ("opd.objectives.baselines.negative_kl", lambda kl, mask: kl * mask),
-    "the outcome loses its baseline": ("opd.objectives.advantages.outcome", lambda r, *_: r.clamp(min=0.0)),
+    "the reward loses its baseline": ("opd.objectives.advantages.reward_advantages", lambda r, *_: r.clamp(min=0.0)),
     "the learner divides by all episodes": ("opd_theory.mask_claims.divisor", lambda _, batch: float(len(batch))),
 }
 
@@ -180,7 +180,7 @@ def test_the_claim_fails_when_the_functions_of_training_are_broken(name: str):
     assert not found.holds, found.measured
 
 
-@pytest.mark.parametrize("name", ["the learner divides by all episodes", "the outcome loses its baseline"])
+@pytest.mark.parametrize("name", ["the learner divides by all episodes", "the reward loses its baseline"])
 def test_the_tilt_claim_fails_when_the_functions_of_training_are_broken(name: str):
     target, broken = SABOTAGES[name]
     with patch(target, broken):
@@ -250,7 +250,7 @@ def trained_gradient(hack: Hack, arm: Arm, table: torch.Tensor) -> torch.Tensor:
         rewards=torch.tensor(paid, dtype=torch.float64),
     )
     config = as_config(arm, len(batch))
-    batch, _ = follow(config, batch)
+    batch, _ = compute_advantages(config, batch)
     shared = divisor(config.objective, batch)
     loss = torch.zeros((), dtype=torch.float64)
     if batch.advantages is not None:
@@ -273,7 +273,7 @@ def as_config(arm: Arm, num_episodes: int) -> Config:
             "teachers": {"t": {"model": "m"}},
             "tasks": {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}},
             "objective": kind,
-            "outcome": {"coef": arm.outcome_coef, "format_error": PENALTY, "baseline": "none"},
+            "reward": {"coef": arm.reward_coef, "format_error": PENALTY, "baseline": "none"},
         }
     )
     scope = "trajectory" if arm.masked else "off"
@@ -286,10 +286,10 @@ def test_the_gym_moves_a_student_as_training_does(hack: str, normalizer):
     process = SMALL[hack]() if hack != "loop" else hack_gym.loop(steps=2, repeat=0.8)
     table = torch.where(process.learns > 0, torch.zeros_like(process.start), process.start)
     for arm in (
-        Arm("immediate", masked=True, outcome_coef=3.0, penalised=True),
-        Arm("to_go", 1.0, masked=True, outcome_coef=0.7, penalised=True),
-        Arm("immediate", 0.0, "kl", masked=True, outcome_coef=3.0, penalised=True),
-        Arm("exact", masked=True, outcome_coef=3.0, penalised=True),
+        Arm("immediate", masked=True, reward_coef=3.0, penalised=True),
+        Arm("to_go", 1.0, masked=True, reward_coef=0.7, penalised=True),
+        Arm("immediate", 0.0, "kl", masked=True, reward_coef=3.0, penalised=True),
+        Arm("exact", masked=True, reward_coef=3.0, penalised=True),
         Arm("immediate", masked=True),
     ):
         arm = replace(arm, normalizer=normalizer)
@@ -312,8 +312,8 @@ MASKED: dict[str, Any] = {
 }
 
 
-def warned(objective: dict[str, Any], outcome: dict[str, Any]) -> str | None:
-    return mask_warning(opd.parse_config(MASKED | {"objective": objective, "outcome": outcome}))
+def warned(objective: dict[str, Any], reward: dict[str, Any]) -> str | None:
+    return mask_warning(opd.parse_config(MASKED | {"objective": objective, "reward": reward}))
 
 
 def test_a_recipe_with_an_uncentred_mask_is_told_which_kl_its_outcome_outweighs():
@@ -336,15 +336,15 @@ def test_the_advice_of_the_mask_warning_is_a_recipe_with_one_bound():
 
 
 @pytest.mark.parametrize(
-    ("objective", "outcome"),
+    ("objective", "reward"),
     [
         ({"type": "exact"}, {"coef": 1.0}),
         ({"type": "immediate", "baseline": "kl"}, {"coef": 1.0}),
         ({"coef": 0.0}, {"coef": 1.0}),
     ],
 )
-def test_a_centred_mask_is_not_warned_about(objective, outcome):
-    assert warned(objective, outcome) is None
+def test_a_centred_mask_is_not_warned_about(objective, reward):
+    assert warned(objective, reward) is None
 
 
 def test_an_outcome_divided_by_its_deviation_is_warned_about_with_its_own_bounds():
@@ -356,7 +356,7 @@ def test_an_outcome_divided_by_its_deviation_is_warned_about_with_its_own_bounds
 
 def test_a_recipe_that_divides_by_a_constant_is_not_told_to_do_so():
     constant = {"type": "immediate", "normalizer": "constant", "constant": 48}
-    tree = MASKED | {"objective": constant, "outcome": {"coef": 1.0, "baseline": "grpo"}}
+    tree = MASKED | {"objective": constant, "reward": {"coef": 1.0, "baseline": "grpo"}}
     text = mask_warning(opd.parse_config(tree | {"sampling": {"prompts_per_step": 6, "group_size": 8}}))
     assert text is not None
-    assert "Raise outcome.coef (docs" in text
+    assert "Raise reward.coef (docs" in text

@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 from factories import prompt, rollout, scored, toy_recipe
-from test_signal import config as signal_config
+from test_compute_advantages import config as signal_config
 from transformers import LlamaForCausalLM
 from vllm_like import serving
 
 import opd
 from opd.batch import pack
 from opd.config import ObjectiveConfig
-from opd.local.learner import EmbeddedLearner
-from opd.objective import follow
+from opd.local.learner import LocalLearner
+from opd.objective import compute_advantages
 from opd.objectives.advantages import above_rounding
-from opd.objectives.divergences import resolution, reverse_kl, support_reverse_kl
+from opd.objectives.divergences import resolution, reverse_kl, top_k_reverse_kl
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 
 SELF_TEACHERS: dict[str, dict[str, Any]] = {
     "exact, LoRA": {"objective": {"type": "exact"}},
     "exact, full, a high rate": {"objective": {"type": "exact"}, "trainable": "full", "optimizer": {"lr": 0.3}},
     "forward KL, full": {"objective": {"type": "exact", "divergence": "forward_kl"}, "trainable": "full"},
-    "support, full": {"objective": {"type": "support", "support": 8}, "trainable": "full"},
+    "support, full": {"objective": {"type": "top_k", "top_k": 8}, "trainable": "full"},
     "immediate, full": {"objective": {"type": "immediate"}, "trainable": "full"},
     "immediate, the baseline of least variance": {
         "objective": {"type": "immediate", "baseline": "score_weighted"},
@@ -64,11 +64,11 @@ def test_a_student_that_equals_its_teacher_keeps_every_weight(
     run_beside_itself(tmp_path, monkeypatch, in_process, SELF_TEACHERS[name])
 
 
-@pytest.mark.parametrize("support", [5, 200])
+@pytest.mark.parametrize("top_k", [5, 200])
 def test_a_student_whose_equal_names_its_likeliest_tokens_keeps_every_weight(
-    support: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    top_k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    changes = {"objective": {"type": "support", "support": support}, "trainable": "full"}
+    changes = {"objective": {"type": "top_k", "top_k": top_k}, "trainable": "full"}
     run_beside_itself(tmp_path, monkeypatch, behind_a_server, changes)
 
 
@@ -79,15 +79,15 @@ def run_beside_itself(
     changes: dict[str, Any],
 ) -> None:
     seen: list[tuple[bool, float]] = []
-    plain = EmbeddedLearner.optim_step
+    plain = LocalLearner.optim_step
 
-    def step(self: EmbeddedLearner) -> Any:
+    def step(self: LocalLearner) -> Any:
         before = {n: p.detach().clone() for n, p in self.weights().items()}
         found = plain(self)
         seen.append((all(torch.equal(p, before[n]) for n, p in self.weights().items()), len(before)))
         return found
 
-    monkeypatch.setattr(EmbeddedLearner, "optim_step", step)
+    monkeypatch.setattr(LocalLearner, "optim_step", step)
     tree = toy_recipe(tmp_path, steps=3, evaluation={"num_prompts": 0}, **changes)
     with teachers(tree["student"]) as one:
         tree["teachers"] = {name: one for name in ("even", "odd")}
@@ -156,7 +156,7 @@ def test_a_sampled_log_ratio_that_rounding_alone_magnifies_is_no_signal(
         batch, _ = pack([scored(item, [-1.0 + gap, -2.0 - gap])], logprob_floor=-50.0)
         past = {} if extrapolation == 1.0 else {"extrapolation": extrapolation, "reference": "student"}
         plain = signal_config().model_copy(update={"objective": ObjectiveConfig(type="immediate", **past)})
-        found, _ = follow(plain.model_copy(update={"temperature": temperature}), batch)
+        found, _ = compute_advantages(plain.model_copy(update={"temperature": temperature}), batch)
         assert found.advantages is not None
         return found.advantages[found.loss_mask].tolist()
 
@@ -181,7 +181,7 @@ def test_what_an_overconfident_student_leaves_out_is_a_signal_for_the_forward_kl
 def test_a_small_bucket_far_from_its_teachers_is_a_signal():
     """The student leaves 1e-3 to tokens that its teacher does not name, to which the teacher leaves 1e-6."""
     logp = torch.tensor([[0.6, 0.399]]).log().requires_grad_()
-    loss = support_reverse_kl(logp, torch.tensor([[0.6006, 0.399399]]).log()).sum()
+    loss = top_k_reverse_kl(logp, torch.tensor([[0.6006, 0.399399]]).log()).sum()
     assert float(loss.detach()) == pytest.approx(1e-3 * 6.9 - 1e-3, rel=0.02)
     assert float(torch.autograd.grad(loss, logp)[0].abs().max()) > 1.0
 

@@ -40,8 +40,8 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def found(tree: dict[str, Any], **given: Any) -> list[Finding]:
     config = opd.parse_config(tree)
-    material = read_tasks(config, given.get("reward"), given.get("environment"))
-    return notices(config, material.prompts, reward=bool(material.own_reward), environment=material.own_environment)
+    task_data = read_tasks(config, given.get("reward"), given.get("environment"))
+    return notices(config, task_data.prompts, reward=bool(task_data.own_reward), environment=task_data.own_environment)
 
 
 def no_effect(tree: dict[str, Any], **given: Any) -> list[str]:
@@ -78,15 +78,15 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lora.rank = 4: trainable = 'full'", "lora.alpha = 8: trainable = 'full'"],
     ),
     "the end of a rate that does not fall": (
-        {"optimizer.schedule": "constant", "optimizer.final_lr_share": 0.1},
-        ["optimizer.final_lr_share = 0.1: with optimizer.schedule = 'constant'"],
+        {"optimizer.schedule": "constant", "optimizer.final_lr_fraction": 0.1},
+        ["optimizer.final_lr_fraction = 0.1: with optimizer.schedule = 'constant'"],
     ),
-    "an outcome's keys without one": (
-        {"outcome.baseline": "grpo", "outcome.format_error": -2.0},
-        ["outcome.baseline = \"grpo\": outcome.coef = 0", "outcome.format_error = -2.0: outcome.coef = 0"],
+    "an reward's keys without one": (
+        {"reward.baseline": "grpo", "reward.format_error": -2.0},
+        ["reward.baseline = \"grpo\": reward.coef = 0", "reward.format_error = -2.0: reward.coef = 0"],
     ),
     "an objective's keys without distillation": (
-        {"objective.coef": 0.0, "objective.type": "to_go", "objective.discount": 0.5, "outcome.coef": 1.0},
+        {"objective.coef": 0.0, "objective.type": "to_go", "objective.discount": 0.5, "reward.coef": 1.0},
         ["objective.type = \"to_go\": objective.coef = 0", "objective.discount = 0.5: objective.coef = 0"],
     ),
     "a clip in the first epoch": (
@@ -94,11 +94,11 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["objective.loss = \"ppo\": in the first epoch"],
     ),
     "held-out prompts that are not measured": (
-        {"evaluation.held_out_prompts": 5, "guards.held_out.drop": 0.2, "tasks.second.grader": "math"},
+        {"evaluation.held_out_prompts": 5, "detectors.held_out.drop": 0.2, "tasks.second.grader": "math"},
         [
             "evaluation.held_out_prompts = 5: evaluation.every = 0",
-            "guards.held_out.drop = 0.2: evaluation.every = 0",
-            "tasks.second.grader = \"math\": it grades held-out outcomes, and evaluation.every = 0",
+            "detectors.held_out.drop = 0.2: evaluation.every = 0",
+            "tasks.second.grader = \"math\": it grades held-out rewards, and evaluation.every = 0",
             "tasks.second.held_out_path: evaluation.every = 0 and evaluation.num_prompts = 0",
         ],
     ),
@@ -112,16 +112,16 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["evaluation.before_prompts = 5: evaluation.num_prompts = 4, and no others are measured"],
     ),
     "what a format error is worth where nothing looks for one": (
-        {"outcome.coef": 1.0, "outcome.format_error": -2.0},
-        ["outcome.format_error = -2.0: no task has checks"],
+        {"reward.coef": 1.0, "reward.format_error": -2.0},
+        ["reward.format_error = -2.0: no task has checks"],
     ),
     "keys of a detector that is off": (
-        {"guards.repetition.action": "off", "guards.repetition.threshold": 0.2},
-        ["guards.repetition.threshold = 0.2: guards.repetition.action = 'off'"],
+        {"detectors.repetition.action": "off", "detectors.repetition.threshold": 0.2},
+        ["detectors.repetition.threshold = 0.2: detectors.repetition.action = 'off'"],
     ),
     "a detector of errors that nothing looks for": (
-        {"guards.format_errors.limit": 9.0},
-        ["guards.format_errors.limit = 9.0: no task has checks"],
+        {"detectors.format_errors.limit": 9.0},
+        ["detectors.format_errors.limit = 9.0: no task has checks"],
     ),
     "limits of episodes of one turn": (
         {"episodes.max_turns": 3, "episodes.step_timeout_s": 1.0},
@@ -179,21 +179,21 @@ def test_a_reward_that_is_only_measured_is_said_with_what_makes_it_train(
 ):
     [(warning, detail)] = about_rewards(tree, reward=fair)
     assert warning
-    assert detail.startswith("the reward function is only measured: outcome.coef = 0")
-    assert "set outcome.coef above 0" in detail
+    assert detail.startswith("the reward function is only measured: reward.coef = 0")
+    assert "set reward.coef above 0" in detail
     opd.train(opd.parse_config(tree), reward=fair)
     assert f"warning: reward: {detail}" in capsys.readouterr().out
     # and what it advises trains
-    advised = tree | {"outcome": {"coef": 1.0}, "sampling": tree["sampling"] | {"group_size": 2}}
+    advised = tree | {"reward": {"coef": 1.0}, "sampling": tree["sampling"] | {"group_size": 2}}
     assert about_rewards(advised, reward=fair) == []
 
 
 def test_the_rewards_of_verifiers_and_environments_without_a_coefficient_are_said_to_be_measured(tree: dict[str, Any]):
     assert about_rewards(tree) == [
-        (False, "the rewards of tasks.first, tasks.second are only measured: outcome.coef = 0")
+        (False, "the rewards of tasks.first, tasks.second are only measured: reward.coef = 0")
     ]
     assert about_rewards(tree, environment=one_turn) == [
-        (False, "the rewards of the environments are only measured: outcome.coef = 0")
+        (False, "the rewards of the environments are only measured: reward.coef = 0")
     ]
     for task in tree["tasks"].values():
         task["verifier"] = "none"
@@ -201,33 +201,33 @@ def test_the_rewards_of_verifiers_and_environments_without_a_coefficient_are_sai
 
 
 def test_a_task_whose_outcome_nothing_gives_is_named(tree: dict[str, Any], tmp_path: Path):
-    tree["outcome"] = {"coef": 1.0}
+    tree["reward"] = {"coef": 1.0}
     assert about_rewards(tree) == []
     tree["tasks"]["first"]["verifier"] = "none"
     [(warning, detail)] = about_rewards(tree)
     assert warning
-    assert detail.startswith("outcome.coef has no effect on 12 of 12 prompts of tasks.first: its verifier is 'none'")
+    assert detail.startswith("reward.coef has no effect on 12 of 12 prompts of tasks.first: its verifier is 'none'")
     path = Path(write_prompts(tmp_path / "some.jsonl"))
     records = [json.loads(line) for line in path.read_text().splitlines()]
     del records[0]["answer"]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     tree["tasks"]["first"] |= {"verifier": "exact", "path": str(path)}
     [(warning, detail)] = about_rewards(tree)
-    assert detail.startswith("outcome.coef has no effect on 1 of 12 prompts of tasks.first: they have no answer")
+    assert detail.startswith("reward.coef has no effect on 1 of 12 prompts of tasks.first: they have no answer")
 
 
 def test_an_outcome_that_nothing_gives_is_refused(tree: dict[str, Any], tmp_path: Path):
-    tree["outcome"] = {"coef": 1.0}
+    tree["reward"] = {"coef": 1.0}
     for task in tree["tasks"].values():
         task["verifier"] = "none"  # the answers are there, and nobody compares with them
-    assert "outcome.coef > 0 needs verified outcomes" in refuse_tree(tree, tmp_path)
+    assert "reward.coef > 0 needs verified rewards" in refuse_tree(tree, tmp_path)
 
 
 def test_a_reward_that_judges_nothing_is_said_once(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     def forgot(prompt: object, response: str) -> None:
         fair(prompt, response)
 
-    opd.train(opd.parse_config(tree | {"outcome": {"coef": 1.0}}), reward=forgot)
+    opd.train(opd.parse_config(tree | {"reward": {"coef": 1.0}}), reward=forgot)
     said = [line for line in capsys.readouterr().out.splitlines() if "no verdict" in line]
     assert said == [
         "warning: step 1: the reward was None, no verdict, for all 8 responses; does the function return its number?"
@@ -297,7 +297,7 @@ def test_fine_tuning_names_what_has_no_effect(
     starts = [
         "warning: no effect: max_new_tokens = 4: evaluation.num_prompts = 0",
         "warning: no effect: tasks.answers.weight = 2: there is no other task",
-        "warning: no effect: tasks.answers.grader = \"math\": it grades held-out outcomes, and 'opd sft' measures none",
+        "warning: no effect: tasks.answers.grader = \"math\": it grades held-out rewards, and 'opd sft' measures none",
         "warning: no effect: episodes.max_turns = 3: no prompt has an environment or tools",
         "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers a batch, and it has 12",
     ]

@@ -11,9 +11,9 @@ import pytest
 from factories import prompt, rollout, scored, toy_recipe
 
 import opd
-from opd.config.detectors import GuardsConfig
+from opd.config.detectors import DetectorsConfig
 from opd.detectors.detectors import HeldOut
-from opd.detectors.metrics import _outcomes
+from opd.detectors.metrics import _rewards
 from opd.detectors.statistics import Detector, Smoothed
 from opd.evaluate import Cell, ParityRow, evaluate, parity_json, parity_text
 from opd.loop import rollout_metrics
@@ -36,9 +36,9 @@ def test_the_mean_reward_is_one_number_in_training_evaluation_and_detectors(rewa
     made = [replace(rollout([1, 2, 3], 2, prompt=prompt(f"p{i}")), reward=r) for i, r in enumerate(rewards)]
     mean = sum(rewards) / len(rewards)
     trained = values(rollout_metrics(made))
-    assert trained["outcome/mean"] == trained["outcome/task/mean"] == pytest.approx(mean)
-    watched = values(_outcomes([scored(r, [-1.0]) for r in made]))
-    assert watched["guard/outcome/t/mean"] == pytest.approx(mean)
+    assert trained["reward/mean"] == trained["reward/task/mean"] == pytest.approx(mean)
+    watched = values(_rewards([scored(r, [-1.0]) for r in made]))
+    assert watched["detectors/reward/t/mean"] == pytest.approx(mean)
     cell = graded(rewards)
     assert cell.mean_reward == pytest.approx(mean)
     assert cell.accuracy == sum(r == 1.0 for r in rewards) / len(rewards)
@@ -49,22 +49,22 @@ def test_the_held_out_outcome_of_rewards_in_part_is_their_mean(tmp_path: Path, r
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 1, "held_out_prompts": 3})
     lines = opd.read_metrics(opd.train(opd.parse_config(tree), reward=lambda prompt, response: reward).run)
     for line in lines:
-        assert line["outcome/mean"] == line["held_out/outcome/mean"] == line["held_out/outcome/second/mean"] == reward
+        assert line["reward/mean"] == line["held_out/reward/mean"] == line["held_out/reward/second/mean"] == reward
 
 
 def test_the_held_out_outcome_over_all_weighs_every_response_alike(tmp_path: Path):
-    """Two tasks with 12 and 4 held-out prompts: the mean of responses, not of tasks, as `outcome` is."""
+    """Two tasks with 12 and 4 held-out prompts: the mean of responses, not of tasks, as `reward` is."""
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 2, "held_out_prompts": 12})
     tree["tasks"]["first"]["held_out_path"] = tree["tasks"]["first"]["path"]
     worth = {"first": 0.2, "second": 0.6}
     lines = opd.read_metrics(opd.train(opd.parse_config(tree), reward=lambda p, r: worth[p.task]).run)
-    assert lines[1]["held_out/outcome/mean"] == pytest.approx((12 * 0.2 + 4 * 0.6) / 16)
-    assert lines[1]["held_out/outcome/first/mean"] == pytest.approx(0.2)
+    assert lines[1]["held_out/reward/mean"] == pytest.approx((12 * 0.2 + 4 * 0.6) / 16)
+    assert lines[1]["held_out/reward/first/mean"] == pytest.approx(0.2)
 
 
 def test_the_held_out_detector_sees_rewards_in_part_fall():
     """Rewards of 0.6 that fall to 0.3 while training's stay: no response was ever worth 1."""
-    config = GuardsConfig()
+    config = DetectorsConfig()
     state: Detector = HeldOut(config.held_out, Smoothed(20), Smoothed(config.held_out.memory))
     noise, alarms = np.random.default_rng(0), []
     for step in range(1, 201):
@@ -72,8 +72,8 @@ def test_the_held_out_detector_sees_rewards_in_part_fall():
         cell = graded([worth + 0.02 * float(noise.uniform(-1, 1)) for _ in range(8)])
         assert cell.accuracy == 0.0
         line = {
-            "outcome/mean": 0.6 + 0.02 * float(noise.uniform(-1, 1)),
-            "held_out/outcome/mean": cell.mean_reward or 0.0,
+            "reward/mean": 0.6 + 0.02 * float(noise.uniform(-1, 1)),
+            "held_out/reward/mean": cell.mean_reward or 0.0,
         }
         state, readings = state.observe(step, line)
         alarms += [r.message for r in readings.values() if r.message]

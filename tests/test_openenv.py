@@ -222,13 +222,13 @@ def test_the_outcome_is_what_the_user_makes_of_the_rewards():
         seen.append(list(rewards))
         return rewards[-1]
 
-    [found] = play(guess([], outcome=last))
+    [found] = play(guess([], reward=last))
     assert found.reward == 0.5
     assert seen == [[0.25], [0.25, 0.25], [0.25, 0.25, 0.5]]
 
 
 def test_an_outcome_out_of_range_is_a_failure():
-    [found] = play(guess([], outcome=lambda rewards: -1.0))
+    [found] = play(guess([], reward=lambda rewards: -1.0))
     assert found.failure == "the environment gave the reward -1.0, expected a number in [0, 1] or None"
 
 

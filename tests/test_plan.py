@@ -91,7 +91,7 @@ def test_longer_responses_never_take_less_time(folders: dict[str, str]):
 
 def test_a_rank_needs_less_memory_as_ranks_grow(folders: dict[str, str]):
     inside = {n: {"model": folders[n]} for n in ("one", "two")}
-    for config in (recipe(folders), recipe(folders, inside, objective={"type": "exact", "support": 32})):
+    for config in (recipe(folders), recipe(folders, inside, objective={"type": "exact", "top_k": 32})):
         work = work_of(config, prompt_tokens=512)
         sizes = [sum(rank_memory(config, work, n, H100).values()) for n in (1, 2, 4, 8, 16, 32)]
         assert sizes == sorted(sizes, reverse=True)
@@ -130,9 +130,9 @@ def test_a_model_that_teachers_share_is_counted_once(folders: dict[str, str]):
     assert pool.rollouts == 64
     assert min(g for g in range(1, 9) if fits(shared, g)) == 3
     inside = {"even": {"model": folders["one"]}, "odd": {"model": folders["one"]}}
-    work = work_of(recipe(folders, inside, objective={"type": "exact", "support": 32}), prompt_tokens=512)
+    work = work_of(recipe(folders, inside, objective={"type": "exact", "top_k": 32}), prompt_tokens=512)
     assert [shape.source for shape in work.frozen] == [folders["one"]]
-    assert [voice.rollouts for voice in work.voices] == [32, 32]
+    assert [policy.rollouts for policy in work.policies] == [32, 32]
 
 
 def test_teachers_score_their_share_of_the_tasks(folders: dict[str, str]):
@@ -143,12 +143,12 @@ def test_teachers_score_their_share_of_the_tasks(folders: dict[str, str]):
 
 def test_adapters_speak_through_the_students_own_weights(folders: dict[str, str], tmp_path: Path):
     LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
-    config = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "support": 32})
+    config = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32})
     work = work_of(config, prompt_tokens=512)
     assert work.frozen == ()
     assert work.adapters == 2 * 4 * (128 + 256)
     assert plan(config, 2).score > 0
-    whole = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "support": 32}, trainable="full",
+    whole = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32}, trainable="full",
                    compute={"dtype": "float32"})  # fmt: skip
     assert [shape.source for shape in work_of(whole, prompt_tokens=512).frozen] == [folders["student"]]
 
@@ -156,9 +156,9 @@ def test_adapters_speak_through_the_students_own_weights(folders: dict[str, str]
 def test_steps_ahead_hide_the_shorter_side(folders: dict[str, str]):
     found = plan(recipe(folders, cluster={"max_staleness": 2}), 8)
     assert found.overlapped == max(found.sample + found.score, found.update + found.transfer)
-    inside = recipe(folders, {"one": {"model": folders["one"]}}, objective={"type": "exact", "support": 32},
+    inside = recipe(folders, {"one": {"model": folders["one"]}}, objective={"type": "exact", "top_k": 32},
                     cluster={"max_staleness": 2})  # fmt: skip
-    found = plan(inside, 8, replace(H100, step_ms=0.0, memory_share=1e6))  # the same ranks score and learn
+    found = plan(inside, 8, replace(H100, step_ms=0.0, memory_fraction=1e6))  # the same ranks score and learn
     assert found.sample < found.update
     assert found.overlapped == pytest.approx(found.score + found.update + found.transfer)
 
@@ -180,7 +180,7 @@ def test_what_cannot_fit_is_refused_with_how_much_it_lacks(folders: dict[str, st
     need, lacks = 3 + 2 * read_shape(folders["vast"]).parameters / 8 / GIB, str(error.value)
     assert f"weights {need - 3:.1f}" in lacks
     assert "too few; try a --gpu with more memory or shorter sequences" in lacks
-    inside = recipe(folders, {"vast": {"model": folders["vast"]}}, objective={"type": "exact", "support": 32})
+    inside = recipe(folders, {"vast": {"model": folders["vast"]}}, objective={"type": "exact", "top_k": 32})
     with pytest.raises(
         DoesNotFit, match=r"^8 GPUs: one of 8 learner ranks needs .* most of it is 'teachers' weights'"
     ) as error:
@@ -224,7 +224,7 @@ def test_models_that_the_plan_cannot_count_are_refused(folders: dict[str, str], 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["mode=embedded"], "a plan places the parts of mode = 'distributed'"),
+        (["backend=local"], "a plan places the parts of backend = 'ray'"),
         (["--gpus", "8,x"], "--gpus '8,x': expected numbers from 1"),
         (["--gpus", "0"], "--gpus '0': expected numbers from 1"),
         (["--gpu", "k80"], "expected one of a100-80, h100, h200, b200"),
@@ -240,7 +240,7 @@ def test_models_that_the_plan_cannot_count_are_refused(folders: dict[str, str], 
 )
 def test_the_command_refuses_in_one_line(folders: dict[str, str], tmp_path: Path, arguments: list[str], reason: str):
     tree = recipe(folders).model_dump(mode="json", exclude_defaults=True)
-    if "mode=embedded" in arguments:
+    if "backend=local" in arguments:
         tree |= {"cluster": {}, "teachers": {"one": {"model": folders["one"]}}, "tasks": {"one": tree["tasks"]["one"]}}
         tree["objective"] = {"type": "exact"}
     path = write_toml(tmp_path / "recipe.toml", tree)

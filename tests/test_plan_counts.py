@@ -157,7 +157,7 @@ def test_the_memory_of_a_rank_is_what_a_hand_reckons(folders: dict[str, str]):
     assert parts["activations"] == 4096 * 2 * (8 * 128 + 4 * (1024 + 1536 + 256) + 4 * 320 + 4 * 576)
     assert parts["logits"] == 512 * 300 * (4 + 4 * 4)
     inside = {n: {"model": folders[n]} for n in ("one", "two")}
-    exact = recipe(folders, inside, objective={"type": "exact", "support": 32})
+    exact = recipe(folders, inside, objective={"type": "exact", "top_k": 32})
     parts = rank_memory(exact, work_of(exact, prompt_tokens=512), 4, H100)
     teacher = read_shape(folders["one"])
     assert parts["teachers' weights"] == 2 * 2 * (teacher.inside / 4 + 32000 * 2048 + 2048)
@@ -193,10 +193,10 @@ EXAMPLE = parse_config(
     {
         "student": str(SHAPES / "qwen3-1.7b"),
         "output": "runs/none",
-        "mode": "distributed",
+        "backend": "ray",
         "teachers": {"math": {"model": str(SHAPES / "qwen3-32b"), "engines": 1, "gpus_per_engine": 4}},
         "tasks": {"math": {"type": "file", "path": "x.jsonl", "teacher": "math"}},
-        "objective": {"type": "support"},
+        "objective": {"type": "top_k"},
         "compute": {"dtype": "bfloat16"},
     }
 )
@@ -205,7 +205,7 @@ EXAMPLE = parse_config(
 def test_sampling_takes_at_least_as_long_as_reading_the_weights_for_every_token():
     config = parse_config({**EXAMPLE.model_dump(), "sampling": {"prompts_per_step": 1, "max_new_tokens": 1000}})
     work = work_of(config, prompt_tokens=512)
-    free = replace(H100, memory_share=1.0, matmul_share=1.0, step_ms=0.0)
+    free = replace(H100, memory_fraction=1.0, matmul_fraction=1.0, step_ms=0.0)
     weights = 2 * (1_720_574_976 + work.trainable)
     cache = 2 * 28 * 8 * 128 * 2 * (512 + 500)
     first = 2 * work.student.products * 512 / 989e12 + 4 * 28 * 2048 * 512 * 256 / 989e12
@@ -217,7 +217,7 @@ def test_sampling_takes_at_least_as_long_as_reading_the_weights_for_every_token(
 def test_scoring_and_updating_are_bound_by_products():
     config = parse_config({**EXAMPLE.model_dump(), "sampling": {"prompts_per_step": 8, "max_new_tokens": 1536}})
     work = work_of(config, prompt_tokens=512)
-    free = replace(H100, matmul_share=1.0, link_share=1e9, step_ms=0.0, collective_us=0.0)
+    free = replace(H100, matmul_fraction=1.0, link_fraction=1e9, step_ms=0.0, collective_us=0.0)
     [pool] = work.pools
     shape = pool.shape
     flops = 2 * (shape.products + 151936 * 5120) * 8 * 2048 + 4 * 64 * 8192 * 8 * 2048**2 / 2
@@ -236,7 +236,7 @@ def test_scoring_and_updating_are_bound_by_products():
 def test_messages_are_parts_of_what_is_gathered_or_summed(folders: dict[str, str]):
     config = recipe(folders)
     work = work_of(config, prompt_tokens=512)
-    slow = replace(H100, matmul_share=1e9, memory_share=1e9, collective_us=3.0)
+    slow = replace(H100, matmul_fraction=1e9, memory_fraction=1e9, collective_us=3.0)
     layers = 2 * 2 * work.student.inside * 3 / 4  # bfloat16, forward and backward, of which a rank has a quarter
     expected = 2 * (layers + 4 * work.trainable * 3 / 4) / (450e9 * 0.7)  # two passes
     assert update_s(config, work, 4, slow) == pytest.approx(expected, rel=1e-6)
@@ -256,7 +256,7 @@ def test_devices_that_share_a_key_head_read_its_cache_each(tmp_path: Path):
     shape = read_shape(str(tmp_path))
     assert [kv_bytes_here(shape, n, 2) * n / shape.kv_bytes(2) for n in (1, 2, 4, 8)] == [1, 1, 2, 4]
     config = parse_config({**EXAMPLE.model_dump(), "student": str(tmp_path), "sampling": {"max_new_tokens": 2048}})
-    free = replace(H100, matmul_share=1e9, link_share=1e9, step_ms=0.0, collective_us=0.0, memory_share=1.0)
+    free = replace(H100, matmul_fraction=1e9, link_fraction=1e9, step_ms=0.0, collective_us=0.0, memory_fraction=1.0)
     work = replace(work_of(config, prompt_tokens=1), trainable=0)
     read = 2 * (shape.products + shape.head), 2048 * shape.kv_bytes(2) / 2 * 32
     for devices, copies in ((1, 1), (8, 4)):
@@ -265,15 +265,15 @@ def test_devices_that_share_a_key_head_read_its_cache_each(tmp_path: Path):
 
 
 def test_the_driver_reads_every_token_that_is_named(folders: dict[str, str]):
-    for objective, named in (({"support": 20}, 20), ({"type": "immediate", "support": 32}, 0)):
+    for objective, named in (({"top_k": 20}, 20), ({"type": "immediate", "top_k": 32}, 0)):
         config = recipe(folders, objective=objective)
         found = driver_s(config, work_of(config, prompt_tokens=512), H100)
         assert found == pytest.approx(64 * (1.6e-3 + 768 * (1e-6 + 0.4e-6 * named)))
 
 
 def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[str, str]):
-    free = replace(H100, memory_share=1e9, link_share=1e9)
-    sampled = {"type": "immediate", "support": 32}
+    free = replace(H100, memory_fraction=1e9, link_fraction=1e9)
+    sampled = {"type": "immediate", "top_k": 32}
 
     def seconds(**changes: Any) -> float:
         config = recipe(folders, **changes)
@@ -313,7 +313,7 @@ def test_fewer_rollouts_at_once_take_longer(folders: dict[str, str]):
         return plan(recipe(folders, **changes), 4).sample
 
     assert seconds(episodes={"max_concurrent": 16}) > 3 * seconds()
-    assert seconds(served={"max_in_flight": 16}) > 3 * seconds()
+    assert seconds(remote={"max_in_flight": 16}) > 3 * seconds()
     assert seconds(cluster={"engine_args": ["--max-num-seqs", "16"]}) > 3 * seconds()
 
 

@@ -39,9 +39,9 @@ def test_the_reference_is_itself_and_larger_supports_come_nearer(found: Probe):
     rows = {row.estimator: row for row in found.rows}
     assert rows["exact"].cosine == pytest.approx(1.0, abs=1e-6)
     assert rows["exact"].mean_cosine == pytest.approx(1.0, abs=1e-6)
-    supports = [rows[f"support, k = {k}"].cosine for k in (8, 16, 32, 64)]
-    assert supports == sorted(supports)
-    assert supports[-1] > 0.9
+    top_ks = [rows[f"support, k = {k}"].cosine for k in (8, 16, 32, 64)]
+    assert top_ks == sorted(top_ks)
+    assert top_ks[-1] > 0.9
 
 
 def test_the_exact_term_varies_least(found: Probe):
@@ -63,8 +63,8 @@ def test_products_of_different_prompts_alone_see_through_the_noise():
 
 def test_a_sketch_keeps_inner_products(folder: Path):
     config = opd.parse_config(toy_recipe(folder))
-    studio = probe_module.build(config)
-    learner = studio.learner()
+    backend = probe_module.build(config)
+    learner = backend.learner()
     sketch = probe_module._Sketch(learner)
     generator = torch.Generator().manual_seed(0)
     vectors, sketches = [], []

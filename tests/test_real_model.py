@@ -16,17 +16,17 @@ MODEL = Path("models/smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")
-def studio():
+def backend():
     assert MODEL.is_dir(), "run `make model`"
     return build(opd.load_config("recipes/merge.toml", ["compute.threads=2"]))
 
 
 @pytest.mark.real
-def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(studio):
-    for name, task in make_tasks(studio.config.tasks).items():
+def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(backend):
+    for name, task in make_tasks(backend.config.tasks).items():
         prompts = pick(task.prompts("held_out"), 48, seed=1)
-        base = evaluate(studio.sampler(), prompts, Judge(task.reward))
-        expert = evaluate(studio.sampler(studio.voices[name]), prompts, Judge(task.reward))
+        base = evaluate(backend.sampler(), prompts, Judge(task.reward))
+        expert = evaluate(backend.sampler(backend.policies[name]), prompts, Judge(task.reward))
         assert base.correct is not None
         assert expert.correct is not None
         assert base.accuracy < 0.10
@@ -35,9 +35,9 @@ def test_the_base_fails_both_tasks_and_each_expert_solves_its_own(studio):
 
 
 @pytest.mark.real
-def test_every_start_up_check_passes_on_the_demos_recipe(studio):
-    material = read_tasks(studio.config, None)
-    few = {name: {split: chosen[:20] for split, chosen in splits.items()} for name, splits in material.prompts.items()}
-    findings = run_checks(studio.config, studio, replace(material, prompts=few))
+def test_every_start_up_check_passes_on_the_demos_recipe(backend):
+    task_data = read_tasks(backend.config, None)
+    few = {name: {split: chosen[:20] for split, chosen in splits.items()} for name, splits in task_data.prompts.items()}
+    findings = run_checks(backend.config, backend, replace(task_data, prompts=few))
     assert len(findings) >= 7
     assert [f.name for f in findings if not f.passed] == []

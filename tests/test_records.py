@@ -17,7 +17,7 @@ from opd.episodes.player import EpisodePlayer
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.chat import Chat
-from opd.text.teacher_text import Reader
+from opd.text.teacher_text import TeacherSide
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -355,7 +355,7 @@ def test_a_call_of_the_history_is_written_as_the_template_writes_calls(tmp_path,
     for arguments, more in (('{"x": 1}', {}), ({"x": 1}, {"id": "call_of_another_api_1"})):
         [found] = read(tmp_path, history(arguments, **more))
         assert tokenizer.decode(Chat(tokenizer).encode_prompt(found)) == expected
-        assert Reader(tokenizer, name="t").render(found.messages).text == expected
+        assert TeacherSide(tokenizer, name="t").render(found.messages).text == expected
 
 
 def test_a_template_that_writes_no_calls_is_given_their_text(tmp_path):
@@ -363,7 +363,7 @@ def test_a_template_that_writes_no_calls_is_given_their_text(tmp_path):
     [found] = read(tmp_path, history('{"x": 1}'))
     expected = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
     assert expected in tokenizer.decode(Chat(tokenizer).encode_prompt(found))
-    assert expected in Reader(tokenizer, name="t").render(found.messages).text
+    assert expected in TeacherSide(tokenizer, name="t").render(found.messages).text
 
 
 def test_a_special_token_in_a_call_stays_text(tmp_path):

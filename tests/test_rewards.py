@@ -194,7 +194,7 @@ def test_one_that_fails_does_not_wait_for_those_that_hang():
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    changes = {"outcome": {"coef": 1.0}, "evaluation": {"num_prompts": 0}, "checkpoint": {"every": 100}}
+    changes = {"reward": {"coef": 1.0}, "evaluation": {"num_prompts": 0}, "checkpoint": {"every": 100}}
     return toy_recipe(tmp_path_factory.mktemp("bench"), steps=3, **changes)
 
 

@@ -23,14 +23,14 @@ import opd.sft
 import opd.trainer
 from opd import checkpoint
 from opd.errors import RunError, ScoreError
-from opd.local.learner import EmbeddedLearner
-from opd.local.sampler import EmbeddedSampler
+from opd.local.learner import LocalLearner
+from opd.local.sampler import LocalSampler
 from opd.logging.run_folder import RunFolder
 
 STEPS = 4
 
 
-def follow(line: str, run: Path, *more: str) -> None:
+def compute_advantages(line: str, run: Path, *more: str) -> None:
     """Run the command that a line advises, which must end the run."""
     found = re.search(r"continue with: opd (.*)$", line)
     assert found, line
@@ -92,12 +92,12 @@ FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "the metrics' file": (RunFolder, "append_metrics", 3, full, 3, True),
     "the alarms' file": (opd.trainer.Watcher, "observe", 3, dead, 3, True),
     "the console": (opd.trainer.ProgressLine, "step", 3, full, 3, True),
-    "a sampler whose server dies": (EmbeddedSampler, "sample", 5, dead, 2, True),
-    "a sampler that takes no weights": (EmbeddedSampler, "load_weights", 3, dead, 2, True),
+    "a sampler whose server dies": (LocalSampler, "sample", 5, dead, 2, True),
+    "a sampler that takes no weights": (LocalSampler, "load_weights", 3, dead, 2, True),
     "a teacher": (opd.loop, "judged", 3, dead, 2, True),
-    "a backward pass": (EmbeddedLearner, "forward_backward", 4, bug, 3, False),
+    "a backward pass": (LocalLearner, "forward_backward", 4, bug, 3, False),
     "a gradient that is no number": (
-        EmbeddedLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
+        LocalLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
     ),
     "the picture": (opd.logging.curves, "draw_curves", 1, bug, 4, True),
     "the picture's file": (opd.logging.curves, "draw_curves", 1, full, 4, True),
@@ -127,7 +127,7 @@ def test_a_failure_leaves_the_last_whole_step_and_advice_that_works(
     assert len(saved) == 1
     assert ("curves.png" in line) == ("picture" in where)
     assert f"{'all 4 steps are' if step == STEPS else f'step {step} is'} saved" in line
-    follow(line, run)
+    compute_advantages(line, run)
     assert_same_run(run, whole)
 
 
@@ -170,7 +170,7 @@ def test_a_writer_that_fails_is_named_and_the_run_goes_on_without_it(
     assert advised
     run = Path(tree["output"])
     assert checkpoints(run) == {0: [], 3: ["step-000003"], None: ["step-000004"]}[fails]
-    follow(line, run, advised[1])
+    compute_advantages(line, run, advised[1])
     assert_same_run(run, whole)
 
 
@@ -191,7 +191,7 @@ def test_a_callback_that_fails_leaves_a_note_and_the_step_that_it_saw(
         opd.train(opd.parse_config(tree), on_step=later if kind == "an async error" else on_step)
     assert found.value is error
     said = capsys.readouterr().out.splitlines()[-1] if kind == "an exit" else error.__notes__[-1]
-    follow(said, Path(tree["output"]))
+    compute_advantages(said, Path(tree["output"]))
     assert_same_run(Path(tree["output"]), whole)
 
 
@@ -209,7 +209,7 @@ def press(times: int) -> Callable[[], None]:
 PHASES: dict[str, tuple[Any, str, int, int]] = {
     "while it samples": (opd.collect, "score_usable", 3, 2),
     "before the update": (opd.loop, "judged", 3, 2),
-    "while the weights move": (EmbeddedSampler, "load_weights", 4, 3),
+    "while the weights move": (LocalSampler, "load_weights", 4, 3),
     "while the step is recorded": (RunFolder, "append_metrics", 3, 3),
     "while it is measured": (opd.trainer.Measuring, "held_out", 3, 3),
 }
@@ -231,7 +231,7 @@ def test_ctrl_c_in_any_phase_saves_the_last_whole_step_and_says_how_to_go_on(
     said = result.stderr if times == 2 and phase != "while the weights move" else result.stdout
     line = said.splitlines()[-1]
     assert f"stopped after step {step} of {STEPS}; continue with: opd train --resume " in line
-    follow(line, run)
+    compute_advantages(line, run)
     assert_same_run(run, whole)
 
 
@@ -246,7 +246,7 @@ def test_ctrl_c_while_the_last_step_is_saved_ends_the_run_before_its_evaluation(
     assert not (run / "parity.json").exists()
     line = result.stdout.splitlines()[-1]
     assert line.startswith(f"stopped after step {STEPS} of {STEPS}; continue with: ")
-    follow(line, run)
+    compute_advantages(line, run)
     assert_same_run(run, whole)
 
 
@@ -268,7 +268,7 @@ def test_a_third_ctrl_c_stops_without_saving(tree: dict[str, Any], tmp_path: Pat
     run = Path(tree["output"])
     assert line.startswith("opd: stopped after step 2 of 4; continue with: ")
     assert checkpoints(run) == ["step-000002"]
-    follow(line, run)
+    compute_advantages(line, run)
 
 
 def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
@@ -314,7 +314,7 @@ def test_ctrl_c_before_the_first_step_says_that_none_is_saved(
     monkeypatch.undo()
     [line] = result.stderr.splitlines()
     assert line.startswith("opd: stopped after step 0 of 4; continue with: ")
-    follow(line, Path(tree["output"]))
+    compute_advantages(line, Path(tree["output"]))
     assert_same_run(Path(tree["output"]), whole)
 
 
@@ -347,7 +347,7 @@ def test_fine_tuning_that_ends_early_is_continued_as_its_line_says(
         assert result.exit_code == (2 if how == "a full disk" else 130)
         line = (result.stdout if how == "once" else result.stderr).splitlines()[-1]
     assert "opd sft --resume" in line
-    follow(line, run)
+    compute_advantages(line, run)
     assert lines_of(run) == lines_of(calm)
     for name in ("student/adapter_model.safetensors", "curves.png"):
         assert (run / name).exists()
@@ -405,5 +405,5 @@ def test_a_run_without_a_checkpoint_is_not_evaluated_and_continued_first(
     run = Path(tree["output"])
     line = one_line(invoke("eval", run))
     assert "has no checkpoint to evaluate; continue it with: " in line
-    follow(line.replace("continue it with", "continue with"), run)
+    compute_advantages(line.replace("continue it with", "continue with"), run)
     assert invoke("eval", run).exit_code == 0

@@ -9,7 +9,7 @@ from factories import merged_model, plain_logprobs, prompt, save_adapter, save_t
 
 from opd.config import ComputeConfig, EpisodesConfig
 from opd.episodes.player import one_turn
-from opd.local.sampler import EmbeddedSampler, episode_player
+from opd.local.sampler import LocalSampler, episode_player
 from opd.models.loading import add_adapter, load_network
 from opd.models.network import Network
 from opd.records import Prompt, Rollout
@@ -40,7 +40,7 @@ def sample(
     """limits: max_new_tokens, max_rows, max_tokens."""
     chosen = {"max_new_tokens": 12, "max_rows": 64, "max_tokens": 2048} | limits
     player = episode_player(network, EpisodesConfig(), one_turn)
-    sampler = EmbeddedSampler(network, adapter=adapter, temperature=temperature, player=player, **chosen)
+    sampler = LocalSampler(network, adapter=adapter, temperature=temperature, player=player, **chosen)
     return sampler.sample(prompts, num_samples=num_samples, seed=(seed,))
 
 
@@ -190,7 +190,7 @@ def test_one_new_token_is_one_action(network: Network):
 
 def test_a_rollout_says_which_tokens_are_the_students_and_what_they_mean(network: Network):
     player = episode_player(network, EpisodesConfig(), one_turn)
-    sampler = EmbeddedSampler(
+    sampler = LocalSampler(
         network, adapter=None, temperature=1.0, max_new_tokens=8, max_rows=64, max_tokens=64, player=player
     )
     sampler.load_weights({}, policy_version=3)

@@ -26,7 +26,7 @@ from opd.records import (
     SampledScore,
     Score,
     ScoredRollout,
-    SupportScore,
+    TopKScore,
 )
 from opd.score_cache.cached import CachedTeacher, InMemory, Key, key_of
 from opd.score_cache.encoding import from_bytes, to_bytes
@@ -47,7 +47,7 @@ def odd_floats(*shape: int) -> np.ndarray:
 PART = HiddenPart("t", 0.1 + 0.2, odd_floats(3, 4))
 KINDS: dict[str, Score] = {
     "sampled": SampledScore("t", odd_floats(5)),
-    "support": SupportScore("t", odd_floats(5), rng.integers(-1, 99, (3, 4)).astype(np.int32), odd_floats(3, 4)),
+    "top_k": TopKScore("t", odd_floats(5), rng.integers(-1, 99, (3, 4)).astype(np.int32), odd_floats(3, 4)),
     "hidden": HiddenScore("t", odd_floats(5), (PART, HiddenPart("u", -1 / 3, odd_floats(3, 4)))),
     "hidden, no action": HiddenScore("t", odd_floats(5), (HiddenPart("t", 1.0, np.zeros((0, 4), dtype=np.float32)),)),
     "chunks": ChunkScore("t", odd_floats(5), np.array([-1, -1, 0, 0, 1]), 7, {"masked/x": 1, "floored": 0}),

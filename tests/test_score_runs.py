@@ -113,9 +113,9 @@ def test_another_model_under_a_servers_old_name_is_noticed(tmp_path: Path, capsy
 
 
 def test_a_server_that_fails_the_probe_costs_its_kept_scores_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    served = {"timeout_s": 5, "attempts": 1, "first_wait_s": 0.0, "longest_wait_s": 0.0}
+    remote = {"timeout_s": 5, "attempts": 1, "first_wait_s": 0.0, "longest_wait_s": 0.0}
     with serving(toy_model(2)) as server:
-        tree = kept_recipe(tmp_path, "one", objective={"type": "immediate"}, served=served)
+        tree = kept_recipe(tmp_path, "one", objective={"type": "immediate"}, remote=remote)
         tree["teachers"]["odd"] = {"url": server.url}
         text = byte_tokenizer()(opd.text.tokenizer.PROBE, add_special_tokens=False).input_ids
         server.faults = lambda number: status(500) if server.asked[number]["prompt"] == text else None
@@ -123,10 +123,10 @@ def test_a_server_that_fails_the_probe_costs_its_kept_scores_alone(tmp_path: Pat
     said = capsys.readouterr().out
     assert said.count("no scores of teacher 'odd' are kept") == 1
     assert len(list((tmp_path / "kept").glob("*/teacher.json"))) == 1
-    assert not any(line.get("served/lost/sum") for line in read_metrics(run))
+    assert not any(line.get("remote/lost/sum") for line in read_metrics(run))
 
 
-def studio_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
+def backend_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
     config = opd.parse_config(dict(tree))
     return config, build(config)
 
@@ -135,7 +135,7 @@ def test_an_identity_names_every_model_of_a_mixture_and_what_it_is_moved_from(tm
     tree = toy_recipe(tmp_path, objective={"extrapolation": 1.5, "reference": "student"})
     adapter = save_adapter(tmp_path / "adapter", tree["student"], 4)
     tree["teachers"] |= {"both": {"weights": {"even": 1, "odd": 3}}, "light": {"adapter": adapter}}
-    found = identities(*studio_of(tree))
+    found = identities(*backend_of(tree))
     assert found["both"]["models"] == {
         "even": [1.0, *found["even"]["models"]["even"][1:]],
         "odd": [3.0, *found["odd"]["models"]["odd"][1:]],
@@ -143,15 +143,15 @@ def test_an_identity_names_every_model_of_a_mixture_and_what_it_is_moved_from(tm
     base = found["light"]["reference"][2]
     assert found["light"]["models"]["light"][1].startswith(f"{base}+")
     tree["teachers"]["both"]["weights"]["odd"] = 2
-    assert identities(*studio_of(tree))["both"] != found["both"]
+    assert identities(*backend_of(tree))["both"] != found["both"]
 
 
 def test_a_probe_asks_those_who_are_not_known_by_their_weights(tmp_path: Path):
-    _, studio = studio_of(toy_recipe(tmp_path))
+    _, backend = backend_of(toy_recipe(tmp_path))
     found = probe(
-        studio.teachers(keep_hidden=False), ("even", "odd"), known={"odd"}, tokenizer=studio.tokenizer
+        backend.teachers(keep_hidden=False), ("even", "odd"), known={"odd"}, tokenizer=backend.tokenizer
     )  # fmt: skip
-    ids = studio.tokenizer(opd.text.tokenizer.PROBE, add_special_tokens=False).input_ids
+    ids = backend.tokenizer(opd.text.tokenizer.PROBE, add_special_tokens=False).input_ids
     wanted = plain_logprobs(toy_model(1), rollout(ids, 1, prompt=prompt()))
     np.testing.assert_allclose(found["even"], wanted, atol=1e-4)
     assert isinstance(found["odd"], np.ndarray)

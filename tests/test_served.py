@@ -17,15 +17,15 @@ from factories import byte_tokenizer, plain_logprobs, prompt, rollout, toy_model
 from vllm_like import ToyServer, changed, serving, status
 
 import opd
-from opd.config import ServedConfig
+from opd.config import RemoteConfig
 from opd.errors import ModelError, StalledError
 from opd.logging.run_folder import read_metrics
 from opd.records import FailedScore, Rollout, SampledScore
-from opd.remote.client import Endpoint, Wire
+from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
-from opd.remote.teacher import ServedTeacher
+from opd.remote.teacher import RemoteTeacher
 
-QUICK = ServedConfig(timeout_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
+QUICK = RemoteConfig(timeout_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
 
 
 @pytest.fixture
@@ -35,15 +35,15 @@ def server() -> Iterator[ToyServer]:
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    found = Wire(QUICK)
+def client() -> Iterator[Client]:
+    found = Client(QUICK)
     yield found
     found.close()
 
 
-def teacher_at(*servers: ToyServer, wire: Wire, **options: Any) -> ServedTeacher:
+def teacher_at(*servers: ToyServer, client: Client, **options: Any) -> RemoteTeacher:
     endpoint = Endpoint("teacher 't'", tuple(s.url for s in servers), **options)
-    return connect("t", endpoint, wire, byte_tokenizer())
+    return connect("t", endpoint, client, byte_tokenizer())
 
 
 def some_rollouts(count: int = 6) -> list[Rollout]:
@@ -53,9 +53,9 @@ def some_rollouts(count: int = 6) -> list[Rollout]:
     ]
 
 
-def test_scores_are_those_of_a_plain_forward_pass(server: ToyServer, wire: Wire):
+def test_scores_are_those_of_a_plain_forward_pass(server: ToyServer, client: Client):
     items = some_rollouts()
-    for item, scored in zip(items, teacher_at(server, wire=wire).score(items), strict=True):
+    for item, scored in zip(items, teacher_at(server, client=client).score(items), strict=True):
         assert scored.rollout is item
         assert isinstance(scored.score, SampledScore)
         assert scored.retries == 0
@@ -92,10 +92,10 @@ def above_zero(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, server: ToyServer, wire: Wire):
+def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, server: ToyServer, client: Client):
     server.faults = lambda number: TRANSIENT[name] if number == 1 else None
     items = some_rollouts(3)
-    found = teacher_at(server, wire=wire).score(items)
+    found = teacher_at(server, client=client).score(items)
     assert sum(scored.retries for scored in found) == 1
     for item, scored in zip(items, found, strict=True):
         assert isinstance(scored.score, SampledScore)
@@ -103,9 +103,9 @@ def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, ser
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str, server: ToyServer, wire: Wire):
+def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str, server: ToyServer, client: Client):
     bad = some_rollouts(3)[1]
-    teacher = teacher_at(server, wire=wire)
+    teacher = teacher_at(server, client=client)
     server.faults = lambda number: TRANSIENT[name] if server.asked[number]["prompt"] == bad.token_ids.tolist() else None
     found = teacher.score(some_rollouts(3))
     assert [isinstance(scored.score, FailedScore) for scored in found] == [False, True, False]
@@ -117,8 +117,8 @@ def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str,
     assert score.reason.endswith("(3 attempts)")
 
 
-def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, wire: Wire):
-    teacher = teacher_at(server, wire=wire)
+def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, client: Client):
+    teacher = teacher_at(server, client=client)
     server.faults = lambda number: status(400)
     [scored] = teacher.score(some_rollouts(1))
     assert scored.retries == 0
@@ -137,8 +137,8 @@ def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, wire: Wi
         (b"", "answers what is not JSON"),
     ],
 )
-def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, wire: Wire, content: bytes, line: str):
-    teacher = teacher_at(server, wire=wire)
+def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, client: Client, content: bytes, line: str):
+    teacher = teacher_at(server, client=client)
     server.faults = lambda number: lambda handler, body: handler.say_bytes(content)
     [scored] = teacher.score(some_rollouts(1))
     assert isinstance(scored.score, FailedScore)
@@ -146,32 +146,32 @@ def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, wire: Wir
 
 
 def test_a_wait_that_the_server_names_is_kept(server: ToyServer):
-    wire = Wire(QUICK.model_copy(update={"longest_wait_s": 1.0, "first_wait_s": 0.0}))
+    client = Client(QUICK.model_copy(update={"longest_wait_s": 1.0, "first_wait_s": 0.0}))
     try:
-        teacher = teacher_at(server, wire=wire)
+        teacher = teacher_at(server, client=client)
         server.faults = lambda number: status(429, **{"Retry-After": "0.4"}) if number == 0 else None
         start = time.perf_counter()
         [scored] = teacher.score(some_rollouts(1))
         assert time.perf_counter() - start >= 0.4
         assert scored.retries == 1
     finally:
-        wire.close()
+        client.close()
 
 
-def test_no_more_than_the_bound_is_in_flight(server: ToyServer, wire: Wire):
+def test_no_more_than_the_bound_is_in_flight(server: ToyServer, client: Client):
     def slow(handler: vllm_like.Handler, body: dict[str, Any]) -> None:
         time.sleep(0.05)
         handler.say(handler.answer(body))
 
-    teacher = teacher_at(server, wire=wire)
+    teacher = teacher_at(server, client=client)
     server.faults = lambda number: slow
     teacher.score(some_rollouts(12))
     assert server.most_in_flight == QUICK.max_in_flight
 
 
-def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(wire: Wire):
+def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(client: Client):
     with serving(toy_model(7)) as one, serving(toy_model(7)) as two:
-        teacher = teacher_at(one, two, wire=wire)
+        teacher = teacher_at(one, two, client=client)
         teacher.score(some_rollouts(8))
         assert len(one.asked) == len(two.asked) == 4
         one.faults = lambda number: vllm_like.reset
@@ -179,9 +179,9 @@ def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(wire:
         assert all(isinstance(scored.score, SampledScore) for scored in found)
 
 
-def test_what_is_longer_than_the_servers_context_fails_by_itself(wire: Wire):
+def test_what_is_longer_than_the_servers_context_fails_by_itself(client: Client):
     with serving(toy_model(7), context=8) as server:
-        teacher = teacher_at(server, wire=wire)
+        teacher = teacher_at(server, client=client)
         items = some_rollouts(4)
         found = teacher.score(items)
         assert [len(i.token_ids) for i in items] == [5, 6, 7, 8]
@@ -189,39 +189,39 @@ def test_what_is_longer_than_the_servers_context_fails_by_itself(wire: Wire):
         assert found[3].score == FailedScore("t", "8 tokens exceed the context of teacher 't' (7)")
 
 
-def test_a_server_with_another_tokenizer_is_refused(server: ToyServer, wire: Wire):
+def test_a_server_with_another_tokenizer_is_refused(server: ToyServer, client: Client):
     server.tokenizer.add_tokens(["café"])
     with pytest.raises(ModelError, match="another tokenizer than the student"):
-        teacher_at(server, wire=wire)
+        teacher_at(server, client=client)
 
 
-def test_a_server_that_does_not_answer_is_one_line(server: ToyServer, wire: Wire):
+def test_a_server_that_does_not_answer_is_one_line(server: ToyServer, client: Client):
     url = server.url
     server.server_close()
     with pytest.raises(ModelError, match=f"teacher 't': {url} cannot be asked.*3 attempts.*start the server"):
-        connect("t", Endpoint("teacher 't'", (url,)), wire, byte_tokenizer())
+        connect("t", Endpoint("teacher 't'", (url,)), client, byte_tokenizer())
 
 
-def test_servers_with_different_models_are_no_one_teacher(server: ToyServer, wire: Wire):
+def test_servers_with_different_models_are_no_one_teacher(server: ToyServer, client: Client):
     with serving(toy_model(7), name="other") as other, pytest.raises(ModelError, match="hold different models"):
-        teacher_at(server, other, wire=wire)
+        teacher_at(server, other, client=client)
 
 
-def test_a_model_that_the_server_does_not_hold_is_named(server: ToyServer, wire: Wire):
+def test_a_model_that_the_server_does_not_hold_is_named(server: ToyServer, client: Client):
     with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; mend served_model$"):
-        teacher_at(server, wire=wire, model="toi")
+        teacher_at(server, client=client, model="toi")
 
 
-def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(server: ToyServer, wire: Wire):
+def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(server: ToyServer, client: Client):
     server.adapters["letters"] = server.model
     with pytest.raises(ModelError, match=r"holds 'toy', 'letters'; name one with served_model$"):
-        teacher_at(server, wire=wire)
-    assert teacher_at(server, wire=wire, model="letters").model.newest().adapter
-    assert not teacher_at(server, wire=wire, model="toy").model.newest().adapter
+        teacher_at(server, client=client)
+    assert teacher_at(server, client=client, model="letters").model.newest().adapter
+    assert not teacher_at(server, client=client, model="toy").model.newest().adapter
 
 
 def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores(server: ToyServer):
-    patient = Wire(ServedConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
+    patient = Client(RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
     with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.remote.discovery._FIRST_S", 0.2):
         endpoint = Endpoint("teacher 't'", (f"http://127.0.0.1:{silent.getsockname()[1]}",))
         begun = time.perf_counter()
@@ -241,7 +241,7 @@ def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores
     ],
 )
 def test_what_a_server_refuses_at_the_start_says_what_to_mend(
-    refusal: Any, key_env: str | None, line: str, server: ToyServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    refusal: Any, key_env: str | None, line: str, server: ToyServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TOY_KEY", "wrong")
     status, body = refusal
@@ -250,16 +250,16 @@ def test_what_a_server_refuses_at_the_start_says_what_to_mend(
         patch.object(vllm_like.Handler, "do_GET", lambda handler: handler.say_bytes(text, status)),
         pytest.raises(ModelError, match=line),
     ):
-        teacher_at(server, wire=wire, key_env=key_env)
+        teacher_at(server, client=client, key_env=key_env)
 
 
 SECRET = "sk-a-secret-that-nobody-may-see"
 
 
-def test_the_key_is_sent_and_shown_nowhere(wire: Wire, monkeypatch: pytest.MonkeyPatch):
+def test_the_key_is_sent_and_shown_nowhere(client: Client, monkeypatch: pytest.MonkeyPatch):
     with serving(toy_model(7), key=SECRET) as server:
         monkeypatch.setenv("TOY_KEY", SECRET)
-        teacher = teacher_at(server, wire=wire, key_env="TOY_KEY")
+        teacher = teacher_at(server, client=client, key_env="TOY_KEY")
         [scored] = teacher.score(some_rollouts(1))
         assert isinstance(scored.score, SampledScore)
         server.key = "another"  # the server now repeats what it was given
@@ -269,15 +269,15 @@ def test_the_key_is_sent_and_shown_nowhere(wire: Wire, monkeypatch: pytest.Monke
         assert SECRET not in repr(teacher)
         monkeypatch.delenv("TOY_KEY")
         with pytest.raises(ModelError, match="environment variable TOY_KEY is not set"):
-            teacher_at(server, wire=wire, key_env="TOY_KEY")
+            teacher_at(server, client=client, key_env="TOY_KEY")
 
 
-def served_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
+def remote_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
     """A run of two teachers, one of them (that of the "odd" task) behind a server."""
     tree = toy_recipe(
         folder,
         objective={"type": "immediate"},
-        served={"timeout_s": 5, "attempts": 2, "first_wait_s": 0.01, "longest_wait_s": 0.02},
+        remote={"timeout_s": 5, "attempts": 2, "first_wait_s": 0.01, "longest_wait_s": 0.02},
         evaluation={"num_prompts": 2},
         **changes,
     )
@@ -288,7 +288,7 @@ def served_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
 def test_a_run_with_a_served_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
     here = toy_recipe(tmp_path / "here", objective={"type": "immediate"}, evaluation={"num_prompts": 2})
     with serving(toy_model(2)) as server:
-        there = served_recipe(tmp_path / "there", server.url)
+        there = remote_recipe(tmp_path / "there", server.url)
         results = [opd.train(opd.parse_config(tree)) for tree in (here, there)]
     ours, theirs = (read_metrics(result.run) for result in results)
     assert len(ours) == len(theirs) == 4
@@ -304,7 +304,7 @@ def test_a_run_with_a_served_teacher_is_that_with_the_same_teacher_in_process(tm
 def test_lost_rollouts_are_counted_and_too_many_stop_a_run_that_goes_on_where_it_was(tmp_path: Path):
     calm = tmp_path / "calm"
     with serving(toy_model(2)) as server:
-        tree = served_recipe(tmp_path / "run", server.url, steps=5, checkpoint={"every": 100})
+        tree = remote_recipe(tmp_path / "run", server.url, steps=5, checkpoint={"every": 100})
         whole = opd.train(opd.parse_config(tree | {"output": str(calm)})).run
         begun: list[int] = []
 
@@ -327,13 +327,13 @@ def test_lost_rollouts_are_counted_and_too_many_stop_a_run_that_goes_on_where_it
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
     trained = [[s.rollout.id for s in opd.read_rollouts(r, step)] for r in (run, whole) for step in range(1, 6)]
     assert trained[:5] == trained[5:]  # no prompt lost, none trained twice
-    assert sum(line.get("served/retried/sum", 0) for line in lines) > 0
+    assert sum(line.get("remote/retried/sum", 0) for line in lines) > 0
 
 
 def test_a_teacher_that_stays_silent_stops_the_run_below_the_share(tmp_path: Path):
     with serving(toy_model(2)) as server:
-        tree = served_recipe(tmp_path, server.url, steps=8)
-        tree["served"]["max_lost_share"] = 1.0
+        tree = remote_recipe(tmp_path, server.url, steps=8)
+        tree["remote"]["max_lost_fraction"] = 1.0
 
         def break_down(report: Any) -> None:
             server.faults = lambda number: status(500)
@@ -341,7 +341,7 @@ def test_a_teacher_that_stays_silent_stops_the_run_below_the_share(tmp_path: Pat
         with pytest.raises(StalledError, match="the last 3 steps lost every rollout of teacher 'odd'"):
             opd.train(opd.parse_config(tree), on_step=break_down)
     lines = read_metrics(Path(tree["output"]))
-    assert [line.get("served/lost/sum", 0) for line in lines] == [0, 4, 4, 4]
+    assert [line.get("remote/lost/sum", 0) for line in lines] == [0, 4, 4, 4]
     assert [line.get("failed/odd/sum", 0) for line in lines] == [0, 4, 4, 4]
     lost = [s for s in opd.read_rollouts(tree["output"], 2) if isinstance(s.score, FailedScore)]
     assert len(lost) == 4
@@ -350,7 +350,7 @@ def test_a_teacher_that_stays_silent_stops_the_run_below_the_share(tmp_path: Pat
 
 def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Path):
     with serving(toy_model(2)) as server:
-        tree = served_recipe(tmp_path, server.url)
+        tree = remote_recipe(tmp_path, server.url)
         run = opd.train(opd.parse_config(tree)).run
         server.name = "other"
         with pytest.raises(opd.errors.CheckError, match="teacher 'odd' is not what this run began with"):
@@ -372,7 +372,7 @@ def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Pat
     ],
 )
 def test_what_a_server_cannot_give_is_refused_before_anything_is_loaded(tmp_path: Path, changes: Any, line: str):
-    tree = served_recipe(tmp_path, "http://127.0.0.1:1")
+    tree = remote_recipe(tmp_path, "http://127.0.0.1:1")
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     with pytest.raises(opd.errors.ConfigError, match=line) as refused:
@@ -383,7 +383,7 @@ def test_what_a_server_cannot_give_is_refused_before_anything_is_loaded(tmp_path
 def test_a_config_dump_holds_the_name_of_the_key_and_never_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TOY_KEY", SECRET)
     with serving(toy_model(2), key=SECRET) as server:
-        tree = served_recipe(tmp_path, server.url, steps=2)
+        tree = remote_recipe(tmp_path, server.url, steps=2)
         tree["teachers"]["odd"]["api_key_env"] = "TOY_KEY"
         run = opd.train(opd.parse_config(tree)).run
     assert json.loads((run / "config.json").read_text())["teachers"]["odd"]["api_key_env"] == "TOY_KEY"

@@ -14,18 +14,18 @@ from sglang_like import SglangServer, changed
 from vllm_like import serving, status
 
 import opd
-from opd.config import EpisodesConfig, ServedConfig
+from opd.config import EpisodesConfig, RemoteConfig
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.logging.run_folder import read_metrics
-from opd.records import FailedScore, Rollout, SampledScore, SupportScore
-from opd.remote.client import Endpoint, Wire
+from opd.records import FailedScore, Rollout, SampledScore, TopKScore
+from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
-from opd.remote.sampler import ServedSampler
+from opd.remote.sampler import RemoteSampler
 from opd.remote.sglang import SGLANG
-from opd.remote.teacher import ServedTeacher
+from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
 
-QUICK = ServedConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)
+QUICK = RemoteConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)
 TOP = 5
 LAST = 257  # the last id of the toy vocabulary, which ends turns
 
@@ -38,15 +38,15 @@ def server() -> Iterator[SglangServer]:
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    found = Wire(QUICK)
+def client() -> Iterator[Client]:
+    found = Client(QUICK)
     yield found
     found.close()
 
 
-def teacher_at(server: SglangServer, wire: Wire, *, top: int = 0, **options: Any) -> ServedTeacher:
+def teacher_at(server: SglangServer, client: Client, *, top: int = 0, **options: Any) -> RemoteTeacher:
     endpoint = Endpoint("teacher 't'", (server.url,), **options)
-    return connect("t", endpoint, wire, byte_tokenizer(), top=top, form=SGLANG)
+    return connect("t", endpoint, client, byte_tokenizer(), top=top, form=SGLANG)
 
 
 def some_rollouts() -> list[Rollout]:
@@ -56,8 +56,8 @@ def some_rollouts() -> list[Rollout]:
     return [rollout(row, 3, prompt=prompt(f"p{i}"), sample=i) for i, row in enumerate(ids)]
 
 
-def test_scores_are_those_of_a_plain_forward_pass(server: SglangServer, wire: Wire):
-    teacher = teacher_at(server, wire)
+def test_scores_are_those_of_a_plain_forward_pass(server: SglangServer, client: Client):
+    teacher = teacher_at(server, client)
     assert (teacher.context, teacher.unknown) == (255, "")
     for item, scored in zip(some_rollouts(), teacher.score(some_rollouts()), strict=True):
         assert isinstance(scored.score, SampledScore)
@@ -66,14 +66,14 @@ def test_scores_are_those_of_a_plain_forward_pass(server: SglangServer, wire: Wi
         assert not scored.score.logprobs[~item.loss_mask].any()
 
 
-def test_a_server_names_the_sampled_token_and_its_likeliest(server: SglangServer, wire: Wire):
+def test_a_server_names_the_sampled_token_and_its_likeliest(server: SglangServer, client: Client):
     items = some_rollouts()
     with torch.no_grad():
         likely = int(server.model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
     items.append(rollout([5, 6, 7, likely, 9], 3, prompt=prompt()))
     short = 0
-    for item, scored in zip(items, teacher_at(server, wire, top=TOP).score(items), strict=True):
-        assert isinstance(scored.score, SupportScore)
+    for item, scored in zip(items, teacher_at(server, client, top=TOP).score(items), strict=True):
+        assert isinstance(scored.score, TopKScore)
         with torch.no_grad():
             every = server.model(input_ids=torch.tensor(item.token_ids.tolist())[None]).logits[0].double()
         for row, place in enumerate(np.flatnonzero(item.loss_mask)):
@@ -81,7 +81,7 @@ def test_a_server_names_the_sampled_token_and_its_likeliest(server: SglangServer
             wanted = [token, *(i for i in logq.topk(TOP).indices.tolist() if i != token)]
             known = scored.score.ids[row] >= 0
             assert scored.score.ids[row][known].tolist() == wanted
-            np.testing.assert_allclose(scored.score.on_support[row][known], logq[wanted], atol=1e-5)
+            np.testing.assert_allclose(scored.score.top_k_logprobs[row][known], logq[wanted], atol=1e-5)
             short += len(wanted) == TOP
     assert short  # a token that is one of the likeliest takes the place of none
 
@@ -117,9 +117,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, server: SglangServer, wire: Wire):
+def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, server: SglangServer, client: Client):
     change, reason = WRONG[name]
-    teacher, items = teacher_at(server, wire, top=TOP), some_rollouts()[:1]
+    teacher, items = teacher_at(server, client, top=TOP), some_rollouts()[:1]
     server.faults = lambda number: changed(change) if number == 0 else None
     [scored] = teacher.score(items)
     assert scored.retries == 1
@@ -136,39 +136,39 @@ def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, s
     assert reason in scored.score.reason
 
 
-def test_a_prompt_that_is_refused_is_not_asked_again(server: SglangServer, wire: Wire):
-    teacher = teacher_at(server, wire)
+def test_a_prompt_that_is_refused_is_not_asked_again(server: SglangServer, client: Client):
+    teacher = teacher_at(server, client)
     server.faults = lambda number: lambda handler, body: handler.say({"error": {"message": "too long"}}, 400)
     [scored] = teacher.score(some_rollouts()[:1])
     assert scored.score == FailedScore("t", f"teacher 't': {server.url} answers 400: too long", lost=True)
     assert len(server.asked) == 1
 
 
-def test_an_adapter_is_asked_for_by_its_name(tmp_path: Path, wire: Wire):
+def test_an_adapter_is_asked_for_by_its_name(tmp_path: Path, client: Client):
     base = save_toy(tmp_path / "base", 7)
     item = some_rollouts()[0]
     with serving(toy_model(7), kind=SglangServer) as server:
         assert isinstance(server, SglangServer)
         server.adapt("expert", save_adapter(tmp_path / "expert", base, 3), base)
         for name, model in (("toy", server.model), ("expert", server.adapters["expert"])):
-            teacher = teacher_at(server, wire, model=name)
+            teacher = teacher_at(server, client, model=name)
             [scored] = teacher.score([item])
             assert isinstance(scored.score, SampledScore)
             np.testing.assert_allclose(scored.score.logprobs[item.loss_mask], plain_logprobs(model, item), atol=1e-5)
         assert teacher.context == 255  # of the model beneath
 
 
-def sampler_at(server: SglangServer, wire: Wire) -> ServedSampler:
+def sampler_at(server: SglangServer, client: Client) -> RemoteSampler:
     tokenizer = byte_tokenizer()
     player = EpisodePlayer(Chat(tokenizer), EpisodesConfig(), end_ids=(LAST,), make_environment=one_turn)
-    teacher = teacher_at(server, wire)
-    return ServedSampler(
-        teacher.model, wire, temperature=1.0, max_new_tokens=40, context=None, player=player, form=teacher.form
+    teacher = teacher_at(server, client)
+    return RemoteSampler(
+        teacher.model, client, temperature=1.0, max_new_tokens=40, context=None, player=player, form=teacher.form
     )
 
 
-def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, wire: Wire):
-    sampler = sampler_at(server, wire)
+def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, client: Client):
+    sampler = sampler_at(server, client)
     sample = partial(sampler.sample, [prompt("a"), prompt("b", "you")], num_samples=8, seed=(1,))
     found, again = sample(), sample()
     assert [r.failure for r in found] == [None] * 16
@@ -197,10 +197,10 @@ def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, wir
     ],
 )
 def test_a_response_whose_parts_do_not_fit_is_lost_with_its_reason(
-    change: Any, reason: str, server: SglangServer, wire: Wire
+    change: Any, reason: str, server: SglangServer, client: Client
 ):
     server.faults = lambda number: changed(change)
-    sampler = sampler_at(server, wire)
+    sampler = sampler_at(server, client)
     items = sampler.sample([prompt("a")], num_samples=8, seed=(1,))
     cut = [r for r in items if reason in (r.failure or "")]
     assert cut
@@ -237,8 +237,8 @@ def test_a_server_that_cannot_be_asked_in_this_form_is_said_before_the_first_ste
     assert not Path(tree["output"]).exists()
 
 
-def test_a_server_that_is_busy_is_asked_again(server: SglangServer, wire: Wire):
-    teacher = teacher_at(server, wire)
+def test_a_server_that_is_busy_is_asked_again(server: SglangServer, client: Client):
+    teacher = teacher_at(server, client)
     server.faults = lambda number: status(503) if number == 0 else None
     [scored] = teacher.score(some_rollouts()[:1])
     assert scored.retries == 1

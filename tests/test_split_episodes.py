@@ -13,14 +13,14 @@ from factories import CHATML, byte_tokenizer, prompt, rollout, scored, toy_recip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_agents import always_echo
-from test_signal import config
+from test_compute_advantages import config
 
 from opd import parse_config
 from opd.batch import Batch, pack
-from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
-from opd.detectors.metrics import evidence
+from opd.config import Config, MaskConfig, ObjectiveConfig, RewardConfig
+from opd.detectors.metrics import detector_metrics
 from opd.metrics import values
-from opd.objective import divisor, follow
+from opd.objective import compute_advantages, divisor
 from opd.records import ChunkScore, FailedScore, Flag, ScoredRollout, Turn
 from opd_theory import probe as probe_module
 
@@ -95,13 +95,13 @@ def filled(batch: Batch) -> Batch:
 
 
 def on_actions(how: Config, items: Sequence[ScoredRollout]) -> tuple[list[float], list[bool], list[bool], float]:
-    """(advantages, distillation mask, outcome mask of every action, the divisor)."""
-    unscored = how.outcome.coef > 0
-    found, _ = follow(how, filled(pack(items, logprob_floor=-50.0, unscored=unscored)[0]))
+    """(advantages, distillation mask, reward mask of every action, the divisor)."""
+    unscored = how.reward.coef > 0
+    found, _ = compute_advantages(how, filled(pack(items, logprob_floor=-50.0, unscored=unscored)[0]))
     advantages = torch.zeros(len(found.token_ids)) if found.advantages is None else found.advantages
     mask = found.loss_mask
     assert not advantages[~mask].any()
-    columns = (advantages[mask].tolist(), found.distill_mask[mask].tolist(), found.outcome_mask[mask].tolist())
+    columns = (advantages[mask].tolist(), found.distill_mask[mask].tolist(), found.reward_mask[mask].tolist())
     return *columns, divisor(how.objective, found)
 
 
@@ -154,7 +154,7 @@ def test_splitting_an_episode_changes_nothing(
         update={
             "objective": ObjectiveConfig(**objective, correction=correction, normalizer=normalizer),
             "mask": MaskConfig(format_errors=scope),
-            "outcome": OutcomeConfig(coef=coef),
+            "reward": RewardConfig(coef=coef),
         }
     )
     one = on_actions(how, [item for each in played for item in whole(*each)])
@@ -184,7 +184,7 @@ def test_the_mean_of_sums_to_go_over_two_parts_is_the_gradient():
             batch, _ = pack(parts(Played(ours, theirs), "p0", 0), logprob_floor=-50.0)
             states = torch.zeros(len(batch.token_ids))
             states[batch.loss_mask] = torch.stack([kl[0], kl[1 + a]]).float()
-            found, _ = follow(how, replace(batch, reverse_kl=states))
+            found, _ = compute_advantages(how, replace(batch, reverse_kl=states))
             assert found.advantages is not None
             first, second = found.advantages[found.loss_mask].double()
             surrogate = first * logp[0, a] + second * logp[1 + a, b]
@@ -200,7 +200,7 @@ def test_a_part_without_a_score_does_not_shift_the_baseline_of_later_parts():
     how = config(objective={"type": "immediate", "baseline": "leave_one_out"})
     batch, counts = pack([*first, unread(second[0]), second[1]], logprob_floor=-50.0)
     assert counts == {"dropped": 1, "floored": 0}
-    found, _ = follow(how, batch)
+    found, _ = compute_advantages(how, batch)
     assert found.advantages is not None
     # log ratios -1, -5 and -, -3
     assert found.advantages[found.loss_mask].tolist() == [-1.0, -5.0 + 3.0, 0.0, -3.0 + 5.0]
@@ -218,7 +218,7 @@ def test_a_part_without_a_score_does_not_shift_the_baseline_of_later_parts():
 def test_a_format_error_in_a_part_without_a_score_masks_the_other_parts(scope: str, kept: list[bool]):
     one = parts(Played([[-1.0] * 2, [-1.0], [-1.0] * 2], [[-2.0] * 2, [-2.0], [-2.0] * 2], None, (1, 0)), "p0", 0)
     how = config(objective={"type": "exact"}, mask={"format_errors": scope}, tasks=CHECKED)
-    found, _ = follow(how, pack([one[0], unread(one[1]), one[2]], logprob_floor=-50.0)[0])
+    found, _ = compute_advantages(how, pack([one[0], unread(one[1]), one[2]], logprob_floor=-50.0)[0])
     assert found.distill_mask[found.loss_mask].tolist() == kept
 
 
@@ -228,7 +228,7 @@ def test_a_sequence_weight_is_that_of_the_whole_episode():
     moved = batch.rollout_logprobs.clone()
     moved[batch.loss_mask] += torch.tensor([0.57, 0.5, -0.31])
     correction = {"type": "truncate", "cap": 100.0, "level": "sequence"}
-    found, metrics = follow(
+    found, metrics = compute_advantages(
         config(objective={"type": "immediate", "correction": correction}), replace(batch, student_logprobs=moved)
     )
     assert found.advantages is not None
@@ -252,7 +252,7 @@ def test_chunks_of_different_parts_are_different_chunks():
     for item in parts(Played([[-1.0, -1.0], [-3.0, -1.0]], [[0.0, -5.0], [0.0, -7.0]]), "p0", 0):
         chunks = np.where(item.rollout.loss_mask, 0, -1)
         found.append(ScoredRollout(item.rollout, ChunkScore("t", item.score.logprobs, chunks, 4, {})))  # type: ignore[union-attr]  # none failed
-    followed, _ = follow(config(objective={"type": "immediate"}), pack(found, logprob_floor=-50.0)[0])
+    followed, _ = compute_advantages(config(objective={"type": "immediate"}), pack(found, logprob_floor=-50.0)[0])
     assert followed.advantages is not None
     assert followed.advantages[followed.loss_mask].tolist() == [-3.0, -4.0, -3.0, -6.0]
 
@@ -269,9 +269,15 @@ def test_detectors_read_the_same_of_an_episode_in_parts():
     seen = []
     for make in (whole, parts):
         items = [item for each in played for item in make(*each)]
-        found = values(evidence(items, follow(how, pack(items, logprob_floor=-50.0)[0])[0], special_ids=frozenset({4})))
+        found = values(
+            detector_metrics(
+                items, compute_advantages(how, pack(items, logprob_floor=-50.0)[0])[0], special_ids=frozenset({4})
+            )
+        )
         seen.append(found)
-    assert seen[0].keys() == seen[1].keys() >= {"guard/low_kl/mean", "guard/looping/mean", "guard/auroc/mean"}
+    assert (
+        seen[0].keys() == seen[1].keys() >= {"detectors/low_kl/mean", "detectors/looping/mean", "detectors/auroc/mean"}
+    )
     assert seen[1] == pytest.approx(seen[0], rel=1e-5)
 
 
@@ -285,7 +291,7 @@ def test_a_probe_takes_an_episode_in_parts_as_one_response(tmp_path: Path, monke
         tokenizer.save_pretrained(tmp_path / name)
     read = probe_module.read_tasks
     monkeypatch.setattr(probe_module, "read_tasks", lambda config, reward: read(config, reward, always_echo))
-    monkeypatch.setattr(probe_module, "run_checks", lambda config, studio, material: [])
+    monkeypatch.setattr(probe_module, "run_checks", lambda config, backend, task_data: [])
     monkeypatch.setattr(probe_module, "ESTIMATORS", {n: probe_module.ESTIMATORS[n] for n in ("exact", "immediate")})
     packed: list[Batch] = []
     own = probe_module._packed

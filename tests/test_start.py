@@ -29,9 +29,9 @@ def recipe(folder: Path, start: Path, **changes: Any) -> opd.Config:
 
 
 def test_it_begins_as_the_adapter(tmp_path: Path, start: Path):
-    studio = build(recipe(tmp_path, start))
+    backend = build(recipe(tmp_path, start))
     saved = load_file(start / "adapter_model.safetensors")
-    own = {n.replace(".student", ""): p for n, p in studio.learner().weights().items()}
+    own = {n.replace(".student", ""): p for n, p in backend.learner().weights().items()}
     assert len(own) == len(saved)
     for name, weight in saved.items():
         assert torch.equal(own[name], weight), name
@@ -39,8 +39,8 @@ def test_it_begins_as_the_adapter(tmp_path: Path, start: Path):
     as_teacher["teachers"]["even"] = {"adapter": str(start)}
     asked = [prompt("p", "hi", teacher="even")]
     teacher = build(opd.parse_config(as_teacher))
-    expected = teacher.sampler(teacher.voices["even"]).sample(asked, num_samples=2, seed=(1,))
-    found = studio.sampler().sample(asked, num_samples=2, seed=(1,))
+    expected = teacher.sampler(teacher.policies["even"]).sample(asked, num_samples=2, seed=(1,))
+    found = backend.sampler().sample(asked, num_samples=2, seed=(1,))
     assert [r.token_ids.tolist() for r in found] == [r.token_ids.tolist() for r in expected]
 
 
@@ -55,13 +55,13 @@ def test_a_run_trains_on_from_it_and_resumes(tmp_path: Path, start: Path):
 
 def test_the_initial_student_of_an_extrapolation_is_the_one_that_begins(tmp_path: Path, start: Path):
     objective = {"type": "exact", "extrapolation": 1.25, "reference": "student"}
-    studio = build(recipe(tmp_path, start, objective=objective))
-    rollouts = studio.sampler().sample([prompt("p", "hi", teacher="even")], num_samples=2, seed=(1,))
-    target = {"even": (studio.followed["even"][-1],)}
-    [scored, _] = studio.scoring(target, keep_hidden=False).score(rollouts)
+    backend = build(recipe(tmp_path, start, objective=objective))
+    rollouts = backend.sampler().sample([prompt("p", "hi", teacher="even")], num_samples=2, seed=(1,))
+    target = {"even": (backend.followed["even"][-1],)}
+    [scored, _] = backend.scoring(target, keep_hidden=False).score(rollouts)
     rollout = scored.rollout
     gap = scored.score.logprobs[rollout.loss_mask]  # type: ignore[union-attr]  # none failed
-    weight = studio.followed["even"][-1].weight
+    weight = backend.followed["even"][-1].weight
     assert torch.allclose(
         torch.from_numpy(gap), weight * torch.from_numpy(rollout.rollout_logprobs[rollout.loss_mask]), atol=1e-4
     )

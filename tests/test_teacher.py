@@ -17,9 +17,9 @@ from opd.batch import pack
 from opd.config import ComputeConfig
 from opd.data.stream import PromptStream
 from opd.data.tasks import make_tasks
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.teacher import EmbeddedTeachers, Part, Voice
+from opd.local.teacher import LocalTeachers, Part, Policy
 from opd.loop import Parts, train_step
 from opd.models.loading import add_adapter, load_network
 from opd.models.network import Network
@@ -42,18 +42,18 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def studio(tree: dict[str, Any]) -> EmbeddedStudio:
+def backend(tree: dict[str, Any]) -> LocalBackend:
     return build(opd.parse_config(tree))
 
 
 @pytest.fixture(scope="module")
-def rollouts(studio: EmbeddedStudio) -> list[Rollout]:
+def rollouts(backend: LocalBackend) -> list[Rollout]:
     """Rollouts whose teachers alternate, some of one prompt's text, of different lengths."""
     prompts = [
         prompt(f"p{i}", text, teacher=NAMES[i % 4])
         for i, text in enumerate(["hi", "hi", "hi there", "hi", "what now", "hi there", "x", "well"])
     ]
-    return studio.sampler().sample(prompts, num_samples=2, seed=(3,))
+    return backend.sampler().sample(prompts, num_samples=2, seed=(3,))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def num_weights(network: Network) -> int:
 
 @pytest.mark.parametrize("keep_hidden", [False, True])
 def test_each_rollout_is_scored_by_its_own_teacher_in_the_order_given(
-    studio: EmbeddedStudio, rollouts: list[Rollout], models: dict[str, torch.nn.Module], keep_hidden: bool
+    backend: LocalBackend, rollouts: list[Rollout], models: dict[str, torch.nn.Module], keep_hidden: bool
 ):
-    scored = studio.teachers(keep_hidden=keep_hidden).score(rollouts)
+    scored = backend.teachers(keep_hidden=keep_hidden).score(rollouts)
     assert [id(s.rollout) for s in scored] == [id(r) for r in rollouts]
     assert [s.score.teacher for s in scored] == [r.prompt.teacher for r in rollouts]
     for item in scored:
@@ -97,13 +97,13 @@ def test_each_rollout_is_scored_by_its_own_teacher_in_the_order_given(
         assert all(np.abs(actions(item) - other).max() > 1e-2 for other in expected.values())
 
 
-def test_adapters_on_one_base_share_its_memory(studio: EmbeddedStudio, tree: dict[str, Any]):
-    left, right = studio.voices["left"], studio.voices["right"]
-    assert left.network is right.network is studio.student.network
+def test_adapters_on_one_base_share_its_memory(backend: LocalBackend, tree: dict[str, Any]):
+    left, right = backend.policies["left"], backend.policies["right"]
+    assert left.network is right.network is backend.student.network
     plain = toy_model(0)
     own = {name for name, _ in base_weights(left.network)}
     assert own == {name for name, _ in plain.named_parameters()}
-    student = sum(p.numel() for p in studio.learner().weights().values())
+    student = sum(p.numel() for p in backend.learner().weights().values())
     files = [load_file(f"{tree['teachers'][name]['adapter']}/adapter_model.safetensors") for name in ("left", "right")]
     adapters = sum(t.numel() for file in files for t in file.values())
     assert num_weights(left.network) == sum(p.numel() for p in plain.parameters()) + student + adapters
@@ -127,18 +127,18 @@ def test_a_further_adapter_adds_only_its_own_weights(tree: dict[str, Any], tmp_p
 def test_when_the_whole_student_trains_adapter_teachers_share_one_frozen_copy(
     tree: dict[str, Any], rollouts: list[Rollout], models: dict[str, torch.nn.Module]
 ):
-    studio = build(opd.parse_config(tree | {"trainable": "full"}))
-    left, right = studio.voices["left"].network, studio.voices["right"].network
+    backend = build(opd.parse_config(tree | {"trainable": "full"}))
+    left, right = backend.policies["left"].network, backend.policies["right"].network
     assert left is right
-    assert left is not studio.student.network
-    student = {p.data_ptr() for p in studio.student.network.base.parameters()}
+    assert left is not backend.student.network
+    student = {p.data_ptr() for p in backend.student.network.base.parameters()}
     assert student.isdisjoint(p.data_ptr() for _, p in base_weights(left))
-    learner = studio.learner()
-    assert set(learner.weights()) == {name for name, _ in studio.student.network.base.named_parameters()}
+    learner = backend.learner()
+    assert set(learner.weights()) == {name for name, _ in backend.student.network.base.named_parameters()}
     with torch.no_grad():
         for parameter in learner.weights().values():
             parameter.add_(0.1)
-    for item in studio.teachers(keep_hidden=False).score(rollouts):
+    for item in backend.teachers(keep_hidden=False).score(rollouts):
         np.testing.assert_allclose(actions(item), plain_logprobs(models[item.score.teacher], item.rollout), atol=1e-4)
 
 
@@ -150,14 +150,14 @@ def test_a_teacher_may_be_called_like_the_students_own_adapter(tree: dict[str, A
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def scores(studio: EmbeddedStudio, left: str, right: str) -> list[np.ndarray]:
+    def scores(backend: LocalBackend, left: str, right: str) -> list[np.ndarray]:
         names = {"left": left, "right": right}
         chosen = [
             replace(r, prompt=replace(r.prompt, teacher=names[r.prompt.teacher]))
             for r in rollouts
             if r.prompt.teacher in names
         ]
-        return [actions(s) for s in studio.teachers(keep_hidden=False).score(chosen)]
+        return [actions(s) for s in backend.teachers(keep_hidden=False).score(chosen)]
 
     ours, theirs = scores(plain, "left", "right"), scores(named, "student", "a.b")
     assert len(ours) == len(theirs) == 8
@@ -168,12 +168,12 @@ def test_a_teacher_may_be_called_like_the_students_own_adapter(tree: dict[str, A
 def test_kept_hidden_states_and_the_head_reproduce_the_logprobs(
     tree: dict[str, Any], rollouts: list[Rollout], models: dict[str, torch.nn.Module], temperature: float
 ):
-    studio = build(opd.parse_config(tree | {"temperature": temperature}))
-    teachers = studio.teachers(keep_hidden=True)
+    backend = build(opd.parse_config(tree | {"temperature": temperature}))
+    teachers = backend.teachers(keep_hidden=True)
     for item in teachers.score(rollouts):
         assert isinstance(item.score, HiddenScore)
         [part] = item.score.parts
-        logits = torch.tensor(part.hidden) @ studio.voices[part.model].network.head_weight().T
+        logits = torch.tensor(part.hidden) @ backend.policies[part.model].network.head_weight().T
         targets = torch.tensor(item.rollout.token_ids[item.rollout.loss_mask].tolist())
         logprobs = torch.log_softmax(logits / temperature, -1).gather(-1, targets[:, None])[:, 0]
         np.testing.assert_allclose(actions(item), logprobs.detach().numpy(), atol=1e-5)
@@ -181,9 +181,9 @@ def test_kept_hidden_states_and_the_head_reproduce_the_logprobs(
         np.testing.assert_allclose(actions(item), plain, atol=1e-4)
 
 
-def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: EmbeddedStudio, rollouts: list[Rollout]):
-    sampled = studio.teachers(keep_hidden=False).score(rollouts)
-    hidden = studio.teachers(keep_hidden=True).score(rollouts)
+def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(backend: LocalBackend, rollouts: list[Rollout]):
+    sampled = backend.teachers(keep_hidden=False).score(rollouts)
+    hidden = backend.teachers(keep_hidden=True).score(rollouts)
     for a, b in zip(sampled, hidden, strict=True):
         assert isinstance(a.score, SampledScore)
         assert isinstance(b.score, HiddenScore)
@@ -193,12 +193,10 @@ def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(studio: Em
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100])
-def test_the_size_of_a_pass_does_not_change_the_scores(
-    studio: EmbeddedStudio, rollouts: list[Rollout], max_tokens: int
-):
+def test_the_size_of_a_pass_does_not_change_the_scores(backend: LocalBackend, rollouts: list[Rollout], max_tokens: int):
     def score(limit: int) -> list[ScoredRollout]:
-        teachers = EmbeddedTeachers(
-            studio.targets, vocab_size=studio.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True
+        teachers = LocalTeachers(
+            backend.targets, vocab_size=backend.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True
         )
         return teachers.score(rollouts)
 
@@ -212,11 +210,11 @@ def test_the_size_of_a_pass_does_not_change_the_scores(
 def test_a_padded_vocabulary_is_scored_over_the_shared_ids(tmp_path: Path, rollouts: list[Rollout]):
     tree = toy_recipe(tmp_path)
     tree["teachers"]["even"]["model"] = save_toy(tmp_path / "padded", 1, vocab_size=272)
-    studio = build(opd.parse_config(tree))
-    assert studio.vocab_size == 258
+    backend = build(opd.parse_config(tree))
+    assert backend.vocab_size == 258
     mine = [replace(r, prompt=replace(r.prompt, teacher="even")) for r in rollouts]
     model = toy_model(1, vocab_size=272)
-    for item in studio.teachers(keep_hidden=True).score(mine):
+    for item in backend.teachers(keep_hidden=True).score(mine):
         np.testing.assert_allclose(actions(item), plain_logprobs(model, item.rollout, vocab_size=258), atol=1e-4)
         assert np.abs(actions(item) - plain_logprobs(model, item.rollout)).max() > 1e-3
 
@@ -228,8 +226,8 @@ def of_length(name: str, tokens: int, teacher: str) -> Rollout:
 def test_a_rollout_over_the_context_is_a_failed_score_that_says_why(tmp_path: Path):
     short = load_network(save_toy(tmp_path / "short", 1, max_context=16), ComputeConfig(device="cpu"))
     long = load_network(save_toy(tmp_path / "long", 1), ComputeConfig(device="cpu"))
-    targets = {name: (Part(name, Voice(network, None)),) for name, network in {"short": short, "long": long}.items()}
-    teachers = EmbeddedTeachers(targets, vocab_size=258, temperature=1.0, max_tokens=64, keep_hidden=False)
+    targets = {name: (Part(name, Policy(network, None)),) for name, network in {"short": short, "long": long}.items()}
+    teachers = LocalTeachers(targets, vocab_size=258, temperature=1.0, max_tokens=64, keep_hidden=False)
     sizes = [("a", 17, "short"), ("b", 16, "short"), ("c", 17, "long"), ("d", 30, "short")]
     scored = teachers.score([of_length(*size) for size in sizes])
     assert [isinstance(s.score, FailedScore) for s in scored] == [True, False, False, True]
@@ -248,14 +246,14 @@ def lower_context(network: Network, limit: int) -> None:
 
 def test_a_step_counts_failed_scores_and_trains_on_the_others(tmp_path: Path):
     config = opd.parse_config(toy_recipe(tmp_path))
-    studio = build(config)
-    lower_context(studio.voices["even"].network, 8)  # shorter than any prompt
+    backend = build(config)
+    lower_context(backend.policies["even"].network, 8)  # shorter than any prompt
     prompts = {name: task.prompts("train") for name, task in make_tasks(config.tasks).items()}
     parts = Parts(
         PromptStream(prompts, dict.fromkeys(prompts, 1.0), seed=0),
-        studio.sampler(),
-        studio.teachers(keep_hidden=True),
-        studio.learner(),
+        backend.sampler(),
+        backend.teachers(keep_hidden=True),
+        backend.learner(),
         Judge(lambda prompt, response: None),
     )
     report = train_step(config, parts, 1)

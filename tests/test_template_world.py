@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cross_tokenizer import save_cross_tokenizer
 from factories import prompt, sft_recipe, toy_recipe
-from foreign import save_foreign
 from templated import CHATTY, CLOCK, TERSE, ending, save_templated, templated
 from zoo import toy_bpe
 
@@ -127,15 +127,15 @@ def test_a_recipe_names_the_moment_as_toml_has_it(tmp_path: Path):
 
 
 def test_a_teacher_of_another_tokenizer_reads_the_clock_of_the_run(tmp_path: Path):
-    theirs = save_foreign(tmp_path / "theirs", toy_bpe(300, template=CLOCK + PLAIN))
+    theirs = save_cross_tokenizer(tmp_path / "theirs", toy_bpe(300, template=CLOCK + PLAIN))
     student = save_templated(tmp_path / "mine", templated(PLAIN))
     found = []
     for _ in range(2):
         tree = recipe(tmp_path, student, theirs, template_time=MOMENT, objective={"type": "immediate"})
-        studio = build(opd.parse_config(tree))
-        items = studio.sampler().sample([prompt(teacher="even")], num_samples=2, seed=(1,))
-        found.append([s.score.logprobs for s in studio.teachers(keep_hidden=False).score(items)])
-        rendering = studio.foreign["even"].reader.render([{"role": "user", "content": "x"}])
+        backend = build(opd.parse_config(tree))
+        items = backend.sampler().sample([prompt(teacher="even")], num_samples=2, seed=(1,))
+        found.append([s.score.logprobs for s in backend.teachers(keep_hidden=False).score(items)])
+        rendering = backend.cross_tokenizer["even"].teacher_side.render([{"role": "user", "content": "x"}])
         assert "30 November 2026 12:00:00.000125" in rendering.text
         time.sleep(0.01)
     np.testing.assert_array_equal(found[0], found[1])
@@ -144,7 +144,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_clock_of_the_run(tmp_path: Pat
 def test_kept_scores_are_of_the_moment_that_the_teachers_template_read(tmp_path: Path):
     for name, theirs in {
         "own prompts": save_templated(tmp_path / "own", templated(CLOCK + CHATTY)),
-        "another tokenizer": save_foreign(tmp_path / "foreign", toy_bpe(300, template=CLOCK + PLAIN)),
+        "another tokenizer": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(300, template=CLOCK + PLAIN)),
     }.items():
         student = save_templated(tmp_path / "mine", templated(PLAIN))
         ids = []

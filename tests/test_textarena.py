@@ -1,4 +1,4 @@
-"""Games of TextArena: how they are played, the outcome that the game says, and what cannot be played."""
+"""Games of TextArena: how they are played, the reward that the game says, and what cannot be played."""
 
 import importlib.util
 import itertools
@@ -106,7 +106,7 @@ def test_the_student_hears_only_what_is_new_and_nothing_of_its_own():
     assert "[GAME]" not in found.messages[0]["content"]
 
 
-# --- outcomes ---
+# --- rewards ---
 
 
 def test_a_second_invalid_move_in_a_row_ends_the_game_with_nothing():
@@ -157,19 +157,19 @@ def test_a_loss_without_a_number_and_a_loss_below_zero_are_worth_nothing(game: s
 
 
 def test_a_reward_above_one_is_a_failure_and_no_outcome(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(SinglePlayerState, "set_outcome", lambda self, reward, reason=None: outcome(self, 3.0))
+    monkeypatch.setattr(SinglePlayerState, "set_reward", lambda self, reward, reason=None: reward(self, 3.0))
     played = task(HANOI)
     [found] = play(played, played.prompts("train")[:1])
     assert found.reward is None
     assert "gave the reward 3.0, expected a number in [0, 1]" in str(found.failure)
 
 
-def outcome(state: Any, reward: float | None) -> None:
+def reward(state: Any, reward: float | None) -> None:
     state.rewards, state.done = None if reward is None else {0: reward}, True
 
 
 def test_a_game_that_ends_without_a_reward_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(SinglePlayerState, "set_outcome", lambda self, reward, reason=None: outcome(self, None))
+    monkeypatch.setattr(SinglePlayerState, "set_reward", lambda self, reward, reason=None: reward(self, None))
     played = task(HANOI)
     [found] = play(played, played.prompts("train")[:1])
     assert (found.reward, found.finish, found.failure) == (None, "end", None)
@@ -222,8 +222,8 @@ def test_of_a_turn_that_is_too_long_its_end_is_played():
         ({"game": "GuessTheNumbr-v0"}, "is no game of TextArena; did you mean 'GuessTheNumber-v0'?"),
         ({"game": "TicTacToe-v0"}, "cannot be played here: AssertionError: The number of players has to be 2"),
         ({"game": "QuantumTicTacToe-v0"}, "is for more than one player; choose another"),
-        ({"game": "Bandit-v0"}, "is no outcome to learn from: it rewards a wrong choice by how wrong it is"),
-        ({"game": "Set-v0"}, "is no outcome to learn from: its reward counts points"),
+        ({"game": "Bandit-v0"}, "is no reward to learn from: it rewards a wrong choice by how wrong it is"),
+        ({"game": "Set-v0"}, "is no reward to learn from: its reward counts points"),
         ({"params": {"depth": 3}}, "cannot be played here: TypeError: .*unexpected keyword argument 'depth'"),
     ],
 )

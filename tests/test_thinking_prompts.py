@@ -9,8 +9,8 @@ from zoo import toy_bpe
 
 from opd.errors import ModelError
 from opd.text.alignment import pair_turns
-from opd.text.student_text import Writer
-from opd.text.teacher_text import Reader
+from opd.text.student_text import StudentSide
+from opd.text.teacher_text import TeacherSide
 
 HEAD = "<|im_start|>{{ m.role }}\n"
 SHOWN = {
@@ -51,17 +51,17 @@ def thinking(name: str) -> str:
     return "{% for m in messages %}" + HEAD + shown + "<|im_end|>\n{% endfor %}" + opens
 
 
-def read(reader: Reader, student: str, said: str) -> tuple[str, str]:
+def read(teacher_side: TeacherSide, student: str, said: str) -> tuple[str, str]:
     """The prompt and the response as the teacher reads them."""
-    writer = Writer(templated(student))
-    ids = [256, *writer.encode(said), writer.end_id]
+    student_side = StudentSide(templated(student))
+    ids = [256, *student_side.encode(said), student_side.end_id]
     item = rollout(ids, 1, prompt=prompt(text="hi"))
     item = replace(item, messages=(*item.prompt.messages, {"role": "assistant", "content": said}))
-    [turn] = pair_turns(item, writer, reader)
+    [turn] = pair_turns(item, student_side, teacher_side)
     assert int((turn.pairing.chunk_ids >= 0).sum()) > 0
-    cut = turn.reading.first
-    ids = turn.reading.token_ids
-    before, response = (reader.table.join(part).tobytes().decode() for part in (ids[:cut], ids[cut:]))
+    cut = turn.teacher_text.first
+    ids = turn.teacher_text.token_ids
+    before, response = (teacher_side.table.join(part).tobytes().decode() for part in (ids[:cut], ids[cut:]))
     return before, response
 
 
@@ -71,8 +71,8 @@ PLAIN = "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_teacher_whose_prompts_differ_only_in_the_thinking_block_reads_behind_its_generation_prompt(name: str):
-    reader = Reader(toy_bpe(300, template=thinking(name)), name="t")
-    before, said = read(reader, PLAIN, "an answer")
+    teacher_side = TeacherSide(toy_bpe(300, template=thinking(name)), name="t")
+    before, said = read(teacher_side, PLAIN, "an answer")
     assert before == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" + SHOWN[name][1]
     assert said == "an answer"
 
@@ -89,14 +89,14 @@ def test_a_teacher_whose_prompts_differ_only_in_the_thinking_block_reads_behind_
 )  # fmt: skip
 def test_a_template_that_does_not_open_the_turn_is_still_refused(template: str):
     with pytest.raises(ModelError, match="its chat template has no generation prompt"):
-        Reader(toy_bpe(300, template=template), name="t")
+        TeacherSide(toy_bpe(300, template=template), name="t")
 
 
 def test_a_thought_that_the_students_prompt_opens_is_a_thought_for_its_teacher():
     student = thinking("open, history without")
-    plain = Reader(toy_bpe(300, template=PLAIN), name="t")
+    plain = TeacherSide(toy_bpe(300, template=PLAIN), name="t")
     assert read(plain, student, "so</think>yes")[0].endswith("assistant\n<think>\n")
-    thinks = Reader(toy_bpe(300, template=student), name="t")
+    thinks = TeacherSide(toy_bpe(300, template=student), name="t")
     assert read(thinks, student, "so</think>yes")[0].endswith("assistant\n<think>\n")
     assert read(thinks, PLAIN, "<think>so</think>yes")[0].endswith("assistant\n")
     assert read(plain, student, "<think>so</think>yes")[0].endswith("assistant\n")

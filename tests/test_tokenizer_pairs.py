@@ -11,9 +11,9 @@ from zoo import REAL, TOYS, real, toy
 
 from opd.records import Prompt, Rollout, Turn
 from opd.text.alignment import TurnPair, chunk_score, pair_turns, same_tokens
-from opd.text.shared_vocabulary import Cells, common_cells
-from opd.text.student_text import Masked, Spelling, Writer
-from opd.text.teacher_text import Reader
+from opd.text.shared_vocabulary import SharedVocabulary, shared_vocabulary
+from opd.text.student_text import Masked, StudentSide, StudentText
+from opd.text.teacher_text import TeacherSide
 from opd.text.tokenizer import encode_text
 
 CORPUS = {
@@ -37,9 +37,9 @@ CORPUS = {
 PROMPT = Prompt("p", ({"role": "user", "content": "Say it."},), teacher="t", task="task")
 
 
-def rollout_of(ids: list[int], writer: Writer, *, text: str, ended: bool = True) -> Rollout:
+def rollout_of(ids: list[int], student_side: StudentSide, *, text: str, ended: bool = True) -> Rollout:
     """A response behind one token that stands for the prompt."""
-    every = [0, *ids, *([writer.end_ids[-1]] if ended else [])]
+    every = [0, *ids, *([student_side.end_ids[-1]] if ended else [])]
     return Rollout(
         prompt=PROMPT,
         sample=0,
@@ -53,12 +53,12 @@ def rollout_of(ids: list[int], writer: Writer, *, text: str, ended: bool = True)
     )
 
 
-def check_chunks(turn: TurnPair, ids: list[int], writer: Writer, reader: Reader) -> None:
+def check_chunks(turn: TurnPair, ids: list[int], student_side: StudentSide, teacher_side: TeacherSide) -> None:
     """Each chunk that is kept spells the same bytes on both sides; nothing else is asked of the aligner than of bytes."""
     chunks = turn.pairing.chunks
-    tags = reader.counterparts(writer.table)  # written as the teacher writes them
-    mine = [tags[i].encode() if i in tags else writer.table.of(i) for i in ids]
-    theirs = [reader.table.of(int(i)) for i in turn.reading.token_ids[turn.reading.first :]]
+    tags = teacher_side.counterparts(student_side.table)  # written as the teacher writes them
+    mine = [tags[i].encode() if i in tags else student_side.table.of(i) for i in ids]
+    theirs = [teacher_side.table.of(int(i)) for i in turn.teacher_text.token_ids[turn.teacher_text.first :]]
     last = len(chunks) - 1
     for chunk in range(len(chunks)):
         if turn.pairing.faulty[chunk] != Masked.NOT or (chunk == last and turn.ends_turn):
@@ -68,152 +68,164 @@ def check_chunks(turn: TurnPair, ids: list[int], writer: Writer, reader: Reader)
         read = b"".join(theirs[j] for j in np.flatnonzero(chunks.teacher == chunk))
         # at the front, and behind a control token, the space that a tokenizer puts before a text
         before = np.flatnonzero(chunks.student < chunk)
-        fresh = not len(before) or writer.table.control[min(ids[before[-1]], len(writer.table) - 1)]
+        fresh = not len(before) or student_side.table.control[min(ids[before[-1]], len(student_side.table) - 1)]
         spaced = {b" " + ours: read, ours: b" " + read} if fresh else {}
         assert ours == read or any(a == b for a, b in spaced.items()), (chunk, ours, read)
 
 
-def check_response(ids: list[int], writer: Writer, reader: Reader, *, ended: bool) -> None:
+def check_response(ids: list[int], student_side: StudentSide, teacher_side: TeacherSide, *, ended: bool) -> None:
     """The laws of a response of any ids whatever."""
-    [turn] = pair_turns(rollout_of(ids, writer, text="", ended=ended), writer, reader)
+    [turn] = pair_turns(rollout_of(ids, student_side, text="", ended=ended), student_side, teacher_side)
     assert len(turn.pairing.masked) == len(ids) + ended
     chunk_ids = turn.pairing.chunk_ids
     assert len(chunk_ids) == len(ids) + ended
-    each = np.full(len(turn.reading.ends) + ended, -1.0)
-    found = chunk_score("t", rollout_of(ids, writer, text="", ended=ended), [turn], [each])
+    each = np.full(len(turn.teacher_text.ends) + ended, -1.0)
+    found = chunk_score("t", rollout_of(ids, student_side, text="", ended=ended), [turn], [each])
     kept = set(chunk_ids[chunk_ids >= 0].tolist())
     assert kept == set(range(len(turn.pairing.sums(each))))
     assert found.logprobs.sum() == turn.pairing.sums(each).sum()
     assert sum(n for name, n in found.facts.items() if name.startswith("masked/")) == (chunk_ids < 0).sum()
     assert found.facts["bytes/one_to_one"] <= found.facts["bytes/kept"] == found.num_bytes <= found.facts["bytes"]
-    check_chunks(turn, ids, writer, reader)
-    check_pairs(turn, ids, writer, reader)
+    check_chunks(turn, ids, student_side, teacher_side)
+    check_pairs(turn, ids, student_side, teacher_side)
 
 
-def check_pairs(turn: TurnPair, ids: list[int], writer: Writer, reader: Reader) -> None:
+def check_pairs(turn: TurnPair, ids: list[int], student_side: StudentSide, teacher_side: TeacherSide) -> None:
     """Where distributions are compared both sides chose one token: the same bytes, the same tag, or the end."""
-    tags = reader.counterparts(writer.table)
-    cells = cached_cells(writer, reader)
-    ours = np.array([*ids, *([writer.end_ids[-1]] if turn.ends_turn else [])], dtype=np.int64)
-    theirs = np.append(turn.reading.token_ids[turn.reading.first :], reader.end_ids[0])
+    tags = teacher_side.counterparts(student_side.table)
+    cells = cached_cells(student_side, teacher_side)
+    ours = np.array([*ids, *([student_side.end_ids[-1]] if turn.ends_turn else [])], dtype=np.int64)
+    theirs = np.append(turn.teacher_text.token_ids[turn.teacher_text.first :], teacher_side.end_ids[0])
     pairs = same_tokens(turn, ours, theirs, cells)
     assert (np.diff(pairs, axis=0) > 0).all()
     assert (turn.pairing.chunk_ids[pairs[:, 0]] >= 0).all()
     for i, j in pairs:
-        if int(ours[i]) in writer.end_ids:
-            assert j == len(turn.reading.ends)
+        if int(ours[i]) in student_side.end_ids:
+            assert j == len(turn.teacher_text.ends)
         else:
-            spelled = tags.get(int(ours[i]), "").encode() or writer.table.of(int(ours[i]))
-            assert spelled == reader.table.of(int(theirs[j]))
+            spelled = tags.get(int(ours[i]), "").encode() or student_side.table.of(int(ours[i]))
+            assert spelled == teacher_side.table.of(int(theirs[j]))
 
 
-_CELLS: dict[tuple[int, int], Cells] = {}
+_CELLS: dict[tuple[int, int], SharedVocabulary] = {}
 
 
-def cached_cells(writer: Writer, reader: Reader) -> Cells:
-    key = id(writer.table), id(reader.table)
+def cached_cells(student_side: StudentSide, teacher_side: TeacherSide) -> SharedVocabulary:
+    key = id(student_side.table), id(teacher_side.table)
     if key not in _CELLS:
-        tags = reader.counterparts(writer.table)
-        _CELLS[key] = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
+        tags = teacher_side.counterparts(student_side.table)
+        _CELLS[key] = shared_vocabulary(
+            student_side.table, student_side.end_ids, teacher_side.table, teacher_side.end_ids, tags
+        )
     return _CELLS[key]
 
 
-def plain(text: str) -> Spelling:
+def plain(text: str) -> StudentText:
     """A text to read, of no particular tokens."""
-    return Spelling(text, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
+    return StudentText(text, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
-def writers() -> dict[str, Writer]:
-    return {name: Writer(real(name)) for name in REAL}
+def writers() -> dict[str, StudentSide]:
+    return {name: StudentSide(real(name)) for name in REAL}
 
 
 @pytest.fixture(scope="module")
-def readers() -> dict[str, Reader]:
-    return {name: Reader(real(name), name=name) for name in REAL}
+def teacher_sides() -> dict[str, TeacherSide]:
+    return {name: TeacherSide(real(name), name=name) for name in REAL}
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(REAL, 2)))
 def test_every_byte_of_the_corpus_is_in_a_chunk(
-    student: str, teacher: str, writers: dict[str, Writer], readers: dict[str, Reader]
+    student: str, teacher: str, writers: dict[str, StudentSide], teacher_sides: dict[str, TeacherSide]
 ):
-    writer, reader = writers[student], readers[teacher]
+    student_side, teacher_side = writers[student], teacher_sides[teacher]
     for kind, text in CORPUS.items():
-        ids = writer.encode(text)
-        [turn] = pair_turns(rollout_of(ids, writer, text=text), writer, reader)
+        ids = student_side.encode(text)
+        [turn] = pair_turns(rollout_of(ids, student_side, text=text), student_side, teacher_side)
         # Where a text begins with a space, transformers' conversion of Mistral's SentencePiece drops the dummy one in encoding but
         # takes one away in decoding: what its tokens spell is what it decodes, one space less.
         spelled = text[1:] if student == "mistral_v3" and text.startswith(" ") else text
-        assert turn.spelling.text == writer.tokenizer.decode(ids) == spelled, kind
-        straddles = int((turn.reading.masked == Masked.STRADDLE).sum())
+        assert turn.student_text.text == student_side.tokenizer.decode(ids) == spelled, kind
+        straddles = int((turn.teacher_text.masked == Masked.STRADDLE).sum())
         masked = turn.pairing.masked[turn.pairing.masked != Masked.NOT]
         assert set(masked.tolist()) <= ({int(Masked.STRADDLE)} if straddles else set()), (kind, turn.pairing.masked)
         if not straddles:
             assert turn.pairing.kept_sizes.sum() == len(spelled.encode()), kind
-        check_chunks(turn, ids, writer, reader)
-        check_pairs(turn, ids, writer, reader)
+        check_chunks(turn, ids, student_side, teacher_side)
+        check_pairs(turn, ids, student_side, teacher_side)
 
 
 @pytest.mark.parametrize("teacher", REAL)
-def test_the_teachers_ids_are_its_own_encoding_of_its_own_rendering(teacher: str, readers: dict[str, Reader]):
-    reader = readers[teacher]
-    before = reader.render(PROMPT.messages)
+def test_the_teachers_ids_are_its_own_encoding_of_its_own_rendering(
+    teacher: str, teacher_sides: dict[str, TeacherSide]
+):
+    teacher_side = teacher_sides[teacher]
+    before = teacher_side.render(PROMPT.messages)
     gap = " " if teacher == "mistral_v3" else ""  # its template writes a space before an answer
     for kind, text in CORPUS.items():
         if kind == "look-alikes":
             continue  # quoted control tokens: the rendering alone cannot say that they are quoted
-        found = reader.read(before, plain(text)).token_ids.tolist()
-        own = encode_text(reader.tokenizer, before.text + gap * bool(text) + text, parse_special=True)
+        found = teacher_side.read(before, plain(text)).token_ids.tolist()
+        own = encode_text(teacher_side.tokenizer, before.text + gap * bool(text) + text, parse_special=True)
         assert found[len(found) - len(own) :] == own, kind
         assert len(found) - len(own) <= 1, kind  # a BOS where there is no template to write it
 
 
 @pytest.mark.parametrize("teacher", REAL)
-def test_quoted_control_tokens_stay_text(teacher: str, readers: dict[str, Reader]):
-    reader = readers[teacher]
-    before = reader.render(PROMPT.messages)
-    structural = {i for i, literal in reader.table.added.items() if literal in before.text or reader.table.control[i]}
-    text = " ".join([*sorted(reader.table.names.values())[:20], "<｜User｜>", "<|im_end|>"])
-    reading = reader.read(before, plain(text))
-    assert not structural & set(reading.token_ids[reading.first :].tolist())
-    whole = b"".join(reader.table.of(int(i)) for i in reading.token_ids[reading.first :])
-    lossy = (reading.masked == Masked.LOSSY).any()
+def test_quoted_control_tokens_stay_text(teacher: str, teacher_sides: dict[str, TeacherSide]):
+    teacher_side = teacher_sides[teacher]
+    before = teacher_side.render(PROMPT.messages)
+    structural = {
+        i for i, literal in teacher_side.table.added.items() if literal in before.text or teacher_side.table.control[i]
+    }
+    text = " ".join([*sorted(teacher_side.table.names.values())[:20], "<｜User｜>", "<|im_end|>"])
+    teacher_text = teacher_side.read(before, plain(text))
+    assert not structural & set(teacher_text.token_ids[teacher_text.first :].tolist())
+    whole = b"".join(teacher_side.table.of(int(i)) for i in teacher_text.token_ids[teacher_text.first :])
+    lossy = (teacher_text.masked == Masked.LOSSY).any()
     assert lossy or whole.endswith(
         text.encode().removeprefix(b"</")
     )  # the first may stand in one token with what is before
 
 
 @pytest.mark.parametrize("teacher", REAL)
-def test_quotes_in_the_turns_before_stay_text(teacher: str, readers: dict[str, Reader]):
-    reader = readers[teacher]
+def test_quotes_in_the_turns_before_stay_text(teacher: str, teacher_sides: dict[str, TeacherSide]):
+    teacher_side = teacher_sides[teacher]
     messages = [
         {"role": "user", "content": "say hello please"},
         {"role": "assistant", "content": "hello"},
         PROMPT.messages[0],
     ]
     quoting = [dict(m) for m in messages]
-    name = reader.table.names[reader.end_ids[0]]
+    name = teacher_side.table.names[teacher_side.end_ids[0]]
     quoting[1]["content"] = f"it ends with {name} or so"
-    found, usual = (reader.read(reader.render(m), plain("ok")).token_ids.tolist() for m in (quoting, messages))
-    assert found.count(reader.end_ids[0]) == usual.count(reader.end_ids[0])
-    assert reader.table.join(np.array(found)).tobytes().count(name.encode()) == 1 + usual.count(reader.end_ids[0])
+    found, usual = (
+        teacher_side.read(teacher_side.render(m), plain("ok")).token_ids.tolist() for m in (quoting, messages)
+    )
+    assert found.count(teacher_side.end_ids[0]) == usual.count(teacher_side.end_ids[0])
+    assert teacher_side.table.join(np.array(found)).tobytes().count(name.encode()) == 1 + usual.count(
+        teacher_side.end_ids[0]
+    )
 
 
-def test_a_space_that_sentencepiece_writes_otherwise_is_lossy(readers: dict[str, Reader]):
+def test_a_space_that_sentencepiece_writes_otherwise_is_lossy(teacher_sides: dict[str, TeacherSide]):
     """U+2581 is how SentencePiece writes a space: the character itself comes out as one."""
-    reading = readers["llama2"].read(readers["llama2"].render(PROMPT.messages), plain("a\u2581b and more"))
-    assert (reading.masked == Masked.LOSSY).any()
-    assert (reading.masked == Masked.NOT).sum() >= 3
+    teacher_text = teacher_sides["llama2"].read(
+        teacher_sides["llama2"].render(PROMPT.messages), plain("a\u2581b and more")
+    )
+    assert (teacher_text.masked == Masked.LOSSY).any()
+    assert (teacher_text.masked == Masked.NOT).sum() >= 3
 
 
 @functools.cache
-def toy_writer(name: str) -> Writer:
-    return Writer(toy(name))
+def toy_writer(name: str) -> StudentSide:
+    return StudentSide(toy(name))
 
 
 @functools.cache
-def toy_reader(student: str, teacher: str) -> Reader:
-    return Reader(toy(teacher), name=f"{teacher} for {student}")
+def toy_reader(student: str, teacher: str) -> TeacherSide:
+    return TeacherSide(toy(teacher), name=f"{teacher} for {student}")
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(TOYS, 2)))
@@ -221,29 +233,32 @@ def toy_reader(student: str, teacher: str) -> Reader:
 @given(data=st.data())
 def test_any_ids_at_all_line_up(student: str, teacher: str, data: st.DataObject):
     """Random tokens: text cut in mid-character, bytes that are no UTF-8, control tokens, ids beyond the vocabulary."""
-    writer, reader = toy_writer(student), toy_reader(student, teacher)
-    ids = data.draw(st.lists(st.integers(0, len(writer.table) + 5), max_size=24))
-    ids = [i for i in ids if i not in writer.end_ids]
+    student_side, teacher_side = toy_writer(student), toy_reader(student, teacher)
+    ids = data.draw(st.lists(st.integers(0, len(student_side.table) + 5), max_size=24))
+    ids = [i for i in ids if i not in student_side.end_ids]
     ended = data.draw(st.booleans())
-    check_response(ids, writer, reader, ended=ended)
+    check_response(ids, student_side, teacher_side, ended=ended)
 
 
 def test_a_lone_space_that_the_decoder_takes_away_is_counted():
     """The dummy space of SentencePiece and nothing else: no bytes, no chunk, so it is masked with a reason."""
-    writer, reader = Writer(toy("sentencepiece")), Reader(toy("bpe300"), name="t")
-    space = writer.tokenizer.convert_tokens_to_ids("▁")
-    [turn] = pair_turns(rollout_of([space], writer, text="", ended=False), writer, reader)
-    assert turn.spelling.text == ""
+    student_side, teacher_side = StudentSide(toy("sentencepiece")), TeacherSide(toy("bpe300"), name="t")
+    space = student_side.tokenizer.convert_tokens_to_ids("▁")
+    [turn] = pair_turns(rollout_of([space], student_side, text="", ended=False), student_side, teacher_side)
+    assert turn.student_text.text == ""
     assert turn.pairing.masked.tolist() == [Masked.NO_COUNTERPART]
-    check_response([space], writer, reader, ended=False)
+    check_response([space], student_side, teacher_side, ended=False)
 
 
 def test_a_space_that_the_teacher_puts_before_spaces_belongs_to_them():
     """Between two special tokens, behind which SentencePiece puts a space of its own: both are the space's, not the tag's."""
-    writer, reader = Writer(toy("sentencepiece, no prefix")), Reader(toy("sentencepiece"), name="t")
-    unk, space = writer.tokenizer.convert_tokens_to_ids(["<unk>", "▁"])
-    [turn] = pair_turns(rollout_of([unk, space, unk], writer, text="", ended=False), writer, reader)
-    read = [reader.table.of(int(i)) for i in turn.reading.token_ids[turn.reading.first :]]
+    student_side, teacher_side = (
+        StudentSide(toy("sentencepiece, no prefix")),
+        TeacherSide(toy("sentencepiece"), name="t"),
+    )
+    unk, space = student_side.tokenizer.convert_tokens_to_ids(["<unk>", "▁"])
+    [turn] = pair_turns(rollout_of([unk, space, unk], student_side, text="", ended=False), student_side, teacher_side)
+    read = [teacher_side.table.of(int(i)) for i in turn.teacher_text.token_ids[turn.teacher_text.first :]]
     assert read == [b"<unk>", b" ", b" ", b"<unk>"]
     assert turn.pairing.chunks.teacher.tolist() == [0, 1, 1, 2]
 
@@ -251,14 +266,16 @@ def test_a_space_that_the_teacher_puts_before_spaces_belongs_to_them():
 @pytest.mark.parametrize(
     "text", ["\x13漢漢aaaa aaaa\x13", "\x13\ufffd\ufffd/-\ufffd\0\0\0\0\0 \0\0\0\ufffd", "x\x13aaaa aaaa"]
 )
-def test_bytes_that_the_teachers_vocabulary_lacks_shift_nothing(readers: dict[str, Reader], text: str):
+def test_bytes_that_the_teachers_vocabulary_lacks_shift_nothing(teacher_sides: dict[str, TeacherSide], text: str):
     """SmolLM2 leaves U+0013 out, and its own offsets are wrong behind it; equal letters around it make a shift invisible."""
-    reader, whole = readers["smollm2"], text.encode()
-    reading = reader.read(reader.render(PROMPT.messages), plain(text))
-    pieces = [reader.table.of(int(i)) for i in reading.token_ids[reading.first :]]
-    starts = [0, *reading.ends[:-1].tolist()]
-    for piece, start, end, why in zip(pieces, starts, reading.ends.tolist(), reading.masked.tolist(), strict=True):
+    teacher_side, whole = teacher_sides["smollm2"], text.encode()
+    teacher_text = teacher_side.read(teacher_side.render(PROMPT.messages), plain(text))
+    pieces = [teacher_side.table.of(int(i)) for i in teacher_text.token_ids[teacher_text.first :]]
+    starts = [0, *teacher_text.ends[:-1].tolist()]
+    for piece, start, end, why in zip(
+        pieces, starts, teacher_text.ends.tolist(), teacher_text.masked.tolist(), strict=True
+    ):
         assert (why == Masked.LOSSY) == (b"\x13" in whole[start:end]), (piece, start, end)
         if why == Masked.NOT:
             assert piece == whole[start:end]
-    assert reading.ends[-1] == len(whole)
+    assert teacher_text.ends[-1] == len(whole)

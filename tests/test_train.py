@@ -92,7 +92,7 @@ def test_the_reward_callable_judges_every_response(mixed: Run):
             assert (item.rollout.prompt.id, item.rollout.response) in seen
             assert item.rollout.reward == reward_of(item.rollout.prompt, item.rollout.response)
         rewards = [item.rollout.reward for item in report.scored]
-        assert report.values["outcome/mean"] == pytest.approx(np.mean(rewards))
+        assert report.values["reward/mean"] == pytest.approx(np.mean(rewards))
     evaluated = {row.task: row.after for row in mixed.result.parity if row.split == "train"}
     assert all(cell.correct is not None and 0 <= cell.correct <= cell.total == 4 for cell in evaluated.values())
 
@@ -104,8 +104,8 @@ def test_without_a_reward_callable_the_tasks_own_verifier_judges(tmp_path: Path)
     rewards = {s.rollout.prompt.task: s.rollout.reward for s in opd.read_rollouts(tree["output"])}
     assert rewards == {"first": 0.0, "second": None}
     [line] = opd.read_metrics(tree["output"])
-    assert line["outcome/first/mean"] == line["outcome/mean"] == 0.0
-    assert "outcome/second/mean" not in line
+    assert line["reward/first/mean"] == line["reward/mean"] == 0.0
+    assert "reward/second/mean" not in line
 
 
 def test_every_metric_of_a_step_is_a_number_and_the_phases_fill_its_time(mixed: Run):
@@ -205,11 +205,11 @@ def test_the_parity_table_on_disk_is_the_one_returned(mixed: Run):
 @torch.no_grad()
 def trained_logits(run: Run) -> torch.Tensor:
     """The logits of the student as its newest checkpoint has it."""
-    studio = build(opd.parse_config(run.tree))
+    backend = build(opd.parse_config(run.tree))
     tensors, state = newest(run.path)
-    studio.learner().load_state(tensors, state["learner"])
-    studio.student.network.activate(studio.student.adapter)
-    return studio.student.network.base(input_ids=IDS).logits
+    backend.learner().load_state(tensors, state["learner"])
+    backend.student.network.activate(backend.student.adapter)
+    return backend.student.network.base(input_ids=IDS).logits
 
 
 @torch.no_grad()

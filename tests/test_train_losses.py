@@ -1,4 +1,4 @@
-"""The loss of every step against its recorded rollouts, and where sampled objectives, outcomes and equal teachers lead."""
+"""The loss of every step against its recorded rollouts, and where sampled objectives, rewards and equal teachers lead."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def to_go(log_ratio: np.ndarray, discount: float) -> np.ndarray:
     )
 
 
-def outcome_advantages(rollouts: Sequence[Rollout], baseline: str) -> list[float]:
+def reward_advantages(rollouts: Sequence[Rollout], baseline: str) -> list[float]:
     found = []
     for item in rollouts:
         mine = [r.reward for r in rollouts if r.prompt == item.prompt]
@@ -45,9 +45,9 @@ VARIANTS = {
     "to_go": ({"objective": {"type": "to_go", "discount": 1.0}}, lambda r: to_go(r, 1.0)),
     "to_go discounted": ({"objective": {"type": "to_go", "discount": 0.5}}, lambda r: to_go(r, 0.5)),
     "ppo": ({"objective": {"type": "immediate", "loss": "ppo"}}, None),
-    "outcome beside exact": ({"objective": {"type": "exact"}, "outcome": {"coef": 2.0}}, None),
-    "outcome beside to_go": (
-        {"objective": {"type": "to_go", "discount": 1.0}, "outcome": {"coef": 0.5, "baseline": "grpo"}},
+    "reward beside exact": ({"objective": {"type": "exact"}, "reward": {"coef": 2.0}}, None),
+    "reward beside to_go": (
+        {"objective": {"type": "to_go", "discount": 1.0}, "reward": {"coef": 0.5, "baseline": "grpo"}},
         lambda r: to_go(r, 1.0),
     ),
 }
@@ -59,14 +59,14 @@ def test_the_loss_of_a_step_is_that_of_its_recorded_rollouts(tmp_path: Path, var
     run = train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}, **changes))
     for line in opd.read_metrics(run.path):
         scored = list(opd.read_rollouts(run.path, line["step"]))
-        coef = changes.get("outcome", {}).get("coef", 0.0)
-        baseline = changes.get("outcome", {}).get("baseline", "leave_one_out")
-        outcomes = outcome_advantages([s.rollout for s in scored], baseline)
+        coef = changes.get("reward", {}).get("coef", 0.0)
+        baseline = changes.get("reward", {}).get("baseline", "leave_one_out")
+        rewards = reward_advantages([s.rollout for s in scored], baseline)
         assert len({s.rollout.reward for s in scored}) == 2
         total = line["kl/sequence/mean"] * len(scored) if distillation is None else 0.0
-        for item, outcome in zip(scored, outcomes, strict=True):
+        for item, reward in zip(scored, rewards, strict=True):
             student, teacher = actions_of(item)
-            advantage = coef * outcome + (0.0 if distillation is None else distillation(teacher - student))
+            advantage = coef * reward + (0.0 if distillation is None else distillation(teacher - student))
             total -= float((advantage * student).sum())
         assert line["loss/total/sum"] == pytest.approx(total / len(scored), rel=1e-4, abs=1e-4)
 
@@ -111,9 +111,9 @@ def test_sampled_objectives_bring_the_reverse_kl_down(tmp_path: Path, objective:
 
 def test_the_outcome_term_makes_rewarded_responses_more_frequent(tmp_path: Path):
     changes = {"sampling": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 3}, "optimizer": {"lr": 2e-2}}
-    tree = toy_recipe(tmp_path, steps=20, outcome={"coef": 50.0}, evaluation={"num_prompts": 0}, **changes)
+    tree = toy_recipe(tmp_path, steps=20, reward={"coef": 50.0}, evaluation={"num_prompts": 0}, **changes)
     opd.train(opd.parse_config(tree), reward=lambda prompt, response: float(response[:1].isascii()))
-    curve = [line["outcome/mean"] for line in opd.read_metrics(tree["output"])]
+    curve = [line["reward/mean"] for line in opd.read_metrics(tree["output"])]
     assert np.mean(curve[-5:]) > np.mean(curve[:2]) + 0.2
 
 

@@ -12,8 +12,8 @@ import opd
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "forward_kl": {"type": "exact", "divergence": "forward_kl"},
     "jsd": {"type": "exact", "divergence": "jsd"},
-    "support": {"type": "support", "support": 8},
-    "support, unbiased": {"type": "support", "support": 4, "tail_residual": True},
+    "top_k": {"type": "top_k", "top_k": 8},
+    "support, unbiased": {"type": "top_k", "top_k": 4, "tail_residual": True},
     "exact_to_go": {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"},
     "kl_to_go": {"type": "kl_to_go", "discount": 0.5, "baseline": "leave_one_out"},
     "immediate, b*": {"type": "immediate", "baseline": "score_weighted"},

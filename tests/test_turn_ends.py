@@ -19,7 +19,7 @@ from opd.local.sampler import episode_player
 from opd.logging.run_folder import read_rollouts
 from opd.records import Prompt
 from opd.text.chat import Chat, Conversation
-from opd.text.student_text import Writer
+from opd.text.student_text import StudentSide
 from opd.text.turn_end import turn_end
 
 EOS = 257
@@ -126,8 +126,8 @@ def test_a_template_that_ends_a_turn_with_text_is_refused_with_the_reason(end: s
 def test_a_student_stops_at_its_templates_end_of_turn_and_its_text_does_not_hold_it(tmp_path: Path, special: bool):
     tokenizer = templated(ending("<|turn_end|>\n"), special=special)
     source = save_templated(tmp_path / "mine", tokenizer)
-    studio = build(opd.parse_config(recipe(tmp_path, source, sampling={"max_new_tokens": 150})))
-    rollouts = studio.sampler().sample([prompt(f"p{i}", "hi") for i in range(40)], num_samples=1, seed=(1,))
+    backend = build(opd.parse_config(recipe(tmp_path, source, sampling={"max_new_tokens": 150})))
+    rollouts = backend.sampler().sample([prompt(f"p{i}", "hi") for i in range(40)], num_samples=1, seed=(1,))
     ended = [r for r in rollouts if r.finish == "end"]
     assert any(r.token_ids[-1] == TURN_END for r in ended)
     for rollout in rollouts:
@@ -158,9 +158,9 @@ def test_a_fine_tuned_student_ends_its_turn_as_its_template_does(tmp_path: Path,
     assert said.count(f"where a turn of '{source}' ends") == 1
     adapter = tmp_path / "expert" / "student"
     lora = {"rank": 4, "alpha": 8, "start": str(adapter)}
-    studio = build(opd.parse_config(recipe(tmp_path / "run", source, lora=lora)))
+    backend = build(opd.parse_config(recipe(tmp_path / "run", source, lora=lora)))
     asked = [prompt(f"p{i}", f"say {c}") for i, c in enumerate("abcdefgh")]
-    rollouts = studio.sampler().sample(asked, num_samples=1, seed=(0,))
+    rollouts = backend.sampler().sample(asked, num_samples=1, seed=(0,))
     assert sum(r.finish == "end" and r.token_ids[-1] == TURN_END for r in rollouts) >= 6
 
 
@@ -168,11 +168,11 @@ def test_a_warm_up_shows_the_student_the_end_of_its_own_template(tmp_path: Path,
     student = save_templated(tmp_path / "mine", templated(ending("<|turn_end|>\n")))
     teacher = save_templated(tmp_path / "theirs", templated(ending("<|im_end|>\n")), 1)
     changes = {"warmup": {"steps": 2}, "sampling": {"max_new_tokens": 150}, "objective": {"type": "immediate"}}
-    studio = build(opd.parse_config(recipe(tmp_path, student, teacher, **changes)))
+    backend = build(opd.parse_config(recipe(tmp_path, student, teacher, **changes)))
     learnt: list[Any] = []
     real = warmup.imitation_batch
     monkeypatch.setattr(warmup, "imitation_batch", lambda rollouts: learnt.extend(rollouts) or real(rollouts))
-    warmup.warm_up(studio, {"first": [prompt(f"p{i}", "hi", teacher="even") for i in range(12)]}, lambda line: None)
+    warmup.warm_up(backend, {"first": [prompt(f"p{i}", "hi", teacher="even") for i in range(12)]}, lambda line: None)
     assert learnt
     assert {int(r.token_ids[-1]) for r in learnt} == {TURN_END}
 
@@ -195,9 +195,9 @@ def test_a_run_whose_template_and_tokenizer_agree_says_nothing_of_ends(
 
 
 def test_a_teacher_of_another_tokenizer_is_asked_for_its_end_where_the_student_ends_by_its_template():
-    writer = Writer(templated(ending("<|turn_end|>\n")))
-    assert writer.end_ids == (EOS, TURN_END)
-    assert writer.end_id == TURN_END
+    student_side = StudentSide(templated(ending("<|turn_end|>\n")))
+    assert student_side.end_ids == (EOS, TURN_END)
+    assert student_side.end_id == TURN_END
 
 
 def test_a_conversation_goes_on_behind_the_templates_end_of_turn_without_a_second_one():

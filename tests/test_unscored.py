@@ -1,4 +1,4 @@
-"""Rollouts without a score: an outcome still acts on them, steps without any are skipped and counted, and all of it is shown."""
+"""Rollouts without a score: an reward still acts on them, steps without any are skipped and counted, and all of it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ import pytest
 import torch
 from benches import assert_same_gradient, float64_norms, make_bench
 from factories import prompt, rollout, scored, toy_recipe
-from test_signal import config
+from test_compute_advantages import config
 
 import opd
 from opd.batch import pack, trainable
@@ -18,7 +18,7 @@ from opd.errors import RunError
 from opd.evaluate import ParityRow, evaluate, parity_text
 from opd.loop import rollout_metrics
 from opd.metrics import values
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Message, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
 
@@ -43,16 +43,16 @@ def test_an_outcome_acts_where_no_teacher_could_score():
     """The same advantages as if it had been scored and its distillation part left out by hand."""
     items = four()
     some = [items[0], unscored(items[1]), *items[2:]]
-    how = config(objective={"type": "immediate"}, outcome={"coef": 2.0})
+    how = config(objective={"type": "immediate"}, reward={"coef": 2.0})
     batch, counts = pack(some, logprob_floor=-50.0, unscored=True)
     assert counts == {"dropped": 0, "floored": 0, "unscored": 1}
-    found, _ = follow(how, batch)
+    found, _ = compute_advantages(how, batch)
     assert found.advantages is not None
     row = batch.padded(found.advantages)[1][2:]
-    # reward -1 (its format error) against 0 of the other sample; the outcome's own denominator is 4 episodes, the divisor's 3
+    # reward -1 (its format error) against 0 of the other sample; the reward's own denominator is 4 episodes, the divisor's 3
     torch.testing.assert_close(row, torch.full((2,), 2.0 * (-1.0 - 0.0) * 3 / 4))
     assert not batch.padded(found.distill_mask)[1].any()
-    assert batch.padded(found.outcome_mask)[1].sum() == 2
+    assert batch.padded(found.reward_mask)[1].sum() == 2
     assert [bool(x) for x in batch.leading] == [True, False, True, True]
 
 
@@ -72,7 +72,7 @@ def test_an_episode_that_failed_never_trains():
     "objective",
     [
         {"type": "exact"},
-        {"type": "support", "support": 8},
+        {"type": "top_k", "top_k": 8},
         {"type": "immediate", "baseline": "kl"},
         {"type": "immediate"},
     ],
@@ -83,24 +83,26 @@ def test_the_gradient_is_that_of_the_scored_rest_and_of_the_outcome(tmp_path: Pa
         bench = make_bench(tmp_path)
         rewarded = [replace(s, rollout=replace(s.rollout, reward=float(i % 2))) for i, s in enumerate(bench.scored)]
         lost = 2
-        how = config(objective=objective, outcome={"coef": 1.0})
+        how = config(objective=objective, reward={"coef": 1.0})
         found, _ = pack(
             [unscored(s) if i == lost else s for i, s in enumerate(rewarded)], logprob_floor=-50.0, unscored=True
         )
         whole, _ = pack(rewarded, logprob_floor=-50.0)
         learner = bench.learner(**objective)
-        plain = follow(how, learner.score_student(found))[0]
-        expected = follow(how, learner.score_student(whole))[0]
+        plain = compute_advantages(how, learner.score_student(found))[0]
+        expected = compute_advantages(how, learner.score_student(whole))[0]
         row = torch.repeat_interleave(torch.arange(len(whole)) == lost, whole.lengths)
-        # by hand: no distillation in that row, of whose advantage the outcome alone is left, and one rollout fewer to divide by
-        outcome = follow(config(objective={"coef": 0.0, "type": "immediate"}, outcome={"coef": 1.0}), whole)[
+        # by hand: no distillation in that row, of whose advantage the reward alone is left, and one rollout fewer to divide by
+        reward = compute_advantages(config(objective={"coef": 0.0, "type": "immediate"}, reward={"coef": 1.0}), whole)[
             0
         ].advantages
-        rest = follow(config(objective=objective, outcome={"coef": 0.0, "baseline": "none"}), expected)[0].advantages
-        assert outcome is not None
+        rest = compute_advantages(config(objective=objective, reward={"coef": 0.0, "baseline": "none"}), expected)[
+            0
+        ].advantages
+        assert reward is not None
         share = (len(whole) - 1) / len(whole)
-        kept = torch.zeros_like(outcome) if rest is None else torch.where(row, 0.0, rest)
-        expected = replace(expected, distill_mask=expected.distill_mask & ~row, advantages=kept + share * outcome)
+        kept = torch.zeros_like(reward) if rest is None else torch.where(row, 0.0, rest)
+        expected = replace(expected, distill_mask=expected.distill_mask & ~row, advantages=kept + share * reward)
         assert_same_gradient(bench.gradient(plain, **objective), bench.gradient(expected, **objective), 1e-6)
 
 
@@ -132,7 +134,7 @@ def recipe(folder: Path, **changes: Any) -> opd.Config:
 
 
 def test_a_step_without_any_rollout_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.trainer.run_checks", lambda config, studio, material: [])  # they would play episodes too
+    monkeypatch.setattr("opd.trainer.run_checks", lambda config, backend, task_data: [])  # they would play episodes too
     run = opd.train(recipe(tmp_path, steps=4), environment=down((2,), 2)).run
     lines = opd.read_metrics(run)
     assert [line.get("update/skipped/sum", 0.0) for line in lines] == [0.0, 1.0, 0.0, 0.0]
@@ -147,7 +149,7 @@ def test_a_step_without_any_rollout_is_skipped_and_counted(tmp_path: Path, monke
 
 
 def test_a_run_of_which_nothing_comes_any_more_stops_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.trainer.run_checks", lambda config, studio, material: [])
+    monkeypatch.setattr("opd.trainer.run_checks", lambda config, backend, task_data: [])
     with pytest.raises(RunError, match=r"no rollout of the last 3 steps can be trained on \(.*the server is down\)"):
         opd.train(recipe(tmp_path, steps=9), environment=down((2, 3, 4), 2))
 
@@ -216,7 +218,7 @@ def test_a_grader_takes_the_place_of_what_an_environment_gave():
     "objective",
     [
         {"type": "exact"},
-        {"type": "support", "support": 8},
+        {"type": "top_k", "top_k": 8},
         {"type": "exact_to_go", "discount": 1.0, "baseline": "leave_one_out"},
         {"type": "kl_to_go", "discount": 1.0},
         {"type": "to_go", "discount": 1.0},
@@ -225,17 +227,17 @@ def test_a_grader_takes_the_place_of_what_an_environment_gave():
     ],
 )
 def test_a_step_of_which_nothing_was_scored_follows_its_outcome(tmp_path: Path, objective: dict[str, Any]):
-    """The gradient is that of the outcome alone."""
+    """The gradient is that of the reward alone."""
     with float64_norms():
         bench = make_bench(tmp_path)
         lost = [
             unscored(replace(s, rollout=replace(s.rollout, reward=float(i % 2)))) for i, s in enumerate(bench.scored)
         ]
         batch, _ = pack(lost, logprob_floor=-50.0, unscored=True)
-        how = config(objective=objective, outcome={"coef": 1.0})
-        found = follow(how, bench.learner(**objective).score_student(batch))[0]
+        how = config(objective=objective, reward={"coef": 1.0})
+        found = compute_advantages(how, bench.learner(**objective).score_student(batch))[0]
         alone = {"coef": 0.0, "type": "immediate"}
-        expected = follow(config(objective=alone, outcome={"coef": 1.0}), batch)[0]
+        expected = compute_advantages(config(objective=alone, reward={"coef": 1.0}), batch)[0]
         assert_same_gradient(bench.gradient(found, **objective), bench.gradient(expected, **alone), 1e-6)
 
 

@@ -12,16 +12,16 @@ import torch
 from factories import merged_model, plain_logprobs
 from transformers import AutoModelForCausalLM
 
-from opd.config import EpisodesConfig, ServedConfig
+from opd.config import EpisodesConfig, RemoteConfig
 from opd.distributed.engine import Engine, EnginePlan
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
-from opd.records import Prompt, Rollout, SupportScore
-from opd.remote.client import Endpoint, Wire
+from opd.records import Prompt, Rollout, TopKScore
+from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
 from opd.remote.endpoints import Fixed
-from opd.remote.sampler import ServedSampler
-from opd.remote.teacher import ServedTeacher
+from opd.remote.sampler import RemoteSampler
+from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 
@@ -66,22 +66,22 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def teacher(engine: Engine) -> Iterator[ServedTeacher]:
-    wire = Wire(ServedConfig(timeout_s=120, attempts=2))
+def teacher(engine: Engine) -> Iterator[RemoteTeacher]:
+    client = Client(RemoteConfig(timeout_s=120, attempts=2))
     tokenizer = load_tokenizer(str(MODEL)).tokenizer
-    yield connect("t", Endpoint("teacher 't'", (engine.state().url,), "base"), wire, tokenizer, top=TOP)
-    wire.close()
+    yield connect("t", Endpoint("teacher 't'", (engine.state().url,), "base"), client, tokenizer, top=TOP)
+    client.close()
 
 
-def sampler_of(teacher: ServedTeacher) -> ServedSampler:
+def sampler_of(teacher: RemoteTeacher) -> RemoteSampler:
     loaded = load_tokenizer(str(MODEL))
     ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
     player = EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
-    return ServedSampler(teacher.model, teacher.wire, temperature=1.0, max_new_tokens=16, context=None, player=player)
+    return RemoteSampler(teacher.model, teacher.client, temperature=1.0, max_new_tokens=16, context=None, player=player)
 
 
 @pytest.fixture(scope="module")
-def sampled(teacher: ServedTeacher) -> list[Rollout]:
+def sampled(teacher: RemoteTeacher) -> list[Rollout]:
     sampler = sampler_of(teacher)
     prompts = [Prompt(str(i), ({"role": "user", "content": f"What is {i} + 3?"},), "t", "task") for i in range(4)]
     found = sampler.sample(prompts, num_samples=2, seed=(1,))
@@ -101,13 +101,13 @@ def test_what_is_sampled_has_the_logprobs_that_transformers_gives(sampled: list[
 
 
 @pytest.mark.real
-def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: ServedTeacher, sampled: list[Rollout]):
+def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: RemoteTeacher, sampled: list[Rollout]):
     assert teacher.unknown == ""
     assert teacher.context == 511
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     for scored in teacher.score(sampled):
         item, score = scored.rollout, scored.score
-        assert isinstance(score, SupportScore)
+        assert isinstance(score, TopKScore)
         np.testing.assert_allclose(score.logprobs[item.loss_mask], plain_logprobs(model, item), atol=2e-4)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(item.token_ids.tolist())[None]).logits[0].double()
@@ -115,13 +115,13 @@ def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: ServedTe
         known = score.ids >= 0
         assert known.sum(-1).min() >= TOP
         mine = np.take_along_axis(rows, np.where(known, score.ids, 0), axis=-1)
-        np.testing.assert_allclose(score.on_support[known], mine[known], atol=2e-4)
+        np.testing.assert_allclose(score.top_k_logprobs[known], mine[known], atol=2e-4)
         best = np.sort(rows, axis=-1)[:, ::-1][:, :TOP]
         np.testing.assert_allclose(np.sort(mine, axis=-1)[:, ::-1][:, : TOP - 1], best[:, : TOP - 1], atol=2e-4)
 
 
 @pytest.mark.real
-def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: ServedTeacher, sampled: list[Rollout]):
+def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: RemoteTeacher, sampled: list[Rollout]):
     engine.load("student-1", files_of(EXPERT))
     assert engine.state().versions == ("student-1",)
     adapted = replace(teacher, model=Fixed(replace(teacher.model.newest(), model="student-1")), top=0)
@@ -133,7 +133,7 @@ def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: Ser
 
 
 @pytest.mark.real
-def test_weights_that_took_the_place_of_an_engines_own_speak(teacher: ServedTeacher, sampled: list[Rollout]):
+def test_weights_that_took_the_place_of_an_engines_own_speak(teacher: RemoteTeacher, sampled: list[Rollout]):
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     with started(holds="weights", secret="a key") as engine:
         endpoint = Endpoint("the student", (engine.state().url,), "base", secret="a key")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd.objectives.baselines import score_weighted
-from opd.objectives.divergences import forward_kl, jsd, reverse_kl, support_reverse_kl, tail_logprob
+from opd.objectives.divergences import forward_kl, jsd, reverse_kl, tail_logprob, top_k_reverse_kl
 from opd.objectives.tiles import tiles
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, state_statistics, vocabulary_loss
 
@@ -100,9 +100,7 @@ def test_a_shared_head_is_read_once_a_tile(monkeypatch: pytest.MonkeyPatch):
         assert products == expected
 
 
-@pytest.mark.parametrize(
-    "options", [*CASES, {"support": 2}, {"support": 2, "temperature": 0.7}, {"support": VOCAB}], ids=str
-)
+@pytest.mark.parametrize("options", [*CASES, {"top_k": 2}, {"top_k": 2, "temperature": 0.7}, {"top_k": VOCAB}], ids=str)
 def test_gradcheck(options: dict[str, Any]):
     hidden, head, teachers, weights, sampled = given_states()
     how = VocabularyLoss(max_logits=2 * VOCAB, **options)
@@ -117,7 +115,7 @@ def bucketed(k: int, *, residual: bool = False, sampled: Tensor | None = None) -
     """(the gradient in the student's logits of each state, the divergence [states]) on a support."""
     hidden, head, teachers, _, ids = given_states()
     logits = (hidden @ head.T).detach().requires_grad_()
-    how = VocabularyLoss(support=k, tail_residual=residual)
+    how = VocabularyLoss(top_k=k, tail_residual=residual)
     loss, stats = vocabulary_loss(
         logits,
         torch.eye(VOCAB, dtype=torch.float64),
@@ -137,7 +135,7 @@ def one_teacher() -> tuple[Tensor, Tensor]:
 
 def test_a_support_of_the_whole_vocabulary_is_the_reverse_kl():
     hidden, head, teachers, weights, sampled = given_states()
-    found = vocabulary_loss(hidden, head, teachers, weights, VocabularyLoss(support=VOCAB), sampled_ids=sampled)
+    found = vocabulary_loss(hidden, head, teachers, weights, VocabularyLoss(top_k=VOCAB), sampled_ids=sampled)
     whole = vocabulary_loss(hidden, head, teachers, weights, VocabularyLoss())
     torch.testing.assert_close(found[1].divergence, whole[1].reverse_kl, rtol=1e-12, atol=1e-12)
     assert found[1].tail.abs().max() == 0
@@ -155,7 +153,7 @@ def test_a_support_with_its_tail_is_a_lower_bound_that_grows_with_k():
     for k in range(1, VOCAB + 1):
         _, stats = vocabulary_loss(
             student, torch.eye(VOCAB, dtype=torch.float64), teachers, torch.ones(STATES).double(),
-            VocabularyLoss(support=k), sampled_ids=student.argmax(-1),
+            VocabularyLoss(top_k=k), sampled_ids=student.argmax(-1),
         )  # fmt: skip
         assert bool((stats.divergence <= exact + 1e-12).all())
         assert bool((stats.divergence >= before - 1e-12).all())
@@ -172,7 +170,7 @@ def test_support_reverse_kl_is_the_kl_of_the_buckets(seed: int, k: int):
     p = torch.cat([logp[chosen].exp(), 1 - logp[chosen].exp().sum()[None]])
     q = torch.cat([logq[chosen].exp(), 1 - logq[chosen].exp().sum()[None]])
     wanted = (p * (p / q).log()).sum()
-    assert float(support_reverse_kl(logp[chosen], logq[chosen])) == pytest.approx(float(wanted), abs=1e-9)
+    assert float(top_k_reverse_kl(logp[chosen], logq[chosen])) == pytest.approx(float(wanted), abs=1e-9)
     assert float(wanted) <= float(reverse_kl(*(2 * logits))) + 1e-9
 
 
@@ -181,7 +179,7 @@ def test_the_gradient_on_a_support_is_that_of_the_bucketed_kl():
     chosen = torch.tensor([0, 3, 5])
     logits = student[0].clone().requires_grad_()
     logq = torch.log_softmax(teacher[0], -1)[chosen]
-    (found,) = torch.autograd.grad(support_reverse_kl(torch.log_softmax(logits, -1)[chosen], logq), logits)
+    (found,) = torch.autograd.grad(top_k_reverse_kl(torch.log_softmax(logits, -1)[chosen], logq), logits)
     p = torch.softmax(logits, -1)[chosen]
     buckets = torch.cat([p, 1 - p.sum()[None]])
     q = torch.cat([logq.exp(), 1 - logq.exp().sum()[None]])
@@ -191,7 +189,7 @@ def test_the_gradient_on_a_support_is_that_of_the_bucketed_kl():
 
 def test_a_support_of_everything_leaves_no_tail():
     logp, logq = torch.log_softmax(draw(2, VOCAB, seed=6), -1)
-    assert float(support_reverse_kl(logp, logq)) == pytest.approx(float(reverse_kl(logp, logq)), abs=1e-12)
+    assert float(top_k_reverse_kl(logp, logq)) == pytest.approx(float(reverse_kl(logp, logq)), abs=1e-12)
     assert float(tail_logprob(logp)) == -50.0
 
 
@@ -230,7 +228,7 @@ def test_an_extrapolated_target_moves_away_from_the_reference():
 
 def test_state_statistics_are_those_of_the_loss_with_the_best_baseline():
     hidden, head, teachers, weights, _ = given_states()
-    how = VocabularyLoss(temperature=0.8, max_logits=VOCAB, support=3)
+    how = VocabularyLoss(temperature=0.8, max_logits=VOCAB, top_k=3)
     found = state_statistics(hidden, head, teachers[:1], how, score_weighted=True)
     _, wanted = vocabulary_loss(hidden, head, teachers[:1], weights, VocabularyLoss(temperature=0.8))
     torch.testing.assert_close(found.reverse_kl, wanted.reverse_kl)

@@ -26,12 +26,12 @@ def test_a_teacher_with_a_template_of_its_own_is_learnt_from_in_the_students(
     tokenizer.chat_template = SHOUTING
     tokenizer.save_pretrained(source)
     config = opd.parse_config(tree | {"warmup": {"steps": 1}, "temperature": 2.0})
-    studio = build(config)
-    assert studio.voices["even"].network.tokenizer.chat_template == SHOUTING
+    backend = build(config)
+    assert backend.policies["even"].network.tokenizer.chat_template == SHOUTING
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "hi"},), "even", "first") for i in range(64)]
-    found = warmup._shown(studio, prompts, 1)
+    found = warmup._shown(backend, prompts, 1)
     assert found  # some of 64 ended within their limit
-    own = studio.student.network.tokenizer
+    own = backend.student.network.tokenizer
     for rollout in found:
         assert "<|im_start|>user" in own.decode(rollout.token_ids)
         assert "USER" not in own.decode(rollout.token_ids)

@@ -12,9 +12,9 @@ from factories import byte_tokenizer, prompt, rollout, save_adapter, sft_recipe,
 import opd
 from opd.config import SftConfig
 from opd.errors import CheckError, DataError, ModelError
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.sampler import EmbeddedSampler
+from opd.local.sampler import LocalSampler
 from opd.records import FailedScore, Rollout
 from opd.sft import sft
 
@@ -43,7 +43,7 @@ def unlikely(monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(*args: Any, **options: Any) -> Any:
         raise AssertionError("sampled from a model that is refused")
 
-    monkeypatch.setattr(EmbeddedSampler, "sample", sample)
+    monkeypatch.setattr(LocalSampler, "sample", sample)
 
 
 def recipe(tmp_path: Path, who: str, model: str, **changes: Any) -> opd.Config:
@@ -96,7 +96,7 @@ def test_fine_tuning_refuses_a_model_whose_numbers_are_wrong(tmp_path: Path, mon
 def test_evaluation_checks_the_packing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = recipe(tmp_path, "student", save(tmp_path / "qwen3", "qwen3", SOUND["qwen3"]), steps=2)
     opd.train(config)
-    monkeypatch.setattr(EmbeddedStudio, "packing_errors", lambda self: {"the student": {"several sequences": 0.3}})
+    monkeypatch.setattr(LocalBackend, "packing_errors", lambda self: {"the student": {"several sequences": 0.3}})
     with pytest.raises(
         CheckError, match=r"packed logits equal plain logits \(the student\)' failed: .* carry state across"
     ):
@@ -168,13 +168,13 @@ def test_a_teacher_scores_up_to_the_change_of_its_rope_and_says_why_not_beyond(t
 def test_a_student_stops_sampling_where_its_rope_changes(tmp_path: Path):
     """Rows of different lengths grow together; each keeps the numbers of the model's own forward pass."""
     model = save(tmp_path / "llama", "llama", {**SOUND["llama"], **LONGROPE})
-    studio = build(recipe(tmp_path, "student", model, sampling={"max_new_tokens": 40}))
+    backend = build(recipe(tmp_path, "student", model, sampling={"max_new_tokens": 40}))
     prompts = [prompt("short", "a"), prompt("long", "b" * 20)]
-    sampled = studio.sampler().sample(prompts, num_samples=4, seed=(1,))
+    sampled = backend.sampler().sample(prompts, num_samples=4, seed=(1,))
     assert max(len(r.token_ids) for r in sampled) == 64
     assert {r.finish for r in sampled if r.prompt.id == "long"} <= {"context", "end"}
     assert any(r.finish == "context" for r in sampled)
-    base = studio.student.network.base
+    base = backend.student.network.base
     for item in sampled:
         with torch.no_grad():
             logits = base(input_ids=torch.tensor([item.token_ids.tolist()])).logits[0, :-1]

@@ -16,9 +16,9 @@ from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, Turn
 from opd.text.alignment import pair_turns, total, turn_facts
 from opd.text.alignment_report import Side, describe, shares, sides
-from opd.text.student_text import Writer
+from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import Renderings, different_renderings
-from opd.text.teacher_text import Reader
+from opd.text.teacher_text import TeacherSide
 from opd.text.template import freeze
 from opd.text.tokenizer import difference
 
@@ -51,24 +51,26 @@ def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMP
     now = datetime.now()
     for loaded in (ours, theirs):
         freeze(loaded.tokenizer, now)
-    writer = Writer(ours.tokenizer, generation_config=ours.generation_config)
-    reader = Reader(theirs.tokenizer, name=teacher, generation_config=theirs.generation_config)
-    items = [_as_rollout(rollouts, writer)] if isinstance(rollouts, str) else list(rollouts)
+    student_side = StudentSide(ours.tokenizer, generation_config=ours.generation_config)
+    teacher_side = TeacherSide(theirs.tokenizer, name=teacher, generation_config=theirs.generation_config)
+    items = [_as_rollout(rollouts, student_side)] if isinstance(rollouts, str) else list(rollouts)
     responses, facts, failures = [], [], []
     for item in items:
         try:
-            turns = pair_turns(item, writer, reader)
+            turns = pair_turns(item, student_side, teacher_side)
         except DataError as error:
             failures.append(f"rollout '{item.id}': {error}")
             continue
         for turn in turns:
-            responses.append(tuple(sides(turn, item.token_ids[turn.start : turn.stop].tolist(), writer, reader)))
-            facts.append(turn_facts(turn, np.zeros(len(turn.reading.ends) + turn.ends_turn)))
+            responses.append(
+                tuple(sides(turn, item.token_ids[turn.start : turn.stop].tolist(), student_side, teacher_side))
+            )
+            facts.append(turn_facts(turn, np.zeros(len(turn.teacher_text.ends) + turn.ends_turn)))
     gap = difference(ours.tokenizer, theirs.tokenizer)
     apart = different_renderings(ours.tokenizer, theirs.tokenizer)
     ends = [
         f"where a turn of '{who}' ends: {end.note}"
-        for who, end in ((student, writer.end), (teacher, reader.end))
+        for who, end in ((student, student_side.end), (teacher, teacher_side.end))
         if end.note
     ]
     return Comparison(student, teacher, gap, tuple(responses), total(facts), tuple(failures), apart, tuple(ends))
@@ -140,11 +142,11 @@ def _report(found: Comparison) -> Iterator[str]:
         yield f"not read: {failure}"
 
 
-def _as_rollout(text: str, writer: Writer) -> Rollout:
+def _as_rollout(text: str, student_side: StudentSide) -> Rollout:
     """A text as the student would write it: in its tokenizer's own tokens, special tokens in it as text, the turn ended."""
-    ids = [*writer.encode(text), writer.end_id]
+    ids = [*student_side.encode(text), student_side.end_id]
     prompt = Prompt("text", ({"role": "user", "content": "?"},), teacher="teacher", task="text")
-    token_ids = np.array([writer.end_id, *ids], dtype=np.int32)  # one token stands for the prompt
+    token_ids = np.array([student_side.end_id, *ids], dtype=np.int32)  # one token stands for the prompt
     return Rollout(
         prompt=prompt,
         sample=0,

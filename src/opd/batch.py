@@ -21,7 +21,7 @@ from opd.records import (
     SampledScore,
     Score,
     ScoredRollout,
-    SupportScore,
+    TopKScore,
 )
 
 _BY_ROLLOUT = frozenset({"lengths", "group_ids", "episodes", "rewards", "num_bytes"})
@@ -35,10 +35,10 @@ class Batch:
     for the parts of one episode, which follow each other in order; turns [tokens]: which of its episode's student turns an action
     belongs to; flagged [tokens]: where format errors lie;
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. distill_mask: those that the
-    distillation term acts on (all, unless `opd.objective` leaves some out); outcome_mask: those that an outcome acts on.
+    distillation term acts on (all, unless `opd.objective` leaves some out); reward_mask: those that an reward acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
-    support_ids, support_logprobs [tokens, support]: of teachers that gave their likeliest tokens, as in `SupportScore` (-1 and -inf
+    top_k_ids, logprobs_at [tokens, support]: of teachers that gave their likeliest tokens, as in `TopKScore` (-1 and -inf
     where there is none).
     chunks [tokens] and num_bytes [batch]: with a teacher of another tokenizer, as in `ChunkScore` but with numbers of which no two
     rollouts share one, and with rollouts that have no score; a token that was scored by itself is a chunk of its own, and its
@@ -60,13 +60,13 @@ class Batch:
     flagged: Tensor
     loss_mask: Tensor
     distill_mask: Tensor
-    outcome_mask: Tensor
+    reward_mask: Tensor
     rollout_logprobs: Tensor
     teacher_logprobs: Tensor
     teacher_parts: tuple[tuple[HiddenPart, ...], ...] | None = None
     compared: Tensor | None = None
-    support_ids: Tensor | None = None
-    support_logprobs: Tensor | None = None
+    top_k_ids: Tensor | None = None
+    logprobs_at: Tensor | None = None
     chunks: Tensor | None = None
     num_bytes: Tensor | None = None
     student_logprobs: Tensor | None = None
@@ -80,7 +80,7 @@ class Batch:
     @property
     def train_mask(self) -> Tensor:
         """The actions that any term trains on, [tokens] bool."""
-        return self.distill_mask | self.outcome_mask
+        return self.distill_mask | self.reward_mask
 
     @property
     def scored(self) -> Tensor:
@@ -89,9 +89,9 @@ class Batch:
 
     @property
     def used(self) -> Tensor:
-        """The actions of rollouts that have a score or that an outcome acts on, [tokens] bool; the others say of their episode
+        """The actions of rollouts that have a score or that an reward acts on, [tokens] bool; the others say of their episode
         alone what it is."""
-        rows = self.any_of(self.scored | self.outcome_mask)
+        rows = self.any_of(self.scored | self.reward_mask)
         return self.loss_mask & torch.repeat_interleave(rows, self.lengths)
 
     @property
@@ -147,7 +147,7 @@ class Batch:
 
 
 def trainable(scored: Sequence[ScoredRollout], *, unscored: bool = False) -> list[ScoredRollout]:
-    """The rollouts with actions and a score; `unscored`: those too that no teacher could score and an outcome acts on, for they
+    """The rollouts with actions and a score; `unscored`: those too that no teacher could score and an reward acts on, for they
     have a verdict. One whose episode failed is never among them."""
     faulty = {(s.rollout.prompt.id, s.rollout.sample) for s in scored if s.rollout.flags}
 
@@ -201,11 +201,11 @@ def pack(
         token_ids=torch.from_numpy(flat["ids"].astype(np.int64)),
         loss_mask=loss_mask,
         distill_mask=loss_mask,
-        outcome_mask=torch.zeros_like(loss_mask),
+        reward_mask=torch.zeros_like(loss_mask),
         rollout_logprobs=torch.from_numpy(flat["rollout"].astype(np.float32)),
         teacher_logprobs=torch.from_numpy(flat["teacher"].astype(np.float32)),
         teacher_parts=_parts(usable),
-        **(_chunk_columns(usable) | _support_columns(usable)),
+        **(_chunk_columns(usable) | _top_k_columns(usable)),
     )
     counts = {"dropped": len(scored) - len(counted), "floored": floored}
     if unscored:
@@ -368,19 +368,19 @@ def _chunk_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     return found
 
 
-def _support_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
+def _top_k_columns(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     """The columns of teachers that gave their likeliest tokens; none where one gave something else."""
-    if not scored or not all(isinstance(s.score, SupportScore | FailedScore) for s in scored):
+    if not scored or not all(isinstance(s.score, TopKScore | FailedScore) for s in scored):
         return {}
-    known = [s.score.ids.shape[1] for s in scored if isinstance(s.score, SupportScore)]
+    known = [s.score.ids.shape[1] for s in scored if isinstance(s.score, TopKScore)]
     shape = sum(len(s.rollout.token_ids) for s in scored), max(known, default=1)
     ids, logprobs = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
     start = 0
     for item in scored:
         places = start + np.flatnonzero(item.rollout.loss_mask)
-        if isinstance(item.score, SupportScore):
+        if isinstance(item.score, TopKScore):
             width = item.score.ids.shape[1]
             ids[places, :width] = item.score.ids
-            logprobs[places, :width] = item.score.on_support
+            logprobs[places, :width] = item.score.top_k_logprobs
         start += len(item.rollout.token_ids)
-    return {"support_ids": torch.from_numpy(ids), "support_logprobs": torch.from_numpy(logprobs)}
+    return {"top_k_ids": torch.from_numpy(ids), "logprobs_at": torch.from_numpy(logprobs)}

@@ -23,24 +23,24 @@ class Collected:
 
 
 def collect(
-    config: Config, stream: PromptStream, sampler: Sampler, teachers: Teacher, *, step: int, in_units: bool
+    config: Config, stream: PromptStream, sampler: Sampler, teachers: Teacher, *, step: int, per_prompt: bool
 ) -> Collected:
     """Sample and score the prompts that come next.
 
-    in_units: each prompt by itself, all of them at once, so that a response is scored as soon as its group is there: for samplers
+    per_prompt: each prompt by itself, all of them at once, so that a response is scored as soon as its group is there: for samplers
     and teachers that wait for servers rather than for this machine.
     """
     start = time.perf_counter()
     prompts = stream.next(config.sampling.prompts_per_step)
-    units = _by_prompt(prompts) if in_units else []
+    units = _by_prompt(prompts) if per_prompt else []
 
     def work(unit: Sequence[Prompt]) -> tuple[list[ScoredRollout], float]:
-        seed: Seed = (config.seed, "sample", step, *(("prompt", unit[0].id) if in_units else ()))
+        seed: Seed = (config.seed, "sample", step, *(("prompt", unit[0].id) if per_prompt else ()))
         rollouts = sampler.sample(unit, num_samples=config.sampling.group_size, seed=seed)
         sampled = time.perf_counter()
         return score_usable(teachers, rollouts), sampled
 
-    if not in_units:
+    if not per_prompt:
         found = [work(prompts)]
     else:
         most = max(1, config.episodes.max_concurrent // config.sampling.group_size)
@@ -52,7 +52,7 @@ def collect(
 
 
 def judged(judge: Judge, scored: Sequence[ScoredRollout]) -> tuple[ScoredRollout, ...]:
-    """The same with outcomes and flags."""
+    """The same with rewards and flags."""
     rollouts = judge([item.rollout for item in scored])
     return tuple(replace(item, rollout=rollout) for item, rollout in zip(scored, rollouts, strict=True))
 

@@ -10,7 +10,7 @@ import torch
 from opd.batch import pack
 from opd.data.tasks import SPLITS
 from opd.metrics import mean_interval, wilson_interval
-from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, SupportScore
+from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, TopKScore
 from opd.rewards.judge import Judge
 from opd.roles import Sampler, Seed, Teacher
 
@@ -133,7 +133,7 @@ def _averages(per_token: Sequence[np.ndarray], scored: Sequence[ScoredRollout]) 
 
 def _from_samples(scored: Sequence[ScoredRollout], logprob_floor: float) -> dict[str, float]:
     """The same from what was sampled, and a byte for a teacher that scores chunks; nothing when nothing was scored."""
-    known = [s for s in scored if isinstance(s.score, SampledScore | SupportScore | ChunkScore) and s.mask.any()]
+    known = [s for s in scored if isinstance(s.score, SampledScore | TopKScore | ChunkScore) and s.mask.any()]
     if not known:
         return {}
     batch, _ = pack(known, logprob_floor=logprob_floor)

@@ -14,11 +14,11 @@ from opd.batch import pack, trainable
 from opd.collect import Collected, collect, judged
 from opd.config import Config
 from opd.data.stream import PromptStream
-from opd.detectors.metrics import evidence
+from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
-from opd.objective import follow
-from opd.prefetch import Ahead
+from opd.objective import compute_advantages
+from opd.prefetch import Prefetch
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
 from opd.roles import Learner, Sampler, Teacher
@@ -30,7 +30,7 @@ _MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; special_ids: the student's special tokens; in_units: prompts are sampled and scored each by itself,
+    """What a run is made of; special_ids: the student's special tokens; per_prompt: prompts are sampled and scored each by itself,
     all at once (`opd.collect`)."""
 
     stream: PromptStream
@@ -39,7 +39,7 @@ class Parts:
     learner: Learner
     judge: Judge
     special_ids: frozenset[int] = frozenset()
-    in_units: bool = False
+    per_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepRe
     empty = 0
     silent: Counter[str] = Counter()
     staleness = config.cluster.max_staleness
-    with Ahead(partial(_collect, config, parts), first=start + 1, last=config.steps, ahead=staleness) as ahead:
+    with Prefetch(partial(_collect, config, parts), first=start + 1, last=config.steps, ahead=staleness) as ahead:
         for step in range(start + 1, config.steps + 1):
             clock = _Clock()
             collected = ahead.take()
@@ -97,7 +97,7 @@ def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepRe
             (clock.aside if staleness else clock.phases).update(collected.phases)
             report = update(config, parts, step, collected, clock)
             ahead.done(step)
-            empty = 0 if trainable(report.scored, unscored=config.outcome.coef > 0) else empty + 1
+            empty = 0 if trainable(report.scored, unscored=config.reward.coef > 0) else empty + 1
             yield report
             _require_answers(report.scored, silent)
             if empty == _MOST_EMPTY:
@@ -118,7 +118,7 @@ def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> N
 
 
 def _collect(config: Config, parts: Parts, step: int) -> Collected:
-    return collect(config, parts.stream, parts.sampler, parts.teachers, step=step, in_units=parts.in_units)
+    return collect(config, parts.stream, parts.sampler, parts.teachers, step=step, per_prompt=parts.per_prompt)
 
 
 def train_step(config: Config, parts: Parts, step: int) -> StepReport:
@@ -141,7 +141,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
         raise
     rollouts = [item.rollout for item in scored]
     _require_most(config, step, scored)
-    unscored = config.outcome.coef > 0
+    unscored = config.reward.coef > 0
     if not trainable(scored, unscored=unscored):
         # the same weights, and the version that a run has which is resumed here
         failure = _hand_over(parts, step)
@@ -154,7 +154,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
         batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
         if config.objective.needs_student_scores or config.cluster.max_staleness:
             batch = parts.learner.score_student(batch)
-        batch, followed = follow(config, batch)
+        batch, followed = compute_advantages(config, batch)
         # A batch of which nothing is left makes no update: an optimizer's momentum would move on it all the same.
         epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
         updates = [parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(epochs)]
@@ -167,7 +167,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
     metrics |= alignment_metrics(scored)
     integrated = config.objective.coef if config.objective.integrated else 0.0
-    metrics |= evidence(scored, batch, special_ids=parts.special_ids, integrated=integrated)
+    metrics |= detector_metrics(scored, batch, special_ids=parts.special_ids, integrated=integrated)
     metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
     if config.cluster.max_staleness:
         ages = [step - 1 - r.policy_version for r in rollouts]
@@ -198,10 +198,10 @@ def _why(lost: Sequence[ScoredRollout]) -> str:
 def _require_most(config: Config, step: int, scored: Sequence[ScoredRollout]) -> None:
     """Raise StalledError when servers lost more of a step than the recipe allows."""
     lost = [s for s in scored if _lost(s)]
-    if len(lost) > config.served.max_lost_share * len(scored):
+    if len(lost) > config.remote.max_lost_fraction * len(scored):
         raise StalledError(
-            f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than served.max_lost_share = "
-            f"{config.served.max_lost_share:g}"
+            f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than remote.max_lost_fraction = "
+            f"{config.remote.max_lost_fraction:g}"
         )
 
 
@@ -210,7 +210,7 @@ def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollou
     metrics = rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
     retries = sum(s.retries + s.rollout.events.get("retried", 0) for s in scored)
     lost = sum(map(_lost, scored))
-    return metrics | {f"served/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
+    return metrics | {f"remote/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
 
 
 def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
@@ -230,7 +230,7 @@ def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Outcome, length and truncation, over all and by task, and what happened in environments."""
+    """Reward, length and truncation, over all and by task, and what happened in environments."""
     episodes = [r for r in rollouts if r.part == 0]
     metrics: Metrics = {
         "response/length/mean": Mean(sum(r.num_actions for r in rollouts), len(episodes)),
@@ -238,9 +238,9 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
         "batch/rollouts/sum": Sum(len(rollouts)),
         "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),
     }
-    metrics["outcome/mean"] = mean_of(r.reward for r in episodes if r.reward is not None)
+    metrics["reward/mean"] = mean_of(r.reward for r in episodes if r.reward is not None)
     for task in dict.fromkeys(r.prompt.task for r in rollouts):
-        metrics[f"outcome/{task}/mean"] = mean_of(
+        metrics[f"reward/{task}/mean"] = mean_of(
             r.reward for r in episodes if r.prompt.task == task and r.reward is not None
         )
     events = sum((Counter(r.events) for r in rollouts), Counter())

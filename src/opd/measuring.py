@@ -1,4 +1,4 @@
-"""What a run measures of its student: held-out outcomes on the way, and the parity table at its end."""
+"""What a run measures of its student: held-out rewards on the way, and the parity table at its end."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ from opd.logging.run_folder import RunFolder
 from opd.loop import Parts
 from opd.metrics import Mean, Metrics, merge, values
 from opd.records import Prompt, ScoredRollout
-from opd.roles import Studio
-from opd.startup import Material
+from opd.roles import Backend
+from opd.startup import TaskData
 
 _BEFORE = "before.json"
-Cells = dict[tuple[str, str, str], Cell]
+SharedVocabulary = dict[tuple[str, str, str], Cell]
 """By task, split and teacher."""
 
 
 class Measuring:
     """Evaluates a run's student as it is now, and its teachers, on the recipe's prompts."""
 
-    def __init__(self, config: Config, folder: RunFolder, studio: Studio, parts: Parts, material: Material) -> None:
+    def __init__(self, config: Config, folder: RunFolder, backend: Backend, parts: Parts, task_data: TaskData) -> None:
         self._config = config
         self._folder = folder
-        self._studio = studio
+        self._backend = backend
         self._parts = parts
-        self._material = material
+        self._task_data = task_data
 
     def held_out(self, step: int) -> dict[str, float]:
         """The student's mean reward on held-out prompts, by another grader where a task names one; every `evaluation.every`
@@ -41,16 +41,16 @@ class Measuring:
         if not config.every or step % config.every:
             return {}
         found: list[Metrics] = []
-        for task, splits in self._material.prompts.items():
+        for task, splits in self._task_data.prompts.items():
             chosen = pick(splits["held_out"], config.held_out_prompts, seed=0)
-            cell = evaluate(self._studio.sampler(), chosen, self._material.grader()) if chosen else None
+            cell = evaluate(self._backend.sampler(), chosen, self._task_data.grader()) if chosen else None
             if cell is not None and cell.mean_reward is not None:
                 mean = Mean(cell.mean_reward * cell.verified, cell.verified)
-                # over all and by task, as `outcome` is
-                found.append({"held_out/outcome/mean": mean, f"held_out/outcome/{task}/mean": mean})
+                # over all and by task, as `reward` is
+                found.append({"held_out/reward/mean": mean, f"held_out/reward/{task}/mean": mean})
         return values(merge(found))
 
-    def before(self, line: ProgressLine, *, restored: bool) -> Cells:
+    def before(self, line: ProgressLine, *, restored: bool) -> SharedVocabulary:
         """The student's cells before the first step: measured once, and kept."""
         if (self._folder.path / _BEFORE).exists():
             return self.kept()
@@ -63,7 +63,7 @@ class Measuring:
         self._folder.write_text(_BEFORE, json.dumps(plain, indent=1) + "\n")
         return cells
 
-    def kept(self) -> Cells:
+    def kept(self) -> SharedVocabulary:
         """What `before` kept; nothing where it measured nothing."""
         path = self._folder.path / _BEFORE
         if not path.exists():
@@ -79,9 +79,9 @@ class Measuring:
         rows = []
         for (task, split, teacher), cell in after.items():
             expert = None
-            alone = self._studio.alone(teacher)
+            alone = self._backend.alone(teacher)
             if alone is not None:
-                judge = self._material.judge(self._config, alone.tokenizer)
+                judge = self._task_data.judge(self._config, alone.tokenizer)
                 try:
                     expert = evaluate(alone.sampler, self._evaluation_set(task, split, teacher), judge)
                 except DataError as error:  # its own chat template may refuse what the student's takes
@@ -93,8 +93,8 @@ class Measuring:
         line.say(text)
         return rows
 
-    def _student_cells(self, count: int) -> Cells:
-        sampler, teachers = self._studio.sampler(), self._studio.teachers(keep_hidden=True)
+    def _student_cells(self, count: int) -> SharedVocabulary:
+        sampler, teachers = self._backend.sampler(), self._backend.teachers(keep_hidden=True)
         return {
             key: evaluate(
                 sampler,
@@ -104,7 +104,7 @@ class Measuring:
                 reverse_kl=self._reverse_kl,
                 logprob_floor=self._config.objective.teacher_logprob_floor,
             )
-            for key in by_task(self._material.prompts)
+            for key in by_task(self._task_data.prompts)
         }
 
     def _reverse_kl(self, scored: Sequence[ScoredRollout]) -> list[np.ndarray]:
@@ -115,6 +115,6 @@ class Measuring:
         return [kl[a:b][batch.loss_mask[a:b]].double().numpy() for a, b in pairwise(batch.offsets)]
 
     def _evaluation_set(self, task: str, split: str, teacher: str) -> list[Prompt]:
-        mine = [p for p in self._material.prompts[task][split] if p.teacher == teacher]
+        mine = [p for p in self._task_data.prompts[task][split] if p.teacher == teacher]
         # The same prompts whatever the run's seed, so that runs can be compared.
         return pick(mine, self._config.evaluation.num_prompts, seed=0)

@@ -15,12 +15,12 @@ from opd.objectives.divergences import magnified
 from opd.objectives.reduce import denominator, without_errors
 
 
-def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
+def compute_advantages(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     """The batch with its masks and advantages, and what was left out of it.
 
     Rows are episodes: sums to go, baselines, sequence weights and masks run over all parts of one.
-    A_t = w_t (coef_d A_t^distill / N_d + coef_o A^outcome / N_o) N_d: the distillation part on `distill_mask`, whose normaliser is
-    N_d, the outcome part on `outcome_mask`, whose normaliser is N_o; w_t is the correction's weight. The learner divides by N_d
+    A_t = w_t (coef_d A_t^distill / N_d + coef_o A^reward / N_o) N_d: the distillation part on `distill_mask`, whose normaliser is
+    N_d, the reward part on `reward_mask`, whose normaliser is N_o; w_t is the correction's weight. The learner divides by N_d
     (`divisor`). Advantages are None when there is no sampled term. Raises ValueError when the objective needs student scores that
     the batch lacks.
     """
@@ -29,26 +29,26 @@ def follow(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     total = _distillation(config, batch)
     if total is not None:
         total = config.objective.coef * total
-    outcome = None
-    if config.outcome.coef > 0:
-        outcome = config.outcome.coef * _outcome(config, batch)[:, None] * mask  # the same on every part of an episode
+    reward = None
+    if config.reward.coef > 0:
+        reward = config.reward.coef * _reward(config, batch)[:, None] * mask  # the same on every part of an episode
     if config.objective.correction.type != "none":
         weights, kept, more = _correction(config.objective.correction, batch, mask)
         kept = batch.flatten(kept)
-        batch = replace(batch, distill_mask=batch.distill_mask & kept, outcome_mask=batch.outcome_mask & kept)
+        batch = replace(batch, distill_mask=batch.distill_mask & kept, reward_mask=batch.reward_mask & kept)
         total = None if total is None else total * weights
-        outcome = None if outcome is None else outcome * weights
+        reward = None if reward is None else reward * weights
         metrics |= more
-    if outcome is not None:
-        share = divisor(config.objective, batch) / _normalizer(config.objective, batch, batch.outcome_mask)
-        total = share * outcome if total is None else total + share * outcome
+    if reward is not None:
+        share = divisor(config.objective, batch) / _normalizer(config.objective, batch, batch.reward_mask)
+        total = share * reward if total is None else total + share * reward
     return replace(batch, advantages=None if total is None else batch.flatten(total)), metrics
 
 
 def divisor(objective: ObjectiveConfig, batch: Batch) -> float:
-    """What the learner divides the sum over the whole batch by: the distillation term's normaliser, or the outcome's where no
+    """What the learner divides the sum over the whole batch by: the distillation term's normaliser, or the reward's where no
     distillation is left."""
-    mask = batch.distill_mask if bool(batch.distill_mask.any()) else batch.outcome_mask
+    mask = batch.distill_mask if bool(batch.distill_mask.any()) else batch.reward_mask
     return _normalizer(objective, batch, mask)
 
 
@@ -57,7 +57,7 @@ def _normalizer(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> float
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
-    """Leave out of the distillation term what has no score, and what the recipe masks of episodes with format errors; an outcome
+    """Leave out of the distillation term what has no score, and what the recipe masks of episodes with format errors; an reward
     acts on every episode that has one."""
     kept = batch.scored
     metrics: Metrics = {}
@@ -71,10 +71,10 @@ def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
     if config.objective.coef == 0:
         kept = torch.zeros_like(kept)
     judged = torch.zeros_like(kept)
-    if config.outcome.coef > 0:
+    if config.reward.coef > 0:
         verdict = ~torch.isnan(batch.rewards[batch.first_parts]) | _faulty(batch)
         judged = batch.flatten(batch.padded(batch.loss_mask) & verdict[:, None])
-    return replace(batch, distill_mask=kept, outcome_mask=judged), metrics
+    return replace(batch, distill_mask=kept, reward_mask=judged), metrics
 
 
 def _faulty(batch: Batch) -> Tensor:
@@ -90,7 +90,7 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
     discount = objective.discount or 0.0  # the types with a future part have one
     chunks = None if batch.chunks is None else batch.padded(batch.chunks)
     match objective.type:
-        case "exact" | "support":
+        case "exact" | "top_k":
             # A teacher of another tokenizer has a distribution only where both sides chose the same token.
             alone = None if batch.compared is None else mask & ~batch.padded(batch.compared)
             if chunks is None or alone is None or not bool(alone.any()):
@@ -133,13 +133,13 @@ def _baseline(objective: ObjectiveConfig, batch: Batch, advantages: Tensor, mask
             assert_never(objective.baseline)
 
 
-def _outcome(config: Config, batch: Batch) -> Tensor:
-    """The outcome's advantage [episodes]; 0 where an episode has no verdict."""
+def _reward(config: Config, batch: Batch) -> Tensor:
+    """The reward's advantage [episodes]; 0 where an episode has no verdict."""
     rewards, groups = batch.rewards[batch.first_parts], batch.group_ids[batch.first_parts]
-    rewards = torch.where(_faulty(batch), config.outcome.format_error, rewards)
+    rewards = torch.where(_faulty(batch), config.reward.format_error, rewards)
     known = ~torch.isnan(rewards)
     found = torch.zeros_like(rewards)
-    found[known] = adv.outcome(rewards[known], groups[known], config.outcome.baseline)
+    found[known] = adv.reward_advantages(rewards[known], groups[known], config.reward.baseline)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """Makes item `first`, `first` + 1, ... `last`, in order; item n once item n - ahead - 1 is `done`.
 
     With ahead = 0 an item is made when it is taken, by who takes it. What making raises, `take` raises. Leaving the context waits
@@ -65,7 +65,7 @@ class Ahead(Generic[T]):
                 self._next += 1
                 self._changed.notify_all()
 
-    def __enter__(self) -> "Ahead[T]":
+    def __enter__(self) -> "Prefetch[T]":
         if self._thread is not None:
             self._thread.start()
         return self

@@ -76,7 +76,7 @@ class Rollout:
 
     token_ids, loss_mask, rollout_logprobs: [tokens]; a turn's end-of-turn token is an action and is part of the sequence.
     opened: the thinking tag with which the generation prompt of the student's last turn ends, "" for none.
-    `reward` is the outcome in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
+    `reward` is the reward in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
     environment that a user should know of, counted by name. `failure`: why it must not be trained on, where it must not.
 
     An episode is one rollout while the chat template keeps what it has written. Where it rewrites earlier turns, the episode
@@ -137,18 +137,18 @@ class SampledScore:
 
 
 @dataclass(frozen=True)
-class SupportScore:
+class TopKScore:
     """The teacher's log-probabilities on a few ids before each action, the sampled one among them; the rest of its distribution is
     one bucket.
 
-    `logprobs` [tokens] is as in `SampledScore`. ids, on_support [actions, support]: int32, and nats; -1 and -inf where there are
+    `logprobs` [tokens] is as in `SampledScore`. ids, top_k_logprobs [actions, support]: int32, and nats; -1 and -inf where there are
     fewer.
     """
 
     teacher: str
     logprobs: np.ndarray
     ids: np.ndarray
-    on_support: np.ndarray
+    top_k_logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class FailedScore:
     lost: bool = False
 
 
-Score: TypeAlias = SampledScore | SupportScore | HiddenScore | ChunkScore | FailedScore
+Score: TypeAlias = SampledScore | TopKScore | HiddenScore | ChunkScore | FailedScore
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,11 @@ class ScoredRollout:
                 assert not (self.score.compared & ~self.rollout.loss_mask).any(), self.rollout.id
                 read_only(self.score.compared)
                 read_only(self.score.part.hidden)
-        if isinstance(self.score, SupportScore):
-            assert self.score.ids.shape == self.score.on_support.shape, self.rollout.id
+        if isinstance(self.score, TopKScore):
+            assert self.score.ids.shape == self.score.top_k_logprobs.shape, self.rollout.id
             assert len(self.score.ids) == self.rollout.num_actions, self.rollout.id
             read_only(self.score.ids)
-            read_only(self.score.on_support)
+            read_only(self.score.top_k_logprobs)
         if isinstance(self.score, HiddenScore):
             for part in self.score.parts:
                 assert len(part.hidden) == self.rollout.num_actions, self.rollout.id

@@ -13,14 +13,14 @@ from opd.records import Message, Prompt, Rollout, ScoredRollout
 Seed: TypeAlias = tuple[int | str, ...]
 
 INITIAL_STUDENT = "the initial student"
-"""The name of the student as it was before the first step, among those who score (`Studio.identities`)."""
+"""The name of the student as it was before the first step, among those who score (`Backend.identities`)."""
 
 
 @dataclass(frozen=True)
 class Step:
     """What an environment makes of one turn of the student.
 
-    observations: the messages that follow, of role "tool", "user" or "system"; reward: the outcome of the episode as it stands
+    observations: the messages that follow, of role "tool", "user" or "system"; reward: the reward of the episode as it stands
     now, in [0, 1], or None for no verdict yet; done: no further turn. events: what happened that is worth counting, by name.
     """
 
@@ -136,7 +136,7 @@ class TeacherFacts:
 
     contexts: Mapping[str, Limit | None]
     vocab_size: int
-    foreign: Mapping[str, int]
+    cross_tokenizer: Mapping[str, int]
     without_distributions: frozenset[str]
     unknown_tokenizers: Mapping[str, str]
     notes: Sequence[str] = ()
@@ -145,7 +145,7 @@ class TeacherFacts:
     reads_clock: bool = False
 
 
-class Studio(Protocol):
+class Backend(Protocol):
     """The student, its teachers, and the parts made of them, wherever they live; `close` it when all is done."""
 
     @property
@@ -173,11 +173,11 @@ class Studio(Protocol):
         """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         ...
 
-    def itself(self) -> Teacher:
+    def student_as_teacher(self) -> Teacher:
         """The student as the teacher of every prompt."""
         ...
 
-    def each_alone(self, names: Collection[str]) -> Teacher:
+    def per_model(self, names: Collection[str]) -> Teacher:
         """Single models, whether a prompt names them or not."""
         ...
 

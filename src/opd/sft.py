@@ -16,10 +16,10 @@ from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.local.backend import packing_of
 from opd.local.build import build_student
 from opd.local.export import export
-from opd.local.learner import EmbeddedLearner
-from opd.local.sampler import EmbeddedSampler, episode_player
+from opd.local.learner import LocalLearner
+from opd.local.sampler import LocalSampler, episode_player
 from opd.local.sft_batch import imitation_batch
-from opd.local.teacher import Voice
+from opd.local.teacher import Policy
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
 from opd.logging.run_folder import RunFolder, explain_io
@@ -35,7 +35,7 @@ from opd.text.turn_end import turn_end
 _LOOKED_AT = 64
 
 
-Cells = Mapping[tuple[str, str], Cell]
+SharedVocabulary = Mapping[tuple[str, str], Cell]
 _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 
@@ -45,10 +45,10 @@ class Tuned:
 
     run: Path
     finished: bool
-    cells: Cells
+    cells: SharedVocabulary
 
 
-def sft(config: SftConfig) -> Cells:
+def sft(config: SftConfig) -> SharedVocabulary:
     """Fine-tune a student on the reference answers of its tasks and write it to `output`/student.
 
     Returns its accuracy by task and split; nothing when it was interrupted. The loss is the mean negative log-likelihood of the
@@ -57,7 +57,7 @@ def sft(config: SftConfig) -> Cells:
     return fine_tune(config).cells
 
 
-def resume_sft(run: str | Path) -> Cells:
+def resume_sft(run: str | Path) -> SharedVocabulary:
     """Continue an interrupted fine-tuning run from its newest whole checkpoint; as `sft`."""
     return continue_tuning(run).cells
 
@@ -119,8 +119,8 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
             return Tuned(folder.path, True, school.examine(config, prompts, line))
 
 
-def _learner(config: SftConfig, student: Voice) -> EmbeddedLearner:
-    return EmbeddedLearner(
+def _learner(config: SftConfig, student: Policy) -> LocalLearner:
+    return LocalLearner(
         student.network,
         adapter=student.adapter,
         objective=ObjectiveConfig(type="immediate", normalizer="token"),
@@ -132,7 +132,7 @@ def _learner(config: SftConfig, student: Voice) -> EmbeddedLearner:
     )
 
 
-def _identities(config: SftConfig, student: Voice) -> dict[str, str]:
+def _identities(config: SftConfig, student: Policy) -> dict[str, str]:
     """What must not change under a run."""
     named = {"the student's tokenizer": fingerprint(student.network.tokenizer)}
     return named | ({"the student's base": student.network.fingerprint()} if config.trainable == "lora" else {})
@@ -175,7 +175,7 @@ def _steps(
 class _School:
     """A student's episodes with the solutions of its tasks, and without."""
 
-    def __init__(self, student: Voice, tasks: Mapping[str, Task], episodes: EpisodesConfig) -> None:
+    def __init__(self, student: Policy, tasks: Mapping[str, Task], episodes: EpisodesConfig) -> None:
         self._student = student
         self._tasks = tasks
         self._episodes = episodes
@@ -223,7 +223,7 @@ class _School:
         self, config: SftConfig, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]], line: ProgressLine
     ) -> dict[tuple[str, str], Cell]:
         """The student's own accuracy by task and split."""
-        sampler = EmbeddedSampler(
+        sampler = LocalSampler(
             self._student.network,
             adapter=self._student.adapter,
             temperature=1.0,

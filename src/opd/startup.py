@@ -19,7 +19,7 @@ from opd.loop import Parts
 from opd.records import FailedScore, Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.rewards.reward import Reward
-from opd.roles import Environment, Studio, Teacher
+from opd.roles import Backend, Environment, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
@@ -28,23 +28,23 @@ from opd.text.chat import Chat
 _PROBES_PER_TEACHER = 2
 
 
-def run_checks(config: Config, studio: Studio, material: "Material") -> list[Finding]:
+def run_checks(config: Config, backend: Backend, task_data: "TaskData") -> list[Finding]:
     """Every start-up check, on the real weights: see `opd.checks.findings`."""
-    every = [p for splits in material.prompts.values() for split in SPLITS for p in splits[split]]
+    every = [p for splits in task_data.prompts.values() for split in SPLITS for p in splits[split]]
     findings = [preflight.teachers_exist(every, config.teachers)]
     findings += notices(
-        config, material.prompts, reward=bool(material.own_reward), environment=material.own_environment
+        config, task_data.prompts, reward=bool(task_data.own_reward), environment=task_data.own_environment
     )
-    findings += preflight.tools_are_answered(every, material.make_environment)
-    facts = studio.facts()
+    findings += preflight.tools_are_answered(every, task_data.make_environment)
+    facts = backend.facts()
     findings += clock_unread(config, reads_clock=facts.reads_clock)
-    chat = Chat(studio.tokenizer, rows=facts.vocab_size)
+    chat = Chat(backend.tokenizer, rows=facts.vocab_size)
     findings.append(
         preflight.lengths_fit(
             every,
             lambda p: len(chat.encode_prompt(p)),
             max_new_tokens=config.sampling.max_new_tokens,
-            contexts={"the student": studio.student_context},
+            contexts={"the student": backend.student_context},
             teacher_contexts=facts.contexts,
         )
     )
@@ -56,50 +56,50 @@ def run_checks(config: Config, studio: Studio, material: "Material") -> list[Fin
     findings += [preflight.turns_end(model, disagreement) for model, disagreement in facts.turn_ends.items()]
     findings += [preflight.prompts_compared(name, found) for name, found in facts.templates.items()]
     findings += [preflight.tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
-    packed = packing_findings(studio)
+    packed = packing_findings(backend)
     findings += packed
     if not all(finding.passed for finding in packed):
         return findings  # what such a model samples and scores says nothing
-    sampled = studio.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
+    sampled = backend.sampler().sample(probes, num_samples=1, seed=(config.seed, "check"))
     rollouts = [r for r in sampled if r.failure is None and r.num_actions]
     findings.append(preflight.episodes_play(sampled, rollouts))
     if not rollouts:
         return findings
     findings += preflight.unprobed(sampled, rollouts)
-    findings.append(preflight.same_policy(rollouts, studio.itself().score(rollouts), tolerance=tolerance))
-    teachers = studio.teachers(keep_hidden=False)
+    findings.append(preflight.same_policy(rollouts, backend.student_as_teacher().score(rollouts), tolerance=tolerance))
+    teachers = backend.teachers(keep_hidden=False)
     scored = teachers.score(rollouts)
     # how a server batches moves its scores a little, in half precision more
     findings.append(preflight.deterministic(scored, teachers, tolerance=0.5 if facts.unknown_tokenizers else tolerance))
     # A model that no prompt names alone (a part of a mixture, a reference) is asked by itself too.
-    unnamed = [name for name in studio.single_models() if not by_teacher.get(name)]
+    unnamed = [name for name in backend.single_models() if not by_teacher.get(name)]
     asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in unnamed for r in rollouts]
-    scored += studio.each_alone(unnamed).score(asked)
-    findings += preflight.informative(scored, vocab_size=facts.vocab_size, foreign=facts.foreign)
-    return findings + preflight.lined_up(scored) + _distances(studio, rollouts)
+    scored += backend.per_model(unnamed).score(asked)
+    findings += preflight.informative(scored, vocab_size=facts.vocab_size, cross_tokenizer=facts.cross_tokenizer)
+    return findings + preflight.lined_up(scored) + _distances(backend, rollouts)
 
 
-def packing_findings(studio: Studio) -> list[Finding]:
+def packing_findings(backend: Backend) -> list[Finding]:
     """Whether packed passes of each model equal its own."""
-    return [preflight.packed_equals_plain(who, gaps) for who, gaps in studio.packing_errors().items()]
+    return [preflight.packed_equals_plain(who, gaps) for who, gaps in backend.packing_errors().items()]
 
 
-def _distances(studio: Studio, rollouts: Sequence[Rollout]) -> list[Finding]:
+def _distances(backend: Backend, rollouts: Sequence[Rollout]) -> list[Finding]:
     """How far the student is from each teacher that gives distributions over its tokens, on its own responses."""
-    apart = studio.facts().without_distributions
+    apart = backend.facts().without_distributions
     own = [r for r in rollouts if r.prompt.teacher not in apart and r.num_actions]
     if not own:
         return []
-    scored = [s for s in studio.teachers(keep_hidden=True).score(own) if not isinstance(s.score, FailedScore)]
+    scored = [s for s in backend.teachers(keep_hidden=True).score(own) if not isinstance(s.score, FailedScore)]
     if not scored:
         return []
-    return [preflight.near_enough(teacher, *found) for teacher, found in studio.distances(scored).items()]
+    return [preflight.near_enough(teacher, *found) for teacher, found in backend.distances(scored).items()]
 
 
 @dataclass(frozen=True)
-class Material:
+class TaskData:
     """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' outcomes the reward and the grader take the place of; own_code: reward and grade are a function of
+    the tasks whose environments' rewards the reward and the grader take the place of; own_code: reward and grade are a function of
     the user's; own_environment: so are the environments."""
 
     prompts: PromptSets
@@ -112,7 +112,7 @@ class Material:
     own_code: bool = False
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
-        """Outcomes and format errors of rollouts that were sampled with this tokenizer."""
+        """Rewards and format errors of rollouts that were sampled with this tokenizer."""
         return Judge(
             self.reward,
             {name: task.checks for name, task in config.tasks.items()},
@@ -123,11 +123,11 @@ class Material:
         )
 
     def grader(self) -> Judge:
-        """Outcomes by another grader, where there is one."""
+        """Rewards by another grader, where there is one."""
         return Judge(self.grade, own=self.own_grade, own_code=self.own_code)
 
 
-def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> Material:
+def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvironment | None = None) -> TaskData:
     """Everything that the tasks of a recipe give; `reward` and `make_environment` take the place of the tasks' own.
 
     Raises DataError for a bad record.
@@ -149,12 +149,12 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
     for name in config.teachers:
         if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
             raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
-    _require_foreign_reference(config, every)
+    _require_cross_tokenizer_reference(config, every)
     _require_single_teachers(config, every)
     _require_measurable(config, prompts, given=reward is not None or make_environment is not None)
-    if config.outcome.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
+    if config.reward.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
         raise DataError(
-            "outcome.coef > 0 needs verified outcomes, and no prompt has an answer and a verifier; add them or pass a reward"
+            "reward.coef > 0 needs verified rewards, and no prompt has an answer and a verifier; add them or pass a reward"
         )
 
     def verify(prompt: Prompt, response: str) -> float | None:
@@ -167,7 +167,7 @@ def read_tasks(config: Config, reward: Reward | None, make_environment: MakeEnvi
         return tasks[prompt.task].grade(prompt, response)
 
     every_task = frozenset(config.tasks)
-    return Material(
+    return TaskData(
         prompts,
         reward or verify,
         reward or grade,
@@ -226,7 +226,7 @@ def _require_single_teachers(config: Config, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> None:
+def _require_cross_tokenizer_reference(config: Config, prompts: Sequence[Prompt]) -> None:
     """Away from a teacher toward itself is nowhere: refuse a reference that is the teacher of a prompt."""
     reference = config.objective.reference
     for prompt in prompts:
@@ -238,42 +238,42 @@ def _require_foreign_reference(config: Config, prompts: Sequence[Prompt]) -> Non
             )
 
 
-def make_parts(config: Config, studio: Studio, material: Material, *, warn: Callable[[str], None] = print) -> Parts:
+def make_parts(config: Config, backend: Backend, task_data: TaskData, *, warn: Callable[[str], None] = print) -> Parts:
     """What a recipe's training loop is made of; warn: shows a line that the user should know of, then or later.
 
     Raises RunError when the folder for scores cannot be written to.
     """
     weights = {name: task.weight for name, task in config.tasks.items()}
-    train = {name: splits["train"] for name, splits in material.prompts.items()}
-    learner = studio.learner()
-    teachers = studio.teachers(keep_hidden=config.objective.needs_distributions, followed=True)
-    tokenizer = studio.tokenizer
+    train = {name: splits["train"] for name, splits in task_data.prompts.items()}
+    learner = backend.learner()
+    teachers = backend.teachers(keep_hidden=config.objective.needs_distributions, followed=True)
+    tokenizer = backend.tokenizer
     return Parts(
         stream=PromptStream(train, weights, seed=config.seed),
-        sampler=studio.sampler(),
-        teachers=_keeping(config, studio, teachers, warn),
+        sampler=backend.sampler(),
+        teachers=_keeping(config, backend, teachers, warn),
         learner=learner,
-        judge=material.judge(config, tokenizer),
+        judge=task_data.judge(config, tokenizer),
         special_ids=frozenset(tokenizer.all_special_ids),
-        in_units=_in_units(config),
+        per_prompt=_per_prompt(config),
     )
 
 
-def _in_units(config: Config) -> bool:
+def _per_prompt(config: Config) -> bool:
     """Whether prompts go each its own way: where servers do the work, and no model would be woken for each."""
-    cluster = config.mode == "distributed" and not config.cluster.teachers_sleep
-    return cluster and all(t.served for t in config.teachers.values())
+    cluster = config.backend == "ray" and not config.cluster.teachers_sleep
+    return cluster and all(t.remote for t in config.teachers.values())
 
 
-def _keeping(config: Config, studio: Studio, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
+def _keeping(config: Config, backend: Backend, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
     """The teachers, which keep their scores where the recipe says."""
     places: list[Kept] = []
     if config.compute.score_cache:
         places.append(InMemory(config.compute.score_cache))
     if (folder := config.compute.score_cache_folder) is not None:
-        known = identities(config, studio)
+        known = identities(config, backend)
         ask = partial(
-            probe, teachers, tuple(known), known=frozenset(studio.facts().foreign), tokenizer=studio.tokenizer
+            probe, teachers, tuple(known), known=frozenset(backend.facts().cross_tokenizer), tokenizer=backend.tokenizer
         )
         # from where the command runs, whatever the process does later
         places.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))

@@ -14,12 +14,12 @@ from opd.checks import findings as preflight
 from opd.checks.findings import Finding
 from opd.checks.masks import mask_warning
 from opd.checks.no_effect import REWARD
-from opd.config import Config, config_changes, dump_config, moved_config
+from opd.config import Config, config_changes, dump_config, resumed_config
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ConfigError, RunError, one_line
 from opd.evaluate import ParityRow
 from opd.local import build as embedded
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.warmup import warm_up
 from opd.logging.background import Background
 from opd.logging.console import ProgressLine
@@ -29,9 +29,9 @@ from opd.logging.writers import Writers, require_installed
 from opd.loop import StepReport, train_steps
 from opd.measuring import Measuring
 from opd.rewards.reward import Raised, Reward, awaited
-from opd.roles import Studio
+from opd.roles import Backend
 from opd.saving import Interrupts, Saver, identities_of
-from opd.startup import Material, make_parts, packing_findings, read_tasks, require_callable, run_checks
+from opd.startup import TaskData, make_parts, packing_findings, read_tasks, require_callable, run_checks
 from opd.watching import Watcher
 
 OnStep: TypeAlias = Callable[[StepReport], Any]
@@ -74,9 +74,9 @@ def train(
     require_callable("on_step", on_step, "report")
     require_installed(config.logging.writers)
     RunFolder.require_absent(config.output)
-    material = read_tasks(config, reward, environment)
+    task_data = read_tasks(config, reward, environment)
     own = _own_code(reward, environment)
-    return _Run(config, RunFolder(Path(config.output)), material, on_step, own_code=own).go(resume=False)
+    return _Run(config, RunFolder(Path(config.output)), task_data, on_step, own_code=own).go(resume=False)
 
 
 def resume(
@@ -97,7 +97,7 @@ def resume(
     folder = RunFolder.open(run)
     with folder.locked():  # before anything is read, which another process may be changing
         folder.require_own_code(_own_code(reward, environment))
-        config = moved_config(folder.config(), overrides)
+        config = resumed_config(folder.config(), overrides)
         _require_adapters(config, folder)
         require_installed(config.logging.writers)
         return _Run(config, folder, read_tasks(config, reward, environment), on_step).go(resume=True)
@@ -106,9 +106,9 @@ def resume(
 def check(config: Config, *, reward: Reward | None = None, environment: MakeEnvironment | None = None) -> list[Finding]:
     """Every start-up check on a recipe, with its figures; raises for a record that no run could use. reward and environment: as
     for `train`."""
-    material = read_tasks(config, reward, environment)
-    with closing(_studio(config.started(), material)) as studio:
-        return run_checks(config, studio, material)
+    task_data = read_tasks(config, reward, environment)
+    with closing(_backend(config.started(), task_data)) as backend:
+        return run_checks(config, backend, task_data)
 
 
 def evaluate_run(
@@ -125,7 +125,7 @@ def evaluate_run(
     """
     folder = RunFolder.open(run)
     folder.require_own_code(_own_code(reward, environment))
-    config = moved_config(folder.config(), overrides, evaluation=True)
+    config = resumed_config(folder.config(), overrides, evaluation=True)
     _require_adapters(config, folder)
     if not config.evaluation.num_prompts:
         raise RunError(
@@ -137,17 +137,17 @@ def evaluate_run(
     return _Run(config, folder, read_tasks(config, reward, environment), None).evaluate_only()
 
 
-def _studio(config: Config, material: Material) -> Studio:
+def _backend(config: Config, task_data: TaskData) -> Backend:
     """The parts of a recipe, in this process or on a cluster."""
-    if config.mode == "embedded":
-        return embedded.build(config, material.make_environment)
+    if config.backend == "local":
+        return embedded.build(config, task_data.make_environment)
     try:
         from opd.distributed.backend import build
     except ImportError as error:
         raise ConfigError(
-            f"mode = 'distributed' needs more packages ({error.name} is missing): pip install 'opd[distributed]'"
+            f"backend = 'ray' needs more packages ({error.name} is missing): pip install 'opd[distributed]'"
         ) from None
-    return build(config, material.make_environment)
+    return build(config, task_data.make_environment)
 
 
 def _require_adapters(config: Config, folder: RunFolder) -> None:
@@ -173,25 +173,25 @@ class _Run:
         self,
         config: Config,
         folder: RunFolder,
-        material: Material,
+        task_data: TaskData,
         on_step: OnStep | None,
         *,
         own_code: Sequence[str] = (),
     ) -> None:
         self.own_code = own_code
         self.folder = folder
-        self.prompts = material.prompts
+        self.prompts = task_data.prompts
         self.on_step = on_step
         started = config.started()
-        self.studio = _studio(started, material)
+        self.backend = _backend(started, task_data)
         # a run keeps the moment where a template reads it
-        config = self.config = started if self.studio.facts().reads_clock else config
-        self.material = material
+        config = self.config = started if self.backend.facts().reads_clock else config
+        self.task_data = task_data
         self.say: Callable[[str], None] = print  # until there is a line to say it above
         try:
-            self.parts = make_parts(config, self.studio, material, warn=lambda text: self.say(text))
+            self.parts = make_parts(config, self.backend, task_data, warn=lambda text: self.say(text))
         except BaseException:
-            self.studio.close()
+            self.backend.close()
             raise
         checkpoints = config.checkpoint
         self.saver = Saver(
@@ -203,16 +203,16 @@ class _Run:
             keep=checkpoints.keep,
         )
         self.parts = replace(self.parts, learner=self.saver.learner)
-        self.measuring = Measuring(config, folder, self.studio, self.parts, material)
+        self.measuring = Measuring(config, folder, self.backend, self.parts, task_data)
         self.saver.cursor = dict(self.parts.stream.cursor)
         self._prompts_of = identities_of(self.prompts)
         self._silence_said = False
 
     def go(self, *, resume: bool) -> Result:
         """Train to the end. resume: in a folder that is there, and locked."""
-        with closing(self.studio), ProgressLine(self.config.steps) as line:
+        with closing(self.backend), ProgressLine(self.config.steps) as line:
             self.say = line.say
-            findings = run_checks(self.config, self.studio, self.material)
+            findings = run_checks(self.config, self.backend, self.task_data)
             preflight.require(findings)
             for finding in findings:
                 if not resume and (finding.warning or finding.name == REWARD):
@@ -246,14 +246,14 @@ class _Run:
             line.say(about_mask)
         before = self.measuring.before(line, restored=restored is not None)
         if restored is None and config.warmup.steps:
-            assert isinstance(self.studio, EmbeddedStudio)  # the recipe says so
-            warm_up(self.studio, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
+            assert isinstance(self.backend, LocalBackend)  # the recipe says so
+            warm_up(self.backend, {name: splits["train"] for name, splits in self.prompts.items()}, line.say)
             self.saver.save()
         if not self._steps(line):
             line.say(f"{self.saver.stopped}; continue with: {self.folder.how_to_resume()}")
             return Result(self.folder.path, self.saver.done, finished=False)
         with explain_io(self.folder.student):
-            self.studio.export(self.folder.student)
+            self.backend.export(self.folder.student)
         draw_run(self.folder)
         rows = self.measuring.parity(before, line)
         return Result(self.folder.path, self.saver.done, finished=True, parity=tuple(rows))
@@ -273,8 +273,8 @@ class _Run:
         return step
 
     def evaluate_only(self) -> list[ParityRow]:
-        with closing(self.studio), ProgressLine(self.config.steps) as line:
-            preflight.require(packing_findings(self.studio))
+        with closing(self.backend), ProgressLine(self.config.steps) as line:
+            preflight.require(packing_findings(self.backend))
             self._restore(line.say)
             return self.measuring.parity(self.measuring.kept(), line)
 
@@ -285,7 +285,7 @@ class _Run:
         self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=saver.done)
         pending = saver.unrecorded  # of a run that ended before this line was whole
         written = saver.done - (pending is not None)
-        watcher = Watcher(config.guards, self.folder, line.say)
+        watcher = Watcher(config.detectors, self.folder, line.say)
         report, stopped = None, False
         with (
             Interrupts(saver.learner).heeded() as interrupts,
@@ -338,7 +338,7 @@ class _Run:
     def _warn_of_silence(self, report: StepReport, line: ProgressLine) -> None:
         """Say once that a reward function judges nothing: it may lack its return."""
         rollouts = [item.rollout for item in report.scored if item.rollout.failure is None]
-        if self._silence_said or not self.material.own_reward or any(r.reward is not None for r in rollouts):
+        if self._silence_said or not self.task_data.own_reward or any(r.reward is not None for r in rollouts):
             return
         self._silence_said = True
         line.say(
@@ -362,4 +362,4 @@ class _Run:
 
     def _identities(self) -> dict[str, str]:
         """What must not change under a run: its teachers, the student's base, their tokenizers and templates, the prompts."""
-        return {**self.studio.identities, **self._prompts_of}
+        return {**self.backend.identities, **self._prompts_of}

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Callable, Mapping
 
-from opd.config import GuardsConfig
-from opd.detectors.monitor import Alarm, Watch
+from opd.config import DetectorsConfig
+from opd.detectors.monitor import Alarm, Monitor
 from opd.logging.run_folder import RunFolder, read_metrics
 
 _ALARMS = "alarms.jsonl"
@@ -13,8 +13,8 @@ _ALARMS = "alarms.jsonl"
 class Watcher:
     """The detectors of one run. A resumed run shows them its metrics again, and they go on as if it had never stopped."""
 
-    def __init__(self, config: GuardsConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self._watch = Watch(config)
+    def __init__(self, config: DetectorsConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
+        self._watch = Monitor(config)
         self._folder = folder
         self._say = say
         self._alarms: list[Alarm] = []

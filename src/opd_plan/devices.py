@@ -52,16 +52,16 @@ class Assumptions:
     collective_us: what a collective takes whatever its size. disk_gb_s: of writing or reading a file of weights. driver_ms: what
     the driver spends on each rollout that a served teacher scores, driver_us on each of its tokens, driver_named_us on each token
     that is named beside it. reserve_gib: what contexts, libraries and fragments take of a device, sleeper_gib what a sleeping
-    engine leaves there. Unless its arguments say otherwise an engine takes engine_share of a device's memory.
+    engine leaves there. Unless its arguments say otherwise an engine takes engine_fraction of a device's memory.
     """
 
     device: Device
     prompt_tokens: int = 512
     gpus_per_node: int = 8
     network_gb_s: float = 50.0  # 400 Gbit/s for each GPU
-    matmul_share: float = 0.5
-    memory_share: float = 0.7
-    link_share: float = 0.7
+    matmul_fraction: float = 0.5
+    memory_fraction: float = 0.7
+    link_fraction: float = 0.7
     step_ms: float = 2.0
     collective_us: float = 10.0
     disk_gb_s: float = 2.0
@@ -70,16 +70,16 @@ class Assumptions:
     driver_named_us: float = 0.4
     reserve_gib: float = 3.0
     sleeper_gib: float = 1.5
-    engine_share: float = 0.9
+    engine_fraction: float = 0.9
 
     def flops(self, bytes_each: int) -> float:
         """Operations a second that one device reaches on numbers of so many bytes."""
-        return self.device.tflops(bytes_each) * 1e12 * self.matmul_share
+        return self.device.tflops(bytes_each) * 1e12 * self.matmul_fraction
 
     @property
     def memory_rate(self) -> float:
         """Bytes a second that one device reads."""
-        return self.device.memory_gb_s * 1e9 * self.memory_share
+        return self.device.memory_gb_s * 1e9 * self.memory_fraction
 
     def link(self, devices: int) -> float:
         """Bytes a second, one direction, that each of so many devices gets of what all of them exchange. Past a node all devices of
@@ -87,7 +87,7 @@ class Assumptions:
         rate = self.device.link_gb_s
         if devices > self.gpus_per_node:
             rate = min(rate, self.network_gb_s * (devices % self.gpus_per_node or self.gpus_per_node))
-        return rate * 1e9 * self.link_share
+        return rate * 1e9 * self.link_fraction
 
 
 def device_of(name: str) -> Device:

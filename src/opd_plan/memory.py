@@ -20,7 +20,7 @@ class Bytes:
 
     stored: int
     computed: int
-    served: int
+    remote: int
 
 
 def bytes_of(config: Config) -> Bytes:
@@ -87,9 +87,9 @@ def rank_memory(config: Config, work: Work, ranks: int, assumed: Assumptions) ->
     inputs = student.layers * student.width * each.computed if config.compute.activation_checkpointing else 0
     # each part of a target has logits of its own beside the student's; working copies are float32
     mixed = max(len(teacher.weights or (1,)) for teacher in config.teachers.values())
-    voices = mixed + (config.objective.reference is not None) if config.objective.integrated and work.voices else 0
+    policies = mixed + (config.objective.reference is not None) if config.objective.integrated and work.policies else 0
     states = min(max(_STATES[0], part.largest // 8), _STATES[1])
-    logits = states * student.vocab * ((1 + voices) * each.computed + 4 * 4)
+    logits = states * student.vocab * ((1 + policies) * each.computed + 4 * 4)
     return {
         "weights": own * each.stored + (4 * work.trainable / ranks if lora else 0),
         "teachers' weights": teachers * each.stored,
@@ -164,7 +164,7 @@ def kv_bytes_here(shape: Shape, devices: int, each: int) -> float:
 
 def engine_room(args: Sequence[str], assumed: Assumptions) -> float:
     """Bytes of a device that an engine takes."""
-    return assumed.device.memory_gib * GIB * flag(args, "--gpu-memory-utilization", assumed.engine_share)
+    return assumed.device.memory_gib * GIB * flag(args, "--gpu-memory-utilization", assumed.engine_fraction)
 
 
 def engine_batched(args: Sequence[str], assumed: Assumptions) -> float:
@@ -181,12 +181,12 @@ def student_running(config: Config, work: Work, devices: int, assumed: Assumptio
     """How many sequences an engine of the student runs at once; 0 where not even one fits."""
     found = student_memory(config, work, devices, assumed)
     limit = int(engine_running(config.cluster.engine_args, assumed))
-    return min(found.sequences, limit, config.served.max_in_flight)
+    return min(found.sequences, limit, config.remote.max_in_flight)
 
 
 def student_memory(config: Config, work: Work, devices: int, assumed: Assumptions) -> EngineMemory:
     """Of each device of an engine that samples."""
-    each = bytes_of(config).served
+    each = bytes_of(config).remote
     kept = config.cluster.max_staleness + 2 if config.trainable == "lora" and not config.cluster.merge_adapter else 0
     return engine_memory(
         work.student, devices, work, assumed, args=config.cluster.engine_args, each=each, scores=False,
@@ -196,7 +196,7 @@ def student_memory(config: Config, work: Work, devices: int, assumed: Assumption
 
 def pool_memory(config: Config, work: Work, pool: Pool, devices: int, assumed: Assumptions) -> EngineMemory:
     """Of each device of an engine that scores."""
-    each = bytes_of(config).served
+    each = bytes_of(config).remote
     found = engine_memory(pool.shape, devices, work, assumed, args=pool.engine_args, each=each, scores=True, beside=0)
     if not config.cluster.teachers_sleep:
         return found

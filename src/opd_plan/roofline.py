@@ -49,7 +49,7 @@ def engine_pass_s(
 def sample_s(config: Config, work: Work, engines: int, devices: int, running: int, assumed: Assumptions) -> float:
     """All rollouts at their greatest length, `running` at once at each engine: prompts are read once at every engine that samples
     from them, then all further tokens one by one."""
-    shape, each = work.student, bytes_of(config).served
+    shape, each = work.student, bytes_of(config).remote
     given = share(work.rollouts, engines)
     at_once = min(given, running, share(work.in_flight, engines))
     prompts = min(given, ceil(work.rollouts / work.group)) * work.turns
@@ -66,7 +66,7 @@ def sample_s(config: Config, work: Work, engines: int, devices: int, running: in
 
 def _token_s(config: Config, work: Work, rows: int, devices: int, assumed: Assumptions) -> float:
     """One further token for each of `rows` sequences of average length."""
-    shape, each = work.student, bytes_of(config).served
+    shape, each = work.student, bytes_of(config).remote
     seen = rows * (work.prompt + work.response / 2)
     flops = layers_flops(shape, rows, seen) + head_flops(shape, rows)
     adapter = work.trainable if config.trainable == "lora" and not config.cluster.merge_adapter else 0
@@ -88,7 +88,7 @@ def _chunked_s(
 
 def pool_s(config: Config, work: Work, pool: Pool, engines: int, devices: int, assumed: Assumptions) -> float:
     """Scoring at the engines of one model: every rollout whole, with the logits of all its tokens."""
-    each, shape = bytes_of(config).served, pool.shape
+    each, shape = bytes_of(config).remote, pool.shape
     tokens = share(pool.rollouts, engines) * work.length
     flops = layers_flops(shape, tokens, tokens * work.length / 2) + head_flops(shape, tokens)
     batched = flag(pool.engine_args, "--max-num-batched-tokens", assumed.device.batched_tokens)
@@ -97,12 +97,12 @@ def pool_s(config: Config, work: Work, pool: Pool, engines: int, devices: int, a
 
 def wake_s(shape: Shape, devices: int, each: int, assumed: Assumptions) -> float:
     """A model goes to the host's memory and comes back, once a step: each device moves its own part."""
-    return 2 * shape.parameters * each / devices / (assumed.device.host_gb_s * 1e9 * assumed.link_share)
+    return 2 * shape.parameters * each / devices / (assumed.device.host_gb_s * 1e9 * assumed.link_fraction)
 
 
 def named_tokens(config: Config) -> int:
     """How many tokens an engine of a teacher names beside each that it scores (`opd.remote.discovery`)."""
-    return config.objective.support if config.objective.type == "support" else 0
+    return config.objective.top_k if config.objective.type == "top_k" else 0
 
 
 def driver_s(config: Config, work: Work, assumed: Assumptions) -> float:
@@ -116,10 +116,10 @@ def inside_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> fl
     """Scoring by teachers that lie on the ranks, one after the other."""
     each, part = bytes_of(config), _part(config, work, ranks)
     seconds = 0.0
-    for voice in work.voices:
-        of_mine = voice.rollouts / work.rollouts
-        flops = of_mine * _forward_flops(voice.shape, work, part)
-        gather = ceil(part.passes * of_mine) * _gather_s(voice.shape.inside * each.computed, ranks, assumed)
+    for policy in work.policies:
+        of_mine = policy.rollouts / work.rollouts
+        flops = of_mine * _forward_flops(policy.shape, work, part)
+        gather = ceil(part.passes * of_mine) * _gather_s(policy.shape.inside * each.computed, ranks, assumed)
         seconds += max(flops / assumed.flops(each.computed), gather)
     return seconds
 
@@ -140,10 +140,10 @@ def update_s(config: Config, work: Work, ranks: int, assumed: Assumptions) -> fl
     again = config.compute.activation_checkpointing * (forward - head)
     again += attention_again(work, part) * attention
     flops = (2 if lora else 3) * (forward - attention) + 3.5 * attention + again
-    if config.objective.type == "support" and not work.voices:
+    if config.objective.type == "top_k" and not work.policies:
         flops += head  # its gradient makes the logits again
-    for voice in work.voices if config.objective.integrated else ():
-        flops += head_flops(voice.shape, part.rollouts * work.response * voice.rollouts / work.rollouts)
+    for policy in work.policies if config.objective.integrated else ():
+        flops += head_flops(policy.shape, part.rollouts * work.response * policy.rollouts / work.rollouts)
     message = 2 * _gather_s(student.inside * each.computed, ranks, assumed)
     message += _gather_s(4 * work.trainable, ranks, assumed)  # a sum of gradients, which are float32
     if not lora:
@@ -187,8 +187,8 @@ def transfer_s(config: Config, work: Work, engines: int, devices: int, ranks: in
     lora = config.trainable == "lora"
     sent = 4.0 * work.trainable if lora else work.student.parameters * each.stored
     merged = config.cluster.merge_adapter or not lora
-    files = work.student.parameters * each.served if merged else sent
+    files = work.student.parameters * each.remote if merged else sent
     nodes = ceil(engines * devices / assumed.gpus_per_node)
-    gathered = _gather_s(sent, ranks, assumed) + sent / (assumed.device.host_gb_s * 1e9 * assumed.link_share)
-    network = nodes * sent / (assumed.network_gb_s * 1e9 * assumed.link_share)
+    gathered = _gather_s(sent, ranks, assumed) + sent / (assumed.device.host_gb_s * 1e9 * assumed.link_fraction)
+    network = nodes * sent / (assumed.network_gb_s * 1e9 * assumed.link_fraction)
     return gathered + network + 2 * files / (assumed.disk_gb_s * 1e9) * min(engines, assumed.gpus_per_node // devices)

@@ -284,7 +284,7 @@ def _group_s(
     config: Config, work: Work, group: Sequence[Pool], count: int, devices: int, assumed: Assumptions
 ) -> float:
     """Scoring by models that share devices, one after the other; those that sleep meanwhile have to be woken."""
-    each = bytes_of(config).served
+    each = bytes_of(config).remote
     wake = sum(wake_s(pool.shape, devices, each, assumed) for pool in group) if len(group) > 1 else 0.0
     return wake + sum(pool_s(config, work, pool, count, devices, assumed) for pool in group)
 

@@ -64,7 +64,7 @@ def _assumptions(config: Config, work: Work, assumed: Assumptions) -> str:
     d, each = assumed.device, bytes_of(config)
     turns = f" in {work.turns} turns" if work.turns > 1 else ""
     rate = d.tflops(each.computed)
-    served, most = config.served.max_in_flight, config.episodes.max_concurrent
+    remote, most = config.remote.max_in_flight, config.episodes.max_concurrent
     limit = (
         "all of a step"
         if work.in_flight == work.rollouts
@@ -73,18 +73,18 @@ def _assumptions(config: Config, work: Work, assumed: Assumptions) -> str:
     lines = [
         f"a step: {work.rollouts} rollouts (groups of {work.group}), prompts of {work.prompt} tokens (--prompt-tokens), responses "
         f"of {work.response}{turns}: as long as they may be, which real ones seldom are",
-        f"at once: {work.in_flight} rollouts ({limit}), at most {served} at one engine (served.max_in_flight)",
+        f"at once: {work.in_flight} rollouts ({limit}), at most {remote} at one engine (remote.max_in_flight)",
         f"student: {_model(config.student)}, {work.student.parameters:,} parameters, {work.trainable:,} train "
         f"({config.trainable}); {_DTYPES[each.stored]} weights, {_DTYPES[each.computed]} products",
         *_teachers(work),
         f"device: {d.name}, {rate:g} TFLOPS ({_DTYPES[each.computed]}, dense), {d.memory_gib:g} GiB at {d.memory_gb_s:g} GB/s; "
         f"{d.link_gb_s:g} GB/s one way among the {assumed.gpus_per_node} of a node, {assumed.network_gb_s:g} GB/s for each GPU "
         f"between nodes (--network), {d.host_gb_s:g} GB/s to the host",
-        f"reached: {assumed.matmul_share:.0%} of TFLOPS, {assumed.memory_share:.0%} of memory bandwidth, {assumed.link_share:.0%} "
+        f"reached: {assumed.matmul_fraction:.0%} of TFLOPS, {assumed.memory_fraction:.0%} of memory bandwidth, {assumed.link_fraction:.0%} "
         f"of links; {assumed.step_ms:g} ms more for each pass of an engine, {assumed.collective_us:g} us for each collective, "
         f"{assumed.disk_gb_s:g} GB/s for files",
         f"memory: {assumed.reserve_gib:g} GiB of each device for contexts and fragments; unless its engine_args say otherwise an "
-        f"engine takes {assumed.engine_share:.0%} of a device, computes {d.batched_tokens} tokens a pass and runs "
+        f"engine takes {assumed.engine_fraction:.0%} of a device, computes {d.batched_tokens} tokens a pass and runs "
         f"{d.running} sequences",
     ]
     if work.pools:
@@ -106,9 +106,9 @@ def _teachers(work: Work) -> list[str]:
             f"teacher {', '.join(pool.names)}: {_model(shape.source)}, {shape.parameters:,} parameters at engines, "
             f"{pool.rollouts:g} rollouts a step"
         )
-    for voice in work.voices:
-        said = f"{_model(voice.shape.source)}, {voice.shape.parameters:,} parameters on the learner's ranks"
-        found.append(f"teacher {voice.name}: {said}, {voice.rollouts:g} rollouts a step")
+    for policy in work.policies:
+        said = f"{_model(policy.shape.source)}, {policy.shape.parameters:,} parameters on the learner's ranks"
+        found.append(f"teacher {policy.name}: {said}, {policy.rollouts:g} rollouts a step")
     found += [f"teacher {name}: behind a url, no GPU of this cluster; its time is unknown" for name in work.unknown]
     return found
 

@@ -25,7 +25,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Voice:
+class Policy:
     """A teacher in process: sizes of the model that speaks, and the rollouts a step that it scores."""
 
     name: str
@@ -51,7 +51,7 @@ class Work:
     in_flight: int
     trainable: int
     pools: tuple[Pool, ...]
-    voices: tuple[Voice, ...]
+    policies: tuple[Policy, ...]
     frozen: tuple[Shape, ...]
     adapters: int
     unknown: tuple[str, ...]
@@ -64,9 +64,9 @@ class Work:
 
 def work_of(config: Config, *, prompt_tokens: int) -> Work:
     """What a recipe asks of each step. Raises ConfigError and ModelError for what cannot be planned."""
-    if config.mode != "distributed":
+    if config.backend != "ray":
         raise ConfigError(
-            f"a plan places the parts of mode = 'distributed', got mode = '{config.mode}'; add mode=distributed"
+            f"a plan places the parts of backend = 'ray', got backend = '{config.backend}'; add backend=ray"
         )
     shapes: dict[str, Shape] = {}
 
@@ -90,8 +90,8 @@ def work_of(config: Config, *, prompt_tokens: int) -> Work:
         rank, targets = config.lora.rank, config.lora.target_modules
         trainable = adapter_parameters(config.student, rank=rank, target_modules=targets)
     asked = _asked(config, rollouts)
-    inside = {name: n for name, n in asked.items() if not _served(config, name)}
-    voices = tuple(Voice(name, shape(_source(config, name)), n) for name, n in inside.items())
+    inside = {name: n for name, n in asked.items() if not _remote(config, name)}
+    policies = tuple(Policy(name, shape(_source(config, name)), n) for name, n in inside.items())
     adapters = [config.teachers[name].adapter for name in inside if name in config.teachers]
     own = {config.student} if lora else set()
     return Work(
@@ -104,8 +104,8 @@ def work_of(config: Config, *, prompt_tokens: int) -> Work:
         in_flight=_in_flight(config, rollouts),
         trainable=trainable,
         pools=_pools(config, asked, shape),
-        voices=voices,
-        frozen=tuple(shape(s) for s in dict.fromkeys(v.shape.source for v in voices) if s not in own),
+        policies=policies,
+        frozen=tuple(shape(s) for s in dict.fromkeys(v.shape.source for v in policies) if s not in own),
         adapters=sum(adapter_of(folder, config.student) for folder in adapters if folder is not None),
         unknown=tuple(name for name, t in config.teachers.items() if t.url is not None),
     )
@@ -117,8 +117,8 @@ def _source(config: Config, name: str) -> str:
     return (teacher.model if teacher is not None else None) or config.student
 
 
-def _served(config: Config, name: str) -> bool:
-    return name in config.teachers and config.teachers[name].served
+def _remote(config: Config, name: str) -> bool:
+    return name in config.teachers and config.teachers[name].remote
 
 
 def _asked(config: Config, rollouts: int) -> dict[str, float]:
@@ -133,7 +133,7 @@ def _asked(config: Config, rollouts: int) -> dict[str, float]:
                 found[part] += rollouts * task.weight / total / len(teachers)
     reference = config.objective.reference
     if reference is not None:
-        inside = sum(n for name, n in found.items() if not config.teachers[name].served)
+        inside = sum(n for name, n in found.items() if not config.teachers[name].remote)
         found[reference] = max(found.get(reference, 0.0), inside)
     return found
 
@@ -158,7 +158,7 @@ def _pools(config: Config, asked: Mapping[str, float], shape: Callable[[str], Sh
 def _in_flight(config: Config, rollouts: int) -> int:
     """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.collect`); games
     are hosted, so many at once."""
-    if config.cluster.teachers_sleep or not all(teacher.served for teacher in config.teachers.values()):
+    if config.cluster.teachers_sleep or not all(teacher.remote for teacher in config.teachers.values()):
         hosted = any(task.type in _TURNS for task in config.tasks.values())
         return min(rollouts, config.episodes.max_concurrent) if hosted else rollouts
     group = config.sampling.group_size

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from opd.objectives.advantages import log_ratio_to_go
-from opd.objectives.vocabulary import CommonCells, TeacherStates, VocabularyLoss, vocabulary_loss
+from opd.objectives.vocabulary import SharedVocabularyIds, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.text.chunks import align
-from opd.text.shared_vocabulary import common_cells
+from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.token_bytes import TokenBytes
 from opd_theory.byte_claims import END, TokenModel, ToyTokenizer, some_language, trained_on
 from opd_theory.claim import Claim
 from opd_theory.written_out import gap, log_softmax, slope
 
 _LONGEST, _STEPS, _RATE = 4, 150, 0.1
-_ALL = VocabularyLoss(support=1000)  # every common cell
+_ALL = VocabularyLoss(top_k=1000)  # every common cell
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def chosen(table: Tensor, every: Responses) -> Tensor:
     return torch.where(every.free, table.log_softmax(-1)[every.rows, every.columns], 0.0)
 
 
-def mean_loss(table: Tensor, every: Responses, discount: float, cells: CommonCells | None) -> Tensor:
+def mean_loss(table: Tensor, every: Responses, discount: float, cells: SharedVocabularyIds | None) -> Tensor:
     """A loss whose gradient is the mean of the estimator's: chunks of `discount`, and with `cells` the comparison where there is
     one."""
     logp = chosen(table, every)
@@ -140,10 +140,10 @@ def mean_loss(table: Tensor, every: Responses, discount: float, cells: CommonCel
     return sampled + compared
 
 
-def cells_of(student: Sequence[str], teacher: ToyTokenizer) -> CommonCells:
+def cells_of(student: Sequence[str], teacher: ToyTokenizer) -> SharedVocabularyIds:
     ours, theirs = (table_of(t) for t in ([*student, END], teacher.tokens))
-    common = common_cells(ours, [len(ours) - 1], theirs, [len(theirs) - 1])
-    return CommonCells(torch.from_numpy(common.student), torch.from_numpy(common.teacher), common.num)
+    common = shared_vocabulary(ours, [len(ours) - 1], theirs, [len(theirs) - 1])
+    return SharedVocabularyIds(torch.from_numpy(common.student), torch.from_numpy(common.teacher), common.num)
 
 
 def end_of_descent(
@@ -195,7 +195,7 @@ def _loss_gaps(student: Sequence[str], teacher: TokenModel, discounts: Sequence[
     return chunks, gap(found, _written_out(table, every, 0.0, cells))
 
 
-def _written_out(table: Tensor, every: Responses, discount: float, cells: CommonCells | None) -> np.ndarray:
+def _written_out(table: Tensor, every: Responses, discount: float, cells: SharedVocabularyIds | None) -> np.ndarray:
     """The slope of `mean_loss` [rows, vocab] by loops over responses; with cells, by complex steps of the KL over cells."""
     logits = table.detach().numpy()
     logp = log_softmax(logits)
@@ -224,7 +224,7 @@ def _written_out(table: Tensor, every: Responses, discount: float, cells: Common
     return found
 
 
-def _cell_kl(logits: np.ndarray, theirs: np.ndarray, cells: CommonCells) -> np.ndarray:
+def _cell_kl(logits: np.ndarray, theirs: np.ndarray, cells: SharedVocabularyIds) -> np.ndarray:
     """The reverse KL of distributions over cells; what the teacher has not and the student has apart counts as one tail."""
     p, q = np.exp(log_softmax(logits)), np.exp(theirs)
     found = np.zeros(p.shape[:-1], dtype=p.dtype)
@@ -252,15 +252,15 @@ def comparison(pairs: Sequence[str] = tuple(PAIRS), *, steps: int = _STEPS) -> C
     for name in pairs:
         student, merges = PAIRS[name]
         teacher = trained_on(language, ToyTokenizer("ab", merges))
-        ways = {"immediate": (0.0, False), "support": (0.0, True), "to_go": (1.0, False)}
+        ways = {"immediate": (0.0, False), "top_k": (0.0, True), "to_go": (1.0, False)}
         ends[name] = {w: end_of_descent(student, teacher, d, compare=c, steps=steps) for w, (d, c) in ways.items()}
         by_chunks, by_cells = _loss_gaps(student, teacher, (0.0, 0.5, 1.0))
         chunks, compared = max(chunks, by_chunks), max(compared, by_cells)
         cells = cells and _same_cells(student, teacher.tokenizer)
     free, *merged = ends.values()
     parts = {
-        "below the chunks where nothing merges across": free["support"] < free["immediate"],
-        "above them where it does": all(e["support"] > e["immediate"] for e in merged),
+        "below the chunks where nothing merges across": free["top_k"] < free["immediate"],
+        "above them where it does": all(e["top_k"] > e["immediate"] for e in merged),
         "to-go below both": all(e["to_go"] < e["immediate"] for e in ends.values()),
         "cells are the longest common beginnings": cells,
         "the mean of the chunks, written out": chunks < 1e-10,

@@ -9,18 +9,18 @@ from opd_theory import hack_gym
 from opd_theory.claim import Claim
 from opd_theory.hack_gym import PENALTY, Arm, Figures, Hack, follow
 
-COEF = 3.0  # of the outcome, where it stands beside a distillation term
+COEF = 3.0  # of the reward, where it stands beside a distillation term
 _REPETITIONS = 2000  # they end after some 50, but where two rest points nearly meet
 
 # Without safeguards.
 TO_GO, KL_TO_GO, EXACT = "to-go, discount 1", "KL-to-go, discount 0.9", "exact"
 # One safeguard.
 MASK_UNCENTRED, MASK_KL, MASK_EXACT = "uncentred mask", "KL-centred mask", "exact, mask"
-OUTCOME_ALONE, TO_GO_OUTCOME, EXACT_OUTCOME = "outcome alone", "to-go, outcome", "exact, outcome"
-# Mask, outcome and the explicit negative outcome of format errors; the first has a mask that is not centred.
-TO_GO_UNCENTRED = "to-go, uncentred mask, outcome, errors -1"
+OUTCOME_ALONE, TO_GO_OUTCOME, EXACT_OUTCOME = "reward alone", "to-go, reward", "exact, reward"
+# Mask, reward and the explicit negative reward of format errors; the first has a mask that is not centred.
+TO_GO_UNCENTRED = "to-go, uncentred mask, reward, errors -1"
 EXACT_GUARDED, KL_GUARDED, TO_GO_GUARDED = (
-    f"{name}, mask, outcome, errors -1" for name in ("exact", "KL-centred", "to-go leave-one-out")
+    f"{name}, mask, reward, errors -1" for name in ("exact", "KL-centred", "to-go leave-one-out")
 )
 GUARDED = (EXACT_GUARDED, KL_GUARDED, TO_GO_GUARDED)
 
@@ -31,13 +31,13 @@ ARMS: Mapping[str, Arm] = {
     MASK_UNCENTRED: Arm("immediate", masked=True),
     MASK_KL: Arm("immediate", 0.0, "kl", masked=True),
     MASK_EXACT: Arm("exact", masked=True),
-    OUTCOME_ALONE: Arm("none", outcome_coef=1.0),
-    TO_GO_OUTCOME: Arm("to_go", 1.0, outcome_coef=COEF),
-    EXACT_OUTCOME: Arm("exact", outcome_coef=COEF),
-    TO_GO_UNCENTRED: Arm("to_go", 1.0, masked=True, outcome_coef=COEF, penalised=True),
-    EXACT_GUARDED: Arm("exact", masked=True, outcome_coef=COEF, penalised=True),
-    KL_GUARDED: Arm("immediate", 0.0, "kl", masked=True, outcome_coef=COEF, penalised=True),
-    TO_GO_GUARDED: Arm("to_go", 1.0, "leave_one_out", masked=True, outcome_coef=COEF, penalised=True),
+    OUTCOME_ALONE: Arm("none", reward_coef=1.0),
+    TO_GO_OUTCOME: Arm("to_go", 1.0, reward_coef=COEF),
+    EXACT_OUTCOME: Arm("exact", reward_coef=COEF),
+    TO_GO_UNCENTRED: Arm("to_go", 1.0, masked=True, reward_coef=COEF, penalised=True),
+    EXACT_GUARDED: Arm("exact", masked=True, reward_coef=COEF, penalised=True),
+    KL_GUARDED: Arm("immediate", 0.0, "kl", masked=True, reward_coef=COEF, penalised=True),
+    TO_GO_GUARDED: Arm("to_go", 1.0, "leave_one_out", masked=True, reward_coef=COEF, penalised=True),
 }
 
 
@@ -56,28 +56,28 @@ class Trial:
         return max(abs(self.arms[name].hack - law) for name, law in self.laws.items())
 
     def collapsed(self, *names: str) -> bool:
-        """Whether each arm ends with a higher OPD reward than the start, a lower outcome, and more than twice the hacks."""
+        """Whether each arm ends with a higher OPD reward than the start, a lower reward, and more than twice the hacks."""
         return all(
-            a.opd_reward > self.start.opd_reward and a.outcome < self.start.outcome and a.hack > 2 * self.start.hack
+            a.opd_reward > self.start.opd_reward and a.reward < self.start.reward and a.hack > 2 * self.start.hack
             for a in (self.arms[name] for name in names)
         )
 
     def held(self, *names: str) -> bool:
-        """Whether each arm hacks at most as often as the teacher, with an outcome no lower than at the start."""
+        """Whether each arm hacks at most as often as the teacher, with an reward no lower than at the start."""
         return all(
-            a.hack <= self.start.hack + 1e-9 and a.outcome >= self.start.outcome - 1e-9
+            a.hack <= self.start.hack + 1e-9 and a.reward >= self.start.reward - 1e-9
             for a in (self.arms[name] for name in names)
         )
 
     def claim(self, letter: str, title: str, source: str, expected: str, holds: bool) -> Claim:
         """The verdict also needs every law to be met to 1e-6."""
         shown = "; ".join(
-            f"{name} {f.hack:.4f}, {f.outcome:.2f}, {f.opd_reward:.2f}"
+            f"{name} {f.hack:.4f}, {f.reward:.2f}, {f.opd_reward:.2f}"
             for name, f in {"start": self.start, **self.arms}.items()
         )
         return Claim(
             f"H-{letter}", f"hack: {title}", source, f"{expected}; laws of the rest points met to 1e-6",
-            f"P(hack), outcome, OPD reward: {shown}; {len(self.laws)} laws met to {self.gap:.0e}",
+            f"P(hack), reward, OPD reward: {shown}; {len(self.laws)} laws met to {self.gap:.0e}",
             holds and self.gap < 1e-6,
             {"start": asdict(self.start), "arms": {n: asdict(f) for n, f in self.arms.items()}, "laws": dict(self.laws)},
         )  # fmt: skip
@@ -88,7 +88,7 @@ def run_trial(hack: Hack, arms: Mapping[str, Arm] = ARMS) -> Trial:
     found, laws = {}, {}
     for name, arm in arms.items():
         # Behind a mask a rare action moves only by how it shifts the mean of the others: at the rate of its own probability.
-        slow = arm.masked and arm.baseline != "none" and arm.outcome_coef == 0
+        slow = arm.masked and arm.baseline != "none" and arm.reward_coef == 0
         found[name] = hack.measure(follow(hack, arm, steps=1600 if slow else 100))
         law = rest_by_law(hack, arm)
         if law is not None:
@@ -97,12 +97,12 @@ def run_trial(hack: Hack, arms: Mapping[str, Arm] = ARMS) -> Trial:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What is to come from a state on under the settled student: the discounted log ratios of kept responses, the mean outcome,
+class Prefetch:
+    """What is to come from a state on under the settled student: the discounted log ratios of kept responses, the mean reward,
     P(kept) and P(hack), the mean number of tokens, and that of responses which are kept."""
 
     distillation: float = 0.0
-    outcome: float = 0.0
+    reward: float = 0.0
     kept: float = 0.0
     hack: float = 0.0
     tokens: float = 0.0
@@ -114,18 +114,18 @@ def rest_by_law(hack: Hack, arm: Arm) -> float | None:
 
     At a row all of whose later rows have settled, k_a (log q_a - log pi_a) + discount F_a + share coef U_a is one number m for all
     actions taken; log q is the mean over the row's states, and after action a, k_a is P(kept), F_a the kept log ratios to come,
-    U_a the mean outcome. Without masks pi ~ q exp(discount F + coef U), the branch law and the tilt law in one. With masks and
-    no outcome, an action that is always masked (k = 0) makes m = 0, so that pi = q elsewhere and it gets the rest: the mask law.
-    Exact terms have the P(kept) of the state in place of k_a. A KL baseline has the law of the exact term without an outcome.
+    U_a the mean reward. Without masks pi ~ q exp(discount F + coef U), the branch law and the tilt law in one. With masks and
+    no reward, an action that is always masked (k = 0) makes m = 0, so that pi = q elsewhere and it gets the rest: the mask law.
+    Exact terms have the P(kept) of the state in place of k_a. A KL baseline has the law of the exact term without an reward.
 
-    `share` is the normaliser of the distillation part over that of the outcome's: 1 without masks and with a constant, else what
-    of all episodes (or tokens) is kept, which the settled student itself decides. The more is kept the more the outcome weighs, so
+    `share` is the normaliser of the distillation part over that of the reward's: 1 without masks and with a constant, else what
+    of all episodes (or tokens) is kept, which the settled student itself decides. The more is kept the more the reward weighs, so
     repetition from the start's share ends at the next share that agrees with its student, in the direction in which errors go.
     """
     integrated = arm.distillation == "exact" or (arm.distillation == "immediate" and arm.baseline == "kl")
     if arm.distillation == "none" or (arm.distillation == "kl_to_go" and arm.masked):
         return None
-    if arm.baseline != "none" and (not integrated or arm.outcome_coef > 0):
+    if arm.baseline != "none" and (not integrated or arm.reward_coef > 0):
         return None
     kept, everything = hack_gym.normalizers(hack, arm, hack.problem.policy(hack.start))
     share = kept / everything
@@ -138,19 +138,19 @@ def rest_by_law(hack: Hack, arm: Arm) -> float | None:
     return None
 
 
-def _share(arm: Arm, settled: Ahead) -> float:
+def _share(arm: Arm, settled: Prefetch) -> float:
     return settled.kept_tokens / settled.tokens if arm.normalizer == "token" else settled.kept
 
 
-def _settled(hack: Hack, arm: Arm, share: float, *, integrated: bool) -> Ahead:
-    """What is to come from the prompts on, where the outcome weighs `share` of its coefficient."""
+def _settled(hack: Hack, arm: Arm, share: float, *, integrated: bool) -> Prefetch:
+    """What is to come from the prompts on, where the reward weighs `share` of its coefficient."""
 
     @cache
-    def ahead(name: str) -> Ahead:
+    def ahead(name: str) -> Prefetch:
         if name in hack.ends:
             end = hack.ends[name]
             paid = PENALTY if end.malformed and arm.penalised else end.paid
-            return Ahead(outcome=paid, kept=float(not (end.malformed and arm.masked)), hack=float(end.hack))
+            return Prefetch(reward=paid, kept=float(not (end.malformed and arm.masked)), hack=float(end.hack))
         state = hack.states[name]
         p, later = policy(state.row), [ahead(after) for after in state.after]
         ratios = [log(q) - log(x) if x > 0 else 0.0 for q, x in zip(state.teacher, p, strict=True)]
@@ -158,9 +158,9 @@ def _settled(hack: Hack, arm: Arm, share: float, *, integrated: bool) -> Ahead:
         def mean(values: Iterable[float]) -> float:
             return sum(x * value for x, value in zip(p, values, strict=True))
 
-        return Ahead(
+        return Prefetch(
             mean(a.kept * r + arm.discount * a.distillation for a, r in zip(later, ratios, strict=True)),
-            mean(a.outcome for a in later),
+            mean(a.reward for a in later),
             mean(a.kept for a in later),
             mean(a.hack for a in later),
             mean(1.0 + a.tokens for a in later),
@@ -176,14 +176,14 @@ def _settled(hack: Hack, arm: Arm, share: float, *, integrated: bool) -> Ahead:
         later = [[ahead(after) for after in s.after] for s in states]
         logq = [sum(log(s.teacher[a]) for s in states) / len(states) for a in actions]
         future = [sum(arm.discount * x[a].distillation for x in later) / len(states) for a in actions]
-        gain = [share * arm.outcome_coef * sum(x[a].outcome for x in later) / len(states) for a in actions]
+        gain = [share * arm.reward_coef * sum(x[a].reward for x in later) / len(states) for a in actions]
         kept = [sum(x[a].kept for x in later) / len(states) for a in actions]
         if integrated:
             return _tilted(logq, gain, kept)
         return _balanced(logq, [f + g for f, g in zip(future, gain, strict=True)], kept)
 
     starts = [ahead(name) for name in hack.prompts]
-    return Ahead(*(sum(column) / len(starts) for column in zip(*map(astuple, starts), strict=True)))
+    return Prefetch(*(sum(column) / len(starts) for column in zip(*map(astuple, starts), strict=True)))
 
 
 def _tilted(logq: Sequence[float], gain: Sequence[float], kept: Sequence[float]) -> Sequence[float]:
@@ -217,19 +217,19 @@ def _balanced(logq: Sequence[float], gain: Sequence[float], kept: Sequence[float
 
 
 def quick_answer() -> Claim:
-    """(a) No format error, so that a mask has nothing to hide; the outcome has to pay for the KL that the hack saves."""
+    """(a) No format error, so that a mask has nothing to hide; the reward has to pay for the KL that the hack saves."""
     hack = hack_gym.quick_answer()
     teacher, end = hack.states["word 0, context 0"].teacher, hack.ends
     words = sum(row.startswith("word") for row in hack.rows)
     saved = -words * log(2 * (teacher[0] * teacher[1]) ** 0.5) + log(hack.states["guess"].teacher[0])
     bound = saved / (end["answer"].paid - end["guessed"].paid)
-    at_bound = f"to-go, outcome of coef {bound:.2f}"
-    trial = run_trial(hack, {**ARMS, at_bound: Arm("to_go", 1.0, outcome_coef=bound)})
+    at_bound = f"to-go, reward of coef {bound:.2f}"
+    trial = run_trial(hack, {**ARMS, at_bound: Arm("to_go", 1.0, reward_coef=bound)})
     rate, found = trial.start.hack, trial.arms
     return trial.claim(
         "a", "an answer at once, 5 % of the teacher's", "docs/objectives.md, discounts",
         f"future terms collapse, exact stays at {rate:g}, masks change nothing; beside to-go, coef {COEF:g} is too small and "
-        f"{bound:.2f} = K / (difference of outcomes) ends at {rate:g}",
+        f"{bound:.2f} = K / (difference of rewards) ends at {rate:g}",
         trial.collapsed(TO_GO, KL_TO_GO, TO_GO_GUARDED)
         and trial.held(EXACT, MASK_UNCENTRED, EXACT_OUTCOME, EXACT_GUARDED, KL_GUARDED)
         and abs(found[MASK_UNCENTRED].hack - found[EXACT].hack) < 1e-9
@@ -238,7 +238,7 @@ def quick_answer() -> Claim:
 
 
 def attractor() -> Claim:
-    """(b) Every response costs more than the outcome pays, so that an uncentred mask is not cured by one."""
+    """(b) Every response costs more than the reward pays, so that an uncentred mask is not cured by one."""
     hack = hack_gym.attractor()
     paid = COEF * (hack.ends["answer"].paid - PENALTY)
     constant = f"{TO_GO_UNCENTRED}, constant normaliser"
@@ -246,7 +246,7 @@ def attractor() -> Claim:
     return trial.claim(
         "b", "a format error in which the teacher is certain", "docs/objectives.md, masks",
         "future terms and the uncentred mask collapse; a centred mask ends where exact does, above the teacher's rate; to-go with "
-        f"an uncentred mask collapses in spite of an outcome whose difference, times coef, is {paid:.1f}: less than the KL of a "
+        f"an uncentred mask collapses in spite of an reward whose difference, times coef, is {paid:.1f}: less than the KL of a "
         "response; it ends at 0.998, with a constant normaliser at 0.493; all safeguards with a centred mask hold",
         trial.collapsed(TO_GO, KL_TO_GO, MASK_UNCENTRED, TO_GO_UNCENTRED)
         and paid < -trial.start.opd_reward
@@ -290,21 +290,21 @@ def early_end() -> Claim:
 
 
 def parser_exploit() -> Claim:
-    """(e) The verifier pays for the hack, so that the outcome is what collapses."""
-    checked, unpaid = "outcome alone, errors -1", "KL-centred, mask, outcome"
+    """(e) The verifier pays for the hack, so that the reward is what collapses."""
+    checked, unpaid = "reward alone, errors -1", "KL-centred, mask, reward"
     trial = run_trial(
         hack_gym.parser_exploit(),
         {
             **ARMS,
-            checked: Arm("none", outcome_coef=1.0, penalised=True),
-            unpaid: Arm("immediate", 0.0, "kl", masked=True, outcome_coef=COEF),
+            checked: Arm("none", reward_coef=1.0, penalised=True),
+            unpaid: Arm("immediate", 0.0, "kl", masked=True, reward_coef=COEF),
         },
     )
     start, found = trial.start, trial.arms
     return trial.claim(
         "e", "malformed text for which the verifier pays", "docs/objectives.md, masks",
-        "the outcome alone ends at the hack; exact beside it holds to the tilt law, above the teacher's rate; a mask without the "
-        "negative outcome is worse than none; all safeguards hold, and so does the outcome alone with errors at -1",
+        "the reward alone ends at the hack; exact beside it holds to the tilt law, above the teacher's rate; a mask without the "
+        "negative reward is worse than none; all safeguards hold, and so does the reward alone with errors at -1",
         found[OUTCOME_ALONE].hack > 0.999 and found[OUTCOME_ALONE].paid > start.paid
         and trial.collapsed(TO_GO, TO_GO_OUTCOME, EXACT_OUTCOME)
         and found[unpaid].hack > found[EXACT_OUTCOME].hack

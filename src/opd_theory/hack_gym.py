@@ -1,6 +1,6 @@
 """Five hacks of on-policy distillation as decision processes with absorbing ends, and where a student ends on each.
 
-A state holds the teacher's distribution and what follows each action: a state, or an absorbing end with its outcome. States
+A state holds the teacher's distribution and what follows each action: a state, or an absorbing end with its reward. States
 of one row look the same to the student. Every response is written in one of two contexts that the student cannot tell apart
 and in which the teacher wants different words, so that a KL remains that no student can mend. Responses are enumerated: means
 are exact, float64.
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from opd.objectives import baselines
-from opd.objectives.advantages import immediate, kl_to_go, log_ratio_to_go, outcome
+from opd.objectives.advantages import immediate, kl_to_go, log_ratio_to_go, reward_advantages
 from opd.objectives.losses import reinforce
 from opd.objectives.reduce import Normalizer
 from opd_theory.estimators import exact_gradients
 from opd_theory.law_claims import settle
 from opd_theory.tree import Policy, Problem, Tree
 
-PENALTY = -1.0  # the explicit negative outcome of a format error
+PENALTY = -1.0  # the explicit negative reward of a format error
 _NEVER = -200.0  # the logit of what a fixed state's student never does: its exp is nothing beside any other number here
 
 
@@ -39,7 +39,7 @@ class State:
 
 @dataclass(frozen=True)
 class End:
-    """An absorbing end: the true outcome and the one that the verifier pays, in [0, 1]; `malformed`: a format check flags the
+    """An absorbing end: the true reward and the one that the verifier pays, in [0, 1]; `malformed`: a format check flags the
     response; `hack`: it is the hack."""
 
     correct: float
@@ -50,11 +50,11 @@ class End:
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective with its safeguards: A_t = keep(y) A_t^distillation / N_d + outcome_coef A^outcome(y) / N_o.
+    """An objective with its safeguards: A_t = keep(y) A_t^distillation / N_d + reward_coef A^reward(y) / N_o.
 
     normalizer: what N_d and N_o count, in the mean over very many responses: those that their part acts on (the kept ones,
     all), their tokens, or one number for both, as in training. masked: keep(y) is 0 for malformed responses. penalised: their
-    outcome is `PENALTY` whatever the verifier pays. A leave-one-out baseline is that of groups of `group_size` samples; masked
+    reward is `PENALTY` whatever the verifier pays. A leave-one-out baseline is that of groups of `group_size` samples; masked
     ones count in it, as in training.
     """
 
@@ -63,17 +63,17 @@ class Arm:
     baseline: Literal["none", "kl", "leave_one_out"] = "none"
     group_size: int = 4
     masked: bool = False
-    outcome_coef: float = 0.0
+    reward_coef: float = 0.0
     penalised: bool = False
     normalizer: Normalizer = "trajectory"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a student on a hack: P(hack), the mean true and paid outcome, and the OPD reward, -KL of a response in nats."""
+    """Of a student on a hack: P(hack), the mean true and paid reward, and the OPD reward, -KL of a response in nats."""
 
     hack: float
-    outcome: float
+    reward: float
     paid: float
     opd_reward: float
 
@@ -115,12 +115,12 @@ class Hack:
 
     @cached_property
     def marks(self) -> Tensor:
-        """[responses, 3]: whether it is the hack, its true outcome, its paid outcome."""
+        """[responses, 3]: whether it is the hack, its true reward, its paid reward."""
         ends = [self.ends[name] for name in self.reached]
         return torch.tensor([[float(e.hack), e.correct, e.paid] for e in ends], dtype=torch.float64)
 
     def rewards(self, *, penalised: bool) -> Tensor:
-        """The outcome of each response as the objective sees it [responses]."""
+        """The reward of each response as the objective sees it [responses]."""
         return torch.where(self.malformed, PENALTY, self.marks[:, 2]) if penalised else self.marks[:, 2]
 
     def measure(self, table: Tensor) -> Figures:
@@ -245,10 +245,10 @@ def expected_gradient(hack: Hack, arm: Arm, policy: Policy) -> Tensor:
     keep = ~(hack.malformed & arm.masked)
     kept, everything = normalizers(hack, arm, policy)
     total = _distillation(arm, policy) * keep[:, None] / kept
-    if arm.outcome_coef > 0:
-        reward = outcome(hack.rewards(penalised=arm.penalised), policy.problem.tree.prompts, "none")[:, None]
+    if arm.reward_coef > 0:
+        reward = reward_advantages(hack.rewards(penalised=arm.penalised), policy.problem.tree.prompts, "none")[:, None]
         # The mean of the other samples of the prompt, which the leave-one-out baseline takes off, has this expectation.
-        total = total + arm.outcome_coef * (reward - _by_prompt(policy, reward)) / everything
+        total = total + arm.reward_coef * (reward - _by_prompt(policy, reward)) / everything
     # The expectation: every response weighted by its probability.
     weighted = policy.chances[:, None] * total
     moved = policy.problem.policy(policy.table.detach().requires_grad_())
@@ -260,7 +260,7 @@ def expected_gradient(hack: Hack, arm: Arm, policy: Policy) -> Tensor:
 
 
 def normalizers(hack: Hack, arm: Arm, policy: Policy) -> tuple[float, float]:
-    """What training divides the distillation part and the outcome part by, for each response sampled."""
+    """What training divides the distillation part and the reward part by, for each response sampled."""
     if arm.normalizer == "constant":
         return 1.0, 1.0
     keep = (~(hack.malformed & arm.masked)).double()
@@ -333,8 +333,8 @@ def follow(hack: Hack, arm: Arm, *, rate: float = 1.0, steps: int = 400) -> Tens
         kept = normalizers(hack, arm, policy)[0]
         if arm.masked:
             most = (counts(policy.chances * keep) / taken).amax(-1, keepdim=True)
-            # beside an outcome, which acts on everything, no step is larger than without this
-            scale = taken * (most.clamp(min=min(kept, 1.0)) if arm.outcome_coef > 0 else most)
+            # beside an reward, which acts on everything, no step is larger than without this
+            scale = taken * (most.clamp(min=min(kept, 1.0)) if arm.reward_coef > 0 else most)
         return kept * expected_gradient(hack, arm, policy) / scale.clamp(min=1e-300)
 
     return settle(direction, hack.start, rate=rate, steps=steps)

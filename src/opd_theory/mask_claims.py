@@ -1,4 +1,4 @@
-"""Claims on masks and outcomes: batches of a student of three actions, through the functions that training calls.
+"""Claims on masks and rewards: batches of a student of three actions, through the functions that training calls.
 
 Action 0 is an error; the other two are responses whose shares the student cannot move, so that a KL remains. The one free number
 is the logit of P(error). An error may be longer than a response by tokens that both models are sure of.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.config import Config, parse_config
-from opd.objective import divisor, follow
+from opd.objective import compute_advantages, divisor
 from opd.objectives.losses import reinforce
 from opd.objectives.mask_law import Choice
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
@@ -31,7 +31,7 @@ _EPISODES = 200  # of a batch that stands for very many
 
 @cache
 def recipe(choice: Choice, num_episodes: int) -> Config:
-    """The configuration that trains a choice; a response without an error has the outcome 1."""
+    """The configuration that trains a choice; a response without an error has the reward 1."""
     kind: dict[str, object] = {"type": "exact" if choice.distillation == "exact" else "immediate"}
     if choice.distillation == "kl":
         kind["baseline"] = "kl"
@@ -48,7 +48,7 @@ def recipe(choice: Choice, num_episodes: int) -> Config:
             "tasks": {"task": {"type": "file", "path": "unused", "teacher": "t", "checks": {"rules": ["truncated"]}}},
             "sampling": {"group_size": max(2, choice.group_size)},
             "objective": kind,
-            "outcome": {"coef": choice.weight / differ, "format_error": _FORMAT_ERROR, "baseline": choice.baseline},
+            "reward": {"coef": choice.weight / differ, "format_error": _FORMAT_ERROR, "baseline": choice.baseline},
         }
     )
     # set behind the checks: the claim also shows recipes that `opd` refuses
@@ -127,7 +127,7 @@ def batch_gradient(choice: Choice, error: float, counts: tuple[int, int, int], g
         rewards=batch.rewards.double(),
     )
     config = recipe(choice, len(actions))
-    batch, _ = follow(config, batch)
+    batch, _ = compute_advantages(config, batch)
     shared = divisor(config.objective, batch)
     loss = torch.zeros((), dtype=torch.float64)
     if batch.advantages is not None:
@@ -189,10 +189,10 @@ _CASES: dict[str, tuple[Choice, float]] = {
     "masked, KL baseline": (Choice(_KL, distillation="kl"), 0.5),
     "masked, exact": (Choice(_KL, distillation="exact"), 0.5),
     "not masked": (Choice(_KL, masked=False), 0.5),
-    "masked, outcome 0.1": (Choice(_KL, weight=0.1), 0.5),
+    "masked, reward 0.1": (Choice(_KL, weight=0.1), 0.5),
     "the same, divided by a constant": (Choice(_KL, weight=0.1, normalizer="constant"), 0.5),
     **{
-        f"KL 2, outcome 2.5, from {start}": (Choice(2.0 - log(1 - _Q_ERROR), weight=2.5), start)
+        f"KL 2, reward 2.5, from {start}": (Choice(2.0 - log(1 - _Q_ERROR), weight=2.5), start)
         for start in (0.02, 0.5, 0.8)
     },
     "divided by tokens, errors of 4": (
@@ -204,10 +204,10 @@ _CASES: dict[str, tuple[Choice, float]] = {
 
 
 def mask_law() -> Claim:
-    """An uncentred advantage behind a mask rewards errors; an outcome stops that from starts with few of them.
+    """An uncentred advantage behind a mask rewards errors; an reward stops that from starts with few of them.
 
-    Dies when a normaliser counts other episodes, when masked episodes stay in the distillation term or leave the outcome, when the
-    KL baseline has another sign, and when an outcome is not centred by the others of its group.
+    Dies when a normaliser counts other episodes, when masked episodes stay in the distillation term or leave the reward, when the
+    KL baseline has another sign, and when an reward is not centred by the others of its group.
     """
     found = {name: trained_end(choice, start) for name, (choice, start) in _CASES.items()}
     laws = {name: choice.end(start) for name, (choice, start) in _CASES.items()}
@@ -222,7 +222,7 @@ def mask_law() -> Claim:
     return Claim(
         "12", "masking errors with an uncentred sampled advantage rewards them", "docs/safeguards.md, the trap",
         "P(error) where training's functions come to rest: 0.241 behind a mask (the teacher's: 0.02), 0.026 with the KL baseline; "
-        "0.176 beside an outcome of 0.1 (0.161 with a constant normaliser); KL 2 beside an outcome of 2.5 ends at 0 from 0.02 and "
+        "0.176 beside an reward of 0.1 (0.161 with a constant normaliser); KL 2 beside an reward of 2.5 ends at 0 from 0.02 and "
         "at 0.756 from 0.5 and 0.8 (at 0 with a constant); each by the law of `opd.objectives.mask_law`",
         f"{shown}; laws met to {gap:.0e}, means over all batches of 3 to {mean_gap:.0e}",
         gap < 1e-3 and mean_gap < 1e-9 and _as_written(found),
@@ -236,9 +236,9 @@ def _as_written(found: dict[str, float]) -> bool:
 
 
 def tilt_law() -> Claim:
-    """Distillation and an outcome together: the optimum is q exp(alpha R), here with the example of the mask law.
+    """Distillation and an reward together: the optimum is q exp(alpha R), here with the example of the mask law.
 
-    Dies when the outcome's share of a batch is another one, its baseline is wrong or the immediate advantage is.
+    Dies when the reward's share of a batch is another one, its baseline is wrong or the immediate advantage is.
     """
     law = 1 / (1 + (1 - _Q_ERROR) / _Q_ERROR * exp(3.0 - _K_OK))
     found = {
@@ -249,7 +249,7 @@ def tilt_law() -> Claim:
         }.items()
     }
     return Claim(
-        "13", "tilt law: the optimum of distillation and outcome is q exp(alpha R)", "docs/objectives.md, masks",
+        "13", "tilt law: the optimum of distillation and reward is q exp(alpha R)", "docs/objectives.md, masks",
         f"2 % becomes {100 * law:.3f} % at alpha = 3 with K = {_K_OK} nats that remain among the good actions",
         "; ".join(f"{name}: {100 * rate:.3f} %" for name, rate in found.items()),
         all(abs(rate - law) < 5e-6 for rate in found.values()), {"law": law, **found},

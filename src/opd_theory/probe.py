@@ -18,13 +18,13 @@ from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.checks import findings as preflight
-from opd.config import Config, MaskConfig, ObjectiveConfig, OutcomeConfig
+from opd.config import Config, MaskConfig, ObjectiveConfig, RewardConfig
 from opd.errors import DataError, ScoreError
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.learner import EmbeddedLearner
+from opd.local.learner import LocalLearner
 from opd.local.loss_terms import Pass
-from opd.objective import follow
+from opd.objective import compute_advantages
 from opd.records import FailedScore, Prompt, ScoredRollout
 from opd.startup import read_tasks, run_checks
 
@@ -32,11 +32,11 @@ _SKETCH = 2**17
 _REFERENCE = "exact"
 ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
     "exact": {"type": "exact"},
-    "support, k = 8": {"type": "support", "support": 8},
-    "support, k = 16": {"type": "support", "support": 16},
-    "support, k = 32": {"type": "support", "support": 32},
-    "support, k = 64": {"type": "support", "support": 64},
-    "support, k = 32, tail residual": {"type": "support", "support": 32, "tail_residual": True},
+    "support, k = 8": {"type": "top_k", "top_k": 8},
+    "support, k = 16": {"type": "top_k", "top_k": 16},
+    "support, k = 32": {"type": "top_k", "top_k": 32},
+    "support, k = 64": {"type": "top_k", "top_k": 64},
+    "support, k = 32, tail residual": {"type": "top_k", "top_k": 32, "tail_residual": True},
     "immediate": {"type": "immediate"},
     "immediate + KL": {"type": "immediate", "baseline": "kl"},
     "immediate - b*": {"type": "immediate", "baseline": "score_weighted"},
@@ -82,28 +82,28 @@ class Probe:
 def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: int = 2000) -> Probe:
     """Measure every estimator on `num_prompts` prompts of the recipe, `samples` responses each, at the student as it is
     before the first step. Raises OpdError where the recipe does not fit."""
-    material = read_tasks(config, None)
-    prompt_sets = material.prompts
+    task_data = read_tasks(config, None)
+    prompt_sets = task_data.prompts
     if any(teacher.url is not None for teacher in config.teachers.values()):
         raise DataError(
             "a probe compares distributions, and a teacher with a url gives none; load it in process (model)"
         )
-    studio = build(config, material.make_environment)
-    preflight.require(run_checks(config, studio, material))
-    if studio.foreign:
-        names = ", ".join(f"'{name}'" for name in studio.foreign)
+    backend = build(config, task_data.make_environment)
+    preflight.require(run_checks(config, backend, task_data))
+    if backend.cross_tokenizer:
+        names = ", ".join(f"'{name}'" for name in backend.cross_tokenizer)
         raise DataError(
             f"a probe compares distributions; teacher {names} has another tokenizer, so it has none over the student's tokens"
         )
     chosen = _spread([splits["train"] for splits in prompt_sets.values()], num_prompts)
     if len(chosen) < 2:
         raise DataError(f"a probe compares prompts: it needs 2 or more, the recipe has {len(chosen)}")
-    rollouts = studio.sampler().sample(chosen, num_samples=samples, seed=(config.seed, "probe"))
-    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
+    rollouts = backend.sampler().sample(chosen, num_samples=samples, seed=(config.seed, "probe"))
+    scored = backend.teachers(keep_hidden=True, followed=True).score(rollouts)
     # an episode that its template split is several rollouts
     groups = [list(group) for _, group in groupby(scored, key=lambda s: (s.rollout.prompt.task, s.rollout.prompt.id))]
-    learners = {name: _learner(studio, options) for name, options in ESTIMATORS.items()}
-    scorer = _learner(studio, {"type": "immediate", "baseline": "score_weighted"})  # it fills every column
+    learners = {name: _learner(backend, options) for name, options in ESTIMATORS.items()}
+    scorer = _learner(backend, {"type": "immediate", "baseline": "score_weighted"})  # it fills every column
     sketch = _Sketch(scorer)
     found = np.zeros((len(ESTIMATORS), len(groups), samples, _SKETCH), dtype=np.float32)
     kls: list[float] = []
@@ -169,10 +169,10 @@ def _spread(sets: Sequence[Sequence[Prompt]], count: int) -> list[Prompt]:
     return every[:count]
 
 
-def _learner(studio: EmbeddedStudio, options: Mapping[str, Any]) -> EmbeddedLearner:
-    floor = studio.config.objective.teacher_logprob_floor
+def _learner(backend: LocalBackend, options: Mapping[str, Any]) -> LocalLearner:
+    floor = backend.config.objective.teacher_logprob_floor
     objective = ObjectiveConfig(**options, teacher_logprob_floor=floor)
-    return replace(studio, config=studio.config.model_copy(update={"objective": objective})).learner()
+    return replace(backend, config=backend.config.model_copy(update={"objective": objective})).learner()
 
 
 def _packed(config: Config, group: Sequence[ScoredRollout]) -> Batch:
@@ -185,8 +185,8 @@ def _packed(config: Config, group: Sequence[ScoredRollout]) -> Batch:
 
 def _followed(config: Config, options: Mapping[str, Any], batch: Batch) -> Batch:
     """The batch as training with this estimator would follow it."""
-    plain = {"objective": ObjectiveConfig(**options), "outcome": OutcomeConfig(), "mask": MaskConfig()}
-    return follow(config.model_copy(update=plain), batch)[0]
+    plain = {"objective": ObjectiveConfig(**options), "reward": RewardConfig(), "mask": MaskConfig()}
+    return compute_advantages(config.model_copy(update=plain), batch)[0]
 
 
 def _only(batch: Batch, episode: int) -> Batch:
@@ -195,7 +195,7 @@ def _only(batch: Batch, episode: int) -> Batch:
     return replace(batch, distill_mask=batch.distill_mask & mine)
 
 
-def _backward(learner: EmbeddedLearner, passes: Sequence[Pass], batch: Batch) -> None:
+def _backward(learner: LocalLearner, passes: Sequence[Pass], batch: Batch) -> None:
     """The gradient of one batch's loss, undivided, on forward passes that stay as they are."""
     losses = [learner.loss_of(replace(given, batch=batch), divisor=1.0)[0] for given in passes]
     torch.stack(losses).sum().backward(retain_graph=True)
@@ -204,7 +204,7 @@ def _backward(learner: EmbeddedLearner, passes: Sequence[Pass], batch: Batch) ->
 class _Sketch:
     """A fixed random projection of the gradient of a learner's trainable weights."""
 
-    def __init__(self, learner: EmbeddedLearner) -> None:
+    def __init__(self, learner: LocalLearner) -> None:
         generator = torch.Generator().manual_seed(0)
         self._places: dict[str, Tensor] = {}
         self._signs: dict[str, Tensor] = {}
@@ -212,7 +212,7 @@ class _Sketch:
             self._places[name] = torch.randint(0, _SKETCH, (weight.numel(),), generator=generator)
             self._signs[name] = 2.0 * torch.randint(0, 2, (weight.numel(),), generator=generator) - 1.0
 
-    def take(self, learner: EmbeddedLearner) -> np.ndarray:
+    def take(self, learner: LocalLearner) -> np.ndarray:
         """The sketch [_SKETCH] of the gradient that the learner's weights hold; they hold none afterwards."""
         total = torch.zeros(_SKETCH)
         for name, weight in learner.weights().items():

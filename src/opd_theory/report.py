@@ -18,7 +18,7 @@ from opd_theory import (
     mask_claims,
     objective_claims,
     order_claims,
-    support_claims,
+    top_k_claims,
     training_claims,
 )
 from opd_theory.claim import Claim
@@ -36,9 +36,9 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     training_claims.convergence,
     training_claims.theorem_3,
     law_claims.branch_law,
-    support_claims.supports,
-    support_claims.biased_head,
-    support_claims.k_estimators,
+    top_k_claims.top_ks,
+    top_k_claims.biased_head,
+    top_k_claims.k_estimators,
     mask_claims.mask_law,
     mask_claims.tilt_law,
     law_claims.several_teachers,

@@ -152,7 +152,7 @@ def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, toleranc
 
 
 def informative(
-    scored: Sequence[ScoredRollout], *, vocab_size: int, foreign: Mapping[str, int] | None = None
+    scored: Sequence[ScoredRollout], *, vocab_size: int, cross_tokenizer: Mapping[str, int] | None = None
 ) -> list[Finding]:
     """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls.
 
@@ -171,8 +171,8 @@ def informative(
         if not len(logprobs):
             findings.append(Finding(f"teacher '{teacher}' is not uniform", True, "no text to judge it by"))
             continue
-        unit = math.log((foreign or {}).get(teacher, vocab_size))
-        tokens = np.maximum(np.round(-logprobs / unit), 1) if foreign and teacher in foreign else 1
+        unit = math.log((cross_tokenizer or {}).get(teacher, vocab_size))
+        tokens = np.maximum(np.round(-logprobs / unit), 1) if cross_tokenizer and teacher in cross_tokenizer else 1
         spread = float(np.abs(logprobs + tokens * unit).max())
         findings.append(
             Finding(

@@ -4,9 +4,9 @@ from opd.config import Config
 from opd.objectives.mask_law import largest_kl
 
 _GROUP_MASK = (
-    "warning: mask.format_errors with baseline = 'leave_one_out' and no outcome: other samples centre an advantage only where they "
+    "warning: mask.format_errors with baseline = 'leave_one_out' and no reward: other samples centre an advantage only where they "
     "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
-    "theory, H-d); set outcome.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
+    "theory, H-d); set reward.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
 )
 
 
@@ -17,20 +17,20 @@ def mask_warning(config: Config) -> str | None:
         return None
     if not objective.centred:
         return _outweighed(config)
-    return _GROUP_MASK if objective.baseline == "leave_one_out" and not config.outcome.coef else None
+    return _GROUP_MASK if objective.baseline == "leave_one_out" and not config.reward.coef else None
 
 
 def _outweighed(config: Config) -> str:
-    """How much KL the outcome outweighs: a bound for every start, and one for a start without errors."""
-    objective, outcome = config.objective, config.outcome
-    coef = outcome.coef / objective.coef
+    """How much KL the reward outweighs: a bound for every start, and one for a start without errors."""
+    objective, reward = config.objective, config.reward
+    coef = reward.coef / objective.coef
     # "grpo" divides by what the rewards of a group differ by
-    weight = coef if outcome.baseline == "grpo" else coef * (1.0 - outcome.format_error)
+    weight = coef if reward.baseline == "grpo" else coef * (1.0 - reward.format_error)
     everywhere, best = largest_kl(
-        weight, objective.normalizer, baseline=outcome.baseline, group_size=config.sampling.group_size
+        weight, objective.normalizer, baseline=reward.baseline, group_size=config.sampling.group_size
     )
     text = (
-        "warning: mask.format_errors with an uncentred advantage rewards errors unless the outcome outweighs the KL that a response"
+        "warning: mask.format_errors with an uncentred advantage rewards errors unless the reward outweighs the KL that a response"
         f" without errors pays. At reward 1, errors fade from every start below {everywhere:.3g} nats a response"
     )
     if best - everywhere < 0.01 * best:
@@ -39,6 +39,6 @@ def _outweighed(config: Config) -> str:
     longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
     other = f", or set objective.normalizer = 'constant' with objective.constant = {episodes}"
     return (
-        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise outcome.coef"
+        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise reward.coef"
         f"{other if objective.normalizer != 'constant' else ''} (docs/safeguards.md)"
     )

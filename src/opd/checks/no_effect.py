@@ -13,8 +13,8 @@ REWARD = "reward"
 _NO_EFFECT = "no effect"
 _PLAYED = ("tools", "textarena")  # types of tasks that have environments
 _TRAIN_ON_IT = (
-    "outcome.coef = 0, so nothing trains on it; to train on it set outcome.coef above 0, with sampling.group_size of 2 or "
-    "more (or outcome.baseline = 'none')"
+    "reward.coef = 0, so nothing trains on it; to train on it set reward.coef above 0, with sampling.group_size of 2 or "
+    "more (or reward.baseline = 'none')"
 )
 
 
@@ -24,7 +24,7 @@ def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
 
 
 def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
-    """Whether the task says what a response is worth in the held-out outcome: its grader where it has one, else its verifier."""
+    """Whether the task says what a response is worth in the held-out reward: its grader where it has one, else its verifier."""
     graded = isinstance(task, FileTask) and task.grader is not None and prompt.answer is not None
     return graded or has_verdict(prompt, task)
 
@@ -58,11 +58,11 @@ def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environme
     given = [
         name for name, splits in prompts.items() if any(has_verdict(p, config.tasks[name]) for p in splits["train"])
     ]
-    if not config.outcome.coef:
+    if not config.reward.coef:
         if reward:
             return [Finding(REWARD, True, f"the reward function is only measured: {_TRAIN_ON_IT}", warning=True)]
         who = "the environments" if environment else "tasks." + ", tasks.".join(given)
-        detail = f"the rewards of {who} are only measured: outcome.coef = 0"
+        detail = f"the rewards of {who} are only measured: reward.coef = 0"
         return [Finding(REWARD, True, detail)] if environment or given else []
     if reward or environment:
         return []
@@ -77,7 +77,7 @@ def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environme
                 else "they have no answer"
             )
             detail = (
-                f"outcome.coef has no effect on {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
+                f"reward.coef has no effect on {without} of {len(splits['train'])} prompts of tasks.{name}: {why}; add "
                 "answers and a verifier, or pass a reward"
             )
             findings.append(Finding(REWARD, True, detail, warning=True))
@@ -101,7 +101,7 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
     played = played or any(p.demonstration or p.tools for p in every)
     lines = []
     for name in type(config.episodes).model_fields if not played else ():
-        bounds_servers = name == "max_concurrent" and isinstance(config, Config) and config.mode == "distributed"
+        bounds_servers = name == "max_concurrent" and isinstance(config, Config) and config.backend == "ray"
         keys = [] if bounds_servers else changed(config, f"episodes.{name}")
         lines += [f"{key}: no prompt has an environment or tools, so every episode is one turn" for key in keys]
     return lines

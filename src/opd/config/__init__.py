@@ -5,15 +5,15 @@ name the nearest known key. Importing this package needs no torch.
 """
 
 from opd.config.cluster import ClusterConfig
-from opd.config.detectors import GuardsConfig
+from opd.config.detectors import DetectorsConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.format_checks import ChecksConfig
 from opd.config.no_effect import changed, without_effect
 from opd.config.node import nearest
-from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, OutcomeConfig
+from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
-from opd.config.resume import config_changes, moved_config
-from opd.config.teachers import ServedConfig, TeacherConfig
+from opd.config.resume import config_changes, resumed_config
+from opd.config.teachers import RemoteConfig, TeacherConfig
 from opd.config.tree import (
     AlignmentConfig,
     ComputeConfig,
@@ -43,16 +43,16 @@ __all__ = [
     "EpisodesConfig",
     "EvaluationConfig",
     "FileTask",
-    "GuardsConfig",
+    "DetectorsConfig",
     "LoggingConfig",
     "LoraConfig",
     "MaskConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
-    "OutcomeConfig",
+    "RewardConfig",
     "ReasoningGymTask",
     "SamplingConfig",
-    "ServedConfig",
+    "RemoteConfig",
     "SftConfig",
     "TaskConfig",
     "TeacherConfig",
@@ -63,7 +63,7 @@ __all__ = [
     "config_changes",
     "dump_config",
     "load_config",
-    "moved_config",
+    "resumed_config",
     "nearest",
     "parse_config",
     "without_effect",

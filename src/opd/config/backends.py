@@ -3,27 +3,27 @@
 from typing import TYPE_CHECKING
 
 from opd.config.cluster import ClusterConfig
-from opd.config.teachers import ServedConfig
+from opd.config.teachers import RemoteConfig
 
 if TYPE_CHECKING:
     from opd.config.tree import Config
 
 
-def require_mode_fits(config: "Config") -> None:
+def require_backend_fits(config: "Config") -> None:
     """Raise ValueError for what one process, or a cluster, cannot do."""
-    if config.mode == "embedded":
+    if config.backend == "local":
         if config.cluster != ClusterConfig():
-            raise ValueError("[cluster] is for mode = 'distributed', got mode = 'embedded'; drop it, or set the mode")
+            raise ValueError("[cluster] is for backend = 'ray', got backend = 'local'; drop it, or set the mode")
         for name, teacher in config.teachers.items():
             if teacher.engines is not None:
                 raise ValueError(
-                    f"teachers.{name}.engines are started by mode = 'distributed', got mode = 'embedded'; drop it, or give the url "
+                    f"teachers.{name}.engines are started by backend = 'ray', got backend = 'local'; drop it, or give the url "
                     "of a server"
                 )
         return
     if config.warmup.steps:
         raise ValueError(
-            f"warmup.steps = {config.warmup.steps} needs mode = 'embedded'; warm up there, then set lora.start"
+            f"warmup.steps = {config.warmup.steps} needs backend = 'local'; warm up there, then set lora.start"
         )
     cluster = config.cluster
     if cluster.gpus_per_rank > 1:
@@ -67,26 +67,26 @@ def _require_engines_fit(config: "Config") -> None:
         raise ValueError(f"cluster.teachers_sleep: models that share devices need the same engines, got {said}")
 
 
-def require_served_fit(config: "Config") -> None:
+def require_remote_fit(config: "Config") -> None:
     """Raise ValueError for what servers cannot give: they know log-probabilities of a few tokens, at temperature 1."""
-    served = [name for name, teacher in config.teachers.items() if teacher.served]
-    if not served and config.mode == "embedded" and config.served != ServedConfig():
-        raise ValueError("[served] is for teachers with a url, and this recipe has none; drop it")
-    for name in served:
+    remote = [name for name, teacher in config.teachers.items() if teacher.remote]
+    if not remote and config.backend == "local" and config.remote != RemoteConfig():
+        raise ValueError("[remote] is for teachers with a url, and this recipe has none; drop it")
+    for name in remote:
         field = "url" if config.teachers[name].url is not None else "engines"
         who = f"teachers.{name}.{field}: a server gives log-probabilities of sampled tokens and of its likeliest"
-        if config.objective.type == "support":
-            inside = [n for n, t in config.teachers.items() if not t.served]
+        if config.objective.type == "top_k":
+            inside = [n for n, t in config.teachers.items() if not t.remote]
             if inside:
                 raise ValueError(
-                    f"{who}, and teacher '{inside[0]}' is in process: with type = 'support' serve all teachers, or none"
+                    f"{who}, and teacher '{inside[0]}' is in process: with type = 'top_k' serve all teachers, or none"
                 )
             if config.objective.tail_residual:
                 raise ValueError(f"{who}, and objective.tail_residual needs whole distributions; drop it")
         elif config.objective.needs_distributions:
             raise ValueError(
                 f"{who}, and objective.type = '{config.objective.type}', baseline = '{config.objective.baseline}' needs whole "
-                "distributions; write type = 'support', or 'immediate' or 'to_go' with baseline = 'none' or "
+                "distributions; write type = 'top_k', or 'immediate' or 'to_go' with baseline = 'none' or "
                 "'leave_one_out', or load the teacher in process (model)"
             )
         if config.temperature != 1.0:

@@ -24,7 +24,7 @@ class DetectorConfig(Node):
 
 
 class GoodhartConfig(DetectorConfig):
-    """1: the distillation reward rises while the outcome falls. The outcome is `drop` below its best, and the reverse KL, per
+    """1: the distillation reward rises while the reward falls. The reward is `drop` below its best, and the reverse KL, per
     token or per sequence, has fallen by the share `gain` since then."""
 
     memory: Positive = 20
@@ -33,7 +33,7 @@ class GoodhartConfig(DetectorConfig):
 
 
 class AurocConfig(DetectorConfig):
-    """2: the log ratio of a response hardly tells good outcomes from bad ones: AUROC below `threshold`.
+    """2: the log ratio of a response hardly tells good rewards from bad ones: AUROC below `threshold`.
 
     One step cannot tell 0.55 from 0.65 (the standard error with 32 good and 32 bad responses is 0.07), so steps are pooled
     until it is at most `max_error`.
@@ -55,7 +55,7 @@ class FlaggedAdvantageConfig(DetectorConfig):
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
-class LevelConfig(DetectorConfig):
+class ThresholdConfig(DetectorConfig):
     """A share that must stay below `threshold`. It raises an alarm when it has risen there, or when it has been there for
     `patience` steps: a student that begins above it and improves is no case for one."""
 
@@ -63,11 +63,11 @@ class LevelConfig(DetectorConfig):
     patience: Positive = 50
 
 
-class RepetitionConfig(LevelConfig):
+class RepetitionConfig(ThresholdConfig):
     """4: responses that are loops, by their repeated 3-grams or by how well they compress (`opd.detectors.metrics`)."""
 
 
-class TruncationConfig(LevelConfig):
+class TruncationConfig(ThresholdConfig):
     """5: more than `threshold` of the responses are cut; or their length has grown `growth` times within `window` steps; or
     it has shrunk `shrink` times while the reverse KL of a token rose, as of a student that learns to end at once."""
 
@@ -76,7 +76,7 @@ class TruncationConfig(LevelConfig):
     shrink: Factor = 3.0
 
 
-class LowKlConfig(LevelConfig):
+class LowKlConfig(ThresholdConfig):
     """6: among responses of 256 tokens and more, those with four windows of 64 tokens in a row in which the teacher is five
     times closer to the student than elsewhere in the step. It logs only: copied text looks like this too."""
 
@@ -86,17 +86,17 @@ class LowKlConfig(LevelConfig):
 
 class OverlapConfig(DetectorConfig):
     """7: student and teacher part: their top-k overlap falls `drop` below its best, or their entropies differ by `entropy_gap`
-    nats more than they did; or the student's entropy is below `entropy_share` both of its start and of the teacher's.
+    nats more than they did; or the student's entropy is below `entropy_fraction` both of its start and of the teacher's.
 
     Not of its start alone: a student that follows a certain teacher becomes certain (from 3.4 to 0.02 nats in the demo).
     """
 
     drop: Share = 0.1
     entropy_gap: Above = 0.5
-    entropy_share: Share = 0.5
+    entropy_fraction: Share = 0.5
 
 
-class SpecialTokensConfig(LevelConfig):
+class SpecialTokensConfig(ThresholdConfig):
     """8: special tokens with a log ratio beyond 15 nats. An untrained student ends a third of its turns where its teacher never
     would, for some ten steps; a tokenizer's artefact stays."""
 
@@ -104,7 +104,7 @@ class SpecialTokensConfig(LevelConfig):
     patience: Positive = 30
 
 
-class CommonTokensConfig(LevelConfig):
+class CommonTokensConfig(ThresholdConfig):
     """9: the share of the positive advantage that falls on the five most common tokens, above their share of the tokens. Not the
     former alone: where answers are digits it is large by nature. It logs only: few tokens carry most of the advantage, and which
     ones changes from step to step."""
@@ -116,7 +116,7 @@ class CommonTokensConfig(LevelConfig):
 
 class TeacherDriftConfig(DetectorConfig):
     """10: the student loses one of its teachers: the reverse KL to it is `rise` times its lowest and `min_rise` nats a token
-    above it, or the outcome on its prompts is `drop` below its best."""
+    above it, or the reward on its prompts is `drop` below its best."""
 
     rise: Factor = 2.0
     min_rise: Above = 0.1
@@ -134,19 +134,19 @@ class FormatErrorsConfig(DetectorConfig):
 
 
 class HeldOutConfig(DetectorConfig):
-    """12: the held-out outcome, by another grader, falls `drop` below its best and the training outcome does not follow it;
+    """12: the held-out reward, by another grader, falls `drop` below its best and the training reward does not follow it;
     `memory` counts evaluations."""
 
     memory: Positive = 3
     drop: Share = 0.05
 
 
-class GuardsConfig(Node):
+class DetectorsConfig(Node):
     """The detectors. An alarm is repeated only after its cause has been gone for `rearm_steps`."""
 
     rearm_steps: Positive = 20
     goodhart: GoodhartConfig = GoodhartConfig()
-    reward_outcome_auroc: AurocConfig = AurocConfig()
+    log_ratio_reward_auroc: AurocConfig = AurocConfig()
     flagged_advantage: FlaggedAdvantageConfig = FlaggedAdvantageConfig()
     repetition: RepetitionConfig = RepetitionConfig()
     truncation: TruncationConfig = TruncationConfig()

@@ -8,7 +8,7 @@ from opd.config.node import Node
 from opd.config.tree import Config, FileTask, SftConfig
 
 _Row: TypeAlias = tuple[str, bool, str]
-_OBJECTIVE = ("type", "divergence", "support", "tail_residual", "discount", "baseline", "extrapolation")
+_OBJECTIVE = ("type", "divergence", "top_k", "tail_residual", "discount", "baseline", "extrapolation")
 
 
 def without_effect(config: Config | SftConfig) -> list[str]:
@@ -34,7 +34,7 @@ def changed(config: Node, path: str) -> list[str]:
 def _shared(config: Config | SftConfig) -> Iterator[_Row]:
     yield "lora", config.trainable == "full", "trainable = 'full' trains no adapter"
     constant = config.optimizer.schedule == "constant"
-    yield "optimizer.final_lr_share", constant, "with optimizer.schedule = 'constant' the rate does not fall"
+    yield "optimizer.final_lr_fraction", constant, "with optimizer.schedule = 'constant' the rate does not fall"
 
 
 def _of_tasks(config: Config | SftConfig) -> Iterator[tuple[str, str]]:
@@ -44,18 +44,18 @@ def _of_tasks(config: Config | SftConfig) -> Iterator[tuple[str, str]]:
             yield f"tasks.{name}.weight = {task.weight:g}", "there is no other task"
         if isinstance(task, FileTask) and task.grader is not None and not (train and config.evaluation.every):
             why = "evaluation.every = 0" if train else "'opd sft' measures none"
-            yield f"tasks.{name}.grader = {json.dumps(task.grader)}", f"it grades held-out outcomes, and {why}"
+            yield f"tasks.{name}.grader = {json.dumps(task.grader)}", f"it grades held-out rewards, and {why}"
         if not train and task.checks.rules and not config.evaluation.num_prompts:
             yield f"tasks.{name}.checks", "evaluation.num_prompts = 0, so no response is checked"
 
 
 def _trained(config: Config) -> Iterator[_Row]:
-    off = config.outcome.coef == 0
+    off = config.reward.coef == 0
     for key in ("baseline", "format_error"):
-        yield f"outcome.{key}", off, "outcome.coef = 0, so no outcome is trained on"
+        yield f"reward.{key}", off, "reward.coef = 0, so no reward is trained on"
     for key in (*(f"objective.{name}" for name in _OBJECTIVE), "mask.format_errors", "alignment.credit"):
         yield key, config.objective.coef == 0, "objective.coef = 0, so nothing is distilled"
-    clips = config.objective.epochs > 1 or config.mode == "distributed"
+    clips = config.objective.epochs > 1 or config.backend == "ray"
     yield (
         "objective.loss",
         not clips,
@@ -64,24 +64,24 @@ def _trained(config: Config) -> Iterator[_Row]:
     yield from _measured(config)
     yield "cluster.merge_adapter", config.trainable == "full", "trainable = 'full' trains no adapter"
     checked = any(task.checks.rules for task in config.tasks.values())
-    yield "outcome.format_error", not off and not checked, "no task has checks, so that there is no format error to see"
+    yield "reward.format_error", not off and not checked, "no task has checks, so that there is no format error to see"
     for name in ("format_errors", "flagged_advantage"):
-        sees = checked or getattr(config.guards, name).action == "off"
-        yield f"guards.{name}", not sees, "no task has checks, so there is no format error to see"
-    for name in type(config.guards).model_fields:
-        detector = getattr(config.guards, name)
+        sees = checked or getattr(config.detectors, name).action == "off"
+        yield f"detectors.{name}", not sees, "no task has checks, so there is no format error to see"
+    for name in type(config.detectors).model_fields:
+        detector = getattr(config.detectors, name)
         if isinstance(detector, Node) and getattr(detector, "action", "") == "off":
             for key in set(type(detector).model_fields) - {"action"}:
-                yield f"guards.{name}.{key}", True, f"guards.{name}.action = 'off'"
+                yield f"detectors.{name}.{key}", True, f"detectors.{name}.action = 'off'"
 
 
 def _measured(config: Config) -> Iterator[_Row]:
     evaluation = config.evaluation
-    why = "evaluation.every = 0, so no held-out outcome is measured"
+    why = "evaluation.every = 0, so no held-out reward is measured"
     yield "evaluation.held_out_prompts", not evaluation.every, why
-    yield "guards.held_out", not evaluation.every and config.guards.held_out.action != "off", why
+    yield "detectors.held_out", not evaluation.every and config.detectors.held_out.action != "off", why
     late = evaluation.every > config.steps
-    yield "evaluation.every", late, f"steps = {config.steps}, so no held-out outcome is measured"
+    yield "evaluation.every", late, f"steps = {config.steps}, so no held-out reward is measured"
     few = evaluation.before_prompts > evaluation.num_prompts
     why = "so there is no table" if not evaluation.num_prompts else "and no others are measured before the first step"
     yield "evaluation.before_prompts", few, f"evaluation.num_prompts = {evaluation.num_prompts}, {why}"

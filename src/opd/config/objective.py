@@ -1,4 +1,4 @@
-"""What the student follows: the objective, its corrections, the masks and the outcome (docs/objectives.md)."""
+"""What the student follows: the objective, its corrections, the masks and the reward (docs/objectives.md)."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opd.config.node import Node, Positive
 
-_INTEGRATED = ("exact", "support")
+_INTEGRATED = ("exact", "top_k")
 _FUTURE = ("to_go", "kl_to_go", "exact_to_go")
 _REFUSED_TYPES = {
     "k1": "backpropagating k1 = log pi - log q through the sampled token has an expected gradient of zero; as an advantage it "
@@ -27,8 +27,8 @@ _REFUSED_TAILS = {
 _OWNERS = {
     "divergence": ("type", "exact"),
     "jsd_beta": ("divergence", "jsd"),
-    "support": ("type", "support"),
-    "tail_residual": ("type", "support"),
+    "top_k": ("type", "top_k"),
+    "tail_residual": ("type", "top_k"),
     "clip_low": ("loss", "ppo"),
     "clip_high": ("loss", "ppo"),
     "clip_dual": ("loss", "ppo"),
@@ -61,11 +61,11 @@ class ObjectiveConfig(Node):
     counted."""
 
     coef: Annotated[float, Field(ge=0)] = 1.0
-    type: Literal["exact", "exact_to_go", "support", "immediate", "to_go", "kl_to_go"] = "exact"
+    type: Literal["exact", "exact_to_go", "top_k", "immediate", "to_go", "kl_to_go"] = "exact"
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    support: Positive = 32
-    support_tail: Literal["bucket"] = "bucket"
+    top_k: Positive = 32
+    top_k_tail: Literal["bucket"] = "bucket"
     tail_residual: bool = False
     discount: Annotated[float, Field(ge=0, le=1)] | None = None
     baseline: Literal["none", "leave_one_out", "kl", "score_weighted"] = "none"
@@ -119,11 +119,11 @@ class ObjectiveConfig(Node):
             raise ValueError(_REFUSED_TYPES[value])
         return value
 
-    @field_validator("support_tail", mode="before")
+    @field_validator("top_k_tail", mode="before")
     @classmethod
     def _no_wrong_tail(cls, value: object) -> object:
         if isinstance(value, str) and value in _REFUSED_TAILS:
-            raise ValueError(f"{_REFUSED_TAILS[value]}; leave support_tail = 'bucket'")
+            raise ValueError(f"{_REFUSED_TAILS[value]}; leave top_k_tail = 'bucket'")
         return value
 
     @model_validator(mode="after")
@@ -180,13 +180,13 @@ class ObjectiveConfig(Node):
 
 class MaskConfig(Node):
     """What the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`): all of it, what follows the
-    first error, the turns that have one, or the errors' own tokens. An outcome still counts."""
+    first error, the turns that have one, or the errors' own tokens. An reward still counts."""
 
     format_errors: Literal["off", "trajectory", "suffix", "turn", "span"] = "off"
 
 
-class OutcomeConfig(Node):
-    """A policy gradient from the outcome, added to the distillation advantage; it acts on every episode, masked ones too.
+class RewardConfig(Node):
+    """A policy gradient from the reward, added to the distillation advantage; it acts on every episode, masked ones too.
 
     format_error: what an episode with a format error is worth, whatever it achieved; below 0, the worst that a verifier gives,
     so that an error never pays.

@@ -16,7 +16,7 @@ _MAY_CHANGE = (
     *(f"teachers.*.{key}" for key in ("model", "adapter", "url", "server", "served_model", "api_key_env")),
     *(f"teachers.*.{key}" for key in ("engines", "gpus_per_engine", "engine_args")),
     *("tasks.*.path", "tasks.*.held_out_path"),
-    *("served.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
+    *("remote.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
 _MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
@@ -30,7 +30,7 @@ _TRAINED = (
 _LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
 
-def moved_config(config: Config, overrides: Sequence[str], *, evaluation: bool = False) -> Config:
+def resumed_config(config: Config, overrides: Sequence[str], *, evaluation: bool = False) -> Config:
     """The configuration of a run that goes on, with `key=value` overrides of where and how it runs.
 
     `steps` may change as well where the learning rate is constant. evaluation: nothing is learnt any more, so the number of prompts

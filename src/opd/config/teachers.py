@@ -38,7 +38,7 @@ class TeacherConfig(Node):
     engine_args: list[str] = Field(default_factory=list)
 
     @property
-    def served(self) -> bool:
+    def remote(self) -> bool:
         """Whether it is asked over HTTP, wherever its server came from."""
         return self.url is not None or self.engines is not None
 
@@ -86,7 +86,7 @@ class TeacherConfig(Node):
         return self
 
     @model_validator(mode="after")
-    def _served(self) -> "TeacherConfig":
+    def _remote(self) -> "TeacherConfig":
         if self.url is None:
             for field, plain in (("served_model", None), ("api_key_env", None), ("server", "vllm")):
                 if getattr(self, field) != plain:
@@ -114,11 +114,11 @@ def _has_port(url: str) -> bool:
         return False
 
 
-class ServedConfig(Node):
+class RemoteConfig(Node):
     """Requests to served models. Each is tried `attempts` times, `timeout_s` seconds each, with waits between them that grow from
     `first_wait_s` to `longest_wait_s` and are drawn at random below that; at most `max_in_flight` wait for one server at once.
 
-    What still fails is set aside with its reason. A step that loses more than `max_lost_share` of its rollouts in this way ends
+    What still fails is set aside with its reason. A step that loses more than `max_lost_fraction` of its rollouts in this way ends
     the run, which can be continued.
     """
 
@@ -127,10 +127,10 @@ class ServedConfig(Node):
     first_wait_s: Annotated[float, Field(ge=0)] = 0.5
     longest_wait_s: Annotated[float, Field(ge=0)] = 30.0
     max_in_flight: Positive = 64
-    max_lost_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    max_lost_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
 
     @model_validator(mode="after")
-    def _waits_grow(self) -> "ServedConfig":
+    def _waits_grow(self) -> "RemoteConfig":
         if self.longest_wait_s < self.first_wait_s:
             raise ValueError(
                 f"longest_wait_s = {self.longest_wait_s:g} is below first_wait_s = {self.first_wait_s:g}; raise it"

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd.config.backends import require_mode_fits, require_served_fit
+from opd.config.backends import require_backend_fits, require_remote_fit
 from opd.config.cluster import ClusterConfig
-from opd.config.detectors import GuardsConfig
+from opd.config.detectors import DetectorsConfig
 from opd.config.episodes import EpisodesConfig
 from opd.config.format_checks import ChecksConfig
 from opd.config.node import Node, NonNegative, Positive, nearest
-from opd.config.objective import MaskConfig, ObjectiveConfig, OutcomeConfig
-from opd.config.teachers import ServedConfig, TeacherConfig
+from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
+from opd.config.teachers import RemoteConfig, TeacherConfig
 
 
 class LoraConfig(Node):
@@ -30,7 +30,7 @@ class FileTask(Node):
 
     completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
     of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
-    ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out outcome in
+    ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out reward in
     training (`evaluation.every`).
     """
 
@@ -123,7 +123,7 @@ class OptimizerConfig(Node):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegative = 5
-    final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "OptimizerConfig":
@@ -177,7 +177,7 @@ class EvaluationConfig(Node):
     """The parity table: `num_prompts` prompts of each task and split (0: no table).
 
     The untrained student is measured on the first `before_prompts` of them (0: not at all): its long responses cost most. Every
-    `every` steps (0: never) training measures the held-out outcome on `held_out_prompts` of each task.
+    `every` steps (0: never) training measures the held-out reward on `held_out_prompts` of each task.
     """
 
     num_prompts: NonNegative = 128
@@ -257,19 +257,19 @@ class RunNode(Node):
 class Config(RunNode):
     """An on-policy distillation run: `opd train`."""
 
-    mode: Literal["embedded", "distributed"] = "embedded"
+    backend: Literal["local", "ray"] = "local"
     cluster: ClusterConfig = ClusterConfig()
     temperature: Annotated[float, Field(gt=0)] = 1.0
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
-    served: ServedConfig = ServedConfig()
+    remote: RemoteConfig = RemoteConfig()
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    outcome: OutcomeConfig = OutcomeConfig()
+    reward: RewardConfig = RewardConfig()
     mask: MaskConfig = MaskConfig()
     episodes: EpisodesConfig = EpisodesConfig()
     warmup: WarmupConfig = WarmupConfig()
-    guards: GuardsConfig = GuardsConfig()
+    detectors: DetectorsConfig = DetectorsConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -304,31 +304,31 @@ class Config(RunNode):
 
     @model_validator(mode="after")
     def _modes_fit(self) -> "Config":
-        require_mode_fits(self)
-        require_served_fit(self)
+        require_backend_fits(self)
+        require_remote_fit(self)
         return self
 
     @model_validator(mode="after")
     def _objective_fits(self) -> "Config":
-        objective, outcome, groups = self.objective, self.outcome, self.sampling.group_size
-        if outcome.coef > 0 and outcome.baseline != "none" and groups < 2:
+        objective, reward, groups = self.objective, self.reward, self.sampling.group_size
+        if reward.coef > 0 and reward.baseline != "none" and groups < 2:
             raise ValueError(
-                f"outcome.baseline = '{outcome.baseline}' compares the samples of one prompt: set "
-                "sampling.group_size >= 2, or outcome.baseline = 'none'"
+                f"reward.baseline = '{reward.baseline}' compares the samples of one prompt: set "
+                "sampling.group_size >= 2, or reward.baseline = 'none'"
             )
         if objective.baseline == "leave_one_out" and groups < 2:
             raise ValueError(
                 f"objective.baseline = '{objective.baseline}' compares the samples of one prompt: set sampling.group_size >= 2"
             )
-        sampled = outcome.coef > 0 or objective.type not in ("exact", "support")
+        sampled = reward.coef > 0 or objective.type not in ("exact", "top_k")
         if objective.correction.type == "truncate" and not sampled:
             raise ValueError(
-                f"objective.correction.type = 'truncate' weighs sampled advantages; type = '{objective.type}' without an outcome "
+                f"objective.correction.type = 'truncate' weighs sampled advantages; type = '{objective.type}' without an reward "
                 "integrates over the vocabulary: drop it (the exact term needs no weight of its action)"
             )
         if objective.loss == "ppo" and not sampled:
             raise ValueError(
-                f"loss = 'ppo' clips sampled advantages; type = '{objective.type}' without an outcome has none: write loss = "
+                f"loss = 'ppo' clips sampled advantages; type = '{objective.type}' without an reward has none: write loss = "
                 "'reinforce'"
             )
         checked = any(task.checks.rules for task in self.tasks.values())
@@ -338,21 +338,21 @@ class Config(RunNode):
                 'tasks.NAME.checks.rules, such as ["truncated"]'
             )
         masks = self.mask.format_errors != "off" and objective.coef > 0
-        if masks and not objective.centred and outcome.coef == 0:
+        if masks and not objective.centred and reward.coef == 0:
             raise ValueError(
                 f"mask.format_errors = '{self.mask.format_errors}' with type = '{objective.type}' and a sampled term without a "
                 "baseline rewards errors: what is kept has mean advantage -KL < 0, what is masked has 0 (an error of probability "
                 "2 % settles at 24 %); set objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = "
-                "'exact' without tail_residual, or outcome.coef > 0"
+                "'exact' without tail_residual, or reward.coef > 0"
             )
-        if masks and not objective.exactly_centred and outcome.coef > 0 and outcome.format_error == 0:
+        if masks and not objective.exactly_centred and reward.coef > 0 and reward.format_error == 0:
             raise ValueError(
-                f"mask.format_errors = '{self.mask.format_errors}' with outcome.format_error = 0 pays for errors: they get the "
-                "worst outcome and are spared the KL, which is more (P 0.48 at the end where the teacher has 0.03; opd theory, "
-                "H-e); leave outcome.format_error at -1, or write type = 'exact'"
+                f"mask.format_errors = '{self.mask.format_errors}' with reward.format_error = 0 pays for errors: they get the "
+                "worst reward and are spared the KL, which is more (P 0.48 at the end where the teacher has 0.03; opd theory, "
+                "H-e); leave reward.format_error at -1, or write type = 'exact'"
             )
-        if objective.coef == 0 and outcome.coef == 0:
-            raise ValueError("objective.coef = 0 and outcome.coef = 0 leave nothing to learn from; set one of them")
+        if objective.coef == 0 and reward.coef == 0:
+            raise ValueError("objective.coef = 0 and reward.coef = 0 leave nothing to learn from; set one of them")
         return self
 
 

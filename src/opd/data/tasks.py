@@ -1,4 +1,4 @@
-"""Prompts and where outcomes come from."""
+"""Prompts and where rewards come from."""
 
 from collections.abc import Mapping
 from typing import assert_never

@@ -37,21 +37,21 @@ _SURE = 4.0  # standard errors above a fixed threshold, which no choice of the m
 
 @dataclass(frozen=True)
 class Goodhart:
-    """1: the distillation reward rises while the outcome falls. Value: how far the outcome is below its best."""
+    """1: the distillation reward rises while the reward falls. Value: how far the reward is below its best."""
 
     config: GoodhartConfig
-    outcome: Smoothed
+    reward: Smoothed
     kl: tuple[Smoothed, Smoothed]
     best: Mark | None = None
-    needs: str = "outcome/mean, kl/token/mean and kl/sequence/mean (a task with a verifier)"
+    needs: str = "reward/mean, kl/token/mean and kl/sequence/mean (a task with a verifier)"
 
     def observe(self, step: int, values: Values) -> tuple["Goodhart", Readings]:
-        found = finite(values, "outcome/mean", "kl/token/mean", "kl/sequence/mean")
+        found = finite(values, "reward/mean", "kl/token/mean", "kl/sequence/mean")
         if found is None:
             return self, {}
-        outcome, kl = self.outcome.add(found[0]), (self.kl[0].add(found[1]), self.kl[1].add(found[2]))
-        best = highest(self.best, outcome, step, kl[0].mean, kl[1].mean)
-        state = replace(self, outcome=outcome, kl=kl, best=best)
+        reward, kl = self.reward.add(found[0]), (self.kl[0].add(found[1]), self.kl[1].add(found[2]))
+        best = highest(self.best, reward, step, kl[0].mean, kl[1].mean)
+        state = replace(self, reward=reward, kl=kl, best=best)
         if best is None:
             return state, {}
         message = None
@@ -60,20 +60,20 @@ class Goodhart:
             for unit, now, then in zip(("token", "sequence"), kl, best.beside, strict=True)
             if now.mean < (1.0 - self.config.gain) * then
         ]
-        if fallen and above(best.stream, outcome, self.config.drop):
+        if fallen and above(best.stream, reward, self.config.drop):
             message = (
-                f"the outcome fell from {best.stream.mean:.2f} to {outcome.mean:.2f} since step {best.step} (allowed "
+                f"the reward fell from {best.stream.mean:.2f} to {reward.mean:.2f} since step {best.step} (allowed "
                 f"{self.config.drop:.2f}) while the reverse KL fell {' and '.join(fallen)}: the teacher likes something else than "
-                "right answers; read the responses, set outcome.coef > 0"
+                "right answers; read the responses, set reward.coef > 0"
             )
-        return state, {"": Reading(best.stream.mean - outcome.mean, message)}
+        return state, {"": Reading(best.stream.mean - reward.mean, message)}
 
 
 @dataclass(frozen=True)
 class Auroc:
-    """2: AUROC of the log ratio of a response against its outcome, pooled over steps.
+    """2: AUROC of the log ratio of a response against its reward, pooled over steps.
 
-    A step weighs by its precision where scores say nothing of outcomes, 12 pairs / (n + 1) for n responses, the inverse of
+    A step weighs by its precision where scores say nothing of rewards, 12 pairs / (n + 1) for n responses, the inverse of
     the Wilcoxon statistic's variance; older steps by (1 - 1 / memory) a step.
     """
 
@@ -82,10 +82,10 @@ class Auroc:
     precision: float = 0.0
     squares: float = 0.0
     since: int | None = None
-    needs: str = "guard/auroc/mean (steps in which responses differ in outcome)"
+    needs: str = "detectors/auroc/mean (steps in which responses differ in reward)"
 
     def observe(self, step: int, values: Values) -> tuple["Auroc", Readings]:
-        found = finite(values, "guard/auroc/mean", "guard/auroc_pairs/sum", "guard/auroc_of/sum")
+        found = finite(values, "detectors/auroc/mean", "detectors/auroc_pairs/sum", "detectors/auroc_of/sum")
         if found is None or found[1] <= 0.0 or found[2] < 0.0:
             return self, {}
         area, pairs, num = found
@@ -100,7 +100,7 @@ class Auroc:
             message = (
                 f"log ratios tell right from wrong with an AUROC of {pooled:.2f} (standard error {error:.2f}; threshold "
                 f"{self.config.threshold:.2f}) since step {since}: what the teacher likes is not what is right; check it on these "
-                "tasks, set outcome.coef > 0"
+                "tasks, set reward.coef > 0"
             )
         state = replace(self, total=total, precision=precision, squares=squares, since=since)
         return state, {"": Reading(pooled, message)}
@@ -113,13 +113,13 @@ class FlaggedAdvantage:
     config: FlaggedAdvantageConfig
     gap: Smoothed
     since: int | None = None
-    needs: str = "guard/flagged_advantage/mean (responses with format errors)"
+    needs: str = "detectors/flagged_advantage/mean (responses with format errors)"
 
     def observe(self, step: int, values: Values) -> tuple["FlaggedAdvantage", Readings]:
-        flagged = finite(values, "guard/flagged_advantage/mean")
+        flagged = finite(values, "detectors/flagged_advantage/mean")
         if flagged is None:
             return self, {}
-        others = finite(values, "guard/unflagged_advantage/mean") or (0.0,)
+        others = finite(values, "detectors/unflagged_advantage/mean") or (0.0,)
         gap = self.gap.add(flagged[0] - others[0])
         pushed = gap.ready and gap.mean > max(self.config.threshold, _SURE * gap.error)
         since = began(self.since, step, pushed)
@@ -127,8 +127,8 @@ class FlaggedAdvantage:
         if pushed:
             message = (
                 f"tokens with format errors have an advantage {gap.mean:.3g} above the others' (threshold "
-                f"{self.config.threshold:g}) since step {since}: errors are rewarded; set outcome.coef > 0, which makes every "
-                "error cost outcome.format_error, and a baseline"
+                f"{self.config.threshold:g}) since step {since}: errors are rewarded; set reward.coef > 0, which makes every "
+                "error cost reward.format_error, and a baseline"
             )
         return replace(self, gap=gap, since=since), {"": Reading(gap.mean, message)}
 
@@ -232,7 +232,7 @@ class Overlap:
         return Reading(now.mean, message)
 
     def _entropy(self, student: Smoothed, teacher: Smoothed, start: Mark) -> Reading:
-        share, message = self.config.entropy_share, None
+        share, message = self.config.entropy_fraction, None
         if above(start.stream, student, (1.0 - share) * start.stream.mean) and student.mean < share * teacher.mean:
             message = (
                 f"the student's entropy fell from {start.stream.mean:.2f} nats (step {start.step}) to {student.mean:.2f}, the "
@@ -247,7 +247,7 @@ class _Teacher:
     """What `TeacherDrift` knows of one teacher."""
 
     kl: Smoothed
-    outcome: Smoothed
+    reward: Smoothed
     nearest: Mark | None = None
     best: Mark | None = None
 
@@ -255,7 +255,7 @@ class _Teacher:
 @dataclass(frozen=True)
 class TeacherDrift:
     """10: the student loses one of its teachers. Values, by teacher: the reverse KL in terms of its lowest, and how far the
-    outcome is below its best."""
+    reward is below its best."""
 
     config: TeacherDriftConfig
     teachers: Mapping[str, _Teacher] = field(default_factory=dict)
@@ -268,18 +268,18 @@ class TeacherDrift:
             if not key.startswith(prefix) or not key.endswith(suffix) or len(key) <= len(prefix + suffix):
                 continue
             name = key[len(prefix) : -len(suffix)]
-            kl, outcome = finite(values, key), finite(values, f"guard/outcome/{name}/mean")
+            kl, reward = finite(values, key), finite(values, f"detectors/reward/{name}/mean")
             state = teachers.get(name) or _Teacher(Smoothed(self.config.memory), Smoothed(self.config.memory))
             if kl is not None:
                 stream = state.kl.add(kl[0])
                 state = replace(state, kl=stream, nearest=lowest(state.nearest, stream, step))
                 if state.nearest is not None:
                     readings[f"{name}/kl"] = self._kl(name, state.kl, state.nearest)
-            if outcome is not None:
-                stream = state.outcome.add(outcome[0])
-                state = replace(state, outcome=stream, best=highest(state.best, stream, step))
+            if reward is not None:
+                stream = state.reward.add(reward[0])
+                state = replace(state, reward=stream, best=highest(state.best, stream, step))
                 if state.best is not None:
-                    readings[f"{name}/outcome"] = self._outcome(name, state.outcome, state.best)
+                    readings[f"{name}/reward"] = self._reward(name, state.reward, state.best)
             teachers[name] = state
         return replace(self, teachers=teachers), readings
 
@@ -292,11 +292,11 @@ class TeacherDrift:
             )
         return Reading(now.mean / then if then > 0.0 else math.nan, message)
 
-    def _outcome(self, name: str, now: Smoothed, best: Mark) -> Reading:
+    def _reward(self, name: str, now: Smoothed, best: Mark) -> Reading:
         message = None
         if above(best.stream, now, self.config.drop):
             message = (
-                f"the outcome on the prompts of teacher '{name}' fell from {best.stream.mean:.2f} to {now.mean:.2f} since step "
+                f"the reward on the prompts of teacher '{name}' fell from {best.stream.mean:.2f} to {now.mean:.2f} since step "
                 f"{best.step} (allowed: {self.config.drop:.2f}): lower optimizer.lr, or give its tasks more weight"
             )
         return Reading(best.stream.mean - now.mean, message)
@@ -315,10 +315,10 @@ class FormatErrors:
     low: Mark | None = None
     total: float = 0.0
     since: int | None = None
-    needs: str = "format/errors/mean and guard/episodes/sum"
+    needs: str = "format/errors/mean and detectors/episodes/sum"
 
     def observe(self, step: int, values: Values) -> tuple["FormatErrors", Readings]:
-        found = finite(values, "format/errors/mean", "guard/episodes/sum")
+        found = finite(values, "format/errors/mean", "detectors/episodes/sum")
         if found is None or found[1] <= 0.0:
             return self, {}
         usual = self._reference(found[0], found[1])
@@ -330,8 +330,8 @@ class FormatErrors:
         if total > self.config.limit:
             message = (
                 f"format errors rose to {found[0]:.1%} of the responses from {usual:.1%} (CUSUM {total:.1f}, limit "
-                f"{self.config.limit:g}) since step {since}: read the flagged responses; set outcome.coef > 0, which makes every "
-                "error cost outcome.format_error"
+                f"{self.config.limit:g}) since step {since}: read the flagged responses; set reward.coef > 0, which makes every "
+                "error cost reward.format_error"
             )
         state = replace(self, rate=rate, low=lowest(self.low, rate, step), total=total, since=since)
         return state, {"": Reading(total, message)}
@@ -347,18 +347,18 @@ class FormatErrors:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """12: the held-out outcome falls and the training outcome does not follow. Value: how far the former is below its best."""
+    """12: the held-out reward falls and the training reward does not follow. Value: how far the former is below its best."""
 
     config: HeldOutConfig
     train: Smoothed
     held_out: Smoothed
     best: Mark | None = None
-    needs: str = "outcome/mean and held_out/outcome/mean"
+    needs: str = "reward/mean and held_out/reward/mean"
 
     def observe(self, step: int, values: Values) -> tuple["HeldOut", Readings]:
-        found = finite(values, "outcome/mean")
+        found = finite(values, "reward/mean")
         train = self.train if found is None else self.train.add(found[0])
-        measured = finite(values, "held_out/outcome/mean")
+        measured = finite(values, "held_out/reward/mean")
         if measured is None or not train.count:
             return replace(self, train=train), {}
         held_out = self.held_out.add(measured[0])
@@ -369,8 +369,8 @@ class HeldOut:
         fall, message = best.stream.mean - held_out.mean, None
         if above(best.stream, held_out, self.config.drop) and best.beside[0] - train.mean < fall / 2.0:
             message = (
-                f"the held-out outcome fell from {best.stream.mean:.2f} to {held_out.mean:.2f} since step {best.step} (allowed: "
-                f"{self.config.drop:.2f}) while the training outcome went from {best.beside[0]:.2f} to {train.mean:.2f}: the "
+                f"the held-out reward fell from {best.stream.mean:.2f} to {held_out.mean:.2f} since step {best.step} (allowed: "
+                f"{self.config.drop:.2f}) while the training reward went from {best.beside[0]:.2f} to {train.mean:.2f}: the "
                 "verifier of the training tasks is exploited; read the responses that it accepts"
             )
         return state, {"": Reading(fall, message)}

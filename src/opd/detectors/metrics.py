@@ -37,10 +37,10 @@ class _Units:
     places: np.ndarray
 
 
-def evidence(
+def detector_metrics(
     scored: Sequence[ScoredRollout], batch: Batch, *, special_ids: frozenset[int], integrated: float = 0.0
 ) -> Metrics:
-    """The metrics that only the detectors need; what is not there (outcomes, flags, long responses) is left out.
+    """The metrics that only the detectors need; what is not there (rewards, flags, long responses) is left out.
 
     Args:
         scored: every rollout of the step, those without a score too.
@@ -50,21 +50,21 @@ def evidence(
             that `batch.advantages` lacks it; 0 where they have it.
     """
     rollouts = [item.rollout for item in scored]
-    metrics = _texts(rollouts) | _format_errors(rollouts) | _outcomes(scored) | _advantages(batch, integrated)
+    metrics = _texts(rollouts) | _format_errors(rollouts) | _rewards(scored) | _advantages(batch, integrated)
     units = _units(batch)
     if len(units.ratio) and np.isfinite(units.ratio).all():
         metrics |= _ranking(batch, units) | _special(batch, units, special_ids) | _low_windows(batch, units)
     return metrics
 
 
-def auroc(scores: np.ndarray, outcomes: np.ndarray) -> Mean:
-    """P(score_i > score_j) + P(score_i = score_j) / 2 over the pairs with outcome_i > outcome_j; weight: those pairs.
+def auroc(scores: np.ndarray, rewards: np.ndarray) -> Mean:
+    """P(score_i > score_j) + P(score_i = score_j) / 2 over the pairs with reward_i > reward_j; weight: those pairs.
 
-    For outcomes 0 and 1 the area under the ROC curve; 1/2 where scores say nothing of outcomes. Unchanged when either is
+    For rewards 0 and 1 the area under the ROC curve; 1/2 where scores say nothing of rewards. Unchanged when either is
     mapped by a rising function; that of the negated scores is one minus it. Source: Hanley and McNeil 1982 (the area is
-    the Wilcoxon statistic); for more than two outcomes, Harrell's index of concordance.
+    the Wilcoxon statistic); for more than two rewards, Harrell's index of concordance.
     """
-    better = outcomes[:, None] > outcomes[None, :]
+    better = rewards[:, None] > rewards[None, :]
     above = scores[:, None] > scores[None, :]
     level = scores[:, None] == scores[None, :]
     return Mean(float((better & above).sum()) + 0.5 * float((better & level).sum()), float(better.sum()))
@@ -123,9 +123,9 @@ def _texts(rollouts: Sequence[Rollout]) -> Metrics:
             ratios.append(ratio)
         looping.append((len(ids) >= _MIN_TAIL and repeated_trigrams(ids[-_TAIL:]) > _REPEATED) or ratio > _COMPRESSED)
     return {
-        "guard/repeated/mean": mean_of(repeated),
-        "guard/compression/mean": mean_of(ratios),
-        "guard/looping/mean": mean_of(looping),
+        "detectors/repeated/mean": mean_of(repeated),
+        "detectors/compression/mean": mean_of(ratios),
+        "detectors/looping/mean": mean_of(looping),
     }
 
 
@@ -147,37 +147,37 @@ def _format_errors(rollouts: Sequence[Rollout]) -> Metrics:
         broken.setdefault(_episode(rollout), set()).update(flag.rule for flag in rollout.flags)
     metrics: Metrics = {
         "format/errors/mean": mean_of(bool(rules) for rules in broken.values()),
-        "guard/episodes/sum": Sum(len(broken)),
+        "detectors/episodes/sum": Sum(len(broken)),
     }
     counts = Counter(rule for rules in broken.values() for rule in rules)
     return metrics | {f"format/{rule}/sum": Sum(count) for rule, count in sorted(counts.items())}
 
 
-def _outcomes(scored: Sequence[ScoredRollout]) -> Metrics:
-    """The mean outcome of the episodes of each teacher."""
+def _rewards(scored: Sequence[ScoredRollout]) -> Metrics:
+    """The mean reward of the episodes of each teacher."""
     found: dict[str, list[float]] = {}
     for item in scored:
         if item.rollout.reward is not None and item.rollout.part == 0:
             found.setdefault(item.score.teacher, []).append(item.rollout.reward)
-    return {f"guard/outcome/{teacher}/mean": mean_of(rewards) for teacher, rewards in found.items()}
+    return {f"detectors/reward/{teacher}/mean": mean_of(rewards) for teacher, rewards in found.items()}
 
 
 def _ranking(batch: Batch, units: _Units) -> Metrics:
-    """How well the log ratio of a response (of all parts of an episode) tells good outcomes from bad ones."""
+    """How well the log ratio of a response (of all parts of an episode) tells good rewards from bad ones."""
     episodes = batch.episodes.numpy()
     num = int(episodes.max()) + 1
     totals = np.bincount(episodes[units.owners], weights=units.ratio, minlength=num)
     seen = np.bincount(episodes[units.owners], minlength=num) > 0
-    outcomes = np.full(num, np.nan)
-    outcomes[episodes] = batch.rewards.double().numpy()  # that of the last part
-    known = seen & np.isfinite(outcomes)
-    area = auroc(totals[known], outcomes[known])
+    rewards = np.full(num, np.nan)
+    rewards[episodes] = batch.rewards.double().numpy()  # that of the last part
+    known = seen & np.isfinite(rewards)
+    area = auroc(totals[known], rewards[known])
     if not area.weight:
         return {}
     return {
-        "guard/auroc/mean": area,
-        "guard/auroc_pairs/sum": Sum(area.weight),
-        "guard/auroc_of/sum": Sum(int(known.sum())),
+        "detectors/auroc/mean": area,
+        "detectors/auroc_pairs/sum": Sum(area.weight),
+        "detectors/auroc_of/sum": Sum(int(known.sum())),
     }
 
 
@@ -189,9 +189,9 @@ def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metric
         return {}
     beyond = float((size > -ALARM).sum())
     return {
-        "guard/special_tokens/mean": Mean(beyond, len(size)),
-        "guard/special_tokens/sum": Sum(beyond),
-        "guard/special_log_ratio/max": Max(float(size.max())),
+        "detectors/special_tokens/mean": Mean(beyond, len(size)),
+        "detectors/special_tokens/sum": Sum(beyond),
+        "detectors/special_log_ratio/max": Max(float(size.max())),
     }
 
 
@@ -208,8 +208,8 @@ def _low_windows(batch: Batch, units: _Units) -> Metrics:
     if not runs:
         return {}
     return {
-        "guard/low_kl/mean": mean_of(run >= _WINDOWS_IN_A_ROW for run in runs),
-        "guard/low_kl_run/max": Max(max(runs)),
+        "detectors/low_kl/mean": mean_of(run >= _WINDOWS_IN_A_ROW for run in runs),
+        "detectors/low_kl_run/max": Max(max(runs)),
     }
 
 
@@ -227,14 +227,14 @@ def _advantages(batch: Batch, integrated: float) -> Metrics:
     flagged = batch.flagged.numpy()[actions]
     metrics: Metrics = {}
     if flagged.any():
-        metrics["guard/flagged_advantage/mean"] = Mean(float(whole[flagged].sum()), int(flagged.sum()))
+        metrics["detectors/flagged_advantage/mean"] = Mean(float(whole[flagged].sum()), int(flagged.sum()))
         if batch.advantages is not None:
             # A sampled advantage counts against the others; what is integrated over the vocabulary is centred by itself.
-            metrics["guard/unflagged_advantage/mean"] = Mean(float(sampled[~flagged].sum()), int((~flagged).sum()))
+            metrics["detectors/unflagged_advantage/mean"] = Mean(float(sampled[~flagged].sum()), int((~flagged).sum()))
     ids, inverse, counts = np.unique(batch.token_ids.numpy()[actions], return_inverse=True, return_counts=True)
     common = np.isin(inverse, np.argsort(-counts, kind="stable")[:_NUM_COMMON])
     gain = np.maximum(whole, 0.0)
     if len(ids) > 2 * _NUM_COMMON and gain.sum() > 0.0:
-        metrics["guard/common_gain/mean"] = Mean(float(gain[common].sum()), float(gain.sum()))
-        metrics["guard/common_actions/mean"] = Mean(float(common.sum()), len(common))
+        metrics["detectors/common_gain/mean"] = Mean(float(gain[common].sum()), float(gain.sum()))
+        metrics["detectors/common_actions/mean"] = Mean(float(common.sum()), len(common))
     return metrics

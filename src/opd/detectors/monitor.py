@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from opd.config.detectors import Action, GuardsConfig, LevelConfig
+from opd.config.detectors import Action, DetectorsConfig, ThresholdConfig
 from opd.detectors.detectors import (
     Auroc,
     FlaggedAdvantage,
@@ -16,7 +16,7 @@ from opd.detectors.detectors import (
     Overlap,
     TeacherDrift,
 )
-from opd.detectors.statistics import Detector, Level, Smoothed, Values
+from opd.detectors.statistics import Detector, Smoothed, Threshold, Values
 
 
 class Alarm(NamedTuple):
@@ -39,11 +39,11 @@ class _Watched:
     quiet: dict[str, int] = field(default_factory=dict)
 
 
-class Watch:
+class Monitor:
     """The detectors of a run. Its state depends on what it observed and on nothing else: a resumed run observes its
     metrics.jsonl again, and goes on as one that was never stopped."""
 
-    def __init__(self, config: GuardsConfig) -> None:
+    def __init__(self, config: DetectorsConfig) -> None:
         self._rearm = config.rearm_steps
         every = _detectors(config) + _levels(config)
         self._watched = [_Watched(name, state) for name, state in every if state.config.action != "off"]
@@ -52,7 +52,7 @@ class Watch:
 
     @property
     def values(self) -> dict[str, float]:
-        """What the detectors measured at the last step, as metrics `guard/DETECTOR[/ASPECT]/value`."""
+        """What the detectors measured at the last step, as metrics `detectors/DETECTOR[/ASPECT]/value`."""
         return dict(self._measured)
 
     @property
@@ -82,7 +82,7 @@ class Watch:
             watched.active |= bool(readings)
             for aspect, reading in readings.items():
                 if math.isfinite(reading.value):
-                    self._measured["/".join(filter(None, ("guard", watched.name, aspect, "value")))] = reading.value
+                    self._measured["/".join(filter(None, ("detectors", watched.name, aspect, "value")))] = reading.value
                 if reading.message is None:
                     if aspect in watched.quiet:
                         watched.quiet[aspect] += 1
@@ -93,14 +93,14 @@ class Watch:
         return alarms
 
 
-def _detectors(config: GuardsConfig) -> tuple[tuple[str, Detector], ...]:
+def _detectors(config: DetectorsConfig) -> tuple[tuple[str, Detector], ...]:
     """The detectors that have a form of their own, as they are before the first step."""
-    outcome, gap = Smoothed(config.goodhart.memory), Smoothed(config.flagged_advantage.memory)
+    reward, gap = Smoothed(config.goodhart.memory), Smoothed(config.flagged_advantage.memory)
     length, column = Smoothed(config.truncation.memory), Smoothed(config.overlap.memory)
     train, held_out = Smoothed(config.goodhart.memory), Smoothed(config.held_out.memory)
     return (
-        ("goodhart", Goodhart(config.goodhart, outcome, (outcome, outcome))),
-        ("reward_outcome_auroc", Auroc(config.reward_outcome_auroc)),
+        ("goodhart", Goodhart(config.goodhart, reward, (reward, reward))),
+        ("log_ratio_reward_auroc", Auroc(config.log_ratio_reward_auroc)),
         ("flagged_advantage", FlaggedAdvantage(config.flagged_advantage, gap)),
         ("truncation", Length(config.truncation, length, length)),
         ("overlap", Overlap(config.overlap, column, column, column, column)),
@@ -110,34 +110,34 @@ def _detectors(config: GuardsConfig) -> tuple[tuple[str, Detector], ...]:
     )
 
 
-def _levels(config: GuardsConfig) -> tuple[tuple[str, Detector], ...]:
+def _levels(config: DetectorsConfig) -> tuple[tuple[str, Detector], ...]:
     """The detectors of a share that must stay low, as they are before the first step."""
 
-    def level(given: LevelConfig, metric: str, what: str, advice: str, beside: str | None = None) -> Level:
-        return Level(given, Smoothed(given.memory), metric, what, advice, beside)
+    def level(given: ThresholdConfig, metric: str, what: str, advice: str, beside: str | None = None) -> Threshold:
+        return Threshold(given, Smoothed(given.memory), metric, what, advice, beside)
 
     loops = level(
-        config.repetition, "guard/looping/mean", "responses that are loops",
-        "read them; lower objective.discount, or set outcome.coef > 0 and the check 'repetition'",
+        config.repetition, "detectors/looping/mean", "responses that are loops",
+        "read them; lower objective.discount, or set reward.coef > 0 and the check 'repetition'",
     )  # fmt: skip
     cut = level(
         config.truncation, "response/truncated/mean", "responses cut at a limit of tokens",
-        "raise sampling.max_new_tokens, or set outcome.coef > 0 and the check 'truncated'",
+        "raise sampling.max_new_tokens, or set reward.coef > 0 and the check 'truncated'",
     )  # fmt: skip
     windows = level(
-        config.low_kl_windows, "guard/low_kl/mean",
+        config.low_kl_windows, "detectors/low_kl/mean",
         "long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest",
         "read them: the student may hide in passages of which the teacher is sure",
     )  # fmt: skip
     special = level(
-        config.special_tokens, "guard/special_tokens/mean", "special tokens with a log ratio beyond 15 nats",
+        config.special_tokens, "detectors/special_tokens/mean", "special tokens with a log ratio beyond 15 nats",
         "where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
         "objective.discount",
     )  # fmt: skip
     common = level(
-        config.common_tokens, "guard/common_gain/mean",
+        config.common_tokens, "detectors/common_gain/mean",
         "positive advantage on the five most common tokens, above their share of the tokens",
-        "read the responses: a style may be learned instead of answers", "guard/common_actions/mean",
+        "read the responses: a style may be learned instead of answers", "detectors/common_actions/mean",
     )  # fmt: skip
     return (
         ("repetition", loops),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeAlias
 
-from opd.config.detectors import DetectorConfig, LevelConfig
+from opd.config.detectors import DetectorConfig, ThresholdConfig
 
 Values: TypeAlias = Mapping[str, float]
 # Standard errors by which a mean must leave the most extreme one of its run. By chance alone a moving average comes three or four
@@ -125,13 +125,13 @@ def finite(values: Values, *names: str) -> tuple[float, ...] | None:
 
 
 @dataclass(frozen=True)
-class Level:
+class Threshold:
     """The detector of a share that has risen above its threshold, or has stayed there for long. Value: its moving average.
 
     needs: the metric; beside: one that is subtracted from it; what, advice: for the message.
     """
 
-    config: LevelConfig
+    config: ThresholdConfig
     stream: Smoothed
     needs: str
     what: str
@@ -141,7 +141,7 @@ class Level:
     since: int | None = None
     steps: int = 0
 
-    def observe(self, step: int, values: Values) -> tuple["Level", Readings]:
+    def observe(self, step: int, values: Values) -> tuple["Threshold", Readings]:
         found = finite(values, self.needs, *filter(None, [self.beside]))
         if found is None:
             return self, {}

@@ -1,4 +1,4 @@
-"""The parts of a run on a Ray cluster (`opd.roles.Studio`): ranks that learn, engines that sample, teachers here and there."""
+"""The parts of a run on a Ray cluster (`opd.roles.Backend`): ranks that learn, engines that sample, teachers here and there."""
 
 import logging
 import socket
@@ -27,12 +27,12 @@ from opd.metrics import merge
 from opd.models.adapters import adapter_config
 from opd.models.loading import gguf_folder, load_tokenizer
 from opd.records import ScoredRollout
-from opd.remote.client import Wire
+from opd.remote.client import Client
 from opd.remote.discovery import connect_all, connect_started
-from opd.remote.endpoints import ServedModel
+from opd.remote.endpoints import RemoteModel
 from opd.remote.protocol import Form
-from opd.remote.sampler import ServedSampler
-from opd.remote.teacher import ServedTeacher, WithServed, identities_of, templates_of
+from opd.remote.sampler import RemoteSampler
+from opd.remote.teacher import RemoteTeacher, WithRemote, identities_of, templates_of
 from opd.remote.vllm import VLLM
 from opd.roles import Alone, Limit, Sampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
@@ -40,7 +40,7 @@ from opd.text.template import freeze
 from opd.text.turn_end import turn_end
 
 
-def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStudio":
+def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":
     """Start the ranks and the engines on the cluster that the recipe names, and connect the teachers behind servers."""
     if Path(config.student).suffix == ".gguf":
         config = config.model_copy(update={"student": str(gguf_folder(Path(config.student)))})
@@ -57,9 +57,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         _join(config)
         started.callback(ray.shutdown)
         _require_room(config)
-        wire = Wire(config.served)
-        started.callback(wire.close)
-        served = connect_all(config, loaded.tokenizer, wire)
+        client = Client(config.remote)
+        started.callback(client.close)
+        remote = connect_all(config, loaded.tokenizer, client)
         teachers = TeachersOnCluster(config)  # they start while the ranks load
         started.callback(teachers.close)
         group = RankGroup(config)
@@ -68,14 +68,14 @@ def build(config: Config, make_environment: MakeEnvironment) -> "DistributedStud
         engines = StudentEngines(config, learner.version)
         started.callback(engines.close)
         group.build()
-        served |= connect_started(config, loaded.tokenizer, wire, teachers.models)
+        remote |= connect_started(config, loaded.tokenizer, client, teachers.models)
         rows = group.facts.teachers.vocab_size
         chat = Chat(loaded.tokenizer, rows=rows, generation_config=loaded.generation_config)
         player = EpisodePlayer(chat, config.episodes, end_ids=chat.end.ids, make_environment=make_environment)
-        return DistributedStudio(config, loaded.tokenizer, player, wire, served, engines, learner, started.pop_all())
+        return RayBackend(config, loaded.tokenizer, player, client, remote, engines, learner, started.pop_all())
 
 
-class DistributedStudio:
+class RayBackend:
     """The student on several ranks, and engines that sample from it as it is; started: what ends with it."""
 
     def __init__(
@@ -83,8 +83,8 @@ class DistributedStudio:
         config: Config,
         tokenizer: Any,
         player: EpisodePlayer,
-        wire: Wire,
-        served: Mapping[str, ServedTeacher],
+        client: Client,
+        remote: Mapping[str, RemoteTeacher],
         engines: StudentEngines,
         learner: RankLearner,
         started: ExitStack,
@@ -92,8 +92,8 @@ class DistributedStudio:
         self._config = config
         self.tokenizer: Any = tokenizer
         self._player = player
-        self._wire = wire
-        self._served = served
+        self._client = client
+        self._remote = remote
         self._engines = engines
         self._learner = learner
         self._group = learner.group
@@ -108,7 +108,7 @@ class DistributedStudio:
     @property
     def identities(self) -> Mapping[str, str]:
         """What must not change under a run."""
-        return {**self._group.facts.identities, **identities_of(self._served)}
+        return {**self._group.facts.identities, **identities_of(self._remote)}
 
     def facts(self) -> TeacherFacts:
         """What the teachers are."""
@@ -117,11 +117,11 @@ class DistributedStudio:
             inside,
             contexts={
                 **inside.contexts,
-                **{n: None if t.context is None else Limit(t.context) for n, t in self._served.items()},
+                **{n: None if t.context is None else Limit(t.context) for n, t in self._remote.items()},
             },
-            without_distributions=inside.without_distributions | self._served.keys(),
-            unknown_tokenizers={n: t.unknown for n, t in self._served.items()},
-            templates={**inside.templates, **templates_of(self._served)},
+            without_distributions=inside.without_distributions | self._remote.keys(),
+            unknown_tokenizers={n: t.unknown for n, t in self._remote.items()},
+            templates={**inside.templates, **templates_of(self._remote)},
         )
 
     def sampler(self) -> Sampler:
@@ -129,10 +129,10 @@ class DistributedStudio:
         limit = self._group.facts.student_context
         return self._sampler_of(self._engines, None if limit is None else limit.tokens)
 
-    def _sampler_of(self, model: ServedModel, context: int | None = None, form: Form = VLLM) -> ServedSampler:
-        return ServedSampler(
+    def _sampler_of(self, model: RemoteModel, context: int | None = None, form: Form = VLLM) -> RemoteSampler:
+        return RemoteSampler(
             model,
-            self._wire,
+            self._client,
             temperature=self._config.temperature,
             max_new_tokens=self._config.sampling.max_new_tokens,
             context=context,
@@ -143,13 +143,13 @@ class DistributedStudio:
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         """The prompts' own; followed: what training follows."""
         inside = RankTeachers(self._group, "followed" if followed else "teachers", keep_hidden=keep_hidden)
-        return WithServed(inside, self._served) if self._served else inside
+        return WithRemote(inside, self._remote) if self._remote else inside
 
-    def itself(self) -> Teacher:
+    def student_as_teacher(self) -> Teacher:
         """The student as the teacher of every prompt."""
         return RankTeachers(self._group, "itself", keep_hidden=False)
 
-    def each_alone(self, names: Collection[str]) -> Teacher:
+    def per_model(self, names: Collection[str]) -> Teacher:
         """Single models."""
         return RankTeachers(self._group, "alone", keep_hidden=False, names=list(names))
 
@@ -159,9 +159,9 @@ class DistributedStudio:
 
     def alone(self, teacher: str) -> Alone | None:
         """A teacher behind a server can be asked for answers; what ranks hold cannot."""
-        if teacher not in self._served:
+        if teacher not in self._remote:
             return None
-        found = self._served[teacher]
+        found = self._remote[teacher]
         return Alone(self._sampler_of(found.model, form=found.form), self.tokenizer)
 
     def learner(self) -> RankLearner:

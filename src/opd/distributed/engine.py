@@ -82,7 +82,7 @@ class Engine:
         self._plan = plan
         self._host = host
         self._folder: Path | None = None
-        self._guard: subprocess.Popen[bytes] | None = None  # removes the folder when this process is gone
+        self._detectors: subprocess.Popen[bytes] | None = None  # removes the folder when this process is gone
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._context: int | None = None
@@ -157,10 +157,10 @@ class Engine:
         """End the server and all that it started, and remove what was written for it."""
         self._end()
         self._client.close()
-        if self._guard is not None:
-            assert self._guard.stdin is not None
-            self._guard.stdin.close()
-            self._guard.wait()
+        if self._detectors is not None:
+            assert self._detectors.stdin is not None
+            self._detectors.stdin.close()
+            self._detectors.wait()
 
     @property
     def _home(self) -> Path:
@@ -241,7 +241,7 @@ class Engine:
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
-            self._guard = _kept(self._folder, ["sleep", "infinity"], stdout=subprocess.DEVNULL)
+            self._detectors = _kept(self._folder, ["sleep", "infinity"], stdout=subprocess.DEVNULL)
         source = self._source()  # which may take minutes
         self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
         command = [*plan.command, "--model", source, "--served-model-name", plan.name]

@@ -130,7 +130,7 @@ class Places:
 
 
 class StudentEngines:
-    """The engines that sample from the student (`opd.remote.endpoints.ServedModel`); they get its weights when they are asked for.
+    """The engines that sample from the student (`opd.remote.endpoints.RemoteModel`); they get its weights when they are asked for.
 
     Adapters stand beside each other, so who began with an older one goes on with it. Whole weights take each other's place: whoever
     uses the engines is waited for, and who comes meanwhile waits.
@@ -210,7 +210,7 @@ class StudentEngines:
 
 
 class TeacherEngines:
-    """The engines of one teachers' model (`opd.remote.endpoints.ServedModel`)."""
+    """The engines of one teachers' model (`opd.remote.endpoints.RemoteModel`)."""
 
     def __init__(self, plan: EnginePlan, places: Places, model: int, turns: "Turns") -> None:
         self._plan = plan
@@ -341,7 +341,7 @@ def _common(config: Config) -> list[str]:
 
 def _named_tokens(config: Config) -> list[str]:
     """A server names so many of the likeliest tokens at each place, where more are needed than it would."""
-    return ["--max-logprobs", str(config.objective.support)] if config.objective.type == "support" else []
+    return ["--max-logprobs", str(config.objective.top_k)] if config.objective.type == "top_k" else []
 
 
 def _parallel(gpus: int, given: Sequence[str]) -> list[str]:

@@ -27,10 +27,10 @@ from opd.config import Config
 from opd.distributed.node import enter
 from opd.distributed.sharding import shard
 from opd.errors import RunError, one_line
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.export import export, export_files
-from opd.local.learner import EmbeddedLearner
+from opd.local.learner import LocalLearner
 from opd.metrics import Metrics
 from opd.records import Rollout, ScoredRollout
 from opd.roles import Limit, Teacher, TeacherFacts
@@ -66,23 +66,23 @@ class Rank:
         self._rank = rank
         self._world = world
         self._folder = folder
-        self._built: EmbeddedStudio | None = None
-        self._learner: EmbeddedLearner | None = None
+        self._built: LocalBackend | None = None
+        self._learner: LocalLearner | None = None
 
     def build(self) -> RankFacts:
         """Load the models, into main memory whatever the device: only a part of them goes there."""
         enter(self._folder)
         here = self._config.compute.model_copy(update={"device": "cpu"})
-        self._built = studio = build(self._config.model_copy(update={"compute": here}), served=False)
+        self._built = backend = build(self._config.model_copy(update={"compute": here}), remote=False)
         return RankFacts(
-            teachers=studio.facts(),
-            identities=studio.identities,
-            single_models=tuple(studio.single_models()),
-            student_context=studio.student_context,
+            teachers=backend.facts(),
+            identities=backend.identities,
+            single_models=tuple(backend.single_models()),
+            student_context=backend.student_context,
         )
 
     @property
-    def _studio(self) -> EmbeddedStudio:
+    def _backend(self) -> LocalBackend:
         assert self._built is not None, "build() comes first"
         return self._built
 
@@ -93,9 +93,9 @@ class Rank:
             return int(found.getsockname()[1])
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """As of the studio; asked before the weights are spread."""
+        """As of the backend; asked before the weights are spread."""
         assert self._learner is None
-        return self._studio.packing_errors()
+        return self._backend.packing_errors()
 
     def meet(self, address: str) -> None:
         """Join the other ranks, and spread every network over all of them."""
@@ -104,17 +104,17 @@ class Rank:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"tcp://{address}", rank=self._rank, world_size=self._world)
         mesh = init_device_mesh(device, (self._world,))
-        studio = self._studio
-        student = studio.student
+        backend = self._backend
+        student = backend.student
         student.network.activate(student.adapter, trainable=True)
         trainable = [name for name, p in student.network.model.named_parameters() if p.requires_grad]
         half = torch.bfloat16 if self._config.cluster.mixed_precision else None
-        for network in dict.fromkeys([student.network, *(voice.network for voice in studio.voices.values())]):
+        for network in dict.fromkeys([student.network, *(policy.network for policy in backend.policies.values())]):
             shard(network, mesh, trainable if network is student.network else [], compute_dtype=half)
-        self._learner = studio.learner()
+        self._learner = backend.learner()
 
     @property
-    def _trained(self) -> EmbeddedLearner:
+    def _trained(self) -> LocalLearner:
         assert self._learner is not None, "meet() comes first"
         return self._learner
 
@@ -122,14 +122,14 @@ class Rank:
         self, rollouts: Sequence[Rollout], who: Who, names: Sequence[str], keep_hidden: bool
     ) -> list[ScoredRollout]:
         """The scores of this rank's rollouts."""
-        studio = self._studio
+        backend = self._backend
         teachers: Teacher
         if who == "itself":
-            teachers = studio.itself()
+            teachers = backend.student_as_teacher()
         elif who == "alone":
-            teachers = studio.each_alone(names)
+            teachers = backend.per_model(names)
         else:
-            teachers = studio.teachers(keep_hidden=keep_hidden, followed=who == "followed")
+            teachers = backend.teachers(keep_hidden=keep_hidden, followed=who == "followed")
         return teachers.score(rollouts)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
@@ -166,7 +166,7 @@ class Rank:
         if self._rank:
             return True, {}
         try:
-            files = export_files(self._studio.student, found)
+            files = export_files(self._backend.student, found)
         except OSError as error:
             raise RunError(
                 f"learner rank 0 on {socket.gethostname()} cannot write the student for its engines: {error}; free space for "
@@ -178,7 +178,7 @@ class Rank:
         """Write the student; the first rank does, the others only help."""
         found = {name: _whole(p) for name, p in self._trained.weights().items()}
         if not self._rank:
-            export(self._studio.student, Path(folder), weights=found)
+            export(self._backend.student, Path(folder), weights=found)
 
     def save(self, folder: str) -> Saved:
         """Write this rank's part of the weights and moments."""

@@ -45,7 +45,7 @@ class Tool:
 
 
 class ToolEnvironment:
-    """Calls of tools until the student answers without one; the answer is what its outcome is judged by.
+    """Calls of tools until the student answers without one; the answer is what its reward is judged by.
 
     A call that cannot be made (not understood, an unknown tool, wrong arguments) and a tool that raises or takes too long are
     answered with the error, and the episode goes on. The calls of one turn are made one after the other and share the time of a
@@ -119,12 +119,12 @@ async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any])
 
     def run() -> None:
         try:
-            outcome = (future.set_result, _as_text(function(**arguments)))
+            reward = (future.set_result, _as_text(function(**arguments)))
         except BaseException as error:
             # StopIteration cannot be set on a future, and SystemExit must not end the run.
-            outcome = (future.set_exception, _ToolError(describe_error(error)))
+            reward = (future.set_exception, _ToolError(describe_error(error)))
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
+            loop.call_soon_threadsafe(settle, *reward)
 
     threading.Thread(target=run, daemon=True, name=f"{THREADS}tool").start()
     return await future

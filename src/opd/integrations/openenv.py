@@ -41,7 +41,7 @@ class OpenEnvEpisode:
 
     connect: makes what has `reset`, `step` and `close`: a client, asynchronous or not, or the environment itself; one an episode,
     closed with it. act: the student's text as an action; where it raises ValueError, the student is told so and the episode goes
-    on. say: an observation as the text of a user message. outcome: from the rewards of the steps so far to one in [0, 1]; what
+    on. say: an observation as the text of a user message. reward: from the rewards of the steps so far to one in [0, 1]; what
     lies outside fails the episode. reset: passed to `reset`; what it returns opens the conversation, behind the prompt.
     """
 
@@ -51,13 +51,13 @@ class OpenEnvEpisode:
         *,
         act: Callable[[str], Any],
         say: Callable[[Any], str] = say,
-        outcome: Callable[[Sequence[float]], float] = sum,
+        reward: Callable[[Sequence[float]], float] = sum,
         reset: Mapping[str, Any] | None = None,
     ) -> None:
         self._connect = connect
         self._act = act
         self._say = say
-        self._outcome = outcome
+        self._reward = reward
         self._reset = dict(reset or {})
         self._rewards: list[float] = []
 
@@ -77,7 +77,7 @@ class OpenEnvEpisode:
         result = await _settled(self._client.step(action))
         if result.reward is not None:
             self._rewards.append(float(result.reward))
-        reward = self._outcome(self._rewards) if self._rewards else None
+        reward = self._reward(self._rewards) if self._rewards else None
         return Step(() if result.done else user_message(self._text(result)), reward=reward, done=bool(result.done))
 
     def _text(self, result: Any) -> str:

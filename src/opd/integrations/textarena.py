@@ -1,6 +1,6 @@
 """Games of TextArena that one player plays, each made anew from its prompt's seed.
 
-The outcome is TextArena's own reward where it lies in [0, 1]: 1 for a win, and for a game that ends otherwise (no turn of the game
+The reward is TextArena's own reward where it lies in [0, 1]: 1 for a win, and for a game that ends otherwise (no turn of the game
 left, a second invalid move in a row) the share that the game gives, such as how near the last guess was. A loss below 0 is worth 0.
 A game that `episodes.max_turns` ends has no reward of TextArena's and is worth 0.
 """
@@ -141,7 +141,7 @@ class Game:
         invalid = state.error_count > errors or bool(state.game_info[0]["invalid_move"])
         events = {"invalid_moves": int(invalid), "moves_cut": int(len(move) < len(text))}
         if done:
-            return Step(reward=_outcome(state.rewards), done=True, events=events)
+            return Step(reward=_reward(state.rewards), done=True, events=events)
         return Step(user_message(self._new_text()), events=events)
 
     def _new_text(self) -> str:
@@ -186,7 +186,7 @@ def _import_game(home: str) -> None:
 
 
 def _family(name: str, config: TextArenaTask) -> str:
-    """The game without its variant; raises where it is not known, not installed, or unfit as an outcome."""
+    """The game without its variant; raises where it is not known, not installed, or unfit as an reward."""
     if importlib.util.find_spec("textarena") is None:
         raise ConfigError(
             f"tasks.{name}.type = 'textarena' needs a package that is not installed: pip install 'opd[textarena]'"
@@ -198,7 +198,7 @@ def _family(name: str, config: TextArenaTask) -> str:
         raise DataError(f"tasks.{name}.game = '{config.game}' is no game of TextArena{hint}")
     family = config.game.partition("-v")[0]
     if family in _UNFIT:
-        raise DataError(f"tasks.{name}.game = '{config.game}' is no outcome to learn from: {_UNFIT[family]}")
+        raise DataError(f"tasks.{name}.game = '{config.game}' is no reward to learn from: {_UNFIT[family]}")
     return family
 
 
@@ -217,7 +217,7 @@ def _explain(error: Exception) -> str:
     return describe_error(error)
 
 
-def _outcome(rewards: Mapping[int, Any] | None) -> float | None:
+def _reward(rewards: Mapping[int, Any] | None) -> float | None:
     reward = (rewards or {}).get(0)
     if isinstance(reward, str):  # some games of 0.7.4 pass the reward of a loss and its reason in the wrong order
         return 0.0

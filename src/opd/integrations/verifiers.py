@@ -26,7 +26,7 @@ class VerifiersEpisode:
     """One episode, to be given to `opd.train(config, environment=...)`.
 
     task: of a taskset; its prompt in the recipe is `messages_of(task)`. environment: what `verifiers.v1.load_environment` gives,
-    where the task takes several turns, one an episode; without one it is one turn on its prompt. The outcome is verifiers' weighted
+    where the task takes several turns, one an episode; without one it is one turn on its prompt. The reward is verifiers' weighted
     sum of rewards; outside [0, 1] the episode fails. Limits are the recipe's, not those of the agent's configuration.
     Raises ValueError for what needs tools, a container, or hooks that stop or change turns.
     """

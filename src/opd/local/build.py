@@ -11,20 +11,20 @@ import torch
 from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
 from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import ModelError
-from opd.local.backend import EmbeddedStudio
-from opd.local.cross_tokenizer import ForeignVoice
+from opd.local.backend import LocalBackend
+from opd.local.cross_tokenizer import CrossTokenizerPolicy
 from opd.local.sampler import chat_of
-from opd.local.teacher import Part, Target, Voice
+from opd.local.teacher import Part, Policy, Target
 from opd.models.loading import add_adapter, add_student_adapter, load_network
 from opd.models.network import Network
-from opd.remote.client import Wire
+from opd.remote.client import Client
 from opd.remote.discovery import connect_all
-from opd.remote.teacher import ServedTeacher, identities_of
+from opd.remote.teacher import RemoteTeacher, identities_of
 from opd.roles import INITIAL_STUDENT, OtherTemplate
-from opd.text.shared_vocabulary import common_cells
-from opd.text.student_text import Writer
+from opd.text.shared_vocabulary import shared_vocabulary
+from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, different_renderings, same_template
-from opd.text.teacher_text import Reader
+from opd.text.teacher_text import TeacherSide
 from opd.text.template import clock_of, freeze
 from opd.text.tokenizer import described_token, difference, fingerprint, ids_without_rows
 from opd.text.turn_end import turn_end
@@ -38,7 +38,7 @@ def prepare(compute: ComputeConfig) -> None:
         torch.set_num_threads(compute.threads)
 
 
-def build(config: Config, make_environment: MakeEnvironment = one_turn, *, served: bool = True) -> EmbeddedStudio:
+def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remote: bool = True) -> LocalBackend:
     """Load the student and every teacher, each set of weights once; without `served` those behind servers are left out.
 
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
@@ -48,9 +48,9 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
     network = _student(config)
     lora = config.trainable == "lora"
     loaded: dict[str, Network] = {config.student: network} if lora else {}
-    voices: dict[str, Voice] = {}
+    policies: dict[str, Policy] = {}
     for index, (name, teacher) in enumerate(config.teachers.items()):
-        if teacher.weights is not None or teacher.served:
+        if teacher.weights is not None or teacher.remote:
             continue
         source = teacher.model or config.student
         if source not in loaded:
@@ -60,60 +60,62 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, serve
         adapter = f"teacher{index}" if teacher.adapter is not None else None
         if teacher.adapter is not None and adapter is not None:
             add_adapter(home, teacher.adapter, teacher=name, name=adapter)
-        voices[name] = Voice(home, adapter)
+        policies[name] = Policy(home, adapter)
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
             loaded[config.student] = _load(config.student, config)
         # A fresh adapter changes nothing before the first step: its base is the student as it was.
         if config.lora.start is not None:
             add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
-        voices[INITIAL_STUDENT] = Voice(loaded[config.student], None if config.lora.start is None else "initial")
-    foreign = _foreign(config, network, voices)
-    voices |= _shown_own_prompts(config, network, {n: v for n, v in voices.items() if n not in foreign})
-    own = dict.fromkeys([network, *(voice.network for name, voice in voices.items() if name not in foreign)])
+        policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
+    cross_tokenizer = _cross_tokenizer(config, network, policies)
+    policies |= _shown_own_prompts(config, network, {n: v for n, v in policies.items() if n not in cross_tokenizer})
+    own = dict.fromkeys(
+        [network, *(policy.network for name, policy in policies.items() if name not in cross_tokenizer)]
+    )
     vocab_size = min(n.vocab_size for n in own)
     narrowest = min(own, key=lambda n: n.vocab_size)
     _require_rows(network, vocab_size, narrowest.source)
     for net in own:
         net.vocab_size = vocab_size
-    connected = _connected(config, network.tokenizer) if served else {}
-    identities = _identities(config, network, voices, foreign, connected)
-    apart = foreign.keys() | {name for name, teacher in config.teachers.items() if teacher.served}
-    targets = {name: _target(config, name, voices) for name in config.teachers if name not in apart}
-    followed = {name: _extrapolated(config, target, voices) for name, target in targets.items()}
-    return EmbeddedStudio(
-        config, Voice(network, "student" if lora else None), voices, targets, followed, foreign, connected, identities,
-        vocab_size, make_environment, _other_templates(config, network, voices, foreign),
+    connected = _connected(config, network.tokenizer) if remote else {}
+    identities = _identities(config, network, policies, cross_tokenizer, connected)
+    apart = cross_tokenizer.keys() | {name for name, teacher in config.teachers.items() if teacher.remote}
+    targets = {name: _target(config, name, policies) for name in config.teachers if name not in apart}
+    followed = {name: _extrapolated(config, target, policies) for name, target in targets.items()}
+    return LocalBackend(
+        config, Policy(network, "student" if lora else None), policies, targets, followed, cross_tokenizer, connected, identities,
+        vocab_size, make_environment, _other_templates(config, network, policies, cross_tokenizer),
     )  # fmt: skip
 
 
-def _connected(config: Config, tokenizer: Any) -> dict[str, ServedTeacher]:
+def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
     """The teachers behind servers; whoever closes one closes the connections of all."""
     if not any(teacher.url for teacher in config.teachers.values()):
         return {}
-    wire = Wire(config.served)
+    client = Client(config.remote)
     try:
-        return connect_all(config, tokenizer, wire)
+        return connect_all(config, tokenizer, client)
     except BaseException:
-        wire.close()
+        client.close()
         raise
 
 
-def _target(config: Config, name: str, voices: Mapping[str, Voice]) -> Target:
-    """What a teacher key stands for: one voice, or several whose weights sum to one."""
+def _target(config: Config, name: str, policies: Mapping[str, Policy]) -> Target:
+    """What a teacher key stands for: one policy, or several whose weights sum to one."""
     weights = config.teachers[name].weights or {name: 1.0}
     total = sum(weights.values())
-    return tuple(Part(part, voices[part], weight / total) for part, weight in weights.items())
+    return tuple(Part(part, policies[part], weight / total) for part, weight in weights.items())
 
 
-def _extrapolated(config: Config, target: Target, voices: Mapping[str, Voice]) -> Target:
+def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]) -> Target:
     """lambda log q + (1 - lambda) log pi_ref: with lambda above 1 away from the reference, past the teacher."""
     share, reference = config.objective.extrapolation, config.objective.reference
     if reference is None:
         return target
     name = INITIAL_STUDENT if reference == _INITIAL else reference
     scaled = tuple(replace(part, weight=share * part.weight) for part in target)
-    return (*scaled, Part(name, voices[name], 1.0 - share))
+    return (*scaled, Part(name, policies[name], 1.0 - share))
 
 
 def _load(source: str, config: Config | SftConfig) -> Network:
@@ -124,11 +126,11 @@ def _load(source: str, config: Config | SftConfig) -> Network:
     return network
 
 
-def build_student(config: SftConfig) -> Voice:
+def build_student(config: SftConfig) -> Policy:
     """A student to fine-tune, without teachers."""
     network = _student(config.started())
     _require_rows(network, network.vocab_size, network.source)
-    return Voice(network, "student" if config.trainable == "lora" else None)
+    return Policy(network, "student" if config.trainable == "lora" else None)
 
 
 def _student(config: Config | SftConfig) -> Network:
@@ -142,34 +144,38 @@ def _student(config: Config | SftConfig) -> Network:
     return network
 
 
-def _foreign(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, ForeignVoice]:
+def _cross_tokenizer(
+    config: Config, student: Network, policies: Mapping[str, Policy]
+) -> dict[str, CrossTokenizerPolicy]:
     """The teachers that have another tokenizer. Raises ModelError where the recipe asks for what only one tokenizer gives."""
-    found: dict[str, ForeignVoice] = {}
-    writer = None
-    for name, voice in voices.items():
-        network = voice.network
+    found: dict[str, CrossTokenizerPolicy] = {}
+    student_side = None
+    for name, policy in policies.items():
+        network = policy.network
         what = _other_tokens(config, name, student, network)
         if what is None:
             continue
         _require_text_alone(config, name, what)
-        writer = writer or Writer(
+        student_side = student_side or StudentSide(
             student.tokenizer, generation_config=student.base.generation_config, vocab_size=student.vocab_size
         )
-        reader = Reader(
+        teacher_side = TeacherSide(
             network.tokenizer,
             name=name,
             generation_config=network.base.generation_config,
             vocab_size=network.vocab_size,
         )
         mask = config.alignment.non_canonical == "mask"
-        _require_rows(network, network.vocab_size, network.source, reader.end_ids)
+        _require_rows(network, network.vocab_size, network.source, teacher_side.end_ids)
         floor = config.objective.teacher_logprob_floor
         cells = None
-        if config.objective.type == "support":
-            tags = reader.counterparts(writer.table)
-            cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
-        found[name] = ForeignVoice(
-            network, voice.adapter, reader, writer, floor,
+        if config.objective.type == "top_k":
+            tags = teacher_side.counterparts(student_side.table)
+            cells = shared_vocabulary(
+                student_side.table, student_side.end_ids, teacher_side.table, teacher_side.end_ids, tags
+            )
+        found[name] = CrossTokenizerPolicy(
+            network, policy.adapter, teacher_side, student_side, floor,
             mask_non_canonical=mask,
             cells=cells,
             own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
@@ -210,27 +216,30 @@ def _reads_own_prompts(config: Config, name: str, student: Network, network: Net
     )
 
 
-def _shown_own_prompts(config: Config, student: Network, voices: Mapping[str, Voice]) -> dict[str, Voice]:
-    """Those of the voices that read the student's tokens behind prompts of their own."""
+def _shown_own_prompts(config: Config, student: Network, policies: Mapping[str, Policy]) -> dict[str, Policy]:
+    """Those of the policies that read the student's tokens behind prompts of their own."""
     return {
-        name: replace(voice, prompts=OwnPrompt(chat_of(voice.network), chat_of(student), name=name))
-        for name, voice in voices.items()
-        if voice.network is not student and _reads_own_prompts(config, name, student, voice.network)
+        name: replace(policy, prompts=OwnPrompt(chat_of(policy.network), chat_of(student), name=name))
+        for name, policy in policies.items()
+        if policy.network is not student and _reads_own_prompts(config, name, student, policy.network)
     }
 
 
 def _other_templates(
-    config: Config, student: Network, voices: Mapping[str, Voice], foreign: Mapping[str, ForeignVoice]
+    config: Config,
+    student: Network,
+    policies: Mapping[str, Policy],
+    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
 ) -> dict[str, OtherTemplate]:
     """The teachers of the student's vocabulary that render a conversation otherwise than the student."""
     found = {}
-    for name, voice in voices.items():
-        if name in foreign or name not in config.teachers:
+    for name, policy in policies.items():
+        if name in cross_tokenizer or name not in config.teachers:
             continue
-        apart = different_renderings(student.tokenizer, voice.network.tokenizer)
+        apart = different_renderings(student.tokenizer, policy.network.tokenizer)
         if apart is not None:
-            none = "" if voice.network.tokenizer.chat_template else "it has none"
-            found[name] = OtherTemplate(voice.prompts is not None, apart.student, apart.teacher, unknown=none)
+            none = "" if policy.network.tokenizer.chat_template else "it has none"
+            found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
     return found
 
 
@@ -267,17 +276,17 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
         raise ModelError(
             f"teacher '{name}': {what}, and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
         )
-    if objective.type == "support" and config.mask.format_errors != "off":
+    if objective.type == "top_k" and config.mask.format_errors != "off":
         raise ModelError(
-            f"teacher '{name}': {what}, so part of type = 'support' is a sampled log ratio without a baseline, and "
+            f"teacher '{name}': {what}, so part of type = 'top_k' is a sampled log ratio without a baseline, and "
             "mask.format_errors would reward errors; leave it at 'off', or write objective.type = 'immediate' with "
             "baseline = 'leave_one_out'"
         )
-    if objective.needs_distributions and objective.type != "support":
+    if objective.needs_distributions and objective.type != "top_k":
         raise ModelError(
             f"teacher '{name}': {what}, and the objective needs its distribution over the student's tokens (type = "
             f"'{objective.type}', baseline = '{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with "
-            "baseline = 'none' or 'leave_one_out', which follow the text in chunks, or 'support', which also compares what the two "
+            "baseline = 'none' or 'leave_one_out', which follow the text in chunks, or 'top_k', which also compares what the two "
             "vocabularies have in common"
         )
     if objective.reference == name or objective.extrapolation != 1.0:
@@ -293,27 +302,27 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
 def _identities(
     config: Config,
     student: Network,
-    voices: Mapping[str, Voice],
-    foreign: Mapping[str, ForeignVoice],
-    served: Mapping[str, ServedTeacher],
+    policies: Mapping[str, Policy],
+    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
+    remote: Mapping[str, RemoteTeacher],
 ) -> dict[str, str]:
     """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
-    named = {f"teacher '{name}'": _identity(config, name, voice) for name, voice in voices.items()}
-    named |= identities_of(served)
+    named = {f"teacher '{name}'": _identity(config, name, policy) for name, policy in policies.items()}
+    named |= identities_of(remote)
     named["the student's tokenizer"] = fingerprint(student.tokenizer)
-    for name, voice in voices.items():
-        if name in foreign or voice.prompts is not None:
-            tokenizer, clock = voice.network.tokenizer, clock_of(voice.network.tokenizer)
+    for name, policy in policies.items():
+        if name in cross_tokenizer or policy.prompts is not None:
+            tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
             named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
     if config.trainable == "lora":
         named["the student's base"] = student.fingerprint()
     return named
 
 
-def _identity(config: Config, name: str, voice: Voice) -> str:
+def _identity(config: Config, name: str, policy: Policy) -> str:
     """What makes this teacher this teacher: its base's weights and its adapter's file."""
     adapter = config.lora.start if name == INITIAL_STUDENT else config.teachers[name].adapter
-    base = voice.network.fingerprint()
+    base = policy.network.fingerprint()
     if adapter is None:
         return base
     digest = hashlib.sha256()

@@ -12,20 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd.config import ComputeConfig
-from opd.local.teacher import Voice
+from opd.local.teacher import Policy
 from opd.models.loading import add_adapter, load_network, quiet, save_adapter_facts
 
 
-def export(voice: Voice, folder: Path, *, dtype: str = "float32", weights: Mapping[str, Tensor] | None = None) -> None:
+def export(
+    policy: Policy, folder: Path, *, dtype: str = "float32", weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder with its tokenizer.
 
     weights: those that train by name, where the model itself holds only a part of them.
     """
-    network = voice.network
+    network = policy.network
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        if voice.adapter is None:
+        if policy.adapter is None:
             kept = None if weights is None else {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
             model = network.base if weights is not None else network.base.to(getattr(torch, dtype))  # type: ignore[call-arg]  # a decorator hides its signature
             with quiet():
@@ -36,13 +38,13 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32", weights: Mappi
             # peft puts an adapter of this name into a folder of this name
             network.model.save_pretrained(
                 str(staging),
-                selected_adapters=[voice.adapter],
+                selected_adapters=[policy.adapter],
                 save_embedding_layers=False,
                 state_dict=None if weights is None else dict(weights),
             )
-            for file in (staging / voice.adapter).iterdir():
+            for file in (staging / policy.adapter).iterdir():
                 file.rename(staging / file.name)
-            (staging / voice.adapter).rmdir()
+            (staging / policy.adapter).rmdir()
             (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
             _sort_lists(staging / "adapter_config.json")
             save_adapter_facts(staging, network)
@@ -55,10 +57,10 @@ def export(voice: Voice, folder: Path, *, dtype: str = "float32", weights: Mappi
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def export_files(voice: Voice, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+def export_files(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The same as the contents of the folder's files."""
     with tempfile.TemporaryDirectory(prefix="opd-export-") as place:
-        export(voice, Path(place) / "student", weights=weights)
+        export(policy, Path(place) / "student", weights=weights)
         return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
 
 

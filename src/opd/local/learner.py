@@ -32,7 +32,7 @@ from opd.objectives.vocabulary import TeacherHead
 _TENSORS = "tensors.safetensors"
 
 
-class EmbeddedLearner:
+class LocalLearner:
     """Minimises a divergence over the vocabulary, a policy-gradient loss over `batch.advantages`, or their sum.
 
     Any split of a batch into packed passes gives the same gradient: denominators are those of the whole batch.
@@ -216,7 +216,7 @@ def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tens
 
 
 def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:
-    """The rate of update 0, 1, ...: a linear warm-up to `lr`, then the schedule down to `final_lr_share * lr`.
+    """The rate of update 0, 1, ...: a linear warm-up to `lr`, then the schedule down to `final_lr_fraction * lr`.
 
     The last of `steps` updates still moves: the schedule would reach its end one update later.
     """
@@ -226,7 +226,7 @@ def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:
         return config.lr
     progress = min(1.0, (update - config.warmup_steps) / max(1, steps - config.warmup_steps))
     left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
+    return config.lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * left)
 
 
 def _names(given: Pass) -> str:

@@ -12,12 +12,12 @@ from opd.config import ObjectiveConfig
 from opd.errors import ScoreError
 from opd.metrics import Mean, Metrics, mean_of, merge
 from opd.models.micro_batches import MicroBatch
-from opd.objectives.divergences import magnified, support_reverse_kl
+from opd.objectives.divergences import magnified, top_k_reverse_kl
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.losses import ppo, reinforce
-from opd.objectives.support import support_logprobs
+from opd.objectives.top_k import logprobs_at
 from opd.objectives.vocabulary import (
-    CommonCells,
+    SharedVocabularyIds,
     TeacherHead,
     TeacherStates,
     VocabularyLoss,
@@ -56,7 +56,7 @@ def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> Vo
     return VocabularyLoss(
         divergence=objective.divergence,
         jsd_beta=objective.jsd_beta,
-        support=objective.support if objective.type == "support" else None,
+        top_k=objective.top_k if objective.type == "top_k" else None,
         tail_residual=objective.tail_residual,
         temperature=temperature,
         logprob_floor=objective.teacher_logprob_floor,
@@ -65,14 +65,14 @@ def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> Vo
 
 def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float = 1.0) -> tuple[Tensor, Metrics]:
     """The divergence over the vocabulary at every visited state; a state that several samples share is done once."""
-    if given.batch.support_ids is not None:
+    if given.batch.top_k_ids is not None:
         return _named_term(given, how, divisor=divisor, coef=coef)
     device, micro = given.hidden.device, given.micro
     weights = coef * given.batch.distill_mask[given.flat].double().numpy() / divisor
     loss = given.hidden.sum() * 0.0
     columns = {name: np.zeros(len(micro.states)) for name in ("divergence", "reverse_kl", "entropy", "floored", "tail")}
     compared = np.zeros(len(micro.states), dtype=bool)
-    for mine, first, inverse, states, teachers in _by_teacher(given, tokens_differ=how.support is not None):
+    for mine, first, inverse, states, teachers in _by_teacher(given, tokens_differ=how.top_k is not None):
         compared[mine] = True
         summed = np.bincount(inverse, weights=weights[mine], minlength=len(first))
         term, stats = vocabulary_loss(
@@ -91,17 +91,17 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: f
         "student/entropy/mean": mean_of(columns["entropy"][compared]),
         "teacher/floored_mass/mean": mean_of(columns["floored"][compared]),
     }
-    if how.support is not None:
-        metrics["support/tail_mass/mean"] = mean_of(columns["tail"][compared])
-    if how.support is not None or how.divergence != "reverse_kl":
+    if how.top_k is not None:
+        metrics["top_k/tail_mass/mean"] = mean_of(columns["tail"][compared])
+    if how.top_k is not None or how.divergence != "reverse_kl":
         metrics["divergence/token/mean"] = mean_of(columns["divergence"][compared])
     metrics |= agreement_metrics(given, how)
-    foreign = np.array([_foreign(given, member) for member in micro.members])
-    if not foreign.any():
+    cross_tokenizer = np.array([_cross_tokenizer(given, member) for member in micro.members])
+    if not cross_tokenizer.any():
         return loss, metrics | kl_metrics(columns["reverse_kl"], given)
-    # Cells tell less than texts, so with another tokenizer the reverse KL is that of the sampled chunks.
-    sampled = np.isin(micro.owners, np.array(micro.members)[foreign])
-    metrics["support/compared/mean"] = mean_of(compared[sampled & given.batch.scored[given.flat].numpy()])
+    # SharedVocabulary tell less than texts, so with another tokenizer the reverse KL is that of the sampled chunks.
+    sampled = np.isin(micro.owners, np.array(micro.members)[cross_tokenizer])
+    metrics["top_k/compared/mean"] = mean_of(compared[sampled & given.batch.scored[given.flat].numpy()])
     kl = np.where(sampled, sampled_kl(given), columns["reverse_kl"])
     refuse_nan(kl, given)
     return loss, metrics | kl_metrics(kl, given)
@@ -110,21 +110,21 @@ def integrated_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: f
 def _named_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float) -> tuple[Tensor, Metrics]:
     """The same where teachers named their likeliest tokens: the reverse KL of the buckets, over those and the sampled one."""
     batch, micro, device = given.batch, given.micro, given.hidden.device
-    assert batch.support_ids is not None
-    assert batch.support_logprobs is not None
+    assert batch.top_k_ids is not None
+    assert batch.logprobs_at is not None
     flat, scored = given.flat, batch.scored[given.flat].numpy()
     key = micro.states * (int(micro.targets.max()) + 1) + micro.targets
     teachers = dict.fromkeys(batch.teachers)
     key = key * len(teachers) + np.array([list(teachers).index(batch.teachers[o]) for o in micro.owners])
     key = key * 2 + ~scored  # a rollout without a score says nothing of its siblings' states
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    ids, logq = batch.support_ids[flat[first]].to(device), batch.support_logprobs[flat[first]].to(device)
+    ids, logq = batch.top_k_ids[flat[first]].to(device), batch.logprobs_at[flat[first]].to(device)
     named = (ids >= 0) & (ids < len(given.head))  # padding beyond the common ids is the bucket's
     states = given.hidden[torch.from_numpy(micro.states[first]).to(device)]
-    logp, entropy = support_logprobs(states, given.head, ids.where(named, 0), temperature=how.temperature)
+    logp, entropy = logprobs_at(states, given.head, ids.where(named, 0), temperature=how.temperature)
     logq = logq.masked_fill(~named, -torch.inf)
     logp = logp.masked_fill(~named, -torch.inf)
-    divergence = support_reverse_kl(
+    divergence = top_k_reverse_kl(
         logp, logq.to(logp.dtype), logprob_floor=how.logprob_floor, rounding=magnified(how.temperature)
     )
     weights = coef * batch.distill_mask[flat].double().numpy() / divisor
@@ -135,13 +135,13 @@ def _named_term(given: Pass, how: VocabularyLoss, *, divisor: float, coef: float
     tail = (1.0 - logp.detach().exp().sum(-1)).clamp(min=0.0).double().cpu().numpy()[inverse]
     metrics: Metrics = {
         "divergence/token/mean": mean_of(found[scored]),
-        "support/tail_mass/mean": mean_of(tail[scored]),
+        "top_k/tail_mass/mean": mean_of(tail[scored]),
         "student/entropy/mean": mean_of(entropy.double().cpu().numpy()[inverse][scored]),
     }
     return loss, metrics | kl_metrics(sampled_kl(given), given)
 
 
-def _foreign(given: Pass, member: int) -> bool:
+def _cross_tokenizer(given: Pass, member: int) -> bool:
     """Whether a rollout's teacher has another tokenizer."""
     head = given.heads.get(given.batch.teachers[member])
     return head is not None and head.cells is not None
@@ -254,7 +254,9 @@ def _by_teacher(
             if cells is None:
                 rows = rows[: len(given.head)]
             else:
-                cells = CommonCells(cells.student[: len(given.head)].to(device), cells.teacher.to(device), cells.num)
+                cells = SharedVocabularyIds(
+                    cells.student[: len(given.head)].to(device), cells.teacher.to(device), cells.num
+                )
             teachers.append(TeacherStates(hidden.to(device, given.hidden.dtype), rows, part.weight, cells))
         yield mine, first, inverse, torch.from_numpy(micro.states[chosen]).to(device), teachers
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd.config import EpisodesConfig
 from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
-from opd.models.kv_cache import RowPlan
+from opd.models.kv_cache import KVCache
 from opd.models.network import Network
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
@@ -20,7 +20,7 @@ from opd.text.chat import Chat
 _REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
 
 
-class EmbeddedSampler:
+class LocalSampler:
     """Samples from the full distribution softmax(logits / temperature) of one adapter of a network.
 
     The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, whatever else is sampled
@@ -92,7 +92,7 @@ class EmbeddedSampler:
         """
         responses = [_Response() for _ in prompts]
         waiting = list(range(len(prompts)))[::-1]
-        rows, samples = RowPlan(self._network.device), list[list[int]]()  # the samples that each row stands for
+        rows, samples = KVCache(self._network.device), list[list[int]]()  # the samples that each row stands for
         hidden = torch.empty(0)
         while waiting or samples:
             free = self._max_rows - sum(map(len, samples))
@@ -109,17 +109,17 @@ class EmbeddedSampler:
                 responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
             inputs = _part(rows, samples, responses)
             if samples:
-                hidden = self._network.extend_rows(inputs, rows)
+                hidden = self._network.decode(inputs, rows)
         return responses
 
     def _begin(
-        self, begun: Sequence[int], prompts: Sequence[list[int]], rows: RowPlan
+        self, begun: Sequence[int], prompts: Sequence[list[int]], rows: KVCache
     ) -> tuple[Tensor, list[list[int]]]:
         """Rows for the samples that begin: (the hidden states after their prompts, the samples of each new row)."""
         sharing: dict[tuple[int, ...], list[int]] = {}
         for sample in begun:
             sharing.setdefault(tuple(prompts[sample]), []).append(sample)
-        hidden = self._network.begin_rows(list(sharing), rows, max_tokens=self._max_tokens)
+        hidden = self._network.prefill(list(sharing), rows, max_tokens=self._max_tokens)
         return hidden, list(sharing.values())
 
     def _draw(self, hidden: Tensor, owners: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
@@ -161,7 +161,7 @@ class _Response:
             self.finish = "length"
 
 
-def _part(rows: RowPlan, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
+def _part(rows: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
     """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
     inputs: list[int] = []
     for row in range(len(samples)):

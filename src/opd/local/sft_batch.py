@@ -28,7 +28,7 @@ def imitation_batch(rollouts: Sequence[Rollout]) -> Batch:
         flagged=torch.zeros_like(mask),
         loss_mask=mask,
         distill_mask=mask,
-        outcome_mask=torch.zeros_like(mask),
+        reward_mask=torch.zeros_like(mask),
         rollout_logprobs=zeros,
         teacher_logprobs=zeros,
         advantages=mask.float(),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from opd.errors import DataError
-from opd.local.cross_tokenizer import ForeignVoice, score_foreign
+from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.models.micro_batches import micro_batches
 from opd.models.network import Network
 from opd.objectives.logprobs import token_logprobs
@@ -17,7 +17,7 @@ from opd.text.teacher_prompt import OwnPrompt, Shown, as_sampled
 
 
 @dataclass(frozen=True)
-class Voice:
+class Policy:
     """One policy: a network, the adapter that speaks (None: the network's own weights), and how it is shown rollouts (None: as the
     student sampled them)."""
 
@@ -32,10 +32,10 @@ class Voice:
 
 @dataclass(frozen=True)
 class Part:
-    """One voice of a target: the name of its head, who speaks, and its weight in log q."""
+    """One policy of a target: the name of its head, who speaks, and its weight in log q."""
 
     name: str
-    voice: Voice
+    policy: Policy
     weight: float = 1.0
 
 
@@ -43,7 +43,7 @@ Target: TypeAlias = tuple[Part, ...]
 """What a prompt's teacher key stands for, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
 
 
-class EmbeddedTeachers:
+class LocalTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
@@ -59,10 +59,10 @@ class EmbeddedTeachers:
         temperature: float,
         max_tokens: int,
         keep_hidden: bool,
-        foreign: Mapping[str, ForeignVoice] | None = None,
+        cross_tokenizer: Mapping[str, CrossTokenizerPolicy] | None = None,
     ) -> None:
         self._targets = dict(targets)
-        self._foreign = dict(foreign or {})
+        self._cross_tokenizer = dict(cross_tokenizer or {})
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -72,11 +72,13 @@ class EmbeddedTeachers:
         """Each rollout with its own teacher's score, in the order given; what cannot be scored says why."""
         scores: dict[int, Score] = {}
         # All of them, in their order: ranks that share a sharded teacher ask it together, with rollouts of it or without.
-        for teacher in (*self._targets, *self._foreign):
-            if teacher in self._foreign:
+        for teacher in (*self._targets, *self._cross_tokenizer):
+            if teacher in self._cross_tokenizer:
                 mine = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
-                voice, asked = self._foreign[teacher], [rollouts[i] for i in mine]
-                found = score_foreign(teacher, voice, asked, temperature=self._temperature, max_tokens=self._max_tokens)
+                policy, asked = self._cross_tokenizer[teacher], [rollouts[i] for i in mine]
+                found = score_cross_tokenizer(
+                    teacher, policy, asked, temperature=self._temperature, max_tokens=self._max_tokens
+                )
                 scores.update(zip(mine, found, strict=True))
                 continue
             target = self._targets[teacher]
@@ -97,7 +99,8 @@ class EmbeddedTeachers:
     ) -> list[Score]:
         """readings: of each rollout what each part of the target reads."""
         every = [
-            (part, self._speak(part.voice, rollouts, [parts[k] for parts in readings])) for k, part in enumerate(target)
+            (part, self._speak(part.policy, rollouts, [parts[k] for parts in readings]))
+            for k, part in enumerate(target)
         ]
         scores: list[Score] = []
         for i in range(len(rollouts)):
@@ -115,13 +118,13 @@ class EmbeddedTeachers:
 
     @torch.no_grad()
     def _speak(
-        self, voice: Voice, rollouts: Sequence[Rollout], readings: Sequence[Sequence[Shown]]
+        self, policy: Policy, rollouts: Sequence[Rollout], readings: Sequence[Sequence[Shown]]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """One voice's log-probabilities [tokens] of each rollout, and its hidden states [actions, hidden]."""
-        network = voice.network
-        network.activate(voice.adapter)
+        """One policy's log-probabilities [tokens] of each rollout, and its hidden states [actions, hidden]."""
+        network = policy.network
+        network.activate(policy.adapter)
         head = network.head_weight()[: self._vocab_size]
-        shown = [each for reading in readings for each in reading]
+        shown = [each for teacher_text in readings for each in teacher_text]
         sequences, masks = [each.token_ids for each in shown], [each.mask for each in shown]
         values = [np.zeros(int(mask.sum()), dtype=np.float32) for mask in masks]
         states: list[np.ndarray] = [np.zeros((0, head.shape[1]), dtype=np.float32) for _ in sequences]
@@ -139,10 +142,10 @@ class EmbeddedTeachers:
                     states[member] = plain[mine]
         logprobs = [np.zeros(len(r.token_ids), dtype=np.float32) for r in rollouts]
         joined, first = [], 0
-        for rollout, spread, reading in zip(rollouts, logprobs, readings, strict=True):
-            spread[rollout.loss_mask] = np.concatenate(values[first : first + len(reading)])
-            joined.append(np.concatenate(states[first : first + len(reading)]))
-            first += len(reading)
+        for rollout, spread, teacher_text in zip(rollouts, logprobs, readings, strict=True):
+            spread[rollout.loss_mask] = np.concatenate(values[first : first + len(teacher_text)])
+            joined.append(np.concatenate(states[first : first + len(teacher_text)]))
+            first += len(teacher_text)
         return logprobs, joined
 
 
@@ -150,8 +153,8 @@ def _readings(teacher: str, target: Target, rollout: Rollout) -> list[list[Shown
     """What each part of a target reads of a rollout. Raises DataError for what it cannot read."""
     found = []
     for part in target:
-        found.append(part.voice.shown(rollout))
-        longest, limit = max(len(each.token_ids) for each in found[-1]), part.voice.network.limit
+        found.append(part.policy.shown(rollout))
+        longest, limit = max(len(each.token_ids) for each in found[-1]), part.policy.network.limit
         if limit is not None and longest > limit.tokens:
             who = f"teacher '{teacher}'"
             raise DataError(f"{longest} tokens exceed {limit.of(who)}")

@@ -11,8 +11,8 @@ from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.stream import PromptStream
 from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
-from opd.local.backend import EmbeddedStudio
-from opd.local.learner import EmbeddedLearner
+from opd.local.backend import LocalBackend
+from opd.local.learner import LocalLearner
 from opd.local.sampler import chat_of, episode_player
 from opd.local.sft_batch import imitation_batch
 from opd.metrics import values
@@ -21,7 +21,7 @@ from opd.seeds import generator_of
 from opd.text.chat import Chat
 
 
-def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
+def warm_up(backend: LocalBackend, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
     `sampling.prompts_per_step`; says the loss of each step and what was left out.
 
@@ -29,11 +29,11 @@ def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say
     from, nor, of a teacher with another tokenizer or
     template, responses that were cut or that are nothing but an end: rewritten, they would seem to end where they were cut.
     """
-    config = studio.config
+    config = backend.config
     rate = config.warmup.lr or config.optimizer.lr
-    learner = EmbeddedLearner(
-        studio.student.network,
-        adapter=studio.student.adapter,
+    learner = LocalLearner(
+        backend.student.network,
+        adapter=backend.student.adapter,
         objective=ObjectiveConfig(type="immediate", normalizer="token"),
         optimizer=OptimizerConfig(lr=rate, schedule="constant", warmup_steps=min(3, config.warmup.steps - 1)),
         steps=config.warmup.steps,
@@ -46,7 +46,7 @@ def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say
     stream = PromptStream(prompts, weights, seed=seed)
     for step in range(1, config.warmup.steps + 1):
         chosen = stream.next(config.sampling.prompts_per_step)
-        rollouts = _shown(studio, chosen, step)
+        rollouts = _shown(backend, chosen, step)
         missing = len(chosen) - sum(r.part == 0 for r in rollouts)
         left_out = f", {missing} responses left out" if missing else ""
         if not rollouts:
@@ -56,20 +56,20 @@ def warm_up(studio: EmbeddedStudio, prompts: Mapping[str, Sequence[Prompt]], say
         say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
 
 
-def _shown(studio: EmbeddedStudio, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+def _shown(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
-    limit = studio.student.network.max_context
+    limit = backend.student.network.max_context
     for teacher in dict.fromkeys(p.teacher for p in prompts):
         mine = [p for p in prompts if p.teacher == teacher]
-        seed = (studio.config.seed, "warm-up", teacher, step)
-        voice = studio.voices[teacher]
-        chat = chat_of(studio.home(voice))
-        rollouts = studio.sampler(voice).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
+        seed = (backend.config.seed, "warm-up", teacher, step)
+        policy = backend.policies[teacher]
+        chat = chat_of(backend.home(policy))
+        rollouts = backend.sampler(policy).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         # a template of its own is a rendering that the student never sees
-        own = teacher in studio.foreign or voice.prompts is not None
-        found += _rewritten(studio, rollouts) if own else rollouts
+        own = teacher in backend.cross_tokenizer or policy.prompts is not None
+        found += _rewritten(backend, rollouts) if own else rollouts
     # a teacher's context may be longer than the student's
     long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
@@ -82,9 +82,9 @@ def _takes(chat: Chat, prompt: Prompt) -> bool:
     return False
 
 
-def _rewritten(studio: EmbeddedStudio, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def _rewritten(backend: LocalBackend, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same episodes as the student's tokenizer and template write them."""
-    network = studio.student.network
+    network = backend.student.network
     last = {(r.prompt.id, r.sample): r for r in rollouts}  # the part of an episode that holds all of its messages
     whole = [(r, last[r.prompt.id, r.sample].messages[len(r.prompt.messages) :]) for r in rollouts if r.part == 0]
     said = {id(r.prompt): messages for r, messages in whole if not r.truncated and all(m["content"] for m in messages)}
@@ -93,6 +93,6 @@ def _rewritten(studio: EmbeddedStudio, rollouts: Sequence[Rollout]) -> list[Roll
     def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:
         return recorded_turn(said[id(prompt)], len(messages) - len(prompt.messages))
 
-    player = episode_player(network, studio.config.episodes, lambda prompt: Replay(said[id(prompt)]))
+    player = episode_player(network, backend.config.episodes, lambda prompt: Replay(said[id(prompt)]))
     demonstrator = Demonstrator(player.chat, turn)
     return player.play([(r.prompt, r.sample) for r in usable], demonstrator.take_turns, version=0)

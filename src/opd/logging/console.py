@@ -25,12 +25,12 @@ def printable(text: str, limit: int = 160) -> str:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """The step in one line: reverse KL, outcome (the mean reward), speed, and seconds by phase."""
+    """The step in one line: reverse KL, reward (the mean reward), speed, and seconds by phase."""
     parts = [f"kl/token {values['kl/token/mean']:.4f}"] if "kl/token/mean" in values else []
     if "student/nll/mean" in values and not parts:
         parts.append(f"nll/token {values['student/nll/mean']:.4f}")
-    if "outcome/mean" in values:
-        parts.append(f"outcome {values['outcome/mean']:.3f}")
+    if "reward/mean" in values:
+        parts.append(f"reward {values['reward/mean']:.3f}")
     if values.get("format/errors/mean"):
         parts.append(f"format errors {100 * values['format/errors/mean']:.0f} %")
     if "time/tokens_per_s/mean" in values:

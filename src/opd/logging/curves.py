@@ -23,7 +23,7 @@ def draw_run(folder: RunFolder) -> None:
 
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """What the metrics hold of reverse KL, likelihood, outcome, gradient norm and seconds a step, as one PNG.
+    """What the metrics hold of reverse KL, likelihood, reward, gradient norm and seconds a step, as one PNG.
 
     Draws nothing when there is nothing to draw.
     """
@@ -34,7 +34,7 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     curves = {
         "reverse KL, nats per token": [n for n in names if n.startswith("kl/token/")],
         "negative log-likelihood, nats per token": [n for n in names if n == "student/nll/mean"],
-        "outcome (mean reward of the samples)": [n for n in names if n.startswith("outcome/")],
+        "reward (mean reward of the samples)": [n for n in names if n.startswith("reward/")],
         "gradient norm before clipping": [n for n in names if n == "optim/grad_norm/mean"],
     }
     shown = {title: chosen for title, chosen in curves.items() if chosen}

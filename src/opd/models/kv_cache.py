@@ -10,7 +10,7 @@ from torch import Tensor
 _SPARE = 64  # places that a row gets beyond what it needs, so that buffers are seldom made anew
 
 
-class RowPlan:
+class KVCache:
     """Rows of cached tokens, each at the left of its buffer; as a plan, one new token a row sees all of its row.
 
     Buffers [rows, key heads, places, size] grow by half when they are full. Rows are numbered from 0 without gaps.

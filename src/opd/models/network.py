@@ -19,7 +19,7 @@ from opd.models.prefix_tree import TokenTree, pack_trees
 from opd.models.architecture import decoder_layers, length_limit
 from opd.models.attention import Plan, TreePlan, use_plans
 from opd.models.linear import few_rows, merged
-from opd.models.kv_cache import RowPlan
+from opd.models.kv_cache import KVCache
 from opd.errors import ModelError
 from opd.roles import Limit
 from opd.text.tokenizer import described_token
@@ -186,7 +186,7 @@ class Network:
         with merged(self._backbone):
             yield
 
-    def begin_rows(self, sequences: Sequence[Sequence[int]], rows: RowPlan, *, max_tokens: int) -> Tensor:
+    def prefill(self, sequences: Sequence[Sequence[int]], rows: KVCache, *, max_tokens: int) -> Tensor:
         """Add a row for each sequence, in packed passes of at most `max_tokens` distinct tokens; returns the hidden states
         [sequences, hidden] after the last token of each."""
         found = []
@@ -197,7 +197,7 @@ class Network:
             found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
         return torch.cat(found)
 
-    def extend_rows(self, token_ids: Sequence[int], rows: RowPlan) -> Tensor:
+    def decode(self, token_ids: Sequence[int], rows: KVCache) -> Tensor:
         """One further token for each row; returns the hidden states [rows, hidden] after it."""
         positions = rows.begin()
         return self._run(np.array(token_ids)[:, None], positions[:, None], rows)[:, 0]

@@ -1,4 +1,4 @@
-"""Per-token advantages of on-policy distillation, and the outcome's.
+"""Per-token advantages of on-policy distillation, and the reward's.
 
 Shapes: log_ratio, mask [batch, tokens]; log_ratio r_t = teacher_logprobs - student_logprobs of the sampled token, in
 nats. Results are detached and exactly 0 off the mask. Discounts count actions: tokens off the mask (a prompt, an
@@ -130,7 +130,7 @@ def _later(values: Tensor, mask: Tensor, discount: float, chunks: Tensor | None 
     return masked(later, mask)
 
 
-def outcome(
+def reward_advantages(
     rewards: Float[Tensor, " batch"],
     group_ids: Int[Tensor, " batch"],
     baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out",

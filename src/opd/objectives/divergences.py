@@ -65,9 +65,9 @@ def mixture(
     return torch.logaddexp(logp + shares[0], logq + shares[1])
 
 
-def support_reverse_kl(
-    student_logprobs_on_support: Float[Tensor, "*positions support"],
-    teacher_logprobs_on_support: Float[Tensor, "*positions support"],
+def top_k_reverse_kl(
+    student_top_k_logprobs: Float[Tensor, "*positions support"],
+    teacher_top_k_logprobs: Float[Tensor, "*positions support"],
     *,
     logprob_floor: float = -50.0,
     rounding: float = 1.0,
@@ -82,7 +82,7 @@ def support_reverse_kl(
     stationary points and is not offered. The teacher's log-probabilities, the tail's too, are raised to `logprob_floor`. 0, with
     its gradient, where the two differ by no more than `rounding` times the `resolution`.
     """
-    logp, logq = student_logprobs_on_support, teacher_logprobs_on_support.detach()
+    logp, logq = student_top_k_logprobs, teacher_top_k_logprobs.detach()
     p, eps = logp.exp(), torch.finfo(logp.dtype).eps
     gap = torch.where(p > 0, logp, 0.0).detach() - raised(logq, logprob_floor)
     log_tail_q = tail_logprob(logq, logprob_floor=logprob_floor)
@@ -98,12 +98,12 @@ def support_reverse_kl(
 
 
 def tail_logprob(
-    logprobs_on_support: Float[Tensor, "*positions support"], *, logprob_floor: float = -50.0
+    logprobs_at_top_k: Float[Tensor, "*positions support"], *, logprob_floor: float = -50.0
 ) -> Float[Tensor, "*positions"]:
     """log(1 - sum of the probabilities on the support), at least `logprob_floor`; [..., k] -> [...]."""
-    inside = logprobs_on_support.double().exp().sum(-1)
+    inside = logprobs_at_top_k.double().exp().sum(-1)
     tail = raised((1.0 - inside).clamp(min=0.0).log(), logprob_floor)
-    return tail.to(logprobs_on_support.dtype)
+    return tail.to(logprobs_at_top_k.dtype)
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:

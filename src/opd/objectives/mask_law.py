@@ -1,4 +1,4 @@
-"""The course of P(error) when errors are masked and an outcome is added to the distillation term.
+"""The course of P(error) when errors are masked and an reward is added to the distillation term.
 
 A student of one choice: an error with probability p, else a response without one, which a mask keeps; x = 1 - p. In large batches
 training moves the logit of p by
@@ -6,7 +6,7 @@ training moves the logit of p by
     p x / s * D - c * pull(p) / o
 
 for the plain sampled advantage. D = kl + log x is what a kept response pays, the mean of -A over kept responses; c is
-outcome.coef * (reward of a kept response - outcome.format_error) / objective.coef ("grpo": without the difference). s and o are
+reward.coef * (reward of a kept response - reward.format_error) / objective.coef ("grpo": without the difference). s and o are
 the normalisers of the two parts for each episode: the kept episodes and all of them ("trajectory"), their tokens ("token"), or
 one number for both ("constant").
 With a leave-one-out baseline pull(p) = p x, so that errors fade where
@@ -24,15 +24,15 @@ from typing import Literal, TypeAlias
 
 from opd.objectives.reduce import Normalizer
 
-OutcomeBaseline: TypeAlias = Literal["leave_one_out", "group_mean", "grpo", "none"]
+RewardBaseline: TypeAlias = Literal["leave_one_out", "group_mean", "grpo", "none"]
 _GRID = 1000
 
 
-def outcome_pull(error: float, baseline: OutcomeBaseline = "leave_one_out", group_size: int = 4) -> float:
-    """How fast an outcome of weight 1 moves the logit of P(error) down: -E[A d log pi / d logit] in groups of `group_size`.
+def reward_pull(error: float, baseline: RewardBaseline = "leave_one_out", group_size: int = 4) -> float:
+    """How fast an reward of weight 1 moves the logit of P(error) down: -E[A d log pi / d logit] in groups of `group_size`.
 
     p (1 - p) for "leave_one_out" and "none", (n - 1) / n of it for "group_mean"; for "grpo", which divides by the group's standard
-    deviation, E[sqrt(k (n - k))] / n over the number k of errors of a group, whatever the outcomes differ by.
+    deviation, E[sqrt(k (n - k))] / n over the number k of errors of a group, whatever the rewards differ by.
     """
     plain = error * (1.0 - error)
     if baseline == "group_mean":
@@ -59,7 +59,7 @@ class Choice:
     distillation: Literal["uncentred", "kl", "exact"] = "uncentred"
     weight: float = 0.0
     normalizer: Normalizer = "trajectory"
-    baseline: OutcomeBaseline = "leave_one_out"
+    baseline: RewardBaseline = "leave_one_out"
     group_size: int = 4
     length: float = 1.0
     batch: int | None = None
@@ -83,7 +83,7 @@ class Choice:
             distilled = error * kept * factor / share
             if self.batch is not None and self.normalizer != "constant":
                 distilled *= 1.0 - error**self.batch  # a batch of errors alone has no kept episode
-        return distilled - self.weight * outcome_pull(error, self.baseline, self.group_size) / whole
+        return distilled - self.weight * reward_pull(error, self.baseline, self.group_size) / whole
 
     def rests(self) -> list[tuple[float, bool]]:
         """(P(error), whether it is stable) of every rest point between 0 and 1, in order; P(error) = 0 is one too."""
@@ -101,7 +101,7 @@ def largest_kl(
     weight: float,
     normalizer: Normalizer,
     *,
-    baseline: OutcomeBaseline = "leave_one_out",
+    baseline: RewardBaseline = "leave_one_out",
     group_size: int = 4,
     length: float = 1.0,
 ) -> tuple[float, float]:

@@ -26,7 +26,7 @@ _TINY = 1e-35  # a probability below it is none
 Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "jsd"]
 
 
-class CommonCells(NamedTuple):
+class SharedVocabularyIds(NamedTuple):
     """Two vocabularies sorted into cells that mean the same on both sides: student [vocab], teacher [teacher vocab] int64, the
     cell of each id; the last of `num` cells is for ids that have no counterpart and is never part of a support."""
 
@@ -39,7 +39,7 @@ class TeacherHead(NamedTuple):
     """What turns a teacher's states into distributions: rows [vocab, width], and the cells of another vocabulary."""
 
     rows: Tensor
-    cells: CommonCells | None = None
+    cells: SharedVocabularyIds | None = None
 
 
 class TeacherStates(NamedTuple):
@@ -51,7 +51,7 @@ class TeacherStates(NamedTuple):
     hidden: Tensor
     head: Tensor
     weight: float = 1.0
-    cells: CommonCells | None = None
+    cells: SharedVocabularyIds | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class VocabularyLoss:
 
     divergence: Divergence = "reverse_kl"
     jsd_beta: float = 0.5
-    support: int | None = None
+    top_k: int | None = None
     tail_residual: bool = False
     temperature: float = 1.0
     logprob_floor: float = -50.0
@@ -154,7 +154,7 @@ def vocabulary_loss(
     With a teacher of another vocabulary every distribution is that over cells, P(c) = sum of p_a over the ids of c, and the
     gradient is p_a (h_c(a) - sum_c P(c) h_c).
     """
-    assert how.support is None or sampled_ids is not None
+    assert how.top_k is None or sampled_ids is not None
     assert len(teachers) == 1 or all(teacher.cells is None for teacher in teachers)
     # autograd.Function wants tensors one by one
     flat = [t for teacher in teachers for t in (teacher.hidden, teacher.head)]
@@ -174,7 +174,7 @@ def state_statistics(
     score_weighted: bool = False,
 ) -> StateStatistics:
     """What the reverse KL of `vocabulary_loss` sees at each state, and on demand the baseline b*; without gradient."""
-    whole = replace(how, divergence="reverse_kl", support=None)
+    whole = replace(how, divergence="reverse_kl", top_k=None)
     empty = student_hidden.new_full((len(student_hidden),), torch.nan, dtype=_wide(student_hidden))
     found = StateStatistics(*(empty.clone() for _ in range(6)))
     for chunk in _all_chunks(student_hidden, student_head, teachers, how):
@@ -224,7 +224,7 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head) if need_head else None
         stats = tuple(hidden.new_zeros(len(hidden), dtype=_wide(hidden)) for _ in range(5))
-        plain = how.divergence == "reverse_kl" and how.support is None and cells is None
+        plain = how.divergence == "reverse_kl" and how.top_k is None and cells is None
         models = [(hidden, head), *((t.hidden, t.head) for t in teachers)]
         for rows, logits in tiles(models, max_logits=how.max_logits):
             for chunk in _chunks(rows, logits, teachers, how):
@@ -253,14 +253,14 @@ class _VocabularyLoss(torch.autograd.Function):
         return *scaled, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 
 
-def _sampled(chunk: "_Chunk", sampled_ids: Tensor | None, cells: CommonCells | None) -> Tensor | None:
+def _sampled(chunk: "_Chunk", sampled_ids: Tensor | None, cells: SharedVocabularyIds | None) -> Tensor | None:
     if sampled_ids is None:
         return None
     sampled = sampled_ids[chunk.rows]
     return sampled if cells is None else cells.student[sampled]
 
 
-def _of_logits(chunk: "_Chunk", pull: Tensor, cells: CommonCells | None) -> Tensor:
+def _of_logits(chunk: "_Chunk", pull: Tensor, cells: SharedVocabularyIds | None) -> Tensor:
     """The gradient p_a (h_a - sum_b p_b h_b) [states, vocab], from `pull`, which it writes over."""
     # of p_a h_a, or, from cells, of the id's share of P(c) h_c
     total = pull.sum(-1, keepdim=True)
@@ -335,8 +335,8 @@ def _pull(chunk: _Chunk, sampled: Tensor | None, how: VocabularyLoss) -> tuple[T
     reverse_kl = divergence = pull.sum(-1)
     centred, tail = gap - reverse_kl[:, None], torch.zeros_like(chunk.entropy)
     kl_differs = differ = resolved(chunk.p, centred, reverse_kl, chunk.rounding)
-    if how.support is not None and sampled is not None:
-        pull, divergence, tail = _on_support(chunk, gap, sampled, how)
+    if how.top_k is not None and sampled is not None:
+        pull, divergence, tail = _at_top_k(chunk, gap, sampled, how)
     elif how.divergence != "reverse_kl":
         pull, divergence, q = _of_normalised(chunk, how)
         # what the student leaves out weighs by the teacher's probability here
@@ -365,12 +365,12 @@ def _reverse_kl(chunk: _Chunk, scale: Tensor, *, out: Tensor) -> tuple[Tensor, .
     return found, found, chunk.entropy, chunk.floored, torch.zeros_like(found)
 
 
-def _on_support(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
+def _at_top_k(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) -> tuple[Tensor, Tensor, Tensor]:
     """(p h, the bucketed reverse KL, the student's mass in the tail) on the union of both models' likeliest tokens."""
     inside = torch.zeros_like(gap, dtype=torch.bool)
     events = gap.shape[-1] - chunk.apart
     for logprobs in (chunk.logp, chunk.logq):
-        inside.scatter_(-1, logprobs[:, :events].topk(min(how.support or 0, events), dim=-1).indices, True)
+        inside.scatter_(-1, logprobs[:, :events].topk(min(how.top_k or 0, events), dim=-1).indices, True)
     here = sampled[:, None]
     if not how.tail_residual:
         inside.scatter_(-1, here, True)

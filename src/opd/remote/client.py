@@ -14,7 +14,7 @@ import httpx2
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from opd.config import ServedConfig
+from opd.config import RemoteConfig
 from opd.errors import ModelError, one_line
 
 T = TypeVar("T")
@@ -32,9 +32,9 @@ class Unusable(Exception):
 class Refused(Exception):
     """An answer that no repetition will change; `mend` is what would, where that is known."""
 
-    def __init__(self, reason: str, mend: str = "") -> None:
+    def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
-        self.mend = mend
+        self.fix = fix
 
 
 class _Failed(Exception):
@@ -107,17 +107,17 @@ class Answer(Generic[T]):
     value: T | None
     reason: str = ""
     retries: int = 0
-    mend: str = ""
+    fix: str = ""
 
 
-class Wire:
+class Client:
     """Makes calls from any thread: one event loop in a thread of its own, whose connections last as long as it does.
 
     At most `max_in_flight` calls wait for one server; those of an endpoint with several go to them in turns, and what fails at
     one is asked of the next. Close it when nothing is to be asked any more; calls that are in flight then fail.
     """
 
-    def __init__(self, limits: ServedConfig) -> None:
+    def __init__(self, limits: RemoteConfig) -> None:
         self._limits = limits
         self._loop = asyncio.new_event_loop()
         self._clients: dict[bool, httpx2.AsyncClient] = {}
@@ -192,7 +192,7 @@ class Wire:
                     url = call.endpoint.urls[(first + made - 1) % len(call.endpoint.urls)]
                     return Answer(await self._once(call, url), retries=made - 1)
         except Refused as error:
-            return Answer(None, f"{call.endpoint.who}: {error}", made - 1, error.mend)
+            return Answer(None, f"{call.endpoint.who}: {error}", made - 1, error.fix)
         except _Failed as error:
             return Answer(None, f"{call.endpoint.who}: {error} ({made} attempts)", made - 1)
         raise AssertionError("unreachable")
@@ -240,7 +240,7 @@ def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> 
         words = f"{url} answers {answer.status_code}: {_words(_message(answer), key)}"
         if answer.status_code in _AGAIN or answer.status_code >= 500:
             raise _Failed(words, _retry_after(answer))
-        raise Refused(words, _mend(call, answer))
+        raise Refused(words, _fix(call, answer))
     try:
         return call.read(call.decoder.decode(answer.content))
     except Unusable as error:
@@ -274,7 +274,7 @@ def _message(answer: httpx2.Response) -> str:
         return answer.text
 
 
-def _mend(call: Call[Any], answer: httpx2.Response) -> str:
+def _fix(call: Call[Any], answer: httpx2.Response) -> str:
     """What to do about a refusal, where its number says it."""
     if answer.status_code in (401, 403):
         env = call.endpoint.key_env

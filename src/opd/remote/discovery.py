@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from opd.config import Config
 from opd.errors import ModelError
 from opd.records import Prompt
-from opd.remote.client import Answer, Call, Endpoint, Refused, Unusable, Wire
-from opd.remote.endpoints import Fixed, ServedModel
+from opd.remote.client import Answer, Call, Client, Endpoint, Refused, Unusable
+from opd.remote.endpoints import Fixed, RemoteModel
 from opd.remote.protocol import Form
 from opd.remote.sglang import SGLANG
-from opd.remote.teacher import ServedTeacher
+from opd.remote.teacher import RemoteTeacher
 from opd.remote.vllm import VLLM
 from opd.roles import OtherTemplate
 from opd.text.chat import Chat
@@ -25,36 +25,36 @@ _READ_WHOLE = 2**28  # bytes
 _FIRST_S = 20.0  # for what a server knows without computing
 
 
-def connect_all(config: Config, tokenizer: Any, wire: Wire) -> dict[str, ServedTeacher]:
+def connect_all(config: Config, tokenizer: Any, client: Client) -> dict[str, RemoteTeacher]:
     """The teachers with a url, each asked who it is."""
-    found: dict[str, ServedTeacher] = {}
+    found: dict[str, RemoteTeacher] = {}
     for name, teacher in config.teachers.items():
         if teacher.url is not None:
             endpoint = Endpoint(f"teacher '{name}'", teacher.urls, teacher.served_model or "", teacher.api_key_env)
             form = SGLANG if teacher.server == "sglang" else VLLM
-            connected = connect(name, endpoint, wire, tokenizer, top=_top(config), form=form)
+            connected = connect(name, endpoint, client, tokenizer, top=_top(config), form=form)
             found[name] = compared(connected, tokenizer, own=teacher.template == "own")
     return found
 
 
 def connect_started(
-    config: Config, tokenizer: Any, wire: Wire, models: Mapping[str, ServedModel]
-) -> dict[str, ServedTeacher]:
+    config: Config, tokenizer: Any, client: Client, models: Mapping[str, RemoteModel]
+) -> dict[str, RemoteTeacher]:
     """The teachers at engines that this run started, each asked who it is; teachers of one model are one model."""
-    found: dict[str, ServedTeacher] = {}
+    found: dict[str, RemoteTeacher] = {}
     for name, model in models.items():
         with model.using():
-            endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), wire, tokenizer)
+            endpoint, context, unknown = described(replace(model.newest(), who=f"teacher '{name}'"), client, tokenizer)
         teacher = config.teachers[name]
         # an adapter is merged into the student's base
         sources = [config.student, teacher.adapter] if teacher.adapter else [teacher.model or endpoint.model]
         said = " with ".join(map(_weights_of, sources))
-        connected = ServedTeacher(name, model, said, wire, context, _top(config), unknown)
+        connected = RemoteTeacher(name, model, said, client, context, _top(config), unknown)
         found[name] = compared(connected, tokenizer, own=teacher.template == "own")
     return found
 
 
-def compared(teacher: ServedTeacher, tokenizer: Any, *, own: bool) -> ServedTeacher:
+def compared(teacher: RemoteTeacher, tokenizer: Any, *, own: bool) -> RemoteTeacher:
     """The teacher with what its server says of its chat template, by which it renders a question. It is scored in the student's
     prompts in any case.
 
@@ -69,7 +69,7 @@ def compared(teacher: ServedTeacher, tokenizer: Any, *, own: bool) -> ServedTeac
         )
         reason, theirs = teacher.unknown or ("it writes the time" if clock_of(tokenizer) else ""), None
         if not reason:
-            [answer] = teacher.wire.ask([call])
+            [answer] = teacher.client.ask([call])
             reason, theirs = answer.reason, answer.value
     if theirs is None:  # who wants the student's prompts has nothing to be told
         return replace(teacher, template=OtherTemplate(False, unknown=reason)) if own else teacher
@@ -103,18 +103,18 @@ def _weights_of(source: str) -> str:
 
 def _top(config: Config) -> int:
     """How many of its likeliest tokens a server names at each place."""
-    return config.objective.support if config.objective.type == "support" else 0
+    return config.objective.top_k if config.objective.type == "top_k" else 0
 
 
 def connect(
-    name: str, endpoint: Endpoint, wire: Wire, tokenizer: Any, *, top: int = 0, form: Form = VLLM
-) -> ServedTeacher:
+    name: str, endpoint: Endpoint, client: Client, tokenizer: Any, *, top: int = 0, form: Form = VLLM
+) -> RemoteTeacher:
     """A teacher at servers that somebody else started (`described`); vLLM's, unless `form` says otherwise."""
-    named, context, unknown = described(endpoint, wire, tokenizer)
-    return ServedTeacher(name, Fixed(named), named.model, wire, context, top, unknown, form)
+    named, context, unknown = described(endpoint, client, tokenizer)
+    return RemoteTeacher(name, Fixed(named), named.model, client, context, top, unknown, form)
 
 
-def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint, int | None, str]:
+def described(endpoint: Endpoint, client: Client, tokenizer: Any) -> tuple[Endpoint, int | None, str]:
     """A teacher that answers, whose model is known and whose tokens are the student's: where it is, with its name there; the
     longest sequence that it scores; why its tokenizer could not be compared, "" where it was.
 
@@ -125,14 +125,14 @@ def described(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> tuple[Endpoint,
     for url in endpoint.urls:
         one = replace(endpoint, urls=(url,))
         read = partial(_model, wanted=endpoint.model)
-        [answer] = wire.ask([Call(one, "/v1/models", None, read, timeout_s=_FIRST_S)])
+        [answer] = client.ask([Call(one, "/v1/models", None, read, timeout_s=_FIRST_S)])
         found[url] = _value(answer)
     models = {held.model for held in found.values()}
     if len(models) > 1:
         said = ", ".join(f"{url}: '{held.model}'" for url, held in found.items())
         raise ModelError(f"{endpoint.who}: its servers hold different models ({said}); name one of each kind a teacher")
     named = replace(endpoint, model=models.pop(), adapter=any(held.adapter for held in found.values()))
-    silent = [_compare_tokens(replace(named, urls=(url,)), wire, tokenizer) for url in endpoint.urls]
+    silent = [_compare_tokens(replace(named, urls=(url,)), client, tokenizer) for url in endpoint.urls]
     limits = [held.context for held in found.values() if held.context is not None]
     # vLLM samples one token behind what it scores, and SGLang wants room for one
     context = min(limits) - 1 if limits else None
@@ -165,11 +165,11 @@ def _model(answer: Mapping[str, Any], *, wanted: str) -> _Held:
     return _Held(name, context, entry.get("parent") is not None)
 
 
-def _compare_tokens(endpoint: Endpoint, wire: Wire, tokenizer: Any) -> str:
+def _compare_tokens(endpoint: Endpoint, client: Client, tokenizer: Any) -> str:
     """Why a server could not be asked how it cuts a text; "" where it cuts it as the student does. Raises ModelError where not."""
     text = PROBE + "".join(tokenizer.all_special_tokens)
     body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
-    [answer] = wire.ask([Call(endpoint, "/tokenize", body, _tokens)])
+    [answer] = client.ask([Call(endpoint, "/tokenize", body, _tokens)])
     if answer.value is None:
         return answer.reason
     ours = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -190,5 +190,5 @@ def _tokens(answer: Mapping[str, Any]) -> list[int]:
 
 def _value(answer: Answer[_Held]) -> _Held:
     if answer.value is None:
-        raise ModelError(f"{answer.reason}; {answer.mend or 'start the server, or mend its url'}")
+        raise ModelError(f"{answer.reason}; {answer.fix or 'start the server, or mend its url'}")
     return answer.value

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from opd.remote.client import Endpoint
 
 
-class ServedModel(Protocol):
+class RemoteModel(Protocol):
     """Where calls go. Servers that somebody else started stay where they are; engines on a cluster move, change and sleep."""
 
     def newest(self) -> Endpoint:
@@ -29,7 +29,7 @@ class ServedModel(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """Servers that stay where they are (`ServedModel`)."""
+    """Servers that stay where they are (`RemoteModel`)."""
 
     endpoint: Endpoint
 

@@ -84,7 +84,7 @@ class Named:
     values: Sequence[object]
 
 
-def gathered(token_ids: Sequence[int], said: Named, *, top: int, mend: str = "") -> Scores:
+def gathered(token_ids: Sequence[int], said: Named, *, top: int, fix: str = "") -> Scores:
     """The scores that an answer says. A token's own may be among those named at its place or not. mend: what may be done where
     fewer than `top` were named, which raises Unusable.
 
@@ -108,7 +108,7 @@ def gathered(token_ids: Sequence[int], said: Named, *, top: int, mend: str = "")
     counts = np.bincount(places, minlength=len(tokens))
     if np.any(few := counts[1:] < top - 1):
         place = 1 + int(few.argmax())
-        raise Unusable(f"{counts[place] + 1} of the likeliest tokens at place {place}, asked for {top}{mend}")
+        raise Unusable(f"{counts[place] + 1} of the likeliest tokens at place {place}, asked for {top}{fix}")
     order = np.lexsort((-values, places))  # by place, the likeliest first; as named where they are equally so
     rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[places]
     kept = order[rank < top]

@@ -6,15 +6,15 @@ from typing import Any
 
 from opd.episodes.player import Episode, EpisodePlayer, Taken, numbered
 from opd.records import Prompt, Rollout
-from opd.remote.client import Answer, Call, Endpoint, Wire
-from opd.remote.endpoints import ServedModel
+from opd.remote.client import Answer, Call, Client, Endpoint
+from opd.remote.endpoints import RemoteModel
 from opd.remote.protocol import Form, Sampled
 from opd.remote.vllm import VLLM
 from opd.roles import Seed
 from opd.seeds import generator_of
 
 
-class ServedSampler:
+class RemoteSampler:
     """Samples from the full distribution of the model that servers hold; `context` is the longest sequence that it takes, where
     that is less than its servers do.
 
@@ -26,8 +26,8 @@ class ServedSampler:
 
     def __init__(
         self,
-        model: ServedModel,
-        wire: Wire,
+        model: RemoteModel,
+        client: Client,
         *,
         temperature: float,
         max_new_tokens: int,
@@ -37,7 +37,7 @@ class ServedSampler:
     ) -> None:
         self._form = form
         self._model = model
-        self._wire = wire
+        self._client = client
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
         self._context = context
@@ -61,7 +61,7 @@ class ServedSampler:
         room = [self._room(e, limit) for e in episodes]
         fits = [i for i, left in enumerate(room) if left > 0]
         calls = [self._call(endpoint, episodes[i], room[i], seed) for i in fits]
-        answers = self._wire.ask_again(calls, self._wire.ask(calls), self._model.again)
+        answers = self._client.ask_again(calls, self._client.ask(calls), self._model.again)
         taken = [Taken([], [], "context")] * len(episodes)
         for i, answer in zip(fits, answers, strict=True):
             taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)

@@ -7,25 +7,25 @@ from functools import partial
 
 import numpy as np
 
-from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, SupportScore
-from opd.remote.client import Call, Endpoint, Wire
-from opd.remote.endpoints import ServedModel
+from opd.records import FailedScore, Rollout, SampledScore, Score, ScoredRollout, TopKScore
+from opd.remote.client import Call, Client, Endpoint
+from opd.remote.endpoints import RemoteModel
 from opd.remote.protocol import Form, Scores
 from opd.remote.vllm import VLLM
 from opd.roles import OtherTemplate, Teacher
 
 
 @dataclass(frozen=True)
-class ServedTeacher:
+class RemoteTeacher:
     """A model that a server holds and that has the student's tokens; served: its name there; context: the longest sequence that it
     scores; top: how many of its likeliest tokens it names at each place (0: none); unknown: why its tokenizer could not be compared
     with the student's, if it could not; form: how its servers are asked; template: where its chat template is not known to be the
     student's, in which it is asked, both."""
 
     name: str
-    model: ServedModel
-    served: str
-    wire: Wire
+    model: RemoteModel
+    remote: str
+    client: Client
     context: int | None = None
     top: int = 0
     unknown: str = ""
@@ -38,7 +38,7 @@ class ServedTeacher:
         with self.model.using():
             endpoint = self.model.newest()
             calls = [self._call(endpoint, rollouts[i].token_ids) for i in fits]
-            answers = self.wire.ask_again(calls, self.wire.ask(calls), self.model.again)
+            answers = self.client.ask_again(calls, self.client.ask(calls), self.model.again)
         found: dict[int, ScoredRollout] = {}
         for i, answer in zip(fits, answers, strict=True):
             if answer.value is None:
@@ -59,38 +59,38 @@ class ServedTeacher:
         logprobs = np.where(mask, found.logprobs, np.float32(0))
         if not self.top:
             return SampledScore(self.name, logprobs)
-        return SupportScore(self.name, logprobs, found.ids[mask], found.named[mask])
+        return TopKScore(self.name, logprobs, found.ids[mask], found.named[mask])
 
     def _too_long(self, rollout: Rollout) -> ScoredRollout:
         reason = f"{len(rollout.token_ids)} tokens exceed the context of teacher '{self.name}' ({self.context})"
         return ScoredRollout(rollout, FailedScore(self.name, reason))
 
 
-class WithServed:
+class WithRemote:
     """Teachers behind servers, and others: while the servers are asked, the others score."""
 
-    def __init__(self, others: Teacher, served: Mapping[str, ServedTeacher]) -> None:
+    def __init__(self, others: Teacher, remote: Mapping[str, RemoteTeacher]) -> None:
         self._others = others
-        self._served = dict(served)
+        self._remote = dict(remote)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given."""
-        mine = {name: [i for i, r in enumerate(rollouts) if r.prompt.teacher == name] for name in self._served}
+        mine = {name: [i for i, r in enumerate(rollouts) if r.prompt.teacher == name] for name in self._remote}
         asked = {name: [rollouts[i] for i in places] for name, places in mine.items() if places}
-        here = [i for i, r in enumerate(rollouts) if r.prompt.teacher not in self._served]
+        here = [i for i, r in enumerate(rollouts) if r.prompt.teacher not in self._remote]
         with ThreadPoolExecutor(max(1, len(asked)), thread_name_prefix="opd-served") as pool:
-            waiting = {name: pool.submit(self._served[name].score, own) for name, own in asked.items()}
+            waiting = {name: pool.submit(self._remote[name].score, own) for name, own in asked.items()}
             found = dict(zip(here, self._others.score([rollouts[i] for i in here]) if here else [], strict=True))
             for name, scored in waiting.items():
                 found |= dict(zip(mine[name], scored.result(), strict=True))
         return [found[i] for i in range(len(rollouts))]
 
 
-def identities_of(served: Mapping[str, ServedTeacher]) -> dict[str, str]:
+def identities_of(remote: Mapping[str, RemoteTeacher]) -> dict[str, str]:
     """What must not change under a run, in words."""
-    return {f"teacher '{name}'": f"served model '{teacher.served}'" for name, teacher in served.items()}
+    return {f"teacher '{name}'": f"served model '{teacher.remote}'" for name, teacher in remote.items()}
 
 
-def templates_of(served: Mapping[str, ServedTeacher]) -> dict[str, OtherTemplate]:
+def templates_of(remote: Mapping[str, RemoteTeacher]) -> dict[str, OtherTemplate]:
     """Those of which it is not known that they render prompts as the student does."""
-    return {name: teacher.template for name, teacher in served.items() if teacher.template is not None}
+    return {name: teacher.template for name, teacher in remote.items() if teacher.template is not None}

@@ -70,7 +70,7 @@ class VllmForm:
             ids=[name for entry in entries for name in entry],
             values=[each.logprob for entry in entries for each in entry.values()],
         )
-        return gathered(token_ids, named, top=top, mend=" (--max-logprobs)")
+        return gathered(token_ids, named, top=top, fix=" (--max-logprobs)")
 
     def sample_body(
         self,

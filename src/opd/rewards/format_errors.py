@@ -8,7 +8,7 @@ import numpy as np
 from opd.config.format_checks import ChecksConfig
 from opd.records import Flag, Rollout
 from opd.rewards.format_checks import CheckedTurn, check_turn
-from opd.text.student_text import UNWRITTEN, Masked, Spelling, spell
+from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
 from opd.text.token_bytes import TokenBytes
 from opd.text.tool_calls import Syntax
 
@@ -33,22 +33,22 @@ def flag_errors(
     flags: set[Flag] = set()
     for turn in turns:
         ids = rollout.token_ids[turn.start : turn.end]
-        spelling = spell(table, ids, symbols)
+        student_text = spell(table, ids, symbols)
         last = final and turn is turns[-1]
         checked = CheckedTurn(
-            text=spelling.text,
+            text=student_text.text,
             tools=rollout.prompt.tools,
             syntax=syntax,
             last=last,
             # without room for another turn the last one was whole
             cut=last and rollout.truncated and not (rollout.finish == "context" and int(ids[-1]) in table.names),
-            raw=_raw(spelling, ids, table),
+            raw=_raw(student_text, ids, table),
             settings=checks,
             opened=_opened(rollout.token_ids[max(0, turn.start - _TAIL) : turn.start], table, symbols, checks),
         )
-        places = _byte_offsets(spelling.text)
+        places = _byte_offsets(student_text.text)
         for found in check_turn(checked, checks.rules):
-            start, end = _tokens(spelling, int(places[found.start]), int(places[found.end]))
+            start, end = _tokens(student_text, int(places[found.start]), int(places[found.end]))
             flags.add(Flag(found.rule, turn.start + start, turn.start + end))
     return replace(rollout, flags=tuple(sorted(flags, key=lambda flag: (flag.start, flag.end, flag.rule))))
 
@@ -59,9 +59,9 @@ def _wanted(checks: ChecksConfig) -> frozenset[str]:
     return frozenset((*tags, checks.answer_end or ""))
 
 
-def _raw(spelling: Spelling, ids: np.ndarray, table: TokenBytes) -> bytes:
+def _raw(student_text: StudentText, ids: np.ndarray, table: TokenBytes) -> bytes:
     """The bytes that a turn's text was read from."""
-    raw = table.join(ids[~np.isin(spelling.masked, UNWRITTEN)]).tobytes()
+    raw = table.join(ids[~np.isin(student_text.masked, UNWRITTEN)]).tobytes()
     return raw.removeprefix(b" ") if table.dummy_prefix else raw
 
 
@@ -80,14 +80,14 @@ def _byte_offsets(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _tokens(spelling: Spelling, start: int, end: int) -> tuple[int, int]:
+def _tokens(student_text: StudentText, start: int, end: int) -> tuple[int, int]:
     """The tokens [first, stop) of a turn that spell the bytes [start, end); the last token where there are none."""
-    ends = spelling.ends
+    ends = student_text.ends
     if start == end:
         return len(ends) - 1, len(ends)
     first = int(np.searchsorted(ends, start, side="right"))
     stop = int(np.searchsorted(ends, end, side="left")) + 1
     # an invalid stretch of bytes is spelled by the last of its tokens; those before spell nothing
-    while first and ends[first - 1] == start and spelling.masked[first - 1] == Masked.INVALID_UTF8:
+    while first and ends[first - 1] == start and student_text.masked[first - 1] == Masked.INVALID_UTF8:
         first -= 1
     return first, stop

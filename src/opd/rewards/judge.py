@@ -13,10 +13,10 @@ from opd.text.token_bytes import token_bytes
 
 
 class Judge:
-    """Gives rollouts their outcome and their flags.
+    """Gives rollouts their reward and their flags.
 
     checks: by task; they need the tokenizer that the rollouts were sampled with. own: the tasks in which `reward` takes the place
-    of an outcome that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
+    of an reward that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
     it behind the thinking tag that the prompt has opened.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, SampledScore, Score, SupportScore
+from opd.records import ChunkScore, FailedScore, HiddenPart, HiddenScore, SampledScore, Score, TopKScore
 
 _ABOUT = "about"  # the plain values of a score, JSON as bytes
 
@@ -18,8 +18,8 @@ def to_bytes(score: Score) -> bytes:
     arrays: dict[str, np.ndarray] = {"logprobs": score.logprobs}
     about: dict[str, Any] = {"kind": type(score).__name__}
     parts: tuple[HiddenPart, ...] = ()
-    if isinstance(score, SupportScore):
-        arrays |= {"ids": score.ids, "on_support": score.on_support}
+    if isinstance(score, TopKScore):
+        arrays |= {"ids": score.ids, "top_k_logprobs": score.top_k_logprobs}
     elif isinstance(score, HiddenScore):
         parts = score.parts
     elif isinstance(score, ChunkScore):
@@ -47,8 +47,8 @@ def from_bytes(content: bytes, *, teacher: str) -> Score:
     components = tuple((weight, arrays[f"component{i}"]) for i, weight in enumerate(about["components"]))
     if kind == "SampledScore":
         return SampledScore(teacher, logprobs, components)
-    if kind == "SupportScore":
-        return SupportScore(teacher, logprobs, arrays["ids"], arrays["on_support"])
+    if kind == "TopKScore":
+        return TopKScore(teacher, logprobs, arrays["ids"], arrays["top_k_logprobs"])
     if kind == "HiddenScore":
         return HiddenScore(teacher, logprobs, parts, components)
     assert kind == "ChunkScore", kind

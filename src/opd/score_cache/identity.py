@@ -7,68 +7,68 @@ import numpy as np
 
 from opd.config import Config
 from opd.records import FailedScore, Prompt, Rollout, Turn
-from opd.roles import INITIAL_STUDENT, Studio, Teacher
+from opd.roles import INITIAL_STUDENT, Backend, Teacher
 from opd.score_cache.files import Probe
 from opd.text.tokenizer import PROBE
 
 _LOWEST = -50.0  # a probability of 0 has no distance
 
 
-def identities(config: Config, studio: Studio) -> dict[str, dict[str, Any]]:
+def identities(config: Config, backend: Backend) -> dict[str, dict[str, Any]]:
     """Of each teacher that prompts may name: plain values that differ wherever its scores may.
 
     Left out is what moves scores by rounding alone (the device, the packing), and what they do not depend on, such as seeds and the
     optimizer.
     """
-    facts = studio.facts()
+    facts = backend.facts()
     found: dict[str, dict[str, Any]] = {}
     for name, teacher in config.teachers.items():
         identity: dict[str, Any] = {"name": name, "temperature": config.temperature}
-        if teacher.served:
+        if teacher.remote:
             # nothing else is known of its weights but what the probe says
-            identity["model"] = studio.identities[f"teacher '{name}'"]
-            identity["named"] = config.objective.support if config.objective.type == "support" else 0
+            identity["model"] = backend.identities[f"teacher '{name}'"]
+            identity["named"] = config.objective.top_k if config.objective.type == "top_k" else 0
             if teacher.engines is not None:
                 identity["engine"] = [config.compute.dtype, teacher.engine_args]
             found[name] = identity
             continue
         weights = teacher.weights or {name: 1.0}
         identity["models"] = {
-            part: [weight, studio.identities[f"teacher '{part}'"]] for part, weight in weights.items()
+            part: [weight, backend.identities[f"teacher '{part}'"]] for part, weight in weights.items()
         }
         # whose own chat template, and which clock it reads, renders what they are shown
-        tokenizers = {part: studio.identities.get(f"the tokenizer of teacher '{part}'") for part in weights}
-        if name not in facts.foreign and any(tokenizers.values()):
+        tokenizers = {part: backend.identities.get(f"the tokenizer of teacher '{part}'") for part in weights}
+        if name not in facts.cross_tokenizer and any(tokenizers.values()):
             identity["prompts"] = tokenizers
         identity["states"] = config.objective.needs_distributions
         identity["dtype"] = "mixed" if config.cluster.mixed_precision else config.compute.dtype
-        if name in facts.foreign:
-            found[name] = identity | _reading(config, studio, name)
+        if name in facts.cross_tokenizer:
+            found[name] = identity | _reading(config, backend, name)
             continue
         identity["vocab_size"] = facts.vocab_size  # what is behind it has no probability
         if (reference := config.objective.reference) is not None:
             who = INITIAL_STUDENT if reference == "student" else reference
-            identity["reference"] = [reference, config.objective.extrapolation, studio.identities[f"teacher '{who}'"]]
-            if own := studio.identities.get(f"the tokenizer of teacher '{who}'"):
+            identity["reference"] = [reference, config.objective.extrapolation, backend.identities[f"teacher '{who}'"]]
+            if own := backend.identities.get(f"the tokenizer of teacher '{who}'"):
                 identity["reference"].append(own)
         found[name] = identity
     return found
 
 
-def _reading(config: Config, studio: Studio, name: str) -> dict[str, Any]:
+def _reading(config: Config, backend: Backend, name: str) -> dict[str, Any]:
     """How a teacher of another tokenizer reads what the student wrote."""
     return {
         "student": config.student,  # its tokens and what it declares as their end
         "ends": "as templates write them",
         "tokenizers": [
-            studio.identities["the student's tokenizer"],
-            studio.identities[f"the tokenizer of teacher '{name}'"],
+            backend.identities["the student's tokenizer"],
+            backend.identities[f"the tokenizer of teacher '{name}'"],
         ],
-        "cells": config.objective.type == "support",
+        "cells": config.objective.type == "top_k",
         "floor": config.objective.teacher_logprob_floor,
         "non_canonical": config.alignment.non_canonical,
         "tool_calls": [config.alignment.tool_calls, config.episodes.tool_syntax],
-        "vocab_size": studio.facts().foreign[name],
+        "vocab_size": backend.facts().cross_tokenizer[name],
     }
 
 

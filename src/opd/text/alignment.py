@@ -9,10 +9,10 @@ import numpy as np
 from opd.errors import DataError
 from opd.records import ChunkScore, Rollout
 from opd.text.chunks import Chunks, align, fold
-from opd.text.shared_vocabulary import Cells
-from opd.text.student_text import UNWRITTEN, Masked, Spelling, Writer, spell
+from opd.text.shared_vocabulary import SharedVocabulary
+from opd.text.student_text import UNWRITTEN, Masked, StudentSide, StudentText, spell
 from opd.text.teacher_calls import OwnSyntax, Seen
-from opd.text.teacher_text import Reader, Reading
+from opd.text.teacher_text import TeacherSide, TeacherText
 from opd.text.tool_calls import Syntax
 
 # nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
@@ -66,14 +66,16 @@ class Pairing:
         return self.totals(teacher_logprobs)[self.faulty == Masked.NOT]
 
 
-def pair(spelling: Spelling, reading: Reading, *, ends_turn: bool, blocks: np.ndarray | None = None) -> Pairing:
+def pair(
+    student_text: StudentText, teacher_text: TeacherText, *, ends_turn: bool, blocks: np.ndarray | None = None
+) -> Pairing:
     """Line up a response with itself. With `ends_turn` both sides get one more token of one unit, the end of the turn.
 
     blocks: where the teacher reads another text (`Transcript`), the bytes that both have; nothing else is compared.
     """
-    ours = _side(spelling.ends, spelling.masked, blocks, 0)
-    theirs = _side(reading.ends, reading.masked, blocks, 1)
-    size = spelling.num_bytes if blocks is None else int(blocks[:, 2].sum())
+    ours = _side(student_text.ends, student_text.masked, blocks, 0)
+    theirs = _side(teacher_text.ends, teacher_text.masked, blocks, 1)
+    size = student_text.num_bytes if blocks is None else int(blocks[:, 2].sum())
     end = np.array([size + 1] if ends_turn else [], dtype=np.int64)
     not_masked = np.zeros(len(end), dtype=np.uint8)
     masked, bad = (np.concatenate([side.masked, not_masked]) for side in (ours, theirs))
@@ -109,8 +111,8 @@ def _side(ends: np.ndarray, masked: np.ndarray, blocks: np.ndarray | None, colum
     if blocks is None:
         return _Side(ends, masked, np.ones(len(ends), dtype=bool))
     folded = fold(ends, blocks[:, column], blocks[:, 2])
-    foreign = folded.torn | ~folded.inside
-    reasons = np.where(foreign & (masked == Masked.NOT), np.uint8(Masked.SYNTAX), masked)
+    cross_tokenizer = folded.torn | ~folded.inside
+    reasons = np.where(cross_tokenizer & (masked == Masked.NOT), np.uint8(Masked.SYNTAX), masked)
     return _Side(folded.ends, reasons, folded.inside)
 
 
@@ -132,8 +134,8 @@ class TurnPair:
 
     start: int
     stop: int
-    spelling: Spelling
-    reading: Reading
+    student_text: StudentText
+    teacher_text: TeacherText
     pairing: Pairing
     ends_turn: bool
     rewritten: bool
@@ -143,8 +145,8 @@ class TurnPair:
 
 def pair_turns(
     rollout: Rollout,
-    writer: Writer,
-    reader: Reader,
+    student_side: StudentSide,
+    teacher_side: TeacherSide,
     *,
     mask_non_canonical: bool = False,
     own_syntax: Syntax | None = None,
@@ -160,42 +162,48 @@ def pair_turns(
         i for i, m in enumerate(rollout.messages) if i >= len(rollout.prompt.messages) and m["role"] == "assistant"
     ]
     assert len(turns) == len(answers), rollout.id
-    shared = reader.counterparts(writer.table)
-    own = OwnSyntax(rollout, writer.table, reader, own_syntax) if own_syntax and rollout.prompt.tools else None
+    shared = teacher_side.counterparts(student_side.table)
+    own = (
+        OwnSyntax(rollout, student_side.table, teacher_side, own_syntax)
+        if own_syntax and rollout.prompt.tools
+        else None
+    )
     found: list[TurnPair] = []
     written = ""
     for turn, answer in zip(turns, answers, strict=True):
         ids = rollout.token_ids[turn.start : turn.end].astype(np.int64)
-        ends_turn = len(ids) > 0 and int(ids[-1]) in writer.end_ids
+        ends_turn = len(ids) > 0 and int(ids[-1]) in student_side.end_ids
         body = ids[: len(ids) - ends_turn]
-        spelling = spell(writer.table, body, shared)
-        strange = writer.strange(body, shared)
+        student_text = spell(student_side.table, body, shared)
+        strange = student_side.strange(body, shared)
         if mask_non_canonical:
             reason = np.where(
-                strange & (spelling.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), spelling.masked
+                strange & (student_text.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), student_text.masked
             )
-            spelling = replace(spelling, masked=reason)
+            student_text = replace(student_text, masked=reason)
         if own is None:
-            seen = Seen(reader.render(rollout.messages[:answer], rollout.prompt.tools), None, untranscribed=False)
+            seen = Seen(teacher_side.render(rollout.messages[:answer], rollout.prompt.tools), None, untranscribed=False)
         else:
-            seen = own.see(answer, body, spelling)
-        reading = reader.read(seen.before, spelling, seen.transcript, opened=writer.opened)
-        if reading.first == 0:
-            raise DataError(f"teacher '{reader.name}': the response begins within the first token of its rendering")
+            seen = own.see(answer, body, student_text)
+        teacher_text = teacher_side.read(seen.before, student_text, seen.transcript, opened=student_side.opened)
+        if teacher_text.first == 0:
+            raise DataError(
+                f"teacher '{teacher_side.name}': the response begins within the first token of its rendering"
+            )
         blocks = None if seen.transcript is None else seen.transcript.blocks
-        pairing = pair(spelling, reading, ends_turn=ends_turn, blocks=blocks)
+        pairing = pair(student_text, teacher_text, ends_turn=ends_turn, blocks=blocks)
         rewritten = not seen.before.text.startswith(written)
         found.append(
             TurnPair(
-                turn.start, turn.end, spelling, reading, pairing, ends_turn, rewritten, not strange.any(),
+                turn.start, turn.end, student_text, teacher_text, pairing, ends_turn, rewritten, not strange.any(),
                 seen.untranscribed,
             )
         )  # fmt: skip
-        written = seen.before.text + (spelling.text if seen.transcript is None else seen.transcript.text)
+        written = seen.before.text + (student_text.text if seen.transcript is None else seen.transcript.text)
     return found
 
 
-def same_tokens(turn: TurnPair, token_ids: np.ndarray, teacher_ids: np.ndarray, cells: Cells) -> np.ndarray:
+def same_tokens(turn: TurnPair, token_ids: np.ndarray, teacher_ids: np.ndarray, cells: SharedVocabulary) -> np.ndarray:
     """Where both sides chose the same token, or both ended the turn: [pairs, 2], places in the turn's tokens and in the
     teacher's tokens of the response.
 
@@ -254,14 +262,14 @@ def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
         "turns": 1,
         "ended": int(turn.ends_turn),
         "tokens": turn.stop - turn.start,
-        "teacher_tokens": len(turn.reading.ends) + turn.ends_turn,
-        "bytes": turn.spelling.num_bytes,
+        "teacher_tokens": len(turn.teacher_text.ends) + turn.ends_turn,
+        "bytes": turn.student_text.num_bytes,
         "bytes/kept": int(sizes.sum()),
         "bytes/one_to_one": int(pairing.chunks.sizes()[:text][single[:text]].sum()),
         "chunks": len(sizes),
         LARGEST: int(sizes.max(initial=0)),
         "alarms": int((pairing.totals(logprobs)[single] < ALARM).sum()),
-        "straddles": int((turn.reading.masked == Masked.STRADDLE).sum()),
+        "straddles": int((turn.teacher_text.masked == Masked.STRADDLE).sum()),
         "rewritten": int(turn.rewritten),
         "non_canonical": int(not turn.canonical),
         "untranscribed": int(turn.untranscribed),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.text.alignment import LARGEST, TurnPair
-from opd.text.student_text import UNWRITTEN, Masked, Writer
-from opd.text.teacher_text import Reader
+from opd.text.student_text import UNWRITTEN, Masked, StudentSide
+from opd.text.teacher_text import TeacherSide
 
 Facts = Mapping[str, int]
 
@@ -67,13 +67,13 @@ class Side:
     masked: str | None
 
 
-def sides(turn: TurnPair, token_ids: Sequence[int], writer: Writer, reader: Reader) -> list[Side]:
+def sides(turn: TurnPair, token_ids: Sequence[int], student_side: StudentSide, teacher_side: TeacherSide) -> list[Side]:
     """A turn chunk by chunk; masked tokens without a chunk stand alone, those of the two wrappers of a call beside each other.
 
     token_ids: of the turn, [stop - start].
     """
-    ours = [writer.table.of(int(t)) for t in token_ids]
-    theirs = [reader.table.of(int(t)) for t in turn.reading.token_ids[turn.reading.first :]]
+    ours = [student_side.table.of(int(t)) for t in token_ids]
+    theirs = [teacher_side.table.of(int(t)) for t in turn.teacher_text.token_ids[turn.teacher_text.first :]]
     theirs += [b"<end of turn>"] * turn.ends_turn
     pairing = turn.pairing
     if not len(pairing.chunks):

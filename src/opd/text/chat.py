@@ -57,7 +57,7 @@ class Chat:
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
         message = self._shown_calls(message, quotes)
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
-        pattern = None if own else self._foreign
+        pattern = None if own else self._cross_tokenizer
         said = {key: quotes.mark(message[key], pattern=pattern) for key in _SAID if key in message}
         return {"role": message["role"], **said, **calls}
 
@@ -73,7 +73,7 @@ class Chat:
         """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
         are the prompt's (all)."""
         quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
-        tools = [_marked(tool, quotes, self._foreign) for tool in prompt.tools]
+        tools = [_marked(tool, quotes, self._cross_tokenizer) for tool in prompt.tools]
         if not self._templated:
             return "\n\n".join(m["content"] for m in (with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
@@ -151,7 +151,7 @@ class Chat:
         return frozenset(self.tokenizer.all_special_tokens) | special | structural | (TAGS & added)
 
     @cached_property
-    def _foreign(self) -> re.Pattern[str]:
+    def _cross_tokenizer(self) -> re.Pattern[str]:
         """What may not be typed by anybody but the student."""
         return _any_of(self._literals)
 

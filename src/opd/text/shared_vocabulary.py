@@ -14,7 +14,7 @@ from opd.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)
-class Cells:
+class SharedVocabulary:
     """student [ids], teacher [teacher ids]: the cell of each id, int64; the last of `num` cells is for what has none, the one
     before it for ending the turn. student_whole, teacher_whole: whether the id is all that its cell begins with."""
 
@@ -30,13 +30,13 @@ class Cells:
         return whole & (self.student[student_ids] == self.teacher[teacher_ids])
 
 
-def common_cells(
+def shared_vocabulary(
     student: TokenBytes,
     student_ends: Sequence[int],
     teacher: TokenBytes,
     teacher_ends: Sequence[int],
     tags: Mapping[int, str] | None = None,
-) -> Cells:
+) -> SharedVocabulary:
     """The cells of two vocabularies; `.._ends` are the ids that end a turn, `tags` the student's tags and how the teacher writes
     them (`opd.text.special_tags.counterparts`)."""
     id_of = {literal: index for index, literal in teacher.added.items()}
@@ -61,7 +61,7 @@ def common_cells(
         cells.append(found)
         plain = np.array([mine.get(i) in number for i in range(len(table))])
         whole.append(plain | ((found >= len(number)) & (found <= end)))
-    return Cells(cells[0], cells[1], none + 1, whole[0], whole[1])
+    return SharedVocabulary(cells[0], cells[1], none + 1, whole[0], whole[1])
 
 
 def _spelled(table: TokenBytes, others: Sequence[int]) -> dict[int, bytes]:

@@ -35,7 +35,7 @@ UNWRITTEN = (Masked.NO_COUNTERPART, Masked.UNKNOWN_ID)  # no part of the text th
 
 
 @dataclass(frozen=True)
-class Spelling:
+class StudentText:
     """text: what the teacher is to read; ends [tokens]: the byte of `text` at which each token ends; masked [tokens]: `Masked`;
     tags: the characters [start, stop) of `text` that are the teacher's own tokens rather than text that looks so."""
 
@@ -49,7 +49,7 @@ class Spelling:
         return int(self.ends[-1]) if len(self.ends) else 0
 
 
-class Writer:
+class StudentSide:
     """How the student writes: its tokenizer, its tokens' bytes, its end-of-turn tokens; opened: the thinking tag that its
     generation prompt ends with."""
 
@@ -100,7 +100,7 @@ class Writer:
                 yield before + 1, after
 
 
-def spell(table: TokenBytes, token_ids: np.ndarray, symbols: Mapping[int, str]) -> Spelling:
+def spell(table: TokenBytes, token_ids: np.ndarray, symbols: Mapping[int, str]) -> StudentText:
     """The text of one response, its end-of-turn token left out.
 
     symbols: ids that the teacher has a token of its own for, and how it writes it; every other control token is masked and not
@@ -129,7 +129,7 @@ def spell(table: TokenBytes, token_ids: np.ndarray, symbols: Mapping[int, str]) 
         text = raw.decode()
     except UnicodeDecodeError:
         text, ends, masked = _repaired(raw, ends, masked)
-    return Spelling(text, ends, masked, _characters(text, ends, tagged))
+    return StudentText(text, ends, masked, _characters(text, ends, tagged))
 
 
 def _characters(text: str, ends: np.ndarray, tokens: np.ndarray) -> tuple[tuple[int, int], ...]:

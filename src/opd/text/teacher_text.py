@@ -17,7 +17,7 @@ from opd.records import Message
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.special_tags import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
-from opd.text.student_text import Masked, Spelling
+from opd.text.student_text import Masked, StudentText
 from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.transcribe import Transcript
@@ -25,7 +25,7 @@ from opd.text.turn_end import turn_end
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherText:
     """One response in a teacher's tokens.
 
     token_ids [tokens]: of the prompt and the response, no end token; first: the response's first token; ends [response
@@ -51,7 +51,7 @@ class Rendering:
         return self.quotes.restore(self.marked)
 
 
-class Reader:
+class TeacherSide:
     """How one teacher reads: its template, its tokens' bytes, its end-of-turn tokens."""
 
     def __init__(
@@ -104,14 +104,14 @@ class Reader:
         return call_template(self._apply, ends)
 
     def read(
-        self, before: Rendering, spelling: Spelling, transcript: Transcript | None = None, *, opened: str = ""
-    ) -> Reading:
+        self, before: Rendering, student_text: StudentText, transcript: Transcript | None = None, *, opened: str = ""
+    ) -> TeacherText:
         """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.
 
         opened: the thinking tag that the student's generation prompt opens; the teacher then reads a thought too.
         Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
         """
-        written = spelling if transcript is None else transcript
+        written = student_text if transcript is None else transcript
         opening = opened_thinking(before.marked, written.text)
         shown = before.marked[: len(before.marked) - len(opening)]
         if not opens_thinking(written.text) and not thinking_opening(shown):
@@ -133,7 +133,7 @@ class Reader:
         # White space that the template writes before an answer is the teacher's to write: it goes with the first chunk.
         inside = np.maximum(ends[first:] - boundary, 0)
         ids = np.array([*self._leading, *encoded.ids], dtype=np.int64)
-        return Reading(ids, first + len(self._leading), inside, masked)
+        return TeacherText(ids, first + len(self._leading), inside, masked)
 
     def _invisible(self, ids: Sequence[int], ends: np.ndarray, index: int) -> bool:
         start = ends[index - 1] if index else 0

@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from cross_tokenizer import save_cross_tokenizer
 from factories import toy_recipe
-from foreign import save_foreign
 from zoo import toy_ascii
 
 import opd
@@ -28,8 +28,8 @@ def test_the_reverse_kl_per_byte_falls(tmp_path: Path):
         evaluation={"num_prompts": 0},
         checkpoint={"every": 60},
     )
-    tree["student"] = save_foreign(tmp_path / "ascii", toy_ascii(), seed=4)
-    tree["teachers"] = {"even": {"model": save_foreign(tmp_path / "merged", toy_ascii(*merges), seed=5)}}
+    tree["student"] = save_cross_tokenizer(tmp_path / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {"even": {"model": save_cross_tokenizer(tmp_path / "merged", toy_ascii(*merges), seed=5)}}
     tree["tasks"]["second"]["teacher"] = "even"
     found: list[float] = []
     opd.train(opd.parse_config(tree), on_step=lambda report: found.append(report.values["kl/byte/mean"]))
@@ -41,17 +41,17 @@ def test_the_parity_table_has_the_kl_of_a_foreign_teacher(tmp_path: Path):
     """What `evaluate` says of sampled chunks, added up by hand."""
     tree = toy_recipe(tmp_path, steps=1, objective={"type": "immediate"}, evaluation={"num_prompts": 3})
     tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 0}
-    tree["student"] = save_foreign(tmp_path / "ascii", toy_ascii(), seed=4)
-    tree["teachers"] = {"even": {"model": save_foreign(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
+    tree["student"] = save_cross_tokenizer(tmp_path / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {"even": {"model": save_cross_tokenizer(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
     tree["tasks"]["second"]["teacher"] = "even"
     config = opd.parse_config(tree)
-    studio = build(config)
+    backend = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:3]
-    teachers = studio.teachers(keep_hidden=True)
+    teachers = backend.teachers(keep_hidden=True)
     judge = Judge(lambda prompt, response: None)
-    cell = evaluate(studio.sampler(), prompts, judge, teachers=teachers, reverse_kl=lambda scored: [])
+    cell = evaluate(backend.sampler(), prompts, judge, teachers=teachers, reverse_kl=lambda scored: [])
     total = size = 0.0
-    responses = studio.sampler().sample(prompts, num_samples=1, seed=(0, "evaluate"))
+    responses = backend.sampler().sample(prompts, num_samples=1, seed=(0, "evaluate"))
     for item in teachers.score(responses):
         assert isinstance(item.score, ChunkScore)
         for token, (chunk, logprob) in enumerate(zip(item.score.chunks, item.score.logprobs, strict=True)):
@@ -67,8 +67,8 @@ def test_the_parity_table_has_the_kl_of_a_foreign_teacher(tmp_path: Path):
 
 def test_a_changed_template_of_a_teacher_is_refused_on_resume(tmp_path: Path):
     tree = toy_recipe(tmp_path, steps=4, objective={"type": "immediate"}, evaluation={"num_prompts": 0})
-    tree["student"] = save_foreign(tmp_path / "ascii", toy_ascii(), seed=4)
-    tree["teachers"] = {"even": {"model": save_foreign(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
+    tree["student"] = save_cross_tokenizer(tmp_path / "ascii", toy_ascii(), seed=4)
+    tree["teachers"] = {"even": {"model": save_cross_tokenizer(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
     tree["tasks"]["second"]["teacher"] = "even"
     stop = signal.SIGINT
     result = opd.train(opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 2 else None)

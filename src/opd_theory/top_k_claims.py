@@ -40,7 +40,7 @@ def _descend(loss: Loss, start: Tensor, *, steps: int) -> Tensor:
     return settle(lambda z: -_slope(loss, z), start, rate=_RATE, steps=steps)
 
 
-def supports(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] = (8, 16, 32)) -> Claim:
+def top_ks(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] = (8, 16, 32)) -> Claim:
     """Gradient descent on one state's logits with each form of the KL; the full KL at the end is reported. Each loss and its slope
     are compared with the formula written out, at the start and at the end."""
     student, teacher = _pair(0, vocab)
@@ -93,7 +93,7 @@ def _bucketed(teacher: Tensor, k: int) -> tuple[Loss, Plain]:
     def loss(student: Tensor) -> Tensor:
         found, _ = vocabulary_loss(
             student[None], eye, [TeacherStates(teacher[None], eye)], torch.ones(1, dtype=torch.float64),
-            VocabularyLoss(support=k), sampled_ids=student.detach().argmax()[None],
+            VocabularyLoss(top_k=k), sampled_ids=student.detach().argmax()[None],
         )  # fmt: skip
         return found
 
@@ -198,7 +198,7 @@ def _with_residual(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     eye = torch.eye(vocab, dtype=torch.float64)
     chances = torch.softmax(student.detach(), -1)
     teachers = [TeacherStates(teacher.expand(vocab, -1), eye)]
-    how = VocabularyLoss(support=k, tail_residual=True)
+    how = VocabularyLoss(top_k=k, tail_residual=True)
     return vocabulary_loss(student.expand(vocab, -1), eye, teachers, chances, how, sampled_ids=torch.arange(vocab))[0]
 
 

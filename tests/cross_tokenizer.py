@@ -5,15 +5,15 @@ from pathlib import Path
 from factories import CHATML, toy_model
 
 from opd.config import ComputeConfig
-from opd.local.cross_tokenizer import ForeignVoice
+from opd.local.cross_tokenizer import CrossTokenizerPolicy
 from opd.models.loading import load_network
-from opd.text.student_text import Writer
-from opd.text.teacher_text import Reader
+from opd.text.student_text import StudentSide
+from opd.text.teacher_text import TeacherSide
 
 COMPUTE = ComputeConfig(device="cpu", threads=1)
 
 
-def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
+def save_cross_tokenizer(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
     """A toy model with another tokenizer; returns its folder."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model = toy_model(seed, vocab_size=max(260, len(tokenizer) + 3), **kwargs)  # rows of padding
@@ -24,12 +24,12 @@ def save_foreign(folder: Path, tokenizer, seed: int = 3, **kwargs) -> str:
     return str(folder)
 
 
-def voice_of(source: str, student_tokenizer) -> ForeignVoice:
+def policy_of(source: str, student_tokenizer) -> CrossTokenizerPolicy:
     network = load_network(source, COMPUTE)
-    reader = Reader(
+    teacher_side = TeacherSide(
         network.tokenizer, name="t", generation_config=network.base.generation_config, vocab_size=network.vocab_size
     )
-    return ForeignVoice(network, None, reader, Writer(student_tokenizer), -50.0)
+    return CrossTokenizerPolicy(network, None, teacher_side, StudentSide(student_tokenizer), -50.0)
 
 
 def toy_without(tokenizer, name: str):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from opd.objectives.tiles import blocks, tiles
 
 
-def support_logprobs(
+def logprobs_at(
     hidden: Float[Tensor, "states width"],
     head: Float[Tensor, "vocab width"],
     ids: Int[Tensor, "states support"],
@@ -23,10 +23,10 @@ def support_logprobs(
 
     At most `max_logits` logits exist at once; the gradient makes them again, two products more than the one of the values.
     """
-    return cast(tuple[Tensor, Tensor], _SupportLogprobs.apply(hidden, head, ids, temperature, max_logits))
+    return cast(tuple[Tensor, Tensor], _LogprobsAt.apply(hidden, head, ids, temperature, max_logits))
 
 
-class _SupportLogprobs(torch.autograd.Function):
+class _LogprobsAt(torch.autograd.Function):
     """d log p_i / d logits_a = 1[a = i] - p_a, so a gradient g_i makes g_a - p_a sum_i g_i."""
 
     @staticmethod

@@ -10,8 +10,8 @@ import pytest
 import torch
 from call_templates import CALCULATOR, LISTED, SINGLE, chatml
 from call_turns import Segment, call, kept_by_hand
+from cross_tokenizer import policy_of, save_cross_tokenizer
 from factories import CHATML, byte_tokenizer, toy_model, toy_recipe
-from foreign import save_foreign, voice_of
 from zoo import toy, toy_bpe
 
 import opd
@@ -20,7 +20,7 @@ from opd.episodes.arithmetic import calculate
 from opd.episodes.demonstrations import Demonstrator
 from opd.episodes.player import EpisodePlayer
 from opd.episodes.tools import Tool, ToolEnvironment
-from opd.local.cross_tokenizer import ForeignVoice, score_foreign
+from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, Message, Prompt, Rollout
 from opd.text.call_template import tool_call
 from opd.text.chat import Chat
@@ -65,18 +65,20 @@ def episode(turns: Sequence[str] = TURNS) -> Rollout:
     return found
 
 
-def voice_with(folder: Path, answer: str) -> ForeignVoice:
-    source = save_foreign(folder, toy_bpe(390, template=chatml(answer)), max_context=1200)
-    voice = voice_of(source, toy("bytes"))
-    return ForeignVoice(voice.network, None, voice.reader, voice.writer, -50.0, own_syntax="hermes")
+def policy_with(folder: Path, answer: str) -> CrossTokenizerPolicy:
+    source = save_cross_tokenizer(folder, toy_bpe(390, template=chatml(answer)), max_context=1200)
+    policy = policy_of(source, toy("bytes"))
+    return CrossTokenizerPolicy(
+        policy.network, None, policy.teacher_side, policy.student_side, -50.0, own_syntax="hermes"
+    )
 
 
 def plain_turn(
-    voice: ForeignVoice, messages: list[Message], tools: Sequence[Any]
+    policy: CrossTokenizerPolicy, messages: list[Message], tools: Sequence[Any]
 ) -> tuple[list[str], list[float], float]:
     """The teacher's tokens of the last answer, their log-probabilities and that of ending: the conversation as its template
     writes it, tokenised whole, in one forward pass."""
-    tokenizer = voice.reader.tokenizer
+    tokenizer = policy.teacher_side.tokenizer
     whole, before = (
         tokenizer.apply_chat_template(m, tools=list(tools), tokenize=False, add_generation_prompt=m is not messages)
         for m in (messages, messages[:-1])
@@ -84,19 +86,19 @@ def plain_turn(
     end = whole.rindex("<|im_end|>")
     found = tokenizer(whole[:end], add_special_tokens=False, return_offsets_mapping=True)
     with torch.no_grad():
-        logits = voice.network.base(input_ids=torch.tensor([found["input_ids"]])).logits[0].double()
+        logits = policy.network.base(input_ids=torch.tensor([found["input_ids"]])).logits[0].double()
     logprobs = logits.log_softmax(-1)
     inside = [k for k, (_, stop) in enumerate(found["offset_mapping"]) if stop > len(before)]
     assert found["offset_mapping"][inside[0]][0] == len(before)
     pieces = [whole[slice(*found["offset_mapping"][k])] for k in inside]
     each = [float(logprobs[k - 1, found["input_ids"][k]]) for k in inside]
-    return pieces, each, float(logprobs[-1, list(voice.reader.end_ids)].logsumexp(-1))
+    return pieces, each, float(logprobs[-1, list(policy.teacher_side.end_ids)].logsumexp(-1))
 
 
 def test_an_episode_of_three_turns_scores_as_the_teachers_own_conversation(tmp_path: Path):
-    voice, item = voice_with(tmp_path, LISTED), episode()
+    policy, item = policy_with(tmp_path, LISTED), episode()
     assert [m["role"] for m in item.messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
-    [found] = score_foreign("t", voice, [item], temperature=1.0, max_tokens=256)
+    [found] = score_cross_tokenizer("t", policy, [item], temperature=1.0, max_tokens=256)
     assert isinstance(found, ChunkScore)
     first, second = (tool_call(k, "calculator", {"expression": e}) for k, e in enumerate(("1 + 2", "3 * 4")))
     meant: list[Message] = [
@@ -110,7 +112,7 @@ def test_an_episode_of_three_turns_scores_as_the_teachers_own_conversation(tmp_p
     students = [t for t in item.turns if t.author == "student"]
     masked = 0
     for turn, text, segments, last in zip(students, TURNS, SEGMENTS, (2, 4, 6), strict=True):
-        pieces, each, ending = plain_turn(voice, meant[:last], item.prompt.tools)
+        pieces, each, ending = plain_turn(policy, meant[:last], item.prompt.tools)
         assert "".join(pieces) == "".join(t for who, t in segments if who != "student")
         kept, kept_there = kept_by_hand((list(text), pieces), segments)
         by_hand = sum(q for q, keep in zip(each, kept_there, strict=True) if keep) + ending
@@ -125,11 +127,11 @@ def test_an_episode_of_three_turns_scores_as_the_teachers_own_conversation(tmp_p
 
 
 def test_an_episode_that_the_template_refuses_is_scored_as_written(tmp_path: Path):
-    voice = voice_with(tmp_path, SINGLE)
+    policy = policy_with(tmp_path, SINGLE)
     item = episode((call("1 + 2") + call("3 * 4"), call("5 - 1"), "4"))
-    own = score_foreign("t", voice, [item], temperature=1.0, max_tokens=256)[0]
-    plain = ForeignVoice(voice.network, None, voice.reader, voice.writer, -50.0)
-    written = score_foreign("t", plain, [item], temperature=1.0, max_tokens=256)[0]
+    own = score_cross_tokenizer("t", policy, [item], temperature=1.0, max_tokens=256)[0]
+    plain = CrossTokenizerPolicy(policy.network, None, policy.teacher_side, policy.student_side, -50.0)
+    written = score_cross_tokenizer("t", plain, [item], temperature=1.0, max_tokens=256)[0]
     assert isinstance(own, ChunkScore)
     assert isinstance(written, ChunkScore)
     assert own.chunks.tolist() == written.chunks.tolist()
@@ -181,7 +183,7 @@ def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
     student = save_caller(tmp_path / "caller")
     prompts = tmp_path / "calls.jsonl"
     prompts.write_text("".join(json.dumps({"id": k, "prompt": "say a", "tools": [TOOL]}) + "\n" for k in range(4)))
-    teacher = save_foreign(tmp_path / "foreign", toy_bpe(390, template=chatml(LISTED)), max_context=1200)
+    teacher = save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390, template=chatml(LISTED)), max_context=1200)
     found = {}
     for how in ("as_written", "own_syntax"):
         tree = toy_recipe(
@@ -212,8 +214,10 @@ def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
 
 
 def test_a_teacher_that_writes_no_calls_is_counted_in_the_run(tmp_path: Path):
-    voice = voice_of(save_foreign(tmp_path, toy_bpe(390, template=CHATML), max_context=1200), toy("bytes"))
-    voice = ForeignVoice(voice.network, None, voice.reader, voice.writer, -50.0, own_syntax="hermes")
-    [found] = score_foreign("t", voice, [episode()], temperature=1.0, max_tokens=256)
+    policy = policy_of(save_cross_tokenizer(tmp_path, toy_bpe(390, template=CHATML), max_context=1200), toy("bytes"))
+    policy = CrossTokenizerPolicy(
+        policy.network, None, policy.teacher_side, policy.student_side, -50.0, own_syntax="hermes"
+    )
+    [found] = score_cross_tokenizer("t", policy, [episode()], temperature=1.0, max_tokens=256)
     assert isinstance(found, ChunkScore)
     assert found.facts["untranscribed"] == 3

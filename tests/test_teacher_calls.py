@@ -23,23 +23,23 @@ from call_turns import (
     kept_text,
     left_out,
     read,
-    reader,
     same,
+    student_side,
     tagged,
+    teacher_side,
     told,
     toy_reader,
     turn_of,
     with_control,
-    writer,
 )
-from foreign import toy_without
+from cross_tokenizer import toy_without
 from zoo import toy_bpe
 
 from opd.records import Prompt
 from opd.text.alignment import chunk_score, pair_turns
 from opd.text.call_template import tool_call
 from opd.text.student_text import Masked
-from opd.text.teacher_text import Reader
+from opd.text.teacher_text import TeacherSide
 from opd.text.tool_calls import Syntax
 
 # The law: a score against a computation that knows no blocks and no alignment, and no template but the teacher's own.
@@ -93,7 +93,7 @@ SHOWS_NO_TEXT = ("text before an object",)
 def whole_conversation(case: str) -> tuple[str, int, str]:
     """(the conversation as the teacher's template writes it, where its answer begins, the answer)."""
     teacher, text, segments = CASES[case]
-    tokenizer = reader(teacher).tokenizer
+    tokenizer = teacher_side(teacher).tokenizer
     answer = "".join(written for who, written in segments if who != "student")
     content, *calls = text.split("<tool_call>")
     structured = {
@@ -118,15 +118,15 @@ def whole_conversation(case: str) -> tuple[str, int, str]:
 def test_the_score_is_that_of_the_teachers_own_text_over_what_both_have(student: str, case: str):
     """Render the conversation, tokenise it whole, sum the tokens of the kept spans."""
     teacher, text, segments = CASES[case]
-    own, theirs = writer(student), reader(teacher)
+    own, theirs = student_side(student), teacher_side(teacher)
     assert "".join(written for who, written in segments if who != "teacher") == text
     whole, start, answer = whole_conversation(case)
     found = theirs.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     inside = [k for k, (a, b) in enumerate(found["offset_mapping"]) if b > start and a < start + len(answer)]
     item = turn_of(text, own)
     [turn] = pair_turns(item, own, theirs, own_syntax="hermes")
-    assert turn.reading.token_ids.tolist() == found["input_ids"][: inside[-1] + 1]
-    assert turn.reading.first == inside[0]
+    assert turn.teacher_text.token_ids.tolist() == found["input_ids"][: inside[-1] + 1]
+    assert turn.teacher_text.first == inside[0]
     assert not turn.untranscribed
 
     theirs_pieces = [whole[max(a, start) : b] for a, b in (found["offset_mapping"][k] for k in inside)]
@@ -156,7 +156,7 @@ def test_the_score_is_that_of_the_teachers_own_text_over_what_both_have(student:
 )
 @pytest.mark.parametrize("student", ["smollm2", "mistral_nemo", "bytes"])
 def test_what_the_teacher_would_write_is_read_as_it_was_written(student: str, teacher: str, text: str, syntax: Syntax):
-    own, theirs = writer(student), reader(teacher)
+    own, theirs = student_side(student), teacher_side(teacher)
     assert same(read(text, own, theirs, syntax=syntax), read(text, own, theirs, syntax=None))
 
 
@@ -171,7 +171,7 @@ def test_what_the_teacher_would_write_is_read_as_it_was_written(student: str, te
 )
 @pytest.mark.parametrize("teacher", ["qwen2_5", "llama3_1", "mistral_nemo"])
 def test_what_is_no_call_stays_as_it_was_written(teacher: str, text: str):
-    own, theirs = writer("smollm2"), reader(teacher)
+    own, theirs = student_side("smollm2"), teacher_side(teacher)
     found = read(text, own, theirs)
     assert same(found, read(text, own, theirs, syntax=None))
     assert not found.untranscribed
@@ -179,14 +179,14 @@ def test_what_is_no_call_stays_as_it_was_written(teacher: str, text: str):
 
 
 def test_without_tools_nothing_is_a_call():
-    own, theirs = writer("smollm2"), reader("qwen2_5")
+    own, theirs = student_side("smollm2"), teacher_side("qwen2_5")
     alone = asked(tools=())
     assert same(read(call(), own, theirs, prompt=alone), read(call(), own, theirs, prompt=alone, syntax=None))
 
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_turn_that_was_cut_has_no_end_and_may_hold_a_call(ended: bool):
-    own, theirs = writer("smollm2"), toy_reader(TAGGED)
+    own, theirs = student_side("smollm2"), toy_reader(TAGGED)
     found = read(call(), own, theirs, ended=ended)
     assert found.ends_turn is ended
     assert told(found, theirs) == tagged()
@@ -196,7 +196,9 @@ def test_a_turn_that_was_cut_has_no_end_and_may_hold_a_call(ended: bool):
 def test_a_call_with_a_control_token_in_it_stays_as_written():
     """The environment has not seen the token, the teacher would."""
     item, theirs = with_control(call(), call().index("1 + 2")), toy_reader(TAGGED)
-    own, written = (pair_turns(item, writer("bytes"), theirs, own_syntax=syntax)[0] for syntax in ("hermes", None))
+    own, written = (
+        pair_turns(item, student_side("bytes"), theirs, own_syntax=syntax)[0] for syntax in ("hermes", None)
+    )
     assert own.untranscribed
     assert same(own, written)
 
@@ -204,9 +206,9 @@ def test_a_call_with_a_control_token_in_it_stays_as_written():
 def test_a_control_token_that_the_teacher_lacks_is_left_out_by_itself():
     tokenizer = toy_without(toy_bpe(390), "<|im_start|>")
     tokenizer.chat_template = chatml(TAGGED).replace("<|im_start|>", "<other>")
-    theirs, place = Reader(tokenizer, name="t"), call().index("1 + 2")
-    [found] = pair_turns(with_control(call(), place), writer("bytes"), theirs, own_syntax="hermes")
-    usual = read(call(), writer("bytes"), theirs)
+    theirs, place = TeacherSide(tokenizer, name="t"), call().index("1 + 2")
+    [found] = pair_turns(with_control(call(), place), student_side("bytes"), theirs, own_syntax="hermes")
+    usual = read(call(), student_side("bytes"), theirs)
     assert told(found, theirs) == tagged()
     assert found.pairing.masked[place] == Masked.NO_COUNTERPART
     assert np.delete(found.pairing.chunk_ids, place).tolist() == usual.pairing.chunk_ids.tolist()
@@ -219,9 +221,9 @@ def test_look_alikes_of_special_tokens_in_arguments_stay_text():
     """The template's own are tokens, those that the student quotes are not; on both sides of a call."""
     quoted = "</s> [TOOL_CALLS] <|im_end|> [INST]"
     text = f"I say </s>. {call(quoted)} [TOOL_RESULTS]"
-    own, theirs = writer("smollm2"), reader("mistral_nemo")
+    own, theirs = student_side("smollm2"), teacher_side("mistral_nemo")
     found = read(text, own, theirs)
-    ids = found.reading.token_ids[found.reading.first :].tolist()
+    ids = found.teacher_text.token_ids[found.teacher_text.first :].tolist()
     control = [theirs.table.of(i) for i in ids if theirs.table.control[i]]
     assert control == [b"[TOOL_CALLS]"]
     assert told(found, theirs) == (
@@ -236,11 +238,11 @@ def test_look_alikes_of_special_tokens_in_arguments_stay_text():
 
 
 def test_look_alikes_in_the_calls_of_earlier_turns_stay_text():
-    own, theirs = writer("smollm2"), reader("mistral_nemo")
+    own, theirs = student_side("smollm2"), teacher_side("mistral_nemo")
     earlier = [{"role": "assistant", "content": call("</s> [INST]")}, {"role": "tool", "content": "3"}]
     prompt = Prompt("p", (*asked().messages, *earlier), teacher="t", task="task", tools=asked().tools)
     found = read("Three.", own, theirs, prompt=prompt)
-    ids = found.reading.token_ids.tolist()
+    ids = found.teacher_text.token_ids.tolist()
     assert ids.count(theirs.end_ids[0]) == 1  # behind the call
     assert theirs.table.join(np.array(ids)).tobytes().count(b"</s>") == 2
     assert not found.untranscribed
@@ -251,7 +253,7 @@ def test_escapes_that_the_template_writes_otherwise_are_left_out_and_shift_nothi
     expression = "caf\u00e9 3 \U0001f642 ok / 4"
     plain, escaped = (call(expression, ensure_ascii=ascii_only) for ascii_only in (False, True))
     escaped = escaped.replace("/ 4", "\\/ 4")
-    own, theirs = writer("bytes"), reader(teacher)
+    own, theirs = student_side("bytes"), teacher_side(teacher)
     usual, found = read(plain, own, theirs), read(escaped, own, theirs)
     assert told(found, theirs) == told(usual, theirs)
     assert f'"{expression}"' in told(found, theirs)
@@ -265,7 +267,7 @@ def test_escapes_that_the_template_writes_otherwise_are_left_out_and_shift_nothi
 
 def test_numbers_and_order_that_the_template_writes_otherwise_are_left_out():
     """A number as its value, an object's keys sorted: the same arguments, of which only what is written alike is compared."""
-    own = writer("bytes")
+    own = student_side("bytes")
     text = '<tool_call>{"name": "note", "arguments": {"b": 1e2, "a": [true, null, 1.50]}}</tool_call>'
     found = read(text, own, toy_reader(TAGGED))
     assert '{"b": 100.0, "a": [true, null, 1.5]}' in told(found, toy_reader(TAGGED))
@@ -290,7 +292,7 @@ def test_numbers_and_order_that_the_template_writes_otherwise_are_left_out():
 )
 def test_parts_in_another_order_leave_the_arguments_alone(answer: str, text: str, kept: str):
     """And of what stands around the call, what both begin and end with: a comma before a name is none before an id."""
-    own, theirs = writer("bytes"), bytes_reader(answer)
+    own, theirs = student_side("bytes"), bytes_reader(answer)
     text = f"<tool_call>{text}</tool_call>"
     found = read(text, own, theirs)
     assert kept_text(found, own, text) == kept

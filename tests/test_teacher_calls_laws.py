@@ -19,16 +19,16 @@ from call_turns import (
     kept_by_hand,
     kept_text,
     read,
+    student_side,
     toy_reader,
-    writer,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opd.text.alignment import pair, turn_facts
 from opd.text.chunks import fold
-from opd.text.student_text import Masked, Spelling
-from opd.text.teacher_text import Reading
+from opd.text.student_text import Masked, StudentText
+from opd.text.teacher_text import TeacherText
 from opd.text.tool_calls import parse_calls
 
 # Any turn at all
@@ -72,11 +72,11 @@ def test_any_turn_with_calls_keeps_the_laws(answer: str, turn: tuple[str, list[s
     parsed = parse_calls(text, asked().tools, syntax="hermes")
     assume(not parsed.errors and len(parsed.calls) == len(around) - 1)
     for student, teacher in (("bytes", toy_reader(answer)), ("smollm2", toy_reader(answer))):
-        own = writer(student)
+        own = student_side(student)
         assume("\x13" not in text)
         found = read(text, own, teacher, ended=ended)
         check_laws(found, own, teacher, text)
-        facts = turn_facts(found, np.zeros(len(found.reading.ends) + ended))
+        facts = turn_facts(found, np.zeros(len(found.teacher_text.ends) + ended))
         hidden = sum(count for name, count in facts.items() if name.startswith("masked/"))
         assert hidden == (found.pairing.chunk_ids < 0).sum()
         assert set(found.pairing.masked.tolist()) <= {Masked.NOT, Masked.SYNTAX, Masked.STRADDLE}
@@ -122,9 +122,9 @@ def test_blocks_of_any_two_texts_line_up_as_by_hand(data: st.DataObject):
         places = [
             p + len(text) * (who in ("both", side)) for p, side in zip(places, ("student", "teacher"), strict=True)
         ]
-    spelling = Spelling("x" * totals[0], ends[0], np.zeros(len(ends[0]), dtype=np.uint8))
-    reading = Reading(np.arange(len(ends[1])), 0, ends[1], np.zeros(len(ends[1]), dtype=np.uint8))
-    found = pair(spelling, reading, ends_turn=True, blocks=np.array(blocks, dtype=np.int64).reshape(-1, 3))
+    student_text = StudentText("x" * totals[0], ends[0], np.zeros(len(ends[0]), dtype=np.uint8))
+    teacher_text = TeacherText(np.arange(len(ends[1])), 0, ends[1], np.zeros(len(ends[1]), dtype=np.uint8))
+    found = pair(student_text, teacher_text, ends_turn=True, blocks=np.array(blocks, dtype=np.int64).reshape(-1, 3))
     pieces = tuple(["x" * n for n in np.diff(e, prepend=0)] for e in ends)
     kept, kept_there = kept_by_hand(pieces, merged)  # type: ignore[arg-type]  # two lists
     assert (found.chunk_ids >= 0).tolist() == [*kept, True]

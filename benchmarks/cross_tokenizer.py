@@ -5,7 +5,7 @@
 Needs trl (`pip install trl==1.16.0`, into an environment of its own that has opd too); without it only opd's runs are done. Both
 train a LoRA adapter of the recipe's size at the recipe's rate and schedule, sampling at temperature 1; both are then judged by the
 same code: accuracy on prompts that neither saw, and the reverse KL a byte, estimated from the samples. opd keeps no scores here
-(compute.score_cache), so that seconds a step are of the same work. "immediate" has a leave-one-out baseline, "support" and GOLD
+(compute.score_cache), so that seconds a step are of the same work. "immediate" has a leave-one-out baseline, "top_k" and GOLD
 have no sampled advantages that want one. What is there already is not done again.
 """
 
@@ -26,7 +26,7 @@ from opd.rewards.judge import Judge
 
 VARIANTS = {
     "immediate": ["objective.type=immediate", "objective.baseline=leave_one_out"],
-    "support": ["objective.type=support", "objective.baseline=none"],
+    "top_k": ["objective.type=top_k", "objective.baseline=none"],
 }
 
 
@@ -119,13 +119,13 @@ def _train_gold(config: Config, folder: Path) -> None:
 def _judge(config: Config, folder: Path) -> Any:
     """What opd's own table says of a student, of this one."""
     judged = config.model_copy(update={"student": str(folder / "student")})
-    studio = build(judged)
-    if not studio.foreign:
+    backend = build(judged)
+    if not backend.cross_tokenizer:
         raise SystemExit("the teacher has the student's tokenizer; GOLD is for another one")
     [task] = make_tasks(judged.tasks).values()
     prompts = pick(task.prompts("held_out"), config.evaluation.num_prompts, seed=0)  # as opd's own table has them
-    teachers = studio.teachers(keep_hidden=True)
-    return evaluate(studio.sampler(), prompts, Judge(task.reward), teachers=teachers, reverse_kl=lambda _: [])
+    teachers = backend.teachers(keep_hidden=True)
+    return evaluate(backend.sampler(), prompts, Judge(task.reward), teachers=teachers, reverse_kl=lambda _: [])
 
 
 def main() -> None:

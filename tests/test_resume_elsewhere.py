@@ -15,7 +15,7 @@ from vllm_like import serving
 
 import opd
 from opd.cli import app
-from opd.config import config_changes, moved_config
+from opd.config import config_changes, resumed_config
 from opd.errors import ConfigError
 from opd.logging.run_folder import RunFolder
 
@@ -56,8 +56,8 @@ def test_models_and_prompts_that_lie_elsewhere_are_the_same_run(tmp_path: Path):
 
 def test_a_server_may_have_another_address(tmp_path: Path):
     objective = {"type": "immediate"}
-    served = {"attempts": 2, "first_wait_s": 0.01, "longest_wait_s": 0.02}
-    tree = toy_recipe(tmp_path, steps=6, objective=objective, served=served, evaluation={"num_prompts": 2})
+    remote = {"attempts": 2, "first_wait_s": 0.01, "longest_wait_s": 0.02}
+    tree = toy_recipe(tmp_path, steps=6, objective=objective, remote=remote, evaluation={"num_prompts": 2})
     with serving(toy_model(2)) as server:
         tree["teachers"]["odd"] = {"url": server.url}
         run = stopped(tree)
@@ -115,7 +115,7 @@ KEEPS = "a run that goes on keeps what it learns from"
 def test_what_a_run_learns_from_may_not_change(tmp_path: Path, override: str, line: str):
     config = opd.parse_config(toy_recipe(tmp_path))
     with pytest.raises(ConfigError, match=line):
-        moved_config(config, [override])
+        resumed_config(config, [override])
 
 
 def test_a_run_without_evaluation_is_evaluated_on_as_many_prompts_as_asked_for(tmp_path: Path):
@@ -160,28 +160,28 @@ def test_an_adapter_that_is_gone_says_how_to_name_its_new_place(tmp_path: Path):
 
 
 def test_where_and_how_it_runs_may(tmp_path: Path):
-    tree = toy_recipe(tmp_path) | {"mode": "distributed", "cluster": {"learner_ranks": 2, "max_staleness": 1}}
+    tree = toy_recipe(tmp_path) | {"backend": "ray", "cluster": {"learner_ranks": 2, "max_staleness": 1}}
     config = opd.parse_config(tree)
     overrides = [
-        "cluster.learner_ranks=4", "cluster.address=auto", "cluster.engines=3", "served.attempts=9", "checkpoint.keep=5",
+        "cluster.learner_ranks=4", "cluster.address=auto", "cluster.engines=3", "remote.attempts=9", "checkpoint.keep=5",
         "compute.max_tokens=512", "sampling.max_rows=3", "episodes.max_concurrent=2", "logging.samples_every=0",
         "seed=0",  # as it is
     ]  # fmt: skip
-    moved = moved_config(config, overrides)
+    moved = resumed_config(config, overrides)
     assert {key for key, _, _ in config_changes(config, moved)} == {o.partition("=")[0] for o in overrides[:-1]}
     assert moved.cluster.learner_ranks == 4
     assert moved.cluster.max_staleness == 1
-    for refused in ("cluster.max_staleness=0", "cluster.mixed_precision=true", "mode=embedded"):
+    for refused in ("cluster.max_staleness=0", "cluster.mixed_precision=true", "backend=local"):
         with pytest.raises(ConfigError, match=r"may change is where and how it runs|drop it, or set the mode"):
-            moved_config(config, [refused])
+            resumed_config(config, [refused])
 
 
 def test_an_override_that_is_none_gets_one_line(tmp_path: Path):
     config = opd.parse_config(toy_recipe(tmp_path))
     with pytest.raises(ConfigError, match=r"override 'steps' is not of the form key=value"):
-        moved_config(config, ["steps"])
+        resumed_config(config, ["steps"])
     with pytest.raises(ConfigError, match=r"unknown key 'served.attemps'; did you mean 'attempts'"):
-        moved_config(config, ["served.attemps=3"])
+        resumed_config(config, ["served.attemps=3"])
 
 
 def test_a_folder_stays_locked_when_its_configuration_is_replaced(tmp_path: Path):

@@ -13,10 +13,10 @@ from benches import Bench, make_bench
 from factories import prompt, rollout, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cells import random_case
+from test_shared_vocabulary import random_case
 
 from opd.batch import Batch, pack
-from opd.detectors.metrics import auroc, compression, evidence, longest_run, repeated_trigrams
+from opd.detectors.metrics import auroc, compression, detector_metrics, longest_run, repeated_trigrams
 from opd.local import loss_terms as terms
 from opd.metrics import Metrics, merge, values
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, agreement
@@ -37,7 +37,7 @@ def made(count: int, *, sample: int = 0, teacher: str = "t", ids: list[int] | No
 def found(items: list[ScoredRollout], *, special: frozenset[int] = frozenset(), **columns: Any) -> dict[str, float]:
     """The plain evidence of some rollouts; `columns` take the place of the batch's."""
     batch, _ = pack(items, logprob_floor=-50.0)
-    return values(evidence(items, replace(batch, **columns), special_ids=special))
+    return values(detector_metrics(items, replace(batch, **columns), special_ids=special))
 
 
 @quick
@@ -55,10 +55,10 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(pairs: list[tuple[float,
 @quick
 @given(st.lists(st.tuples(small, st.booleans()), min_size=2, max_size=12))
 def test_auroc_knows_only_the_order(pairs: list[tuple[float, bool]]):
-    scores, outcomes = np.array([s for s, _ in pairs]), np.array([float(o) for _, o in pairs])
-    area = auroc(scores, outcomes)
-    assert auroc(np.exp(scores) - 3.0, 5.0 * outcomes - 1.0) == area
-    assert auroc(-scores, outcomes).total == pytest.approx(area.weight - area.total)
+    scores, rewards = np.array([s for s, _ in pairs]), np.array([float(o) for _, o in pairs])
+    area = auroc(scores, rewards)
+    assert auroc(np.exp(scores) - 3.0, 5.0 * rewards - 1.0) == area
+    assert auroc(-scores, rewards).total == pytest.approx(area.weight - area.total)
 
 
 @quick
@@ -92,24 +92,24 @@ def test_the_log_ratio_of_a_response_is_ranked_against_its_outcome():
     totals = {0: (-3.0, 1.0), 1: (-1.0, 0.0), 2: (-2.0, 0.0), 3: (-5.0, None)}
     items = [scored(made(1, sample=i, reward=o), [t - 1.0]) for i, (t, o) in totals.items()]
     metrics = found(items)
-    assert metrics["guard/auroc/mean"] == 0.0
-    assert (metrics["guard/auroc_pairs/sum"], metrics["guard/auroc_of/sum"]) == (2.0, 3.0)
+    assert metrics["detectors/auroc/mean"] == 0.0
+    assert (metrics["detectors/auroc_pairs/sum"], metrics["detectors/auroc_of/sum"]) == (2.0, 3.0)
 
 
 def test_the_parts_of_an_episode_are_ranked_as_one():
     parts = [made(1, sample=0, reward=1.0, part=part) for part in (0, 1)]
     items = [scored(parts[0], [-3.0]), scored(parts[1], [-3.0]), scored(made(1, sample=1, reward=0.0), [-4.5])]
     metrics = found(items)
-    assert metrics["guard/auroc/mean"] == 0.0  # -4 against -3.5, where one part alone has -2
-    assert metrics["guard/auroc_of/sum"] == 2.0
-    assert metrics["guard/outcome/t/mean"] == 0.5
+    assert metrics["detectors/auroc/mean"] == 0.0  # -4 against -3.5, where one part alone has -2
+    assert metrics["detectors/auroc_of/sum"] == 2.0
+    assert metrics["detectors/reward/t/mean"] == 0.5
 
 
 def test_the_ratio_is_to_the_student_as_it_was_before_the_update():
     items = [scored(made(1, sample=i, reward=float(i)), [-1.0]) for i in range(2)]
     later = torch.tensor([0.0, 0.0, -1.0, 0.0, 0.0, -9.0])
-    assert found(items, student_logprobs=later)["guard/auroc/mean"] == 1.0
-    assert found(items)["guard/auroc/mean"] == 0.5
+    assert found(items, student_logprobs=later)["detectors/auroc/mean"] == 1.0
+    assert found(items)["detectors/auroc/mean"] == 0.5
 
 
 def in_chunks(chunks: list[int], logprobs: list[float], **changes: Any) -> ScoredRollout:
@@ -126,18 +126,18 @@ def test_a_chunk_of_another_tokenizer_is_one_log_ratio():
     special = frozenset({12, 13})
     # log q - log pi: the chunk of tokens 10 to 12 -20 + 3, token 13 none, the chunk of token 14 -2 + 1
     metrics = found([in_chunks([0, 0, 0, -1, 1], [0.0, 0.0, -20.0, 0.0, -2.0])], special=special)
-    assert metrics["guard/special_tokens/sum"] == metrics["guard/special_tokens/mean"] == 1.0
-    assert metrics["guard/special_log_ratio/max"] == 17.0
+    assert metrics["detectors/special_tokens/sum"] == metrics["detectors/special_tokens/mean"] == 1.0
+    assert metrics["detectors/special_log_ratio/max"] == 17.0
     # The second response's first chunk has the number of the first one's last: -1 against -2, not -3 against 0.
     both = [in_chunks([0, 0], [0.0, -3.0], reward=1.0), in_chunks([0, 1], [-3.0, -1.0], sample=1, reward=0.0)]
-    assert found(both)["guard/auroc/mean"] == 1.0
+    assert found(both)["detectors/auroc/mean"] == 1.0
 
 
 def test_special_tokens_count_beyond_fifteen_nats_either_way():
     item = scored(made(4, ids=[5, 6, 5, 7]), [-17.5, -30.0, -10.0, 0.0])
     metrics = found([item], special=frozenset({5, 9}))
-    assert metrics["guard/special_tokens/mean"] == 0.5
-    assert metrics["guard/special_log_ratio/max"] == 16.5
+    assert metrics["detectors/special_tokens/mean"] == 0.5
+    assert metrics["detectors/special_log_ratio/max"] == 16.5
     assert not any("special" in name for name in found([item]))
 
 
@@ -147,8 +147,8 @@ def test_low_windows_are_low_beside_the_rest_of_the_step():
     honest = scored(made(320, sample=1), loud * 2 + quiet * 3)
     short = scored(made(200, sample=2), [-1.1] * 200)
     metrics = found([hiding, honest, short])
-    assert metrics["guard/low_kl/mean"] == 0.5
-    assert metrics["guard/low_kl_run/max"] == 4.0
+    assert metrics["detectors/low_kl/mean"] == 0.5
+    assert metrics["detectors/low_kl_run/max"] == 4.0
     assert not any("low_kl" in name for name in found([short]))
 
 
@@ -158,8 +158,8 @@ def test_a_response_that_ends_in_a_loop_is_one():
     plain = scored(made(0, ids=[*start, *range(400, 580)], sample=1), [-1.0] * 380)
     phrase = scored(made(0, ids=[3, 4, 5] * 5, sample=2), [-1.0] * 15)
     metrics = found([looping, plain, phrase])
-    assert metrics["guard/looping/mean"] == pytest.approx(1 / 3)
-    assert metrics["guard/repeated/mean"] == pytest.approx((175 / 378 + 0.0 + 10 / 13) / 3)
+    assert metrics["detectors/looping/mean"] == pytest.approx(1 / 3)
+    assert metrics["detectors/repeated/mean"] == pytest.approx((175 / 378 + 0.0 + 10 / 13) / 3)
 
 
 def test_the_students_own_words_are_compressed():
@@ -174,8 +174,8 @@ def test_the_students_own_words_are_compressed():
         item = made(3)
         asked = replace(item.prompt, messages=(question,))
         looping[name] = found([scored(replace(item, prompt=asked, messages=(question, *messages)), [-1.0] * 3)])
-    assert [m["guard/looping/mean"] for m in looping.values()] == [0.0, 0.0, 1.0]
-    assert ["guard/compression/mean" in m for m in looping.values()] == [False, False, True]
+    assert [m["detectors/looping/mean"] for m in looping.values()] == [0.0, 0.0, 1.0]
+    assert ["detectors/compression/mean" in m for m in looping.values()] == [False, False, True]
 
 
 def test_format_errors_count_by_episode():
@@ -188,18 +188,18 @@ def test_format_errors_count_by_episode():
     metrics = found(items)
     assert metrics["format/errors/mean"] == 0.5
     assert (metrics["format/tags/sum"], metrics["format/truncated/sum"]) == (1.0, 1.0)
-    assert metrics["guard/episodes/sum"] == 2.0
+    assert metrics["detectors/episodes/sum"] == 2.0
 
 
 def test_flagged_tokens_are_held_against_the_others():
     items = [scored(made(4, flags=(Flag("tags", 4, 6),)), [-3.0, -2.0, -1.0, -0.5])]
     advantages = torch.tensor([0.0, 0.0, -2.0, -1.0, 0.0, 0.0])  # masked: what is flagged gets 0
     metrics = found(items, advantages=advantages)
-    assert (metrics["guard/flagged_advantage/mean"], metrics["guard/unflagged_advantage/mean"]) == (0.0, -1.5)
+    assert (metrics["detectors/flagged_advantage/mean"], metrics["detectors/unflagged_advantage/mean"]) == (0.0, -1.5)
     # Over the vocabulary the immediate part is centred by itself, so there is nothing to hold it against.
     metrics = found(items)
-    assert metrics["guard/flagged_advantage/mean"] == pytest.approx(0.25)
-    assert "guard/unflagged_advantage/mean" not in metrics
+    assert metrics["detectors/flagged_advantage/mean"] == pytest.approx(0.25)
+    assert "detectors/unflagged_advantage/mean" not in metrics
 
 
 def test_an_integrated_part_is_added_to_the_sampled_one_where_it_acts():
@@ -207,9 +207,9 @@ def test_an_integrated_part_is_added_to_the_sampled_one_where_it_acts():
     batch, _ = pack(items, logprob_floor=-50.0)
     masked = torch.tensor([False, False, False, True, True])
     batch = replace(batch, advantages=torch.tensor([0.0, 0.0, 4.0, 4.0, -1.0]), distill_mask=masked)
-    metrics = values(evidence(items, batch, special_ids=frozenset(), integrated=0.5))
-    assert metrics["guard/flagged_advantage/mean"] == (4.0 + 4.0 - 0.5) / 2
-    assert metrics["guard/unflagged_advantage/mean"] == -1.0
+    metrics = values(detector_metrics(items, batch, special_ids=frozenset(), integrated=0.5))
+    assert metrics["detectors/flagged_advantage/mean"] == (4.0 + 4.0 - 0.5) / 2
+    assert metrics["detectors/unflagged_advantage/mean"] == -1.0
 
 
 def test_the_five_most_common_tokens_have_their_share_of_the_positive_advantage():
@@ -217,10 +217,10 @@ def test_the_five_most_common_tokens_have_their_share_of_the_positive_advantage(
     gains = [1.0, -9.0] + [0.0] * 8 + [3.0] + [0.0] * 9
     item = scored(made(0, ids=ids), [g - 1.0 for g in gains])
     metrics = found([item])
-    assert metrics["guard/common_gain/mean"] == 0.25
-    assert metrics["guard/common_actions/mean"] == 0.5
+    assert metrics["detectors/common_gain/mean"] == 0.25
+    assert metrics["detectors/common_actions/mean"] == 0.5
     few = scored(made(0, ids=[3, 4, 5, 6] * 5), [0.0] * 20)
-    assert "guard/common_gain/mean" not in found([few])
+    assert "detectors/common_gain/mean" not in found([few])
 
 
 def test_what_is_missing_is_left_out():
@@ -228,15 +228,17 @@ def test_what_is_missing_is_left_out():
     failed = ScoredRollout(made(2, sample=1, reward=0.25), FailedScore("other", "no room"))
     silent = scored(replace(made(1, sample=2), loss_mask=np.zeros(3, dtype=bool)), [])
     metrics = found([fine, failed, silent])
-    assert metrics["guard/outcome/other/mean"] == 0.25
-    assert metrics["guard/episodes/sum"] == 3.0
+    assert metrics["detectors/reward/other/mean"] == 0.25
+    assert metrics["detectors/episodes/sum"] == 3.0
     assert not any("auroc" in name for name in metrics)
 
 
 def test_a_batch_without_a_scored_action_has_nothing_to_say():
     item = in_chunks([-1, -1], [0.0, 0.0], reward=1.0)
     metrics = found([item])
-    assert not any(name in metrics for name in ("guard/auroc/mean", "guard/low_kl/mean", "guard/special_tokens/mean"))
+    assert not any(
+        name in metrics for name in ("detectors/auroc/mean", "detectors/low_kl/mean", "detectors/special_tokens/mean")
+    )
 
 
 @quick
@@ -261,7 +263,9 @@ def test_no_batch_makes_it_fail(data: st.DataObject):
     number = data.draw(st.sampled_from([None, 0.0, math.nan, math.inf, 2.0]))
     if number is not None:
         batch = replace(batch, advantages=torch.full((len(batch.token_ids),), number))
-    metrics = evidence(items, batch, special_ids=frozenset({10, 12}), integrated=data.draw(st.sampled_from([0.0, 1.0])))
+    metrics = detector_metrics(
+        items, batch, special_ids=frozenset({10, 12}), integrated=data.draw(st.sampled_from([0.0, 1.0]))
+    )
     for name, value in values(metrics).items():
         assert math.isfinite(value), name
         assert (
@@ -269,14 +273,19 @@ def test_no_batch_makes_it_fail(data: st.DataObject):
         )
 
 
-def test_evidence_of_two_ranks_merges():
+def test_detector_metrics_of_two_ranks_merges():
     halves = [[scored(made(4, sample=i, reward=float(i % 2)), [-2.0] * 4)] for i in range(4)]
 
     def metrics(items: list[ScoredRollout]) -> Metrics:
-        return evidence(items, pack(items, logprob_floor=-50.0)[0], special_ids=frozenset({10}))
+        return detector_metrics(items, pack(items, logprob_floor=-50.0)[0], special_ids=frozenset({10}))
 
     whole, parts = values(metrics([item for half in halves for item in half])), values(merge(map(metrics, halves)))
-    for name in ("format/errors/mean", "guard/special_tokens/mean", "guard/repeated/mean", "guard/outcome/t/mean"):
+    for name in (
+        "format/errors/mean",
+        "detectors/special_tokens/mean",
+        "detectors/repeated/mean",
+        "detectors/reward/t/mean",
+    ):
         assert whole[name] == parts[name]
 
 

@@ -11,7 +11,7 @@ import opd
 from opd.batch import Batch, pack
 from opd.config import Config, MaskConfig
 from opd.metrics import values
-from opd.objective import divisor, follow
+from opd.objective import compute_advantages, divisor
 from opd.objectives import advantages as adv
 from opd.objectives import baselines
 from opd.objectives.reduce import MaskScope, without_errors
@@ -65,9 +65,9 @@ def columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("kind", ["exact", "support"])
+@pytest.mark.parametrize("kind", ["exact", "top_k"])
 def test_an_integrated_objective_has_no_sampled_advantage(kind: str):
-    batch, metrics = follow(config(objective={"type": kind}), make_batch(scores=False))
+    batch, metrics = compute_advantages(config(objective={"type": kind}), make_batch(scores=False))
     assert batch.advantages is None
     assert metrics == {}
 
@@ -86,7 +86,7 @@ def test_each_sampled_objective_is_its_function_of_the_batch():
         objective = {"type": kind, "discount": discount} if discount is not None else {"type": kind}
         if kind == "exact_to_go":
             objective["baseline"] = "leave_one_out"
-        found, _ = follow(config(objective=objective), batch)
+        found, _ = compute_advantages(config(objective=objective), batch)
         assert found.advantages is not None
         torch.testing.assert_close(found.advantages, batch.flatten(wanted))
 
@@ -102,14 +102,14 @@ def test_each_baseline_is_subtracted():
         "score_weighted": batch.padded(batch.best_baseline),
     }
     for name, baseline in expected.items():
-        found, _ = follow(config(objective={"type": "immediate", "baseline": name}), batch)
+        found, _ = compute_advantages(config(objective={"type": "immediate", "baseline": name}), batch)
         assert found.advantages is not None
         torch.testing.assert_close(found.advantages, batch.flatten(plain - baseline))
 
 
 def test_without_the_learners_scores_the_sampled_log_probabilities_count():
     batch = make_batch(scores=False)
-    found, _ = follow(config(objective={"type": "immediate"}), batch)
+    found, _ = compute_advantages(config(objective={"type": "immediate"}), batch)
     assert found.advantages is not None
     wanted = torch.where(batch.loss_mask, batch.teacher_logprobs - batch.rollout_logprobs, 0.0)
     torch.testing.assert_close(found.advantages, wanted)
@@ -117,13 +117,13 @@ def test_without_the_learners_scores_the_sampled_log_probabilities_count():
 
 def test_an_objective_that_needs_the_students_scores_says_so():
     with pytest.raises(ValueError, match=r"needs batch.reverse_kl; call learner.score_student"):
-        follow(config(objective={"type": "kl_to_go", "discount": 1.0}), make_batch(scores=False))
+        compute_advantages(config(objective={"type": "kl_to_go", "discount": 1.0}), make_batch(scores=False))
 
 
 def test_the_outcome_is_added_on_every_action():
     batch = make_batch(scores=False)
-    plain, _ = follow(config(objective={"type": "immediate"}), batch)
-    found, _ = follow(config(objective={"type": "immediate"}, outcome={"coef": 2.0}), batch)
+    plain, _ = compute_advantages(config(objective={"type": "immediate"}), batch)
+    found, _ = compute_advantages(config(objective={"type": "immediate"}, reward={"coef": 2.0}), batch)
     assert plain.advantages is not None
     assert found.advantages is not None
     added = batch.padded(found.advantages - plain.advantages)
@@ -136,7 +136,7 @@ def test_the_outcome_is_added_on_every_action():
 
 def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
     batch = make_batch()
-    found, metrics = follow(
+    found, metrics = compute_advantages(
         config(objective={"type": "immediate", "baseline": "kl"}, mask={"format_errors": "trajectory"}, tasks=CHECKED),
         batch,
     )
@@ -150,22 +150,22 @@ def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
 
 def test_a_masked_response_keeps_its_outcome():
     batch = make_batch()
-    found, _ = follow(
-        config(objective={"type": "exact"}, mask={"format_errors": "trajectory"}, tasks=CHECKED, outcome={"coef": 1.0}),
+    found, _ = compute_advantages(
+        config(objective={"type": "exact"}, mask={"format_errors": "trajectory"}, tasks=CHECKED, reward={"coef": 1.0}),
         batch,
     )
     assert torch.equal(found.train_mask, batch.loss_mask)
     assert not found.padded(found.distill_mask)[1].any()
     assert found.advantages is not None
-    # -1 against the 0 of the prompt's other sample, on two actions; three responses are distilled, four have an outcome
+    # -1 against the 0 of the prompt's other sample, on two actions; three responses are distilled, four have an reward
     assert found.padded(found.advantages)[1].sum() == pytest.approx(-2.0 * 3 / 4)
 
 
 def test_a_format_error_is_a_verdict_of_its_own():
     batch = make_batch()
     batch = replace(batch, rewards=torch.tensor([0.0, float("nan"), float("nan"), 1.0]))
-    found, _ = follow(config(objective={"coef": 0.0}, outcome={"coef": 1.0, "format_error": -2.0}), batch)
-    assert found.padded(found.outcome_mask).any(-1).tolist() == [True, True, False, True]
+    found, _ = compute_advantages(config(objective={"coef": 0.0}, reward={"coef": 1.0, "format_error": -2.0}), batch)
+    assert found.padded(found.reward_mask).any(-1).tolist() == [True, True, False, True]
     assert found.advantages is not None
     assert found.padded(found.advantages)[:, 2].tolist() == [2.0, -2.0, 0.0, 0.0]
 
@@ -174,18 +174,18 @@ def test_distillation_and_outcome_have_denominators_of_their_own():
     """Leaving three of four responses out of the distillation term makes neither term smaller."""
     batch = make_batch()
     both = config(
-        objective={"type": "immediate", "baseline": "kl"}, outcome={"coef": 1.0, "baseline": "none"}, tasks=CHECKED
+        objective={"type": "immediate", "baseline": "kl"}, reward={"coef": 1.0, "baseline": "none"}, tasks=CHECKED
     )
-    whole, _ = follow(both, batch)
+    whole, _ = compute_advantages(both, batch)
     flagged = batch.loss_mask & (torch.repeat_interleave(torch.arange(4), batch.lengths) > 0)
-    masked, _ = follow(
+    masked, _ = compute_advantages(
         both.model_copy(update={"mask": MaskConfig(format_errors="trajectory")}), replace(batch, flagged=flagged)
     )
     assert (divisor(both.objective, whole), divisor(both.objective, masked)) == (4.0, 1.0)
     assert whole.advantages is not None
     assert masked.advantages is not None
     rows = torch.repeat_interleave(torch.arange(4), batch.lengths)
-    # the outcome's part of the loss, a mean over the four episodes that have one: -1 for each of the three with an error
+    # the reward's part of the loss, a mean over the four episodes that have one: -1 for each of the three with an error
     for row, reward in enumerate((0.0, -1.0, -1.0, -1.0)):
         mine = batch.loss_mask & (rows == row)
         if row:
@@ -217,10 +217,10 @@ def test_the_parts_of_an_episode_share_one_outcome():
         items.append(scored(replace(item, reward=reward, part=part), [-0.5]))
     batch, _ = pack(items, logprob_floor=-50.0)
     assert batch.episodes.tolist() == [0, 0, 1]
-    found, _ = follow(config(objective={"coef": 0.0}, outcome={"coef": 1.0}), batch)
+    found, _ = compute_advantages(config(objective={"coef": 0.0}, reward={"coef": 1.0}), batch)
     assert found.advantages is not None
     assert found.advantages[found.loss_mask].tolist() == [1.0, 1.0, -1.0]
-    assert divisor(config(objective={"coef": 0.0}, outcome={"coef": 1.0}).objective, found) == 2.0
+    assert divisor(config(objective={"coef": 0.0}, reward={"coef": 1.0}).objective, found) == 2.0
 
 
 def test_the_parts_of_an_episode_are_no_baseline_for_each_other():
@@ -229,7 +229,7 @@ def test_the_parts_of_an_episode_are_no_baseline_for_each_other():
         item = rollout([1, 2, 3], 2, prompt=PROMPTS["p0"], sample=sample, logprobs=[-1.0])
         items.append(scored(replace(item, part=part), [logprob]))
     batch, _ = pack(items, logprob_floor=-50.0)
-    found, _ = follow(config(objective={"type": "immediate", "baseline": "leave_one_out"}), batch)
+    found, _ = compute_advantages(config(objective={"type": "immediate", "baseline": "leave_one_out"}), batch)
     assert found.advantages is not None
     # log ratios -1 and -5, and -2 of the other sample's first part; nobody else has a second
     assert found.advantages[found.loss_mask].tolist() == [1.0, -5.0, -1.0]
@@ -239,7 +239,7 @@ def test_truncated_weights_multiply_and_are_counted():
     batch = make_batch()
     assert batch.student_logprobs is not None
     objective = {"type": "immediate", "correction": {"type": "truncate", "cap": 1.1}}
-    found, metrics = follow(config(objective=objective), batch)
+    found, metrics = compute_advantages(config(objective=objective), batch)
     ratio, _, mask = columns(batch)
     weights = (batch.padded(batch.student_logprobs - batch.rollout_logprobs)).exp().clamp(max=1.1)
     assert found.advantages is not None
@@ -257,7 +257,7 @@ def test_rejected_tokens_leave_what_trains():
     batch = make_batch()
     assert batch.student_logprobs is not None
     objective = {"type": "exact", "correction": {"type": "reject", "low": 0.8, "high": 1.25}}
-    found, metrics = follow(config(objective=objective), batch)
+    found, metrics = compute_advantages(config(objective=objective), batch)
     weights = (batch.student_logprobs - batch.rollout_logprobs).exp()
     kept = batch.loss_mask & (weights >= 0.8) & (weights <= 1.25)
     assert 0 < int(kept.sum()) < int(batch.loss_mask.sum())

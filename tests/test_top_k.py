@@ -16,11 +16,11 @@ from vllm_like import changed, serving
 
 import opd
 from opd.batch import pack, split
-from opd.config import ServedConfig
-from opd.objectives.divergences import support_reverse_kl
-from opd.objectives.support import support_logprobs
-from opd.records import FailedScore, HiddenScore, ScoredRollout, SupportScore
-from opd.remote.client import Endpoint, Wire
+from opd.config import RemoteConfig
+from opd.objectives.divergences import top_k_reverse_kl
+from opd.objectives.top_k import logprobs_at
+from opd.records import FailedScore, HiddenScore, ScoredRollout, TopKScore
+from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
 
 
@@ -33,9 +33,9 @@ def test_logprobs_on_a_support_are_those_of_the_whole_distribution(max_logits: i
     ids = torch.randint(0, 11, (7, 3), generator=generator)
 
     def chunked(hidden: Tensor, head: Tensor) -> Tensor:
-        return support_logprobs(hidden, head, ids, temperature=temperature, max_logits=max_logits)[0]
+        return logprobs_at(hidden, head, ids, temperature=temperature, max_logits=max_logits)[0]
 
-    found, entropy = support_logprobs(hidden, head, ids, temperature=temperature, max_logits=max_logits)
+    found, entropy = logprobs_at(hidden, head, ids, temperature=temperature, max_logits=max_logits)
     dense = (hidden @ head.T / temperature).log_softmax(-1)
     torch.testing.assert_close(found, dense.gather(-1, ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, -(dense.exp() * dense).sum(-1), rtol=0, atol=1e-12)
@@ -52,11 +52,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 TOP = 5
 
 
-def named(bench: Bench, item: ScoredRollout) -> SupportScore:
+def named(bench: Bench, item: ScoredRollout) -> TopKScore:
     """What a server would say of a rollout: the sampled token, and its `TOP` likeliest others."""
     assert isinstance(item.score, HiddenScore)
     [part] = item.score.parts
-    head = bench.studio.voices[part.model].network.head_weight().double()
+    head = bench.backend.policies[part.model].network.head_weight().double()
     every = (torch.tensor(part.hidden).double() @ head.T / 0.8).log_softmax(-1)
     ids = np.full((len(every), TOP + 1), -1, dtype=np.int32)
     values = np.full((len(every), TOP + 1), -np.inf, dtype=np.float32)
@@ -64,14 +64,14 @@ def named(bench: Bench, item: ScoredRollout) -> SupportScore:
         chosen = [int(token), *(i for i in logq.topk(TOP).indices.tolist() if i != token)]
         ids[row, : len(chosen)] = chosen
         values[row, : len(chosen)] = logq[chosen]
-    return SupportScore(item.score.teacher, item.score.logprobs, ids, values)
+    return TopKScore(item.score.teacher, item.score.logprobs, ids, values)
 
 
 def test_the_gradient_is_that_of_the_buckets_whatever_the_packing(bench: Bench):
     scored = [replace(item, score=named(bench, item)) for item in bench.scored]
     batch, _ = pack(scored, logprob_floor=-50.0)
-    assert batch.support_ids is not None
-    assert bool((batch.support_ids[batch.loss_mask][:, -1] < 0).any())  # some rows are shorter than others
+    assert batch.top_k_ids is not None
+    assert bool((batch.top_k_ids[batch.loss_mask][:, -1] < 0).any())  # some rows are shorter than others
     mask = batch.loss_mask.clone()
     mask[batch.loss_mask.nonzero()[3]] = False
     batch = replace(batch, distill_mask=mask)
@@ -80,16 +80,16 @@ def test_the_gradient_is_that_of_the_buckets_whatever_the_packing(bench: Bench):
         logp = logits.double().log_softmax(-1)
         total = logp.new_zeros(())
         for at, place in enumerate(places):
-            ids = batch.support_ids[place]
+            ids = batch.top_k_ids[place]
             known = ids >= 0
-            bucketed = support_reverse_kl(logp[at, ids[known]], batch.support_logprobs[place][known].double())
+            bucketed = top_k_reverse_kl(logp[at, ids[known]], batch.logprobs_at[place][known].double())
             total = total + batch.distill_mask[place] * bucketed
         return total / len(batch)
 
     wanted = dense_gradient(bench, batch, loss_of_row)
     losses = []
     for max_tokens in (1, 40, 10_000):
-        found, loss = bench.gradient_and_loss(batch, type="support", support=TOP, max_tokens=max_tokens)
+        found, loss = bench.gradient_and_loss(batch, type="top_k", top_k=TOP, max_tokens=max_tokens)
         assert_same_gradient(found, wanted, 1e-6)
         losses.append(loss)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
@@ -106,7 +106,7 @@ def test_a_rollout_without_a_score_takes_nothing_from_its_siblings(bench: Bench)
     both = replace(both, distill_mask=both.scored)
     assert len(both) == len(alone) + 1
     wanted, found = (
-        bench.gradient(b, type="support", support=TOP, normalizer="constant", constant=1.0) for b in (alone, both)
+        bench.gradient(b, type="top_k", top_k=TOP, normalizer="constant", constant=1.0) for b in (alone, both)
     )
     assert_same_gradient(found, wanted, 1e-6)
 
@@ -121,7 +121,7 @@ def test_parts_of_a_batch_keep_their_columns(bench: Bench):
         assert len(found) == parts
         some = [part for part in found if part is not None]
         assert [r for part in some for r in part.rollout_ids] == list(batch.rollout_ids)
-        for name in ("token_ids", "support_ids", "support_logprobs", "lengths", "group_ids", "teacher_logprobs"):
+        for name in ("token_ids", "top_k_ids", "logprobs_at", "lengths", "group_ids", "teacher_logprobs"):
             joined = torch.cat([getattr(part, name) for part in some])
             torch.testing.assert_close(joined, getattr(batch, name), rtol=0, atol=0)
         for part in some:
@@ -129,19 +129,19 @@ def test_parts_of_a_batch_keep_their_columns(bench: Bench):
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
-    found = Wire(ServedConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02))
+def client() -> Iterator[Client]:
+    found = Client(RemoteConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02))
     yield found
     found.close()
 
 
-def test_a_server_names_the_sampled_token_and_its_likeliest(wire: Wire):
+def test_a_server_names_the_sampled_token_and_its_likeliest(client: Client):
     model = toy_model(7)
     item = rollout([5, 17, 80, 33, 200, 1], 2, prompt=prompt())
     with serving(model) as server:
-        teacher = connect("t", Endpoint("teacher 't'", (server.url,)), wire, byte_tokenizer(), top=TOP)
+        teacher = connect("t", Endpoint("teacher 't'", (server.url,)), client, byte_tokenizer(), top=TOP)
         [scored] = teacher.score([item])
-    assert isinstance(scored.score, SupportScore)
+    assert isinstance(scored.score, TopKScore)
     with torch.no_grad():
         every = model(input_ids=torch.tensor(item.token_ids.tolist())[None]).logits[0].double().log_softmax(-1)
     for row, place in enumerate(range(2, 6)):
@@ -151,12 +151,12 @@ def test_a_server_names_the_sampled_token_and_its_likeliest(wire: Wire):
         assert ids[0] == token
         assert ids[1 : 1 + len(wanted)].tolist() == wanted
         known = ids >= 0
-        np.testing.assert_allclose(scored.score.on_support[row][known], logq[ids[known]], atol=1e-5)
+        np.testing.assert_allclose(scored.score.top_k_logprobs[row][known], logq[ids[known]], atol=1e-5)
 
 
-def test_a_server_that_names_too_few_is_no_answer(wire: Wire):
+def test_a_server_that_names_too_few_is_no_answer(client: Client):
     with serving(toy_model(7)) as server:
-        teacher = connect("t", Endpoint("teacher 't'", (server.url,)), wire, byte_tokenizer(), top=TOP)
+        teacher = connect("t", Endpoint("teacher 't'", (server.url,)), client, byte_tokenizer(), top=TOP)
 
         def fewer(choice: dict[str, Any]) -> None:
             for token in list(choice["prompt_logprobs"][3])[1:3]:
@@ -168,26 +168,26 @@ def test_a_server_that_names_too_few_is_no_answer(wire: Wire):
     assert f"of the likeliest tokens at place 3, asked for {TOP} (--max-logprobs)" in scored.score.reason
 
 
-def served(folder: Path, urls: dict[str, str], **changes: Any) -> dict[str, Any]:
+def remote(folder: Path, urls: dict[str, str], **changes: Any) -> dict[str, Any]:
     tree = toy_recipe(folder, evaluation={"num_prompts": 2}, **changes)
     tree["teachers"] = {name: {"url": url} for name, url in urls.items()}
     return tree
 
 
 def test_a_run_follows_named_tokens_toward_its_teachers(tmp_path: Path):
-    objective = {"type": "support", "support": 12}
+    objective = {"type": "top_k", "top_k": 12}
     with serving(toy_model(1)) as even, serving(toy_model(2)) as odd:
-        tree = served(tmp_path, {"even": even.url, "odd": odd.url}, objective=objective, steps=40)
+        tree = remote(tmp_path, {"even": even.url, "odd": odd.url}, objective=objective, steps=40)
         tree["sampling"] |= {"prompts_per_step": 8, "group_size": 2}
         result = opd.train(opd.parse_config(tree))
     lines = opd.read_metrics(result.run)
     assert lines[-1]["divergence/token/mean"] < 0.8 * lines[0]["divergence/token/mean"]
     assert lines[-1]["kl/token/mean"] < lines[0]["kl/token/mean"]
-    assert 0 < lines[-1]["support/tail_mass/mean"] < 1
+    assert 0 < lines[-1]["top_k/tail_mass/mean"] < 1
 
 
-def test_named_tokens_and_whole_distributions_do_not_mix(tmp_path: Path):
-    tree = toy_recipe(tmp_path, objective={"type": "support"})
+def test_top_k_and_whole_distributions_do_not_mix(tmp_path: Path):
+    tree = toy_recipe(tmp_path, objective={"type": "top_k"})
     tree["teachers"]["odd"] = {"url": "http://127.0.0.1:1"}
     with pytest.raises(opd.errors.ConfigError, match=r"teacher 'even' is in process: .* serve all teachers, or none"):
         opd.parse_config(tree)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cross_tokenizer import save_cross_tokenizer
 from factories import toy_recipe
-from foreign import save_foreign
 from torch import Tensor
 from zoo import toy, toy_ascii, toy_bpe
 
@@ -16,17 +16,17 @@ from opd.data.tasks import make_tasks
 from opd.errors import ModelError
 from opd.local.build import build
 from opd.metrics import values
-from opd.objective import follow
-from opd.objectives.vocabulary import CommonCells, TeacherStates, VocabularyLoss, vocabulary_loss
+from opd.objective import compute_advantages
+from opd.objectives.vocabulary import SharedVocabularyIds, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import ChunkScore
-from opd.text.shared_vocabulary import Cells, common_cells
-from opd.text.student_text import Writer
-from opd.text.teacher_text import Reader
+from opd.text.shared_vocabulary import SharedVocabulary, shared_vocabulary
+from opd.text.student_text import StudentSide
+from opd.text.teacher_text import TeacherSide
 
 
-def cells_of(student, teacher) -> tuple[Cells, Writer, Writer]:
-    ours, theirs = Writer(student), Writer(teacher)
-    return common_cells(ours.table, ours.end_ids, theirs.table, theirs.end_ids), ours, theirs
+def cells_of(student, teacher) -> tuple[SharedVocabulary, StudentSide, StudentSide]:
+    ours, theirs = StudentSide(student), StudentSide(teacher)
+    return shared_vocabulary(ours.table, ours.end_ids, theirs.table, theirs.end_ids), ours, theirs
 
 
 def test_a_token_lies_in_the_cell_of_its_longest_common_beginning():
@@ -64,7 +64,7 @@ def test_tokens_that_both_have_are_cells_of_their_own(first: str, second: str):
         assert cells.same(np.arange(len(ours.table)), np.arange(len(ours.table))).sum() == cells.num - 2 + 1
 
 
-def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, CommonCells]:
+def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, SharedVocabularyIds]:
     g = torch.Generator().manual_seed(0)
     wide = {"dtype": torch.float64, "generator": g}
     hidden, head = torch.randn(states, 4, **wide), torch.randn(11, 4, **wide)
@@ -72,10 +72,12 @@ def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, Common
     # 6 cells and the last, which holds what has none; one cell has no id of the teacher's
     ours = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 1, 6, 6])
     others = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2, 3, 3, 6, 6, 6, 1])
-    return hidden.requires_grad_(), head.requires_grad_(), teacher, theirs, CommonCells(ours, others, 7)
+    return hidden.requires_grad_(), head.requires_grad_(), teacher, theirs, SharedVocabularyIds(ours, others, 7)
 
 
-def dense(hidden: Tensor, head: Tensor, teacher: Tensor, theirs: Tensor, cells: CommonCells, k: int, sampled: Tensor):
+def dense(
+    hidden: Tensor, head: Tensor, teacher: Tensor, theirs: Tensor, cells: SharedVocabularyIds, k: int, sampled: Tensor
+):
     """The bucketed reverse KL over cells, state by state, with autograd."""
     total = hidden.new_zeros(())
     for i in range(len(hidden)):
@@ -96,7 +98,7 @@ def dense(hidden: Tensor, head: Tensor, teacher: Tensor, theirs: Tensor, cells: 
 def test_the_loss_over_cells_equals_a_dense_one(k: int):
     hidden, head, teacher, theirs, cells = random_case()
     sampled = torch.tensor([0, 5, 7, 9, 2])
-    how = VocabularyLoss(support=k, max_logits=30)
+    how = VocabularyLoss(top_k=k, max_logits=30)
     weights = torch.ones(5, dtype=torch.float64)
     loss, stats = vocabulary_loss(
         hidden, head, [TeacherStates(teacher, theirs, 1.0, cells)], weights, how, sampled_ids=sampled
@@ -111,13 +113,13 @@ def test_the_loss_over_cells_equals_a_dense_one(k: int):
 
 
 def test_one_vocabulary_gives_what_ids_give():
-    """Cells of one id each are the plain support."""
+    """SharedVocabulary of one id each are the plain support."""
     hidden, head, teacher, theirs, _ = random_case()
     theirs = theirs[:11]
-    how = VocabularyLoss(support=3)
+    how = VocabularyLoss(top_k=3)
     sampled = torch.tensor([0, 5, 7, 9, 2])
     weights = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    each = CommonCells(torch.arange(11), torch.arange(11), 12)
+    each = SharedVocabularyIds(torch.arange(11), torch.arange(11), 12)
     found = []
     for cells in (None, each):
         states = [TeacherStates(teacher, theirs, 1.0, cells)]
@@ -132,20 +134,20 @@ def test_a_cell_without_mass_is_no_infinity():
     head = (head.detach() * 2000).requires_grad_()
     loss, _ = vocabulary_loss(
         hidden, head, [TeacherStates(teacher, theirs * 2000, 1.0, cells)], torch.ones(5, dtype=torch.float64),
-        VocabularyLoss(support=2), sampled_ids=torch.zeros(5, dtype=torch.int64),
+        VocabularyLoss(top_k=2), sampled_ids=torch.zeros(5, dtype=torch.int64),
     )  # fmt: skip
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, head)))
 
 
-def foreign_recipe(folder: Path, **changes) -> dict:
+def cross_tokenizer_recipe(folder: Path, **changes) -> dict:
     """A student of letters; one teacher of the same letters, one that merges them."""
     merges = [(a, b) for a in "aeiou" for b in "nrst"]
     tree = toy_recipe(folder, **changes)
-    tree["student"] = save_foreign(folder / "ascii", toy_ascii(), seed=4)
+    tree["student"] = save_cross_tokenizer(folder / "ascii", toy_ascii(), seed=4)
     tree["teachers"] = {
-        "even": {"model": save_foreign(folder / "merged", toy_ascii(*merges), seed=5)},
-        "odd": {"model": save_foreign(folder / "same", toy_ascii(), seed=6)},
+        "even": {"model": save_cross_tokenizer(folder / "merged", toy_ascii(*merges), seed=5)},
+        "odd": {"model": save_cross_tokenizer(folder / "same", toy_ascii(), seed=6)},
     }
     return tree
 
@@ -154,9 +156,9 @@ def test_a_tag_of_both_is_a_cell_of_its_own_under_any_spelling():
     ours, theirs = toy_bpe(300), toy_bpe(330)
     ours.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     theirs.add_tokens(["[THINK]", "[/THINK]"])  # ordinary text to the teacher
-    writer, reader = Writer(ours), Reader(theirs, name="t")
-    tags = reader.counterparts(writer.table)
-    cells = common_cells(writer.table, writer.end_ids, reader.table, reader.end_ids, tags)
+    student_side, teacher_side = StudentSide(ours), TeacherSide(theirs, name="t")
+    tags = teacher_side.counterparts(student_side.table)
+    cells = shared_vocabulary(student_side.table, student_side.end_ids, teacher_side.table, teacher_side.end_ids, tags)
     mine, other = (
         ours.convert_tokens_to_ids(["<think>", "</think>"]),
         theirs.convert_tokens_to_ids(["[THINK]", "[/THINK]"]),
@@ -167,40 +169,40 @@ def test_a_tag_of_both_is_a_cell_of_its_own_under_any_spelling():
 
 
 def packed_case(folder: Path, max_tokens: int):
-    """(studio, scored rollouts, followed batch) of both kinds of teacher, scored in passes of `max_tokens`."""
-    tree = foreign_recipe(folder, objective={"type": "support", "support": 8})
+    """(backend, scored rollouts, followed batch) of both kinds of teacher, scored in passes of `max_tokens`."""
+    tree = cross_tokenizer_recipe(folder, objective={"type": "top_k", "top_k": 8})
     tree["compute"] = {"device": "cpu", "threads": 1, "max_tokens": max_tokens}
     config = opd.parse_config(tree)
-    studio = build(config)
+    backend = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
-    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
-    batch, _ = follow(config, pack(scored, logprob_floor=-50.0)[0])
-    return studio, scored, batch
+    rollouts = backend.sampler().sample(prompts, num_samples=2, seed=(1,))
+    scored = backend.teachers(keep_hidden=True, followed=True).score(rollouts)
+    batch, _ = compute_advantages(config, pack(scored, logprob_floor=-50.0)[0])
+    return backend, scored, batch
 
 
 def test_the_states_that_are_compared_are_those_before_the_same_token(tmp_path: Path):
     """Each row against one unpacked forward pass over the teacher's own encoding of its own rendering."""
-    studio, scored, _ = packed_case(tmp_path, 60)
-    voice = studio.foreign["even"]
+    backend, scored, _ = packed_case(tmp_path, 60)
+    policy = backend.cross_tokenizer["even"]
     checked = 0
     for item in scored:
-        said = [int(i) for i in item.rollout.token_ids[item.rollout.loss_mask] if i not in voice.writer.end_ids]
-        if not isinstance(item.score, ChunkScore) or voice.writer.table.control[said].any():
+        said = [int(i) for i in item.rollout.token_ids[item.rollout.loss_mask] if i not in policy.student_side.end_ids]
+        if not isinstance(item.score, ChunkScore) or policy.student_side.table.control[said].any():
             continue  # a tag is the teacher's own token, which a plain encoding of the response does not have
         assert item.score.part is not None
         assert item.score.compared is not None
-        before = voice.reader.render(item.rollout.prompt.messages).text
-        ids = voice.reader.tokenizer(before + item.rollout.response, add_special_tokens=False).input_ids
-        first = len(voice.reader.tokenizer(before, add_special_tokens=False).input_ids)
+        before = policy.teacher_side.render(item.rollout.prompt.messages).text
+        ids = policy.teacher_side.tokenizer(before + item.rollout.response, add_special_tokens=False).input_ids
+        first = len(policy.teacher_side.tokenizer(before, add_special_tokens=False).input_ids)
         with torch.no_grad():
-            states = voice.network.base.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        ends = np.cumsum([len(voice.reader.table.of(i)) for i in ids[first:]])
+            states = policy.network.base.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        ends = np.cumsum([len(policy.teacher_side.table.of(i)) for i in ids[first:]])
         start = int(np.flatnonzero(item.rollout.loss_mask)[0])
-        mine = np.cumsum([len(voice.writer.table.of(int(i))) for i in item.rollout.token_ids[start:]])
+        mine = np.cumsum([len(policy.student_side.table.of(int(i))) for i in item.rollout.token_ids[start:]])
         for place, row in zip(np.flatnonzero(item.score.compared), item.score.part.hidden, strict=True):
             token = int(item.rollout.token_ids[place])
-            at_end = token in voice.writer.end_ids
+            at_end = token in policy.student_side.end_ids
             # the teacher's token that ends at the same byte; behind the last one where the turn ends
             j = len(ends) if at_end else int(np.flatnonzero(ends == mine[place - start])[0])
             assert row == pytest.approx(states[first + j - 1].numpy(), abs=1e-4)
@@ -209,16 +211,16 @@ def test_the_states_that_are_compared_are_those_before_the_same_token(tmp_path: 
 
 
 def test_any_packing_gives_the_same_gradient_and_the_same_share(tmp_path: Path):
-    studio, _, batch = packed_case(tmp_path, 4000)
-    foreign = torch.tensor([t == "even" for t in batch.teachers]).repeat_interleave(batch.lengths)
+    backend, _, batch = packed_case(tmp_path, 4000)
+    cross_tokenizer = torch.tensor([t == "even" for t in batch.teachers]).repeat_interleave(batch.lengths)
     assert batch.compared is not None
-    share = float((batch.compared & foreign).sum() / (batch.scored & foreign).sum())
+    share = float((batch.compared & cross_tokenizer).sum() / (batch.scored & cross_tokenizer).sum())
     found = []
     for max_tokens in (4000, 40):
-        learner = studio.learner()
+        learner = backend.learner()
         learner._max_tokens = max_tokens
         metrics = values(learner.forward_backward(batch))
-        assert metrics["support/compared/mean"] == pytest.approx(share)
+        assert metrics["top_k/compared/mean"] == pytest.approx(share)
         found.append({n: p.grad.clone() for n, p in learner.weights().items() if p.grad is not None})
         for parameter in learner.weights().values():
             parameter.grad = None
@@ -227,7 +229,7 @@ def test_any_packing_gives_the_same_gradient_and_the_same_share(tmp_path: Path):
 
 
 def test_masking_format_errors_needs_a_centred_term(tmp_path: Path):
-    tree = foreign_recipe(tmp_path, objective={"type": "support"}, mask={"format_errors": "trajectory"})
+    tree = cross_tokenizer_recipe(tmp_path, objective={"type": "top_k"}, mask={"format_errors": "trajectory"})
     for task in tree["tasks"].values():
         task["checks"] = {"rules": ["truncated"]}
     with pytest.raises(ModelError, match="would reward errors"):
@@ -236,19 +238,19 @@ def test_masking_format_errors_needs_a_centred_term(tmp_path: Path):
 
 def test_a_batch_of_both_kinds_of_teacher(tmp_path: Path):
     """What is compared, what follows the sampled chunk, and that together they are every scored action, once."""
-    objective = {"type": "support", "support": 8}
-    config = opd.parse_config(foreign_recipe(tmp_path, objective=objective))
-    studio = build(config)
+    objective = {"type": "top_k", "top_k": 8}
+    config = opd.parse_config(cross_tokenizer_recipe(tmp_path, objective=objective))
+    backend = build(config)
     prompts = [p for task in make_tasks(config.tasks).values() for p in task.prompts("train")][:6]
-    rollouts = studio.sampler().sample(prompts, num_samples=2, seed=(1,))
-    scored = studio.teachers(keep_hidden=True, followed=True).score(rollouts)
+    rollouts = backend.sampler().sample(prompts, num_samples=2, seed=(1,))
+    scored = backend.teachers(keep_hidden=True, followed=True).score(rollouts)
     batch, _ = pack(scored, logprob_floor=-50.0)
-    batch, _ = follow(config, batch)
+    batch, _ = compute_advantages(config, batch)
     assert batch.compared is not None
     assert batch.advantages is not None
-    foreign = [s for s in scored if isinstance(s.score, ChunkScore)]
-    assert foreign
-    for item in foreign:
+    cross_tokenizer = [s for s in scored if isinstance(s.score, ChunkScore)]
+    assert cross_tokenizer
+    for item in cross_tokenizer:
         assert isinstance(item.score, ChunkScore)
         assert item.score.compared is not None
         assert (item.score.chunks[item.score.compared] >= 0).all()
@@ -257,15 +259,15 @@ def test_a_batch_of_both_kinds_of_teacher(tmp_path: Path):
     assert (batch.advantages[batch.compared] == 0).all()
     rest = batch.scored & ~batch.compared
     assert (batch.advantages[rest] != 0).any()
-    learner = studio.learner()
+    learner = backend.learner()
     metrics = values(learner.forward_backward(batch))
-    assert 0 < metrics["support/compared/mean"] < 1
+    assert 0 < metrics["top_k/compared/mean"] < 1
     assert metrics["kl/byte/mean"] > 0
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learner.weights().values())
 
 
 def test_a_tail_residual_needs_one_vocabulary(tmp_path: Path):
-    objective = {"type": "support", "support": 8, "tail_residual": True}
-    config = opd.parse_config(foreign_recipe(tmp_path, objective=objective))
+    objective = {"type": "top_k", "top_k": 8, "tail_residual": True}
+    config = opd.parse_config(cross_tokenizer_recipe(tmp_path, objective=objective))
     with pytest.raises(ModelError, match="tail_residual"):
         build(config)

@@ -6,41 +6,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cross_tokenizer import policy_of, save_cross_tokenizer, toy_without
 from factories import CHATML, save_toy, toy_recipe
-from foreign import save_foreign, toy_without, voice_of
 from test_tokenizer_pairs import rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import toy, toy_bpe
 
 import opd
 from opd.errors import ModelError
-from opd.local.cross_tokenizer import ForeignVoice, score_foreign
+from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, FailedScore, Rollout, Turn
 from opd.text.alignment import chunk_score, pair_turns
 from opd.text.special_tags import counterparts
-from opd.text.student_text import Masked, Writer
-from opd.text.teacher_text import Reader
+from opd.text.student_text import Masked, StudentSide
+from opd.text.teacher_text import TeacherSide
 
 
-def score(voice: ForeignVoice, rollouts: list[Rollout], *, temperature: float = 1.0) -> list[ChunkScore]:
-    found = score_foreign("t", voice, rollouts, temperature=temperature, max_tokens=64)
+def score(policy: CrossTokenizerPolicy, rollouts: list[Rollout], *, temperature: float = 1.0) -> list[ChunkScore]:
+    found = score_cross_tokenizer("t", policy, rollouts, temperature=temperature, max_tokens=64)
     assert all(isinstance(s, ChunkScore) for s in found), found
     return found  # type: ignore[return-value]  # asserted above
 
 
-def written(voice: ForeignVoice, text: str, *, ended: bool = True) -> Rollout:
-    return rollout_of(voice.writer.encode(text), voice.writer, text=text, ended=ended)
+def written(policy: CrossTokenizerPolicy, text: str, *, ended: bool = True) -> Rollout:
+    return rollout_of(policy.student_side.encode(text), policy.student_side, text=text, ended=ended)
 
 
 @pytest.fixture(scope="module")
-def voice(tmp_path_factory: pytest.TempPathFactory) -> ForeignVoice:
+def policy(tmp_path_factory: pytest.TempPathFactory) -> CrossTokenizerPolicy:
     """A BPE teacher for a student that writes bytes."""
-    return voice_of(save_foreign(tmp_path_factory.mktemp("teacher"), toy("bpe400")), toy("bytes"))
+    return policy_of(save_cross_tokenizer(tmp_path_factory.mktemp("teacher"), toy("bpe400")), toy("bytes"))
 
 
-def plain_logprobs(voice: ForeignVoice, text: str, *, temperature: float = 1.0) -> tuple[list[int], list[float], float]:
+def plain_logprobs(
+    policy: CrossTokenizerPolicy, text: str, *, temperature: float = 1.0
+) -> tuple[list[int], list[float], float]:
     """The teacher's ids of the response, their log-probabilities, and that of ending, by one unpacked forward pass."""
-    tokenizer, model = voice.reader.tokenizer, voice.network.base
+    tokenizer, model = policy.teacher_side.tokenizer, policy.network.base
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say it."}], add_generation_prompt=True, tokenize=False
     )
@@ -51,15 +53,15 @@ def plain_logprobs(voice: ForeignVoice, text: str, *, temperature: float = 1.0) 
         logits = model(input_ids=torch.tensor([ids])).logits[0].double() / temperature
     logprobs = logits.log_softmax(-1)
     each = [float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
-    ending = float(logprobs[-1, list(voice.reader.end_ids)].logsumexp(-1))
+    ending = float(logprobs[-1, list(policy.teacher_side.end_ids)].logsumexp(-1))
     return ids[len(prompt) :], each, ending
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunks_sum_what_a_plain_forward_pass_gives(voice: ForeignVoice, temperature: float):
+def test_chunks_sum_what_a_plain_forward_pass_gives(policy: CrossTokenizerPolicy, temperature: float):
     text = "the cat saw 123 naïve 漢字 🙂 ok"
-    [found] = score(voice, [written(voice, text)], temperature=temperature)
-    _, each, ending = plain_logprobs(voice, text, temperature=temperature)
+    [found] = score(policy, [written(policy, text)], temperature=temperature)
+    _, each, ending = plain_logprobs(policy, text, temperature=temperature)
     assert found.logprobs.sum() == pytest.approx(sum(each) + ending, abs=1e-3)
     last = np.flatnonzero(found.chunks == found.chunks.max())
     assert found.logprobs[last[-1]] == pytest.approx(ending, abs=1e-4)
@@ -67,33 +69,33 @@ def test_chunks_sum_what_a_plain_forward_pass_gives(voice: ForeignVoice, tempera
 
 def test_one_tokenizer_gives_the_plain_log_ratio(tmp_path: Path):
     """T1."""
-    voice = voice_of(save_toy(tmp_path, 5), toy("bytes"))
+    policy = policy_of(save_toy(tmp_path, 5), toy("bytes"))
     text = "plain"
-    [found] = score(voice, [written(voice, text)])
-    _, each, ending = plain_logprobs(voice, text)
+    [found] = score(policy, [written(policy, text)])
+    _, each, ending = plain_logprobs(policy, text)
     assert found.chunks.tolist() == [-1, *range(len(text) + 1)]
     assert found.logprobs[1:] == pytest.approx([*each, ending], abs=1e-5)
 
 
-def test_two_spellings_of_one_text_have_one_teacher_total(voice: ForeignVoice, tmp_path: Path):
+def test_two_spellings_of_one_text_have_one_teacher_total(policy: CrossTokenizerPolicy, tmp_path: Path):
     """T20: the student's side differs, the teacher's total does not."""
     student = toy("bpe300")
-    both = ForeignVoice(voice.network, None, voice.reader, Writer(student), -50.0)
+    both = CrossTokenizerPolicy(policy.network, None, policy.teacher_side, StudentSide(student), -50.0)
     text = "the cat sat"
-    ids = both.writer.encode(text)
-    split = [t for c in text for t in both.writer.encode(c)]
+    ids = both.student_side.encode(text)
+    split = [t for c in text for t in both.student_side.encode(c)]
     assert split != ids
-    usual, odd = score(both, [rollout_of(i, both.writer, text=text) for i in (ids, split)])
+    usual, odd = score(both, [rollout_of(i, both.student_side, text=text) for i in (ids, split)])
     assert usual.logprobs.sum() == pytest.approx(odd.logprobs.sum(), abs=1e-4)
     assert usual.facts["non_canonical"] == 0
     assert odd.facts["non_canonical"] == 1
 
 
-def test_scores_do_not_depend_on_what_is_packed_beside(voice: ForeignVoice):
-    items = [written(voice, t) for t in ("the cat", "the cat sat on the mat", "12345", "")]
-    together = score(voice, items)
+def test_scores_do_not_depend_on_what_is_packed_beside(policy: CrossTokenizerPolicy):
+    items = [written(policy, t) for t in ("the cat", "the cat sat on the mat", "12345", "")]
+    together = score(policy, items)
     for item, found in zip(items, together, strict=True):
-        [alone] = score(voice, [item])
+        [alone] = score(policy, [item])
         assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
         assert found.chunks.tolist() == alone.chunks.tolist()
 
@@ -101,69 +103,71 @@ def test_scores_do_not_depend_on_what_is_packed_beside(voice: ForeignVoice):
 def test_ending_is_one_event_whichever_token_says_it(tmp_path: Path):
     """T5: the log-probability of the end is that of the set of end tokens."""
     tokenizer = toy_bpe(350)
-    source = save_foreign(tmp_path, tokenizer)
-    voice = voice_of(source, toy("bytes"))
-    both = (*voice.reader.end_ids, 42)
-    wide = ForeignVoice(voice.network, None, voice.reader, voice.writer, -50.0)
-    wide.reader.end_ids = both
+    source = save_cross_tokenizer(tmp_path, tokenizer)
+    policy = policy_of(source, toy("bytes"))
+    both = (*policy.teacher_side.end_ids, 42)
+    wide = CrossTokenizerPolicy(policy.network, None, policy.teacher_side, policy.student_side, -50.0)
+    wide.teacher_side.end_ids = both
     [found] = score(wide, [written(wide, "hi")])
     _, _, ending = plain_logprobs(wide, "hi")
     assert found.logprobs[-1] == pytest.approx(ending, abs=1e-4)
 
 
-def test_a_truncated_response_has_no_end(voice: ForeignVoice):
-    cut = voice.writer.encode("the cat 漢")[:-1]  # T18: in mid-character
-    [found] = score(voice, [rollout_of(cut, voice.writer, text="", ended=False)])
+def test_a_truncated_response_has_no_end(policy: CrossTokenizerPolicy):
+    cut = policy.student_side.encode("the cat 漢")[:-1]  # T18: in mid-character
+    [found] = score(policy, [rollout_of(cut, policy.student_side, text="", ended=False)])
     assert found.facts["masked/invalid_utf8"] == 2
     assert found.chunks[-2:].tolist() == [-1, -1]
     assert found.chunks[1] == 0
     assert found.num_bytes == len("the cat ")
 
 
-def test_bytes_that_are_no_text_mask_their_neighbours_at_most(voice: ForeignVoice):
+def test_bytes_that_are_no_text_mask_their_neighbours_at_most(policy: CrossTokenizerPolicy):
     """In the middle, not only at the end: what stands behind keeps its own score."""
-    table = voice.writer.table
-    ids = [*voice.writer.encode("the cat"), table_id(table, b"\xff"), *voice.writer.encode(" sat")]
-    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, voice.reader)
-    assert turn.spelling.text == "the cat\ufffd sat"
+    table = policy.student_side.table
+    ids = [*policy.student_side.encode("the cat"), table_id(table, b"\xff"), *policy.student_side.encode(" sat")]
+    [turn] = pair_turns(rollout_of(ids, policy.student_side, text=""), policy.student_side, policy.teacher_side)
+    assert turn.student_text.text == "the cat\ufffd sat"
     assert [i for i, m in enumerate(turn.pairing.masked) if m] == [7]
-    assert turn.pairing.chunk_ids[-1] == len(turn.pairing.sums(np.zeros(len(turn.reading.ends) + 1))) - 1
+    assert turn.pairing.chunk_ids[-1] == len(turn.pairing.sums(np.zeros(len(turn.teacher_text.ends) + 1))) - 1
 
 
 def table_id(table, piece: bytes) -> int:
     return next(i for i in range(len(table)) if table.of(i) == piece)
 
 
-def test_control_tokens_without_a_counterpart_are_masked_and_not_read(voice: ForeignVoice):
+def test_control_tokens_without_a_counterpart_are_masked_and_not_read(policy: CrossTokenizerPolicy):
     start = toy("bytes").convert_tokens_to_ids("<|im_start|>")
-    ids = [*voice.writer.encode("ab"), start, *voice.writer.encode("cd")]
-    assert counterparts(voice.writer.table, voice.reader.table)[start] == "<|im_start|>"  # both have it: it is written
-    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, voice.reader)
-    theirs = voice.reader.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert turn.reading.token_ids[turn.reading.first :].tolist().count(theirs) == 1
+    ids = [*policy.student_side.encode("ab"), start, *policy.student_side.encode("cd")]
+    assert (
+        counterparts(policy.student_side.table, policy.teacher_side.table)[start] == "<|im_start|>"
+    )  # both have it: it is written
+    [turn] = pair_turns(rollout_of(ids, policy.student_side, text=""), policy.student_side, policy.teacher_side)
+    theirs = policy.teacher_side.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert turn.teacher_text.token_ids[turn.teacher_text.first :].tolist().count(theirs) == 1
     assert not turn.pairing.masked.any()
     assert turn.canonical
-    lonely = Reader(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
-    [turn] = pair_turns(rollout_of(ids, voice.writer, text=""), voice.writer, lonely)
-    assert turn.spelling.text == "abcd"
+    lonely = TeacherSide(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
+    [turn] = pair_turns(rollout_of(ids, policy.student_side, text=""), policy.student_side, lonely)
+    assert turn.student_text.text == "abcd"
     assert turn.pairing.masked.tolist() == [0, 0, int(Masked.NO_COUNTERPART), 0, 0, 0]
     assert turn.pairing.kept_sizes.sum() == 4
 
 
-def test_ids_beyond_the_tokenizer_are_masked(voice: ForeignVoice):
-    ids = [*voice.writer.encode("ab"), 5000, *voice.writer.encode("cd")]
-    [found] = score(voice, [rollout_of(ids, voice.writer, text="")])
+def test_ids_beyond_the_tokenizer_are_masked(policy: CrossTokenizerPolicy):
+    ids = [*policy.student_side.encode("ab"), 5000, *policy.student_side.encode("cd")]
+    [found] = score(policy, [rollout_of(ids, policy.student_side, text="")])
     assert found.facts["masked/unknown_id"] == 1
     assert found.num_bytes == 4
 
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("ids", [[], [256], [256, 5000], [5000]])
-def test_responses_of_nothing_but_control_tokens(voice: ForeignVoice, ids: list[int], ended: bool):
-    lonely = Reader(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
-    item = rollout_of(ids, voice.writer, text="", ended=ended)
-    turns = pair_turns(item, voice.writer, lonely)
-    found = chunk_score("t", item, turns, [np.full(len(t.reading.ends) + ended, -2.0) for t in turns])
+def test_responses_of_nothing_but_control_tokens(policy: CrossTokenizerPolicy, ids: list[int], ended: bool):
+    lonely = TeacherSide(toy_without(toy("bpe400"), "<|im_start|>"), name="t")
+    item = rollout_of(ids, policy.student_side, text="", ended=ended)
+    turns = pair_turns(item, policy.student_side, lonely)
+    found = chunk_score("t", item, turns, [np.full(len(t.teacher_text.ends) + ended, -2.0) for t in turns])
     assert found.chunks.tolist() == [-1] * (1 + len(ids)) + [0] * ended
     assert found.logprobs.tolist() == [0.0] * (1 + len(ids)) + [-2.0] * ended
     assert found.num_bytes == 0
@@ -183,16 +187,16 @@ def test_responses_of_nothing_but_control_tokens(voice: ForeignVoice, ids: list[
     ],
 )
 def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
-    voice: ForeignVoice, shown: str, answer: str, gone: str
+    policy: CrossTokenizerPolicy, shown: str, answer: str, gone: str
 ):
     """The first turn is read as it was written, the second behind the conversation as the template shows it then."""
     tokenizer = toy_bpe(380, template=CHATML.replace("m['content'] +", f"{shown} +"))
-    reader = Reader(tokenizer, name="t")
-    first, second = voice.writer.encode(answer), voice.writer.encode("no")
-    end = voice.writer.end_ids[-1]
+    teacher_side = TeacherSide(tokenizer, name="t")
+    first, second = policy.student_side.encode(answer), policy.student_side.encode("no")
+    end = policy.student_side.end_ids[-1]
     ids = [0, *first, end, 5, *second, end]
     stops = [1, 1 + len(first) + 1]
-    base = rollout_of([], voice.writer, text="")
+    base = rollout_of([], policy.student_side, text="")
     item = Rollout(
         prompt=base.prompt,
         sample=0,
@@ -210,31 +214,31 @@ def test_history_that_the_template_rewrites_is_read_as_the_teacher_would_see_it(
         finish="end",
         policy_version=0,
     )  # fmt: skip
-    one, two = pair_turns(item, voice.writer, reader)
+    one, two = pair_turns(item, policy.student_side, teacher_side)
     assert (one.rewritten, two.rewritten) == (False, True)
-    written = reader.table.join(one.reading.token_ids[one.reading.first :]).tobytes().decode()
-    assert written == one.spelling.text == answer
-    assert gone not in tokenizer.decode(two.reading.token_ids)
-    [found] = score(voice, [item])
+    written = teacher_side.table.join(one.teacher_text.token_ids[one.teacher_text.first :]).tobytes().decode()
+    assert written == one.student_text.text == answer
+    assert gone not in tokenizer.decode(two.teacher_text.token_ids)
+    [found] = score(policy, [item])
     assert (found.chunks[item.loss_mask] >= 0).all()
     assert found.facts["turns"] == 2
 
 
-def test_the_floor_is_of_a_token_and_counted(voice: ForeignVoice):
+def test_the_floor_is_of_a_token_and_counted(policy: CrossTokenizerPolicy):
     text = "xq zj vw kp yy"
-    [free] = score(voice, [written(voice, text)])
-    low = ForeignVoice(voice.network, None, voice.reader, voice.writer, -3.0)
+    [free] = score(policy, [written(policy, text)])
+    low = CrossTokenizerPolicy(policy.network, None, policy.teacher_side, policy.student_side, -3.0)
     [found] = score(low, [written(low, text)])
-    _, each, ending = plain_logprobs(voice, text)
+    _, each, ending = plain_logprobs(policy, text)
     assert found.logprobs.sum() == pytest.approx(sum(max(x, -3.0) for x in [*each, ending]), abs=1e-3)
     assert found.facts["floored"] == sum(x < -3.0 for x in [*each, ending]) > 0
     assert free.facts["floored"] == 0
 
 
 def test_a_context_that_is_too_short_fails_that_rollout_alone(tmp_path: Path):
-    voice = voice_of(save_foreign(tmp_path, toy_bpe(360), max_context=40), toy("bytes"))
-    short, long = written(voice, "the cat"), written(voice, "xyz " * 40)
-    found = score_foreign("t", voice, [long, short], temperature=1.0, max_tokens=64)
+    policy = policy_of(save_cross_tokenizer(tmp_path, toy_bpe(360), max_context=40), toy("bytes"))
+    short, long = written(policy, "the cat"), written(policy, "xyz " * 40)
+    found = score_cross_tokenizer("t", policy, [long, short], temperature=1.0, max_tokens=64)
     assert isinstance(found[0], FailedScore)
     assert "exceed the context of teacher 't' (40)" in found[0].reason
     assert isinstance(found[1], ChunkScore)
@@ -243,7 +247,7 @@ def test_a_context_that_is_too_short_fails_that_rollout_alone(tmp_path: Path):
 def test_training_follows_a_foreign_teacher(tmp_path: Path):
     """The whole loop: chunks on disk and back, metrics by byte, the same run with another teacher beside."""
     tree = toy_recipe(tmp_path, objective={"type": "immediate"}, steps=2)
-    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390))}
+    tree["teachers"]["odd"] = {"model": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390))}
     reports = []
     result = opd.train(opd.parse_config(tree), on_step=reports.append)
     assert result.finished
@@ -275,7 +279,7 @@ def test_training_follows_a_foreign_teacher(tmp_path: Path):
 )
 def test_what_needs_common_tokens_is_refused(tmp_path: Path, change: dict, message: str):
     tree = toy_recipe(tmp_path, **change)
-    tree["teachers"]["odd"] = {"model": save_foreign(tmp_path / "foreign", toy_bpe(390))}
+    tree["teachers"]["odd"] = {"model": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390))}
     if "both" in tree["teachers"]:
         tree["tasks"]["first"]["teacher"] = "both"
     with pytest.raises(ModelError, match=r"teacher 'odd': .* has another tokenizer") as caught:
@@ -284,16 +288,16 @@ def test_what_needs_common_tokens_is_refused(tmp_path: Path, change: dict, messa
 
 
 def test_models_load_as_saved(tmp_path: Path):
-    source = save_foreign(tmp_path, toy_bpe(320))
+    source = save_cross_tokenizer(tmp_path, toy_bpe(320))
     assert (
         AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<|im_end|>")
         == AutoModelForCausalLM.from_pretrained(source).generation_config.eos_token_id
     )
 
 
-def test_a_rollout_without_a_turn_cannot_be_scored_and_holds_up_no_other(voice: ForeignVoice):
-    item = written(voice, "the cat")
+def test_a_rollout_without_a_turn_cannot_be_scored_and_holds_up_no_other(policy: CrossTokenizerPolicy):
+    item = written(policy, "the cat")
     nothing = replace(item, loss_mask=np.zeros(len(item.token_ids), dtype=bool), turns=item.turns[:1])
-    found = score_foreign("t", voice, [nothing, item], temperature=1.0, max_tokens=64)
+    found = score_cross_tokenizer("t", policy, [nothing, item], temperature=1.0, max_tokens=64)
     assert found[0] == FailedScore("t", "no turn of the student")
     assert isinstance(found[1], ChunkScore)

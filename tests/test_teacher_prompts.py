@@ -14,12 +14,12 @@ from vllm_like import serving
 
 import opd
 from opd.align import compare
-from opd.config import ServedConfig
+from opd.config import RemoteConfig
 from opd.errors import ConfigError, ModelError
-from opd.local.backend import EmbeddedStudio
+from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.records import ChunkScore, FailedScore, HiddenScore, Prompt, Rollout, SampledScore, Turn
-from opd.remote.client import Endpoint, Wire
+from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import compared, connect
 from opd.score_cache.identity import identities
 from opd.startup import read_tasks, run_checks
@@ -39,19 +39,19 @@ def recipe(folder: Path, student: str | None = TERSE, teacher: str | None = CHAT
     return toy_recipe(folder, student=ours, temperature=TEMPERATURE, teachers=teachers, **changes)
 
 
-def studio_of(folder: Path, *args: Any, **changes: Any) -> EmbeddedStudio:
+def backend_of(folder: Path, *args: Any, **changes: Any) -> LocalBackend:
     return build(opd.parse_config(recipe(folder, *args, **changes)))
 
 
-def sampled(studio: EmbeddedStudio, count: int = 3) -> list[Rollout]:
+def sampled(backend: LocalBackend, count: int = 3) -> list[Rollout]:
     prompts = [prompt(f"p{i}", f"say {i}", teacher="even") for i in range(count)]
-    return studio.sampler().sample(prompts, num_samples=2, seed=(3,))
+    return backend.sampler().sample(prompts, num_samples=2, seed=(3,))
 
 
 @torch.no_grad()
-def behind(studio: EmbeddedStudio, shown: str, response: list[int]) -> torch.Tensor:
+def behind(backend: LocalBackend, shown: str, response: list[int]) -> torch.Tensor:
     """The teacher's log-probabilities before each token of a response behind a text, by its plain forward pass."""
-    network = studio.voices["even"].network
+    network = backend.policies["even"].network
     before = network.tokenizer(shown, add_special_tokens=False).input_ids
     logits = network.base(input_ids=torch.tensor([[*before, *response]])).logits[0].double() / TEMPERATURE
     return torch.log_softmax(logits, -1)[len(before) - 1 : -1]
@@ -71,38 +71,38 @@ def rendered(tokenizer: Any, item: Rollout) -> str:
 def test_a_teacher_scores_the_students_tokens_behind_its_own_prompt(
     tmp_path: Path, student: str | None, teacher: str, kind: str
 ):
-    studio = studio_of(tmp_path, student, teacher)
-    items = sampled(studio)
-    for item, scored in zip(items, studio.teachers(keep_hidden=kind == "states").score(items), strict=True):
+    backend = backend_of(tmp_path, student, teacher)
+    items = sampled(backend)
+    for item, scored in zip(items, backend.teachers(keep_hidden=kind == "states").score(items), strict=True):
         response = item.token_ids[item.loss_mask].tolist()
-        own = behind(studio, rendered(studio.voices["even"].network.tokenizer, item), response)
+        own = behind(backend, rendered(backend.policies["even"].network.tokenizer, item), response)
         expected = own[torch.arange(len(response)), torch.tensor(response)].numpy()
         assert isinstance(scored.score, HiddenScore | SampledScore)
         np.testing.assert_allclose(scored.score.logprobs[item.loss_mask], expected, atol=1e-4)
         if isinstance(scored.score, HiddenScore):
             [part] = scored.score.parts
-            head = studio.voices["even"].network.head_weight()
+            head = backend.policies["even"].network.head_weight()
             logits = torch.tensor(part.hidden) @ head.T / TEMPERATURE
             torch.testing.assert_close(torch.log_softmax(logits.double(), -1), own, atol=1e-4, rtol=0)
-    assert not np.allclose(expected, behind_students(studio, items[-1]), atol=0.05)  # it makes a difference
+    assert not np.allclose(expected, behind_students(backend, items[-1]), atol=0.05)  # it makes a difference
 
 
-def behind_students(studio: EmbeddedStudio, item: Rollout) -> np.ndarray:
+def behind_students(backend: LocalBackend, item: Rollout) -> np.ndarray:
     """What the teacher says of the tokens behind the student's prompt."""
     response = item.token_ids[item.loss_mask].tolist()
-    shown = studio.tokenizer.decode(item.token_ids[~item.loss_mask])
-    return behind(studio, shown, response)[torch.arange(len(response)), torch.tensor(response)].numpy()
+    shown = backend.tokenizer.decode(item.token_ids[~item.loss_mask])
+    return behind(backend, shown, response)[torch.arange(len(response)), torch.tensor(response)].numpy()
 
 
 def test_a_teacher_is_scored_in_the_students_prompt_where_the_recipe_says_so_with_a_warning_of_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = opd.parse_config(recipe(tmp_path, template="student", steps=2))
-    studio = build(config)
-    items = sampled(studio)
-    for item, scored in zip(items, studio.teachers(keep_hidden=False).score(items), strict=True):
+    backend = build(config)
+    items = sampled(backend)
+    for item, scored in zip(items, backend.teachers(keep_hidden=False).score(items), strict=True):
         assert isinstance(scored.score, SampledScore)
-        np.testing.assert_allclose(scored.score.logprobs[item.loss_mask], behind_students(studio, item), atol=1e-4)
+        np.testing.assert_allclose(scored.score.logprobs[item.loss_mask], behind_students(backend, item), atol=1e-4)
     opd.train(config)
     said = capsys.readouterr().out
     assert said.count("warning: teacher 'even' reads the student's prompts") == 1
@@ -112,9 +112,9 @@ def test_a_teacher_is_scored_in_the_students_prompt_where_the_recipe_says_so_wit
 
 def test_the_check_names_both_renderings_of_a_teacher_that_reads_its_own_prompts(tmp_path: Path):
     config = opd.parse_config(recipe(tmp_path))
-    material = read_tasks(config, None)
+    task_data = read_tasks(config, None)
     [found] = [
-        f for f in run_checks(config, build(config), material) if f.name == "teacher 'even' reads prompts of its own"
+        f for f in run_checks(config, build(config), task_data) if f.name == "teacher 'even' reads prompts of its own"
     ]
     assert found.passed
     assert not found.warning
@@ -128,15 +128,15 @@ def test_the_check_names_both_renderings_of_a_teacher_that_reads_its_own_prompts
     ids=["equal", "a comment", "written otherwise", "none"],
 )
 def test_a_template_that_renders_as_the_students_changes_nothing(tmp_path: Path, other: str | None):
-    studio = studio_of(tmp_path, TERSE, other)
-    items = sampled(studio)
-    voice = studio.voices["even"]
+    backend = backend_of(tmp_path, TERSE, other)
+    items = sampled(backend)
+    policy = backend.policies["even"]
     for item in items:
-        [shown] = voice.shown(item)
+        [shown] = policy.shown(item)
         assert shown.token_ids is item.token_ids
         assert shown.mask is item.loss_mask
     if other is not None:
-        assert not studio.facts().templates
+        assert not backend.facts().templates
 
 
 def test_an_adapter_on_the_students_base_shares_its_template(tmp_path: Path):
@@ -146,9 +146,9 @@ def test_an_adapter_on_the_students_base_shares_its_template(tmp_path: Path):
     adapter = save_adapter(tmp_path / "adapter", source)
     tree = toy_recipe(tmp_path, student=source, teachers={n: {"adapter": adapter} for n in ("even", "odd")})
     tree["teachers"] = {n: {"adapter": adapter} for n in ("even", "odd")}
-    studio = build(opd.parse_config(tree))
-    assert studio.voices["even"].prompts is None
-    assert not studio.facts().templates
+    backend = build(opd.parse_config(tree))
+    assert backend.policies["even"].prompts is None
+    assert not backend.facts().templates
     tree["teachers"]["even"]["template"] = "student"
     with pytest.raises(ConfigError, match=r"teachers.even: template = 'student' has no effect: an adapter has"):
         opd.parse_config(tree)
@@ -162,18 +162,18 @@ def test_each_part_of_a_mixture_reads_its_own_prompt(tmp_path: Path):
         "other": {"model": third},
         "odd": {"weights": {"even": 3.0, "other": 1.0}},
     }
-    studio = build(opd.parse_config(tree))
-    items = [replace(i, prompt=replace(i.prompt, teacher="odd")) for i in sampled(studio)]
-    found = studio.teachers(keep_hidden=False).score(items)
+    backend = build(opd.parse_config(tree))
+    items = [replace(i, prompt=replace(i.prompt, teacher="odd")) for i in sampled(backend)]
+    found = backend.teachers(keep_hidden=False).score(items)
     each = [
-        studio.each_alone([name]).score([replace(i, prompt=replace(i.prompt, teacher=name)) for i in items])
+        backend.per_model([name]).score([replace(i, prompt=replace(i.prompt, teacher=name)) for i in items])
         for name in ("even", "other")
     ]
     for both, first, second in zip(found, *each, strict=True):
         np.testing.assert_allclose(
             both.score.logprobs, 0.75 * first.score.logprobs + 0.25 * second.score.logprobs, atol=1e-5
         )
-    assert studio.voices["other"].prompts is None
+    assert backend.policies["other"].prompts is None
 
 
 def episode(tokenizer: Any) -> Rollout:
@@ -208,17 +208,17 @@ def episode(tokenizer: Any) -> Rollout:
 
 
 def test_every_turn_of_an_episode_is_read_behind_the_teachers_own_rendering_of_what_came_before(tmp_path: Path):
-    studio = studio_of(tmp_path)
-    tokenizer = studio.voices["even"].network.tokenizer
-    item = episode(studio.tokenizer)
-    [scored] = studio.teachers(keep_hidden=True).score([item])
+    backend = backend_of(tmp_path)
+    tokenizer = backend.policies["even"].network.tokenizer
+    item = episode(backend.tokenizer)
+    [scored] = backend.teachers(keep_hidden=True).score([item])
     expected, states = [], 0
     for turn, before in zip([t for t in item.turns if t.author == "student"], (2, 4), strict=True):
         shown = tokenizer.apply_chat_template(
             [dict(m) for m in item.messages[:before]], tokenize=False, add_generation_prompt=True
         )
         response = item.token_ids[turn.start : turn.end].tolist()
-        own = behind(studio, shown, response)
+        own = behind(backend, shown, response)
         expected += own[torch.arange(len(response)), torch.tensor(response)].tolist()
         states += len(response)
     assert isinstance(scored.score, HiddenScore)
@@ -233,11 +233,11 @@ def test_a_training_run_with_another_template_learns_and_reaches_its_teacher(tmp
 
 
 def test_a_conversation_that_the_teachers_template_refuses_fails_by_itself_with_the_reason(tmp_path: Path):
-    studio = studio_of(tmp_path, TERSE, NO_SYSTEM)
+    backend = backend_of(tmp_path, TERSE, NO_SYSTEM)
     good = prompt("good", "hi", teacher="even")
     bad = Prompt("bad", ({"role": "system", "content": "x"}, *good.messages), teacher="even", task="task")
-    items = studio.sampler().sample([good, bad], num_samples=1, seed=(1,))
-    found = studio.teachers(keep_hidden=True).score(items)
+    items = backend.sampler().sample([good, bad], num_samples=1, seed=(1,))
+    found = backend.teachers(keep_hidden=True).score(items)
     assert isinstance(found[0].score, HiddenScore)
     assert found[1].score == FailedScore(
         "even", "teacher 'even': prompt 'bad': the model's chat template refuses it: no system message here"
@@ -246,15 +246,15 @@ def test_a_conversation_that_the_teachers_template_refuses_fails_by_itself_with_
 
 def test_a_reading_that_exceeds_the_teachers_context_fails_by_itself(tmp_path: Path):
     long = CHATTY.replace("Answer in full.", "Answer in full. " * 20)
-    studio = studio_of(tmp_path, TERSE, long)
-    [scored, *_] = studio.teachers(keep_hidden=False).score(sampled(studio))
+    backend = backend_of(tmp_path, TERSE, long)
+    [scored, *_] = backend.teachers(keep_hidden=False).score(sampled(backend))
     assert isinstance(scored.score, FailedScore)
     assert "tokens exceed the context of teacher 'even' (256)" in scored.score.reason
 
 
 def test_a_teacher_without_a_generation_prompt_is_refused(tmp_path: Path):
     with pytest.raises(ModelError, match=r"teacher 'even': its chat template has no generation prompt"):
-        studio_of(tmp_path, TERSE, "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}")
+        backend_of(tmp_path, TERSE, "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}")
 
 
 def test_white_space_before_an_answer_stands_before_it_once():
@@ -293,9 +293,9 @@ def test_a_teacher_that_ends_turns_with_another_token_is_compared_by_text_and_on
         r"ends a turn with '<\|im_end\|>'.*with '<\|turn_end\|>' \(teachers.even.template = 'student'.*needs its dist"
     )
     # the student's own tokenizer declares <|im_end|> too, which ends its turns as well: nothing to refuse
-    studio = studio_of(*arguments)
-    assert not studio.foreign
-    studio = None
+    backend = backend_of(*arguments)
+    assert not backend.cross_tokenizer
+    backend = None
     tree = recipe(tmp_path / "apart", CHATTY, ending("<|turn_end|>\n"))
     line = (
         line.replace(r"'<\|im_end\|>'", "X")
@@ -304,12 +304,12 @@ def test_a_teacher_that_ends_turns_with_another_token_is_compared_by_text_and_on
     )
     with pytest.raises(ModelError, match=line):
         build(opd.parse_config(tree))
-    studio = build(opd.parse_config(tree | {"objective": {"type": "immediate"}}))
-    assert set(studio.foreign) == {"even", "odd"}
-    items = [i for i in sampled(studio) if i.num_actions]
-    assert all(isinstance(s.score, ChunkScore) for s in studio.teachers(keep_hidden=False).score(items))
+    backend = build(opd.parse_config(tree | {"objective": {"type": "immediate"}}))
+    assert set(backend.cross_tokenizer) == {"even", "odd"}
+    items = [i for i in sampled(backend) if i.num_actions]
+    assert all(isinstance(s.score, ChunkScore) for s in backend.teachers(keep_hidden=False).score(items))
     tree["teachers"] = {n: t | {"template": "student"} for n, t in tree["teachers"].items()}
-    assert not build(opd.parse_config(tree)).foreign
+    assert not build(opd.parse_config(tree)).cross_tokenizer
 
 
 def test_kept_scores_are_of_the_prompts_that_the_teacher_read(tmp_path: Path):
@@ -332,11 +332,11 @@ def test_a_run_is_not_continued_with_another_template_of_its_teacher(tmp_path: P
 
 
 def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_path: Path):
-    wire = Wire(ServedConfig(timeout_s=2.0, attempts=2, first_wait_s=0.01, longest_wait_s=0.05))
+    client = Client(RemoteConfig(timeout_s=2.0, attempts=2, first_wait_s=0.01, longest_wait_s=0.05))
     try:
         with serving(toy_model(7)) as server:
             ours = server.tokenizer
-            teacher = connect("t", Endpoint("teacher 't'", (server.url,)), wire, ours)
+            teacher = connect("t", Endpoint("teacher 't'", (server.url,)), client, ours)
             assert compared(teacher, ours, own=True).template is None
             server.tokenizer = templated(CHATTY, added=None)
             with pytest.raises(ModelError, match=r"teacher 't': its chat template renders a question as 'You talk"):
@@ -351,7 +351,7 @@ def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_
             assert unknown is not None
             assert unknown.unknown
     finally:
-        wire.close()
+        client.close()
 
 
 def test_a_teacher_whose_template_needs_an_id_without_a_row_says_so_and_loses_no_run(tmp_path: Path):
@@ -360,8 +360,8 @@ def test_a_teacher_whose_template_needs_an_id_without_a_row_says_so_and_loses_no
     for source, rows in ((ours, 258), (theirs, 258)):
         toy_model(0, vocab_size=rows).save_pretrained(source)
     teachers = {n: {"model": theirs} for n in ("even", "odd")}
-    studio = build(opd.parse_config(toy_recipe(tmp_path, student=ours, teachers=teachers)))
-    [scored, *_] = studio.teachers(keep_hidden=False).score(sampled(studio))
+    backend = build(opd.parse_config(toy_recipe(tmp_path, student=ours, teachers=teachers)))
+    [scored, *_] = backend.teachers(keep_hidden=False).score(sampled(backend))
     assert isinstance(scored.score, FailedScore)
     assert "teacher 'even': prompt 'p0': the chat template needs token '<|turn_end|>' (id 258)" in scored.score.reason
 
