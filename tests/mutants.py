@@ -30,54 +30,87 @@ from mutations import Mutant, mutants
 ROOT = Path(__file__).parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
-_VOCABULARY = ["vocabulary", "shared_vocabulary", "learner_objectives", "dense_reference", "learner", "theory", "neutral"]
-_SAMPLED = ["advantages", "baselines", "policy_losses", "estimators", "chunks", "signal", "dense_reference", "theory"]
-_TEXT = ["align", "tokenizer_pairs", "teacher_text", "teacher_calls", "teacher_calls_laws", "cross_tokenizer_teacher", "shared_vocabulary"]
+_VOCABULARY = [
+    "vocabulary",
+    "shared_vocabulary",
+    "learner_objectives",
+    "dense_reference",
+    "learner",
+    "theory",
+    "neutral",
+]
+_SAMPLED = [
+    "advantages",
+    "baselines",
+    "policy_losses",
+    "estimators",
+    "chunks",
+    "compute_advantages",
+    "dense_reference",
+    "theory",
+]
+_TEXT = [
+    "align",
+    "tokenizer_pairs",
+    "teacher_text",
+    "teacher_calls",
+    "teacher_calls_laws",
+    "cross_tokenizer_teacher",
+    "shared_vocabulary",
+]
 # module -> the tests that may notice its faults, the fastest first
 MODULES: dict[str, list[str]] = {
-    "signal": ["signal", "split_episodes", "loss_terms", "dense_reference", "unscored", "chunks", "neutral"],
+    "objective": [
+        "compute_advantages",
+        "split_episodes",
+        "loss_terms",
+        "dense_reference",
+        "unscored",
+        "chunks",
+        "neutral",
+    ],
     "batch": [
-        "signal",
+        "compute_advantages",
         "split_episodes",
         "floor",
         "data",
         "dense_reference",
         "unscored",
         "chunks",
-        "named_tokens",
+        "top_k",
         "defects",
     ],
     "objectives.reduce": [*_SAMPLED, "defects"],
     "objectives.divergences": [
         "objectives",
         "vocabulary",
-        "named_tokens",
+        "top_k",
         "learner_objectives",
         "dense_reference",
         "defects",
     ],
-    "objectives.top_k": ["named_tokens", "vocabulary", "dense_reference"],
+    "objectives.top_k": ["top_k", "vocabulary", "dense_reference"],
     "objectives.draw": ["draw", "sampler"],
     "objectives.target": ["floor", "vocabulary", "dense_reference"],
     "objectives.vocabulary": _VOCABULARY,
-    "objectives.tiles": ["vocabulary", "objectives", "named_tokens"],
+    "objectives.tiles": ["vocabulary", "objectives", "top_k"],
     "objectives.logprobs": ["objectives", "vocabulary", "learner", "dense_reference"],
-    "objectives.corrections": ["baselines", "defects", "signal", "dense_reference"],
+    "objectives.corrections": ["baselines", "defects", "compute_advantages", "dense_reference"],
     "objectives.baselines": _SAMPLED,
     "objectives.advantages": _SAMPLED,
     "objectives.losses": ["policy_losses", "objectives", "estimators", "dense_reference", "learner"],
-    "embedded.terms": [
+    "local.loss_terms": [
         "learner_objectives",
         "learner",
         "unscored",
-        "named_tokens",
-        "cells",
+        "top_k",
+        "shared_vocabulary",
         "dense_reference",
-        "evidence",
+        "detector_metrics",
     ],
-    "embedded.learner": ["learner", "learner_objectives", "dense_reference", "unscored", "resume"],
-    "text.pairing": [*_TEXT, "chunks"],
-    "text.align": _TEXT,
+    "local.learner": ["learner", "learner_objectives", "dense_reference", "unscored", "resume"],
+    "text.alignment": [*_TEXT, "chunks"],
+    "text.chunks": _TEXT,
 }
 _SHARED = ("every_world", "every_recipe")
 _MOST_CASES = 60
