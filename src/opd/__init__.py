@@ -1,7 +1,7 @@
 """On-policy distillation of language models.
 
-    config = opd.load_config("recipes/merge.toml", ["steps=10"])
-    result = opd.train(config, reward=my_reward, on_step=my_callback)
+    trainer = opd.Trainer("recipes/merge.toml", prompts=my_prompts, reward=my_reward, callbacks=[MyCallback()])
+    result = trainer.fit()
 
 Names are imported when first used, so that `import opd` and `opd --help` stay quick.
 """
@@ -10,45 +10,65 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opd.callbacks import STOP, Callback
+    from opd.checks.rules import Finding
     from opd.config import Config, SftConfig, load_config, parse_config
     from opd.episodes.tools import Tool, ToolEnvironment
     from opd.errors import OpdError
+    from opd.evaluate import Cell, ParityRow
     from opd.logging.run_folder import read_metrics, read_rollouts
+    from opd.loop import StepReport
+    from opd.records import Prompt, Rollout, ScoredRollout
     from opd.roles import Environment, Step
-    from opd.sft import resume_sft, sft
-    from opd.trainer import Result, check, evaluate_run, resume, train
+    from opd.run import Result
+    from opd.sft import SftResult, resume_sft, sft
+    from opd.trainer import Trainer, train
 
+__version__ = "0.1.0"
+
+_HOMES = {
+    "opd.callbacks": ("STOP", "Callback"),
+    "opd.checks.rules": ("Finding",),
+    "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
+    "opd.episodes.tools": ("Tool", "ToolEnvironment"),
+    "opd.errors": ("OpdError",),
+    "opd.evaluate": ("Cell", "ParityRow"),
+    "opd.logging.run_folder": ("read_metrics", "read_rollouts"),
+    "opd.loop": ("StepReport",),
+    "opd.records": ("Prompt", "Rollout", "ScoredRollout"),
+    "opd.roles": ("Environment", "Step"),
+    "opd.run": ("Result",),
+    "opd.sft": ("SftResult", "resume_sft", "sft"),
+    "opd.trainer": ("Trainer", "train"),
+}
 __all__ = [
+    "Callback",
+    "Cell",
     "Config",
     "Environment",
+    "Finding",
     "OpdError",
+    "ParityRow",
+    "Prompt",
     "Result",
+    "Rollout",
+    "STOP",
+    "ScoredRollout",
     "SftConfig",
+    "SftResult",
     "Step",
+    "StepReport",
     "Tool",
     "ToolEnvironment",
-    "check",
-    "evaluate_run",
+    "Trainer",
     "load_config",
     "parse_config",
     "read_metrics",
     "read_rollouts",
-    "resume",
     "resume_sft",
     "sft",
     "train",
 ]
-__version__ = "0.1.0"
-
-_HOMES = {
-    "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
-    "opd.errors": ("OpdError",),
-    "opd.sft": ("resume_sft", "sft"),
-    "opd.trainer": ("Result", "check", "evaluate_run", "resume", "train"),
-    "opd.logging.run_folder": ("read_metrics", "read_rollouts"),
-    "opd.roles": ("Environment", "Step"),
-    "opd.episodes.tools": ("Tool", "ToolEnvironment"),
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,10 @@ def train(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="With --resume: optimizer.*, evaluation.* and detectors.* may change."),
+    ] = False,
 ) -> None:
     """Distil one or several teachers into a student, on the student's own samples.
 
@@ -46,21 +50,23 @@ def train(
     """
     with _one_line():
         if resume is not None:
-            from opd.trainer import resume as continue_run
+            from opd.trainer import Trainer
 
             pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
             if recipe is not None and recipe.endswith(".toml"):
                 raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
-            result = continue_run(resume, pairs)
+            result = Trainer(resume).resume(pairs, allow_changes=allow_changes)
         elif recipe is None:
             raise ConfigError(_RECIPE_OR_RUN)
+        elif allow_changes:
+            raise ConfigError("--allow-changes belongs to --resume RUN")
         else:
             from opd.config import load_config
 
             config = load_config(recipe, overrides or [])
-            from opd.trainer import train as start_run
+            from opd.trainer import Trainer
 
-            result = start_run(config)
+            result = Trainer(config).fit()
     if not result.finished:
         raise typer.Exit(130)
     typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
@@ -80,18 +86,18 @@ def sft(
             if recipe is not None:
                 what = f"'{recipe}' has no effect" if "=" in recipe else f"got both: '{recipe}'"
                 raise ConfigError(f"{_RECIPE_OR_RUN}, {what}")
-            from opd.sft import continue_tuning
+            from opd.sft import resume_sft
 
-            result = continue_tuning(resume)
+            result = resume_sft(resume)
         elif recipe is None:
             raise ConfigError(_RECIPE_OR_RUN)
         else:
             from opd.config import SftConfig, load_config
 
             config = load_config(recipe, overrides or [], kind=SftConfig)
-            from opd.sft import fine_tune
+            from opd.sft import sft as tune
 
-            result = fine_tune(config)
+            result = tune(config)
     if not result.finished:
         raise typer.Exit(130)
     typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
@@ -99,17 +105,47 @@ def sft(
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    source: Annotated[Path, typer.Argument(help="A run folder, or a recipe: then its student as it is.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="evaluation.num_prompts, and where it runs, as for --resume", metavar="[KEY=VALUE]..."),
     ] = None,
+    step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step, instead of its newest.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="With a recipe: an adapter's folder, or a model, to evaluate as the student.")
+    ] = None,
 ) -> None:
-    """Evaluate a run's student and its teachers, and print the parity table."""
+    """Evaluate a student and its teachers, and print the parity table."""
     with _one_line():
-        from opd.trainer import evaluate_run
+        from opd.trainer import Trainer
 
-        evaluate_run(run, overrides or [])
+        if (source / "config.json").is_file():
+            if student is not None:
+                raise ConfigError(f"--student belongs to a recipe, got the run '{source}'; its student is evaluated")
+            Trainer(source).evaluate(overrides or [], step=step)
+            return
+        if step is not None:
+            raise ConfigError(f"--step belongs to a run folder, and '{source}' is none")
+        from opd.config import load_config
+
+        chosen = [] if student is None else [_as_student(student)]
+        Trainer(load_config(source, [*(overrides or []), *chosen])).evaluate()
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; default: RUN/export.")] = Path(),
+    step: Annotated[int | None, typer.Option(help="The checkpoint of this step, instead of the newest.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter in its weights.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the merged weights.")] = None,
+) -> None:
+    """Write the student of any checkpoint of a run, as an adapter or as a whole model."""
+    with _one_line():
+        from opd.trainer import Trainer
+
+        target = run / "export" if output == Path() else output
+        typer.echo(f"done: {Trainer(run).export(target, step=step, merged=merged, dtype=dtype)}")
 
 
 @app.command()
@@ -119,9 +155,9 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
         from opd.config import load_config
 
         config = load_config(recipe, overrides or [])
-        from opd.trainer import check as run_checks
+        from opd.trainer import Trainer
 
-        findings = run_checks(config)
+        findings = Trainer(config).check()
     for finding in findings:
         verdict = ("warn" if finding.warning else "ok  ") if finding.passed else "FAIL"
         typer.echo(f"{verdict}  {finding.name}: {finding.detail}")
@@ -230,6 +266,11 @@ def _probe(recipe: Path, overrides: list[str], output: Path, *, as_json: bool) -
     found = probe(config)
     files = write_probe(found, output)
     return files[0].read_text(encoding="utf-8") if as_json else f"{probe_text(found)}\n\ntable and figures in {output}"
+
+
+def _as_student(path: Path) -> str:
+    """The override that makes an adapter, or a model, the student of a recipe."""
+    return f"{'lora.start' if (path / 'adapter_config.json').is_file() else 'student'}={path}"
 
 
 @contextmanager

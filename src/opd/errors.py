@@ -66,3 +66,7 @@ class RunError(OpdError, OSError):
 
 class StalledError(RunError):
     """A run that cannot continue. Its steps are saved, and it can be resumed when the cause is fixed."""
+
+
+class CallbackError(OpdError, ValueError):
+    """A callback that is no callback, or that returned what a run cannot use."""

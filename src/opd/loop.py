@@ -1,4 +1,4 @@
-"""The training loop, written in roles only: embedded and distributed runs are this same loop.
+"""The training loop, in terms of roles alone: one process and a cluster run this same loop.
 
 Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 """
@@ -6,12 +6,12 @@ Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from opd.batch import pack, trainable
-from opd.collect import Collected, collect, judged
 from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.detectors.metrics import detector_metrics
@@ -19,19 +19,19 @@ from opd.errors import RewardError, StalledError
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
 from opd.objective import compute_advantages
 from opd.prefetch import Prefetch
-from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
+from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
-from opd.roles import Learner, Sampler, Teacher
+from opd.roles import Learner, Sampler, Seed, Teacher
 from opd.text.alignment import LARGEST, total
 from opd.text.alignment_report import shares
 
-_MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none of one teacher: no accident any more
+_MAX_EMPTY_STEPS = 3  # steps in a row without a usable rollout, of all teachers or of one: no accident any more
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of; special_ids: the student's special tokens; per_prompt: prompts are sampled and scored each by itself,
-    all at once (`opd.collect`)."""
+class Components:
+    """What a run consists of. special_ids: the student's special tokens; per_prompt: each prompt is sampled and scored on its own,
+    all at the same time, as servers allow."""
 
     stream: PromptStream
     sampler: Sampler
@@ -43,9 +43,22 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Collected:
+    """The first half of a step: its scored rollouts; the position of the prompt stream behind them; seconds by phase ("sample" and
+    "score" overlap where servers do both)."""
+
+    scored: tuple[ScoredRollout, ...]
+    cursor: Mapping[str, int]
+    phases: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class StepReport:
-    """What one step did: `step` counts from 1; `values` are the merged metrics as plain numbers; cursor: where the stream of
-    prompts stood behind those of this step. failure: the step is done, and the sampler could not be given its weights."""
+    """What one step did.
+
+    step: counts from 1; values: the merged metrics as plain numbers; cursor: the position of the prompt stream behind this step.
+    failure: the step is done, and the sampler could not take its weights.
+    """
 
     step: int
     values: Mapping[str, float]
@@ -77,30 +90,31 @@ class _Clock:
         return times
 
 
-def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepReport]:
+def train_steps(config: Config, components: Components, *, start: int) -> Generator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
-    With `cluster.max_staleness` above 0 the steps that follow are sampled and scored meanwhile, by a student that is at most so
+    With `cluster.max_staleness` above 0 a thread samples and scores the next steps meanwhile, from a student that is at most so
     many updates older than the one that learns from them.
 
-    A step of which no rollout can be trained on makes none; raises StalledError after several of them in a row, when a teacher
-    loses all its rollouts as often, and when one step loses more than its share. Prompts of a step that raises count as not taken.
+    A step without a usable rollout makes no update. Raises StalledError after several of them in a row, when a teacher loses all
+    its rollouts as often, and when one step loses more than `remote.max_lost_fraction`.
     """
     empty = 0
     silent: Counter[str] = Counter()
     staleness = config.cluster.max_staleness
-    with Prefetch(partial(_collect, config, parts), first=start + 1, last=config.steps, ahead=staleness) as ahead:
+    make = partial(collect, config, components)
+    with Prefetch(make, first=start + 1, last=config.steps, ahead=staleness) as prefetch:
         for step in range(start + 1, config.steps + 1):
             clock = _Clock()
-            collected = ahead.take()
-            # what was done meanwhile took none of this thread's time
+            collected = prefetch.take()
+            # a thread that works ahead takes none of this thread's time
             (clock.aside if staleness else clock.phases).update(collected.phases)
-            report = update(config, parts, step, collected, clock)
-            ahead.done(step)
+            report = update(config, components, step, collected, clock)
+            prefetch.done(step)
             empty = 0 if trainable(report.scored, unscored=config.reward.coef > 0) else empty + 1
             yield report
             _require_answers(report.scored, silent)
-            if empty == _MOST_EMPTY:
+            if empty == _MAX_EMPTY_STEPS:
                 reasons = {s.score.reason: None for s in report.scored if isinstance(s.score, FailedScore)}
                 shown = "; ".join(list(reasons)[:3]) or "no turn of the student"
                 raise StalledError(f"no rollout of the last {empty} steps can be trained on ({shown})")
@@ -108,80 +122,126 @@ def train_steps(config: Config, parts: Parts, *, start: int) -> Generator[StepRe
                 raise report.failure
 
 
-def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> None:
-    """Raise StalledError when a teacher has lost all its rollouts of several steps in a row, which `silent` counts."""
-    for teacher in dict.fromkeys(s.score.teacher for s in scored):
-        mine = [s for s in scored if s.score.teacher == teacher]
-        silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
-        if silent[teacher] == _MOST_EMPTY:
-            raise StalledError(f"the last {_MOST_EMPTY} steps lost every rollout of teacher '{teacher}' ({_why(mine)})")
-
-
-def _collect(config: Config, parts: Parts, step: int) -> Collected:
-    return collect(config, parts.stream, parts.sampler, parts.teachers, step=step, per_prompt=parts.per_prompt)
-
-
-def train_step(config: Config, parts: Parts, step: int) -> StepReport:
-    """One step: sample, score, update. A pure function of the parts' state, (config, step) and nothing else."""
+def train_step(config: Config, components: Components, step: int) -> StepReport:
+    """One step: sample, score, update. A pure function of the components' state, (config, step) and nothing else."""
     clock = _Clock()
-    collected = _collect(config, parts, step)
+    collected = collect(config, components, step)
     clock.phases.update(collected.phases)
-    report = update(config, parts, step, collected, clock)
+    report = update(config, components, step, collected, clock)
     if report.failure is not None:
         raise report.failure
     return report
 
 
-def update(config: Config, parts: Parts, step: int, collected: Collected, clock: _Clock) -> StepReport:
-    """The second half of a step: what was collected moves the student, and the sampler follows it."""
-    try:
-        scored = judged(parts.judge, collected.scored)
-    except RewardError as error:
-        error.args = (f"step {step}: {error}",)
-        raise
-    rollouts = [item.rollout for item in scored]
+def collect(config: Config, components: Components, step: int) -> Collected:
+    """The first half of a step: the next prompts, the student's responses, and their teachers' scores."""
+    start = time.perf_counter()
+    prompts = components.stream.next(config.sampling.prompts_per_step)
+
+    def sample_and_score(group: Sequence[Prompt]) -> tuple[list[ScoredRollout], float]:
+        seed: Seed = (config.seed, "sample", step, *(("prompt", group[0].id) if components.per_prompt else ()))
+        rollouts = components.sampler.sample(group, num_samples=config.sampling.group_size, seed=seed)
+        sampled = time.perf_counter()
+        return score_usable(components.teachers, rollouts), sampled
+
+    if components.per_prompt:
+        groups = _by_prompt(prompts)
+        at_once = max(1, config.episodes.max_concurrent // config.sampling.group_size)
+        with ThreadPoolExecutor(min(at_once, len(groups)), thread_name_prefix="opd-prompt") as pool:
+            found = list(pool.map(sample_and_score, groups))
+    else:
+        found = [sample_and_score(prompts)]
+    last = max(sampled for _, sampled in found)
+    phases = {"sample": last - start, "score": time.perf_counter() - last}
+    return Collected(tuple(item for scored, _ in found for item in scored), dict(components.stream.cursor), phases)
+
+
+def update(config: Config, components: Components, step: int, collected: Collected, clock: "_Clock") -> StepReport:
+    """The second half of a step: the student learns from what was collected, and the sampler takes its weights."""
+    scored = _judged(components.judge, collected.scored, step)
     _require_most(config, step, scored)
     unscored = config.reward.coef > 0
-    if not trainable(scored, unscored=unscored):
-        # the same weights, and the version that a run has which is resumed here
-        failure = _hand_over(parts, step)
-        metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
-            rollouts, scored
-        )
-        metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
-        return StepReport(step, values(metrics), scored, collected.cursor, failure)
+    metrics: Metrics = {"update/skipped/sum": Sum(1)}
     with clock.phase("update"):
-        batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
-        if config.objective.needs_student_scores or config.cluster.max_staleness:
-            batch = parts.learner.score_student(batch)
-        batch, followed = compute_advantages(config, batch)
-        # A batch of which nothing is left makes no update: an optimizer's momentum would move on it all the same.
-        epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
-        updates = [parts.learner.forward_backward(batch) | parts.learner.optim_step() for _ in range(epochs)]
-        failure = _hand_over(parts, step)
-    metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
-    metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
-    metrics |= followed | _sampling_metrics(rollouts, scored)
-    metrics |= {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
-    if config.compute.keeps_scores:
-        metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
-    metrics |= alignment_metrics(scored)
-    integrated = config.objective.coef if config.objective.integrated else 0.0
-    metrics |= detector_metrics(scored, batch, special_ids=parts.special_ids, integrated=integrated)
-    metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
+        if trainable(scored, unscored=unscored):
+            batch, counts = pack(scored, logprob_floor=config.objective.teacher_logprob_floor, unscored=unscored)
+            if config.objective.needs_student_scores or config.cluster.max_staleness:
+                batch = components.learner.score_student(batch)
+            batch, advantage_metrics = compute_advantages(config, batch)
+            # Without a token to train on there is no update: an optimizer's momentum would move the weights all the same.
+            epochs = config.objective.epochs if bool(batch.train_mask.any()) else 0
+            updates = [
+                components.learner.forward_backward(batch) | components.learner.optim_step() for _ in range(epochs)
+            ]
+            metrics = dict(updates[0]) if updates else metrics
+            metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
+            metrics |= advantage_metrics | {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
+            metrics |= alignment_metrics(scored)
+            integrated = config.objective.coef if config.objective.integrated else 0.0
+            metrics |= detector_metrics(scored, batch, special_ids=components.special_ids, integrated=integrated)
+            if config.compute.keeps_scores:
+                metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
+        else:
+            metrics["batch/dropped/sum"] = Sum(len(scored))
+        failure = _load_weights(components, step)
+    rollouts = [item.rollout for item in scored]
+    metrics |= _sampling_metrics(rollouts, scored) | clock.metrics(sum(len(r.token_ids) for r in rollouts))
     if config.cluster.max_staleness:
         ages = [step - 1 - r.policy_version for r in rollouts]
         metrics |= {"staleness/mean": mean_of(ages), "staleness/max": Max(max(ages))}
     return StepReport(step, values(metrics), scored, collected.cursor, failure)
 
 
-def _hand_over(parts: Parts, step: int) -> Exception | None:
+def _judged(judge: Judge, scored: Sequence[ScoredRollout], step: int) -> tuple[ScoredRollout, ...]:
+    """The same with rewards and format errors."""
+    try:
+        rollouts = judge([item.rollout for item in scored])
+    except RewardError as error:
+        error.args = (f"step {step}: {error}",)
+        raise
+    return tuple(replace(item, rollout=rollout) for item, rollout in zip(scored, rollouts, strict=True))
+
+
+def _load_weights(components: Components, step: int) -> Exception | None:
     """Give the sampler the weights of this step; returns what it raised, for the step itself is done and can be saved."""
     try:
-        parts.sampler.load_weights(parts.learner.weights(), policy_version=step)
+        components.sampler.load_weights(components.learner.weights(), policy_version=step)
     except Exception as error:
         return error
     return None
+
+
+def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
+    usable = [r for r in rollouts if r.failure is None]
+    scored = iter(teachers.score(usable) if usable else [])
+    # an episode that a server lost is lost with all its parts, of which one carries what happened
+    lost = {(r.prompt.id, r.sample) for r in rollouts if r.events.get("lost")}
+    return [
+        next(scored)
+        if r.failure is None
+        else ScoredRollout(r, FailedScore(r.prompt.teacher, r.failure, lost=(r.prompt.id, r.sample) in lost))
+        for r in rollouts
+    ]
+
+
+def _by_prompt(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Prompts by id: a prompt that occurs twice has its samples numbered through."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.id, []).append(prompt)
+    return list(groups.values())
+
+
+def _require_answers(scored: Sequence[ScoredRollout], silent: Counter[str]) -> None:
+    """Raise StalledError when a teacher has lost all its rollouts of several steps in a row, which `silent` counts."""
+    for teacher in dict.fromkeys(s.score.teacher for s in scored):
+        mine = [s for s in scored if s.score.teacher == teacher]
+        silent[teacher] = silent[teacher] + 1 if all(map(_lost, mine)) else 0
+        if silent[teacher] == _MAX_EMPTY_STEPS:
+            raise StalledError(
+                f"the last {_MAX_EMPTY_STEPS} steps lost every rollout of teacher '{teacher}' ({_why(mine)})"
+            )
 
 
 def _lost(scored: ScoredRollout) -> bool:

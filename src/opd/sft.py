@@ -5,14 +5,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.checks import findings as preflight
-from opd.checks.no_effect import clock_unread, notices_of_tuning
+from opd.checkpoint import Saver, explain_io, identities_of
+from opd.checks import rules
+from opd.checks.notices import clock_unread, notices_of_tuning
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
 from opd.data.stream import PromptStream
 from opd.data.tasks import SPLITS, make_tasks, read_splits
 from opd.episodes.demonstrations import Demonstrator, Replay
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text
+from opd.interrupts import Interrupts
 from opd.local.backend import packing_of
 from opd.local.build import build_student
 from opd.local.export import export
@@ -22,12 +24,11 @@ from opd.local.sft_batch import imitation_batch
 from opd.local.teacher import Policy
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
-from opd.logging.run_folder import RunFolder, explain_io
+from opd.logging.run_folder import RunFolder
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.roles import Environment, Task
-from opd.saving import Interrupts, Saver, identities_of
 from opd.text.template import clock_of
 from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
@@ -35,46 +36,39 @@ from opd.text.turn_end import turn_end
 _LOOKED_AT = 64
 
 
-SharedVocabulary = Mapping[tuple[str, str], Cell]
 _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What fine-tuning ended with: `finished` is False when it was interrupted; `cells`: the accuracy by task and split."""
+class SftResult:
+    """How fine-tuning ended.
+
+    run: its folder; finished: False when it was interrupted; accuracy: the student's own responses by task and split, none when
+    it was interrupted.
+    """
 
     run: Path
     finished: bool
-    cells: SharedVocabulary
+    accuracy: Mapping[tuple[str, str], Cell]
 
 
-def sft(config: SftConfig) -> SharedVocabulary:
+def sft(config: SftConfig) -> SftResult:
     """Fine-tune a student on the reference answers of its tasks and write it to `output`/student.
 
-    Returns its accuracy by task and split; nothing when it was interrupted. The loss is the mean negative log-likelihood of the
-    answers' tokens, end token included. Whatever ends it, its last whole step is saved, and `resume_sft` continues it.
+    The loss is the mean negative log-likelihood of the answers' tokens, end token included. Whatever ends it, its last whole step
+    is saved, and `resume_sft` continues it.
     """
-    return fine_tune(config).cells
-
-
-def resume_sft(run: str | Path) -> SharedVocabulary:
-    """Continue an interrupted fine-tuning run from its newest whole checkpoint; as `sft`."""
-    return continue_tuning(run).cells
-
-
-def fine_tune(config: SftConfig) -> Tuned:
-    """`sft`, and whether it was finished."""
     return _tune(config, RunFolder(Path(config.output)), resume=False)
 
 
-def continue_tuning(run: str | Path) -> Tuned:
-    """`resume_sft`, and whether it was finished."""
+def resume_sft(run: str | Path) -> SftResult:
+    """Continue an interrupted fine-tuning run from its newest whole checkpoint."""
     folder = RunFolder.open(run)
     with folder.locked():
         return _tune(folder.config(SftConfig), folder, resume=True)
 
 
-def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
+def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
     tasks = make_tasks(config.tasks, config.episodes)
     prompts = read_splits(tasks)
     if not resume:
@@ -82,7 +76,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
     started = config.started()
     student = build_student(started)
     config = started if clock_of(student.network.tokenizer) else config
-    preflight.require([preflight.packed_equals_plain("the student", packing_of(student, trains=True))])
+    rules.require([rules.packed_equals_plain("the student", packing_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])
@@ -93,12 +87,13 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
         learner = _learner(config, student)
         checkpoints = config.checkpoint
         saver = Saver(
-            folder,
+            folder.checkpoints,
             learner,
             lambda: {**_identities(config, student), **identities_of(prompts)},
             steps=config.steps,
             every=checkpoints.every,
             keep=checkpoints.keep,
+            how_to_resume=folder.how_to_resume,
         )
         if resume:
             saver.restore(line.say)
@@ -112,11 +107,11 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> Tuned:
             folder.truncate_metrics(saver.done - (saver.unrecorded is not None))
             if not _steps(config, school, prompts, saver, folder, line):
                 line.say(f"{saver.stopped}; continue with: {folder.how_to_resume()}")
-                return Tuned(folder.path, False, {})
+                return SftResult(folder.path, False, {})
             with explain_io(folder.student):
                 export(student, folder.student, dtype=config.save_dtype)
             draw_run(folder)
-            return Tuned(folder.path, True, school.examine(config, prompts, line))
+            return SftResult(folder.path, True, school.examine(config, prompts, line))
 
 
 def _learner(config: SftConfig, student: Policy) -> LocalLearner:
@@ -151,7 +146,7 @@ def _steps(
         folder.append_metrics(step, values)
         saver.unrecorded = None
 
-    with Interrupts(saver.learner).heeded() as interrupts:
+    with Interrupts(saver).handled() as interrupts:
         try:
             if saver.unrecorded is not None:
                 append(saver.done, saver.unrecorded)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from opd.batch import Batch, pack
-from opd.checks import findings as preflight
+from opd.checks import rules
+from opd.checks.startup import run_checks
 from opd.config import Config, MaskConfig, ObjectiveConfig, RewardConfig
+from opd.data.task_data import read_tasks
 from opd.errors import DataError, ScoreError
 from opd.local.backend import LocalBackend
 from opd.local.build import build
@@ -26,7 +28,6 @@ from opd.local.learner import LocalLearner
 from opd.local.loss_terms import Pass
 from opd.objective import compute_advantages
 from opd.records import FailedScore, Prompt, ScoredRollout
-from opd.startup import read_tasks, run_checks
 
 _SKETCH = 2**17
 _REFERENCE = "exact"
@@ -89,7 +90,7 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
             "a probe compares distributions, and a teacher with a url gives none; load it in process (model)"
         )
     backend = build(config, task_data.make_environment)
-    preflight.require(run_checks(config, backend, task_data))
+    rules.require(run_checks(config, backend, task_data))
     if backend.cross_tokenizer:
         names = ", ".join(f"'{name}'" for name in backend.cross_tokenizer)
         raise DataError(

@@ -11,8 +11,8 @@ from opd.config.format_checks import ChecksConfig
 from opd.config.no_effect import changed, without_effect
 from opd.config.node import nearest
 from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, RewardConfig
-from opd.config.parse import AnyConfig, dump_config, load_config, parse_config
-from opd.config.resume import config_changes, resumed_config
+from opd.config.parse import AnyConfig, dump_config, load_config, parse_config, read_recipe
+from opd.config.resume import config_changes, require_resumable, resumed_config
 from opd.config.teachers import RemoteConfig, TeacherConfig
 from opd.config.tree import (
     AlignmentConfig,
@@ -23,6 +23,7 @@ from opd.config.tree import (
     LoggingConfig,
     LoraConfig,
     OptimizerConfig,
+    PythonTask,
     ReasoningGymTask,
     SamplingConfig,
     SftConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "RewardConfig",
+    "PythonTask",
     "ReasoningGymTask",
     "SamplingConfig",
     "RemoteConfig",
@@ -66,5 +68,7 @@ __all__ = [
     "resumed_config",
     "nearest",
     "parse_config",
+    "read_recipe",
+    "require_resumable",
     "without_effect",
 ]

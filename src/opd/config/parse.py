@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.config.node import nearest
 from opd.config.teachers import TeacherConfig
-from opd.config.tree import Config, FileTask, ReasoningGymTask, SftConfig, TextArenaTask, ToolTask
+from opd.config.tree import Config, FileTask, PythonTask, ReasoningGymTask, SftConfig, TextArenaTask, ToolTask
 from opd.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
@@ -22,17 +22,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[A
 
     Raises ConfigError with one line that names the file and the key, what was found and what to write instead.
     """
+    tree = read_recipe(path)
+    apply_overrides(tree, overrides)
+    return parse_config(tree, kind=kind, source=str(path))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The plain tree of a TOML recipe, not yet checked. Raises ConfigError for a file that cannot be read."""
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe '{path}' does not exist; recipes/ holds the ones that come with opd") from None
     except IsADirectoryError:
         raise ConfigError(f"recipe '{path}' is a folder; name a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe '{path}' is not valid TOML: {error}") from None
-    apply_overrides(tree, overrides)
-    return parse_config(tree, kind=kind, source=str(path))
 
 
 def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, source: str = "config") -> AnyConfig:
@@ -102,7 +107,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, A
     if fault["type"] == "missing":
         return f"key '{key}' is missing; add it to the recipe or pass {key}=...{more}"
     if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{key}.type must be 'file', 'reasoning_gym', 'textarena' or 'tools', got {_tag(fault['input'])}{more}"
+        return f"{key}.type must be 'file', 'python', 'reasoning_gym', 'textarena' or 'tools', got {_tag(fault['input'])}{more}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return (f"{key}: " if key else "") + message + more
@@ -131,7 +136,13 @@ def _known_keys(kind: type[BaseModel], loc: Sequence[str]) -> list[str]:
     if not loc:
         return list(kind.model_fields)
     if loc[0] == "tasks" and len(loc) >= 3:
-        variants = {"file": FileTask, "reasoning_gym": ReasoningGymTask, "textarena": TextArenaTask, "tools": ToolTask}
+        variants = {
+            "file": FileTask,
+            "python": PythonTask,
+            "reasoning_gym": ReasoningGymTask,
+            "textarena": TextArenaTask,
+            "tools": ToolTask,
+        }
         return _known_keys(variants[loc[2]], loc[3:])
     if loc[0] == "teachers":
         return list(TeacherConfig.model_fields)

@@ -27,14 +27,17 @@ _TRAINED = (
     "compute.score_cache",
     "compute.score_cache_folder",
 )  # an evaluation uses none of them
+_ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
 _LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
 
-def resumed_config(config: Config, overrides: Sequence[str], *, evaluation: bool = False) -> Config:
-    """The configuration of a run that goes on, with `key=value` overrides of where and how it runs.
+def resumed_config(
+    config: Config, overrides: Sequence[str], *, evaluation: bool = False, allow_changes: bool = False
+) -> Config:
+    """The configuration of a run that continues, with `key=value` overrides of where and how it runs, and of `steps`.
 
-    `steps` may change as well where the learning rate is constant. evaluation: nothing is learnt any more, so the number of prompts
-    may change, and steps may not. Raises ConfigError for what would change what is learnt.
+    evaluation: the run is only evaluated, so the number of prompts may change, and steps may not. allow_changes: settings of the
+    optimizer, the evaluation and the detectors may change too. Raises ConfigError for any other.
     """
     tree = json.loads(dump_config(config))
     known = dict(_leaves(tree))
@@ -42,11 +45,20 @@ def resumed_config(config: Config, overrides: Sequence[str], *, evaluation: bool
     for name in sorted(set(tree["teachers"]) - set(config.teachers)):
         has = ", ".join(config.teachers)
         raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
-    moved = parse_config(tree, source="overrides")
-    for key, _, new in config_changes(config, moved):
-        if key not in known or not _may_change(key, config, evaluation=evaluation):
+    changed = parse_config(tree, source="overrides")
+    for key, _, new in config_changes(config, changed):
+        if key in known and allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+            continue
+        if key not in known or not _may_change(key, evaluation=evaluation):
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
-    return moved
+    return changed
+
+
+def require_resumable(before: Config, now: Config) -> None:
+    """Raise ConfigError when a run of the configuration `before` cannot continue with that of `now`."""
+    for key, _, new in config_changes(before, now):
+        if not _may_change(key, evaluation=False) and key != "template_time":
+            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, before, evaluation=False)}")
 
 
 def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
@@ -55,13 +67,13 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
-def _may_change(key: str, config: Config, *, evaluation: bool) -> bool:
+def _may_change(key: str, *, evaluation: bool) -> bool:
     if evaluation and key in _MEASURED:
         return True
     if evaluation and any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED):
         return False
     if key == "steps":
-        return config.optimizer.schedule == "constant" and not evaluation
+        return not evaluation
     return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)
 
 
@@ -72,13 +84,10 @@ def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
         return (
             f"a run is evaluated as it was trained; only {_MEASURED[0]}, and where and how it runs, may change: {_LIST}"
         )
-    if key == "steps":
-        return (
-            f"with optimizer.schedule = '{config.optimizer.schedule}' the rate of the steps that are done depends on it; begin a "
-            f"new run ({_where_it_is(config)})"
-        )
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        return "this changes what the run learns from here on; add --allow-changes (allow_changes=True) to do so"
     return (
-        f"a run that goes on keeps what it learns from; begin a new one ({_where_it_is(config)}). What "
+        f"a run that continues keeps what it learns from; start a new one ({_where_it_is(config)}). What "
         f"may change is where and how it runs: {_LIST}"
     )
 

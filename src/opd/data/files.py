@@ -1,10 +1,11 @@
 """Prompts from JSONL files, checked line by line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from opd.config import FileTask
+from opd.config import FileTask, PythonTask
 from opd.data.json_lines import read_json_lines
 from opd.data.prompt_records import Completion, checked, read_record
 from opd.episodes.demonstrations import recorded_turn
@@ -13,14 +14,34 @@ from opd.records import Message, Prompt
 from opd.rewards.verifiers import VERIFIERS, reference_fault
 
 
-class PromptFile:
-    """A task read from one JSONL file a split; ids are unique within the task."""
+class _Records:
+    """What tasks of records have in common: verifiers that compare with their answers, and no environment."""
 
-    def __init__(self, name: str, config: FileTask) -> None:
+    def __init__(self, name: str, config: FileTask | PythonTask) -> None:
         self.name = name
         self._config = config
         self._verify = VERIFIERS[config.verifier]
         self._grade = VERIFIERS[config.grader or config.verifier]
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer is None else self._verify(response, prompt.answer)
+
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer is None else self._grade(response, prompt.answer)
+
+    def environment(self, prompt: Prompt) -> None:
+        """None: a file has no environment; training on a prompt with tools needs one of the user's."""
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        if not prompt.demonstration:
+            return prompt.answer
+        return recorded_turn(prompt.demonstration, len(messages) - len(prompt.messages))
+
+
+class PromptFile(_Records):
+    """A task read from one JSONL file a split; ids are unique within the task."""
+
+    _config: FileTask
 
     def prompts(self, split: str) -> list[Prompt]:
         config = self._config
@@ -37,19 +58,34 @@ class PromptFile:
             key=key,
         )
 
-    def reward(self, prompt: Prompt, response: str) -> float | None:
-        return None if prompt.answer is None else self._verify(response, prompt.answer)
 
-    def grade(self, prompt: Prompt, response: str) -> float | None:
-        return None if prompt.answer is None else self._grade(response, prompt.answer)
+class PassedRecords(_Records):
+    """A task whose records were passed as Python objects, one iterable a split."""
 
-    def environment(self, prompt: Prompt) -> None:
-        """None: a file has no environment; training on a prompt with tools needs one of the user's."""
+    def __init__(self, name: str, config: PythonTask, train: Iterable[Any], held_out: Iterable[Any] | None) -> None:
+        super().__init__(name, config)
+        self._splits = {"train": train, "held_out": held_out}
 
-    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
-        if not prompt.demonstration:
-            return prompt.answer
-        return recorded_turn(prompt.demonstration, len(messages) - len(prompt.messages))
+    def prompts(self, split: str) -> list[Prompt]:
+        records = self._splits[split]
+        if records is None:
+            return []
+        config = self._config
+        return read_records(records, task=self.name, teacher=config.teacher, completion=config.completion)
+
+
+def read_records(
+    records: Iterable[Any], *, task: str, teacher: str | None, completion: Completion | None
+) -> list[Prompt]:
+    """The prompts of records that were passed as Python objects."""
+    return [
+        item
+        if isinstance(item, Prompt)
+        else checked(
+            read_record(item, task=task, teacher=teacher, completion=completion), f"prompts[{number}]", completion
+        )
+        for number, item in enumerate(records)
+    ]
 
 
 def read_prompts(

@@ -1,9 +1,10 @@
 """Prompts and where rewards come from."""
 
-from collections.abc import Mapping
-from typing import assert_never
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, assert_never
 
-from opd.config import EpisodesConfig, FileTask, ReasoningGymTask, TaskConfig, TextArenaTask, ToolTask
+from opd.config import EpisodesConfig, FileTask, PythonTask, ReasoningGymTask, TaskConfig, TextArenaTask, ToolTask
 from opd.errors import DataError
 from opd.records import Prompt
 from opd.roles import Task
@@ -11,9 +12,22 @@ from opd.roles import Task
 SPLITS = ("train", "held_out")
 
 
-def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None = None) -> dict[str, Task]:
-    """The tasks of a recipe by name, prompts not yet read."""
-    from opd.data.files import PromptFile
+@dataclass(frozen=True)
+class PythonPrompts:
+    """Prompts that were passed as Python objects: iterables of records (`opd.data.files.read_records`)."""
+
+    train: Iterable[Any]
+    held_out: Iterable[Any] | None = None
+
+
+def make_tasks(
+    configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None = None, passed: PythonPrompts | None = None
+) -> dict[str, Task]:
+    """The tasks of a recipe by name, prompts not yet read. passed: the prompts of its task of type "python".
+
+    Raises DataError when the recipe has such a task and no prompts are passed.
+    """
+    from opd.data.files import PassedRecords, PromptFile
     from opd.episodes.tool_problems import ToolProblems
     from opd.integrations.reasoning_gym import ReasoningGym
     from opd.integrations.textarena import TextArena
@@ -23,6 +37,12 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
         match config:
             case FileTask():
                 tasks[name] = PromptFile(name, config)
+            case PythonTask():
+                if passed is None:
+                    raise DataError(
+                        f"tasks.{name} has type = 'python': pass its prompts to opd.Trainer(..., prompts=...)"
+                    )
+                tasks[name] = PassedRecords(name, config, passed.train, passed.held_out)
             case ReasoningGymTask():
                 tasks[name] = ReasoningGym(name, config)
             case ToolTask():

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,11 +18,16 @@ from opd.models.loading import add_adapter, load_network, quiet, save_adapter_fa
 
 
 def export(
-    policy: Policy, folder: Path, *, dtype: str = "float32", weights: Mapping[str, Tensor] | None = None
+    policy: Policy,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    weights: Mapping[str, Tensor] | None = None,
+    tokenizer: bool = True,
 ) -> None:
-    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder with its tokenizer.
+    """Write the student as a standard PEFT adapter, or as a whole Hugging Face folder; its tokenizer and chat template beside it.
 
-    weights: those that train by name, where the model itself holds only a part of them.
+    weights: the trained weights by name, when the model itself holds only a part of them. tokenizer: whether it is written too.
     """
     network = policy.network
     staging = folder.with_name(f".{folder.name}.partial")
@@ -32,7 +38,6 @@ def export(
             model = network.base if weights is not None else network.base.to(getattr(torch, dtype))  # type: ignore[call-arg]  # a decorator hides its signature
             with quiet():
                 model.save_pretrained(staging, state_dict=kept)
-            network.tokenizer.save_pretrained(staging)
         else:
             assert isinstance(network.model, PeftModel)
             # peft puts an adapter of this name into a folder of this name
@@ -48,6 +53,8 @@ def export(
             (staging / "README.md").unlink(missing_ok=True)  # an empty template of a model card
             _sort_lists(staging / "adapter_config.json")
             save_adapter_facts(staging, network)
+        if tokenizer:
+            network.tokenizer.save_pretrained(staging)
         _cast(staging, getattr(torch, dtype))
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors writes files for their owner alone
@@ -60,21 +67,24 @@ def export(
 def export_files(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The same as the contents of the folder's files."""
     with tempfile.TemporaryDirectory(prefix="opd-export-") as place:
-        export(policy, Path(place) / "student", weights=weights)
+        export(policy, Path(place) / "student", weights=weights, tokenizer=False)
         return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
 
 
-def write_merged(base: str, adapter: Path, folder: Path, *, dtype: str, whose: str) -> None:
-    """Write a base with an adapter in its weights, its tokenizer beside it. whose: in errors, a teacher's name.
+def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, whose: str) -> None:
+    """Write a base, with an adapter merged into its weights if there is one, and its tokenizer. whose: in errors, a teacher's name.
 
     dtype: that in which it will be computed; adding to weights of less precision would round the adapter away. Raises ModelError
     where the two do not fit.
     """
     network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
-    add_adapter(network, str(adapter), teacher=whose, name="merged")
-    assert isinstance(network.model, PeftModel)
+    model: Any = network.model
+    if adapter is not None:
+        add_adapter(network, str(adapter), teacher=whose, name="merged")
+        assert isinstance(network.model, PeftModel)
+        model = network.model.merge_and_unload()
     with quiet():
-        network.model.merge_and_unload().save_pretrained(folder)
+        model.save_pretrained(folder)
     network.tokenizer.save_pretrained(folder)
 
 

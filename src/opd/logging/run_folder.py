@@ -9,6 +9,7 @@ before.json        the student's evaluation before the first step
 parity.json        the parity table; parity.md the same to read
 curves.png         the picture
 student/           the trained student, a PEFT adapter or a Hugging Face folder
+changes.jsonl      settings that a resumed run changed on request
 own_code.txt       the callables of the user's that the run was started with, if any
 .lock              held while a process trains in the folder
 """
@@ -18,20 +19,34 @@ import fcntl
 import gzip
 import json
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
-from opd.checkpoint import replace_file
+from opd.checkpoint import explain_io, replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
 from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
 
 _OWN_CODE = "own_code.txt"
+_CHANGES = "changes.jsonl"
+_WRITTEN = frozenset(
+    (
+        "config.json",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "alarms.jsonl",
+        "before.json",
+        "parity.json",
+        "parity.md",
+    )
+    + ("curves.png", "student", "tensorboard", "trackio", "own_code.txt", _CHANGES, ".lock")
+)
 _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
 
 
@@ -73,8 +88,8 @@ class RunFolder:
         if missing:
             arguments = ", ".join(f"{name}=..." for name in missing)
             raise RunError(
-                f"run '{self.path}' was started with callables of its own ({', '.join(missing)}), which it cannot store; continue "
-                f"it from Python: opd.resume('{self.path}', {arguments}), and so opd.evaluate_run"
+                f"run '{self.path}' was started with {', '.join(missing)} from Python, which it cannot store; continue it from Python: "
+                f"opd.Trainer('{self.path}', {arguments}).resume(), and evaluate it in the same way"
             )
 
     def how_to_resume(self) -> str:
@@ -82,7 +97,7 @@ class RunFolder:
         own = self.path / _OWN_CODE
         if own.is_file():
             arguments = ", ".join(f"{name}=..." for name in own.read_text().split())
-            return f"opd.resume('{self.path}', {arguments}), in Python"
+            return f"opd.Trainer('{self.path}', {arguments}).resume(), in Python"
         return f"opd {'sft' if self._is_sft() else 'train'} --resume {shlex.quote(str(self.path))}"
 
     def _is_sft(self) -> bool:
@@ -101,6 +116,16 @@ class RunFolder:
             if (place / "config.json").is_file():
                 other = f"continue it with: {RunFolder(place).how_to_resume()}; or {other}"
             raise RunError(f"run folder '{path}' exists and is not empty; {other}")
+
+    def remove(self) -> None:
+        """Delete the run folder. Raises RunError for a folder that holds what opd did not write, or in which a process trains."""
+        others = sorted(path.name for path in self.path.iterdir() if path.name not in _WRITTEN)
+        if others:
+            raise RunError(
+                f"run folder '{self.path}' holds '{others[0]}', which opd did not write; move it, or choose another output"
+            )
+        with self.locked():
+            shutil.rmtree(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -140,6 +165,12 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         with explain_io(self.path / name):
             replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def note_changes(self, step: int, changes: Sequence[tuple[str, Any, Any]]) -> None:
+        """Keep which settings changed after which step, one line each: (key, value before, value after)."""
+        with explain_io(self.path / _CHANGES), (self.path / _CHANGES).open("a", encoding="utf-8") as file:
+            for key, before, after in changes:
+                file.write(json.dumps({"after_step": step, "key": key, "before": before, "after": after}) + "\n")
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with explain_io(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -192,20 +223,6 @@ def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRo
     for path in paths:
         for line in gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]:
             yield _from_plain(json.loads(line))
-
-
-@contextlib.contextmanager
-def explain_io(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into one line that names the file."""
-    try:
-        yield
-    except RunError:
-        raise
-    except (OSError, SafetensorError) as error:
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RunError(
-            f"cannot write '{path}': {cause}; what was saved before is untouched; free space, or fix the permission"
-        ) from None
 
 
 def _to_plain(scored: ScoredRollout) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from opd.models.prefix_tree import TokenTree, pack_trees
 from opd.models.attention import own_attention
 from opd.models.network import Network, checkpointed
 from opd.models.kv_cache import KVCache
-from opd.checks.findings import PACKED_WITHIN
+from opd.checks.rules import PACKED_WITHIN
 
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '

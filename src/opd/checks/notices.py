@@ -1,10 +1,11 @@
-"""Notices before the first step: keys and data without effect, which a run would not show."""
+"""Notices before the first step: keys and data without effect, and objectives that reward what they should not."""
 
 import json
 from collections.abc import Mapping, Sequence
 
-from opd.checks.findings import Finding
-from opd.config import Config, FileTask, SftConfig, TaskConfig, changed, without_effect
+from opd.checks.rules import Finding
+from opd.config import Config, FileTask, PythonTask, SftConfig, TaskConfig, changed, without_effect
+from opd.objectives.mask_law import largest_kl
 from opd.records import Prompt
 
 PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
@@ -12,6 +13,12 @@ REWARD = "reward"
 """The name of the finding that says what becomes of rewards."""
 _NO_EFFECT = "no effect"
 _PLAYED = ("tools", "textarena")  # types of tasks that have environments
+_GROUP_MASK = (
+    "warning: mask.format_errors with baseline = 'leave_one_out' and no reward: other samples centre an advantage only where they "
+    "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
+    "theory, H-d); set reward.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
+)
+_SAFE_DISCOUNT = 0.9
 _TRAIN_ON_IT = (
     "reward.coef = 0, so nothing trains on it; to train on it set reward.coef above 0, with sampling.group_size of 2 or "
     "more (or reward.baseline = 'none')"
@@ -20,12 +27,12 @@ _TRAIN_ON_IT = (
 
 def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
     """Whether the task itself says what a response to this prompt is worth."""
-    return not isinstance(task, FileTask) or (prompt.answer is not None and task.verifier != "none")
+    return not isinstance(task, FileTask | PythonTask) or (prompt.answer is not None and task.verifier != "none")
 
 
 def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
     """Whether the task says what a response is worth in the held-out reward: its grader where it has one, else its verifier."""
-    graded = isinstance(task, FileTask) and task.grader is not None and prompt.answer is not None
+    graded = isinstance(task, FileTask | PythonTask) and task.grader is not None and prompt.answer is not None
     return graded or has_verdict(prompt, task)
 
 
@@ -73,7 +80,7 @@ def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environme
         if without and not task.checks.rules:
             why = (
                 "its verifier is 'none'"
-                if isinstance(task, FileTask) and task.verifier == "none"
+                if isinstance(task, FileTask | PythonTask) and task.verifier == "none"
                 else "they have no answer"
             )
             detail = (
@@ -113,7 +120,9 @@ def _idle_verifiers(config: Config | SftConfig, prompts: PromptSets) -> list[str
     lines = []
     for name, splits in prompts.items():
         task = config.tasks[name]
-        if not isinstance(task, FileTask) or any(p.answer is not None for found in splits.values() for p in found):
+        if not isinstance(task, FileTask | PythonTask) or any(
+            p.answer is not None for found in splits.values() for p in found
+        ):
             continue
         named = {"verifier": task.verifier if task.verifier in ("math", "number") else None}
         named |= {"grader": task.grader if graded else None}
@@ -130,7 +139,11 @@ def _held_out_prompts_in_training(configs: Mapping[str, TaskConfig], prompts: Pr
     trained = {_content(prompt) for splits in prompts.values() for prompt in splits["train"]}
     found: list[str] = []
     for name, config in configs.items():
-        mine = [p for p in prompts[name]["held_out"] if _content(p) in trained] if isinstance(config, FileTask) else []
+        mine = (
+            [p for p in prompts[name]["held_out"] if _content(p) in trained]
+            if isinstance(config, FileTask | PythonTask)
+            else []
+        )
         if mine:
             found.append(
                 f"{len(mine)} of {len(prompts[name]['held_out'])} held-out prompts of tasks.{name} are training prompts too, the "
@@ -144,7 +157,7 @@ def _unread_answers(config: Config, prompts: PromptSets) -> list[str]:
     lines = []
     for name, task in config.tasks.items():
         answered = sum(p.answer is not None for found in prompts[name].values() for p in found)
-        if isinstance(task, FileTask) and answered and task.verifier == "none" and task.grader is None:
+        if isinstance(task, FileTask | PythonTask) and answered and task.verifier == "none" and task.grader is None:
             lines.append(f"{answered} answers of tasks.{name}: verifier = 'none'; choose a verifier")
     return lines
 
@@ -153,7 +166,7 @@ def _replaced(config: Config) -> list[str]:
     """What the user's reward takes the place of, where the recipe names it."""
     named: dict[str, str | None] = {}
     for name, task in config.tasks.items():
-        if isinstance(task, FileTask):
+        if isinstance(task, FileTask | PythonTask):
             named[f"tasks.{name}.verifier"] = task.verifier if task.verifier in ("math", "number") else None
             named[f"tasks.{name}.grader"] = task.grader if config.evaluation.every else None
     return [f"{key} = '{value}': the reward function takes its place" for key, value in named.items() if value]
@@ -177,3 +190,48 @@ def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: 
 def _content(prompt: Prompt) -> str:
     """What the student is shown."""
     return json.dumps([[dict(m) for m in prompt.messages], list(prompt.tools)], sort_keys=True, default=dict)
+
+
+def discount_warning(config: Config) -> str | None:
+    """One line where the discount of a recipe favours short or empty branches; else None."""
+    discount = config.objective.discount
+    if discount is None or discount <= _SAFE_DISCOUNT:
+        return None
+    return (
+        f"warning: objective.discount = {discount} lets a student that cannot match its teacher everywhere prefer short or empty "
+        "branches: a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
+    )
+
+
+def mask_warning(config: Config) -> str | None:
+    """One line where the mask of a recipe can reward errors, with the bounds that its own numbers give; else None."""
+    objective = config.objective
+    if config.mask.format_errors == "off" or objective.coef == 0:
+        return None
+    if not objective.centred:
+        return _outweighed(config)
+    return _GROUP_MASK if objective.baseline == "leave_one_out" and not config.reward.coef else None
+
+
+def _outweighed(config: Config) -> str:
+    """How much KL the reward outweighs: a bound for every start, and one for a start without errors."""
+    objective, reward = config.objective, config.reward
+    coef = reward.coef / objective.coef
+    # "grpo" divides by what the rewards of a group differ by
+    weight = coef if reward.baseline == "grpo" else coef * (1.0 - reward.format_error)
+    everywhere, best = largest_kl(
+        weight, objective.normalizer, baseline=reward.baseline, group_size=config.sampling.group_size
+    )
+    text = (
+        "warning: mask.format_errors with an uncentred advantage rewards errors unless the reward outweighs the KL that a response"
+        f" without errors pays. At reward 1, errors fade from every start below {everywhere:.3g} nats a response"
+    )
+    if best - everywhere < 0.01 * best:
+        return f"{text}, and grow above it (docs/safeguards.md)"
+    episodes = config.sampling.prompts_per_step * config.sampling.group_size
+    longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
+    other = f", or set objective.normalizer = 'constant' with objective.constant = {episodes}"
+    return (
+        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise reward.coef"
+        f"{other if objective.normalizer != 'constant' else ''} (docs/safeguards.md)"
+    )
