@@ -14,7 +14,7 @@ from opd.evaluate import Cell, ParityRow, by_task, evaluate, parity_json, parity
 from opd.logging.console import ProgressLine
 from opd.logging.run_folder import RunFolder
 from opd.loop import Parts
-from opd.metrics import Mean, Metrics, merge, values
+from opd.metrics import Mean, Metrics, Sum, merge, values
 from opd.records import Prompt, ScoredRollout
 from opd.roles import Backend
 from opd.startup import TaskData
@@ -48,6 +48,8 @@ class Measuring:
                 mean = Mean(cell.mean_reward * cell.verified, cell.verified)
                 # over all and by task, as `reward` is
                 found.append({"held_out/reward/mean": mean, f"held_out/reward/{task}/mean": mean})
+                if cell.timeouts:
+                    found.append({"held_out/timeouts/sum": Sum(cell.timeouts)})
         return values(merge(found))
 
     def before(self, line: ProgressLine, *, restored: bool) -> SharedVocabulary:
