@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from opd.data.tasks.math_brackets import closing_brace
+from opd.rewards.math_brackets import closing_brace
 from opd.rewards.math_units import MONTH, SCALES, TEXT
 from opd.rewards.math_values import read_value
 

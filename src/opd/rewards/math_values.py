@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from opd.data.tasks.math_brackets import alike, brackets_of, closing_brace, grouped
+from opd.rewards.math_brackets import alike, brackets_of, closing_brace, grouped
 from opd.rewards.math_units import FUNCTIONS, TEXT, without_scale, without_unit
 from opd.rewards.time_limit import limited
 
