@@ -327,7 +327,7 @@ class _Run:
         self._warn_of_silence(report, line)
         every = self.config.logging.samples_every
         if every and (report.step == 1 or report.step % every == 0):
-            line.samples(report.scored)
+            line.samples(report.scored, logprob_floor=self.config.objective.teacher_logprob_floor)
         if self.on_step is not None:
             records.wait()  # it may read them
             answer = self.on_step(report)
