@@ -20,7 +20,7 @@ from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.records import ChunkScore, Prompt, Rollout, SampledScore, Turn
 from opd.text.chat import Chat
-from opd.text.student_text import Writer
+from opd.text.student_text import StudentSide
 from opd.text.token_bytes import token_bytes
 
 TOKENIZERS = {
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_gives_two_tokens_one_id_is_refused(tokenizer: str):
 def test_a_letter_written_as_its_byte_token_is_not_canonical():
     """The tokenizer has a token for the letter, which ends at the same byte."""
     tokenizer = toy("sentencepiece, no prefix")
-    writer = Writer(tokenizer)
+    writer = StudentSide(tokenizer)
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "7x7"]
     spelled = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in b"7x7"]
     assert writer.encode("7x7") == letters

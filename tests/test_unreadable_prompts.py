@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from templated import CHATTY, NO_SYSTEM, TERSE
-from test_own_prompts import recipe
+from test_teacher_prompts import recipe
 
 import opd
 from opd.errors import CheckError, DataError
