@@ -1,8 +1,14 @@
 """Toy models with another tokenizer than the student's, as folders and as teachers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from factories import CHATML, toy_model
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from opd.config import ComputeConfig
 from opd.local.cross_tokenizer import CrossTokenizerPolicy
@@ -34,14 +40,41 @@ def policy_of(source: str, student_tokenizer) -> CrossTokenizerPolicy:
 
 def toy_without(tokenizer, name: str):
     """The same tokenizer with one special token called otherwise."""
-    import json
-
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     plain = json.loads(tokenizer.backend_tokenizer.to_str().replace(name, "<other>"))
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
         eos_token="<|im_end|>",
         chat_template=CHATML.replace(name, "<other>"),
     )
+
+
+def renumbered(tokenizer, order: np.ndarray, *, added: bool = True) -> PreTrainedTokenizerFast:
+    """The same tokenizer with id order[i] for id i. Without `added` the vocabulary lacks the added tokens: they then get the ids
+    from its size on, whatever tokenizer.json says."""
+    plain = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.get_vocab() if added else plain["model"]["vocab"]
+    plain["model"]["vocab"] = {token: int(order[index]) for token, index in tokens.items()}
+    for token in plain["added_tokens"]:
+        token["id"] = int(order[token["id"]])
+    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    backend = Tokenizer.from_str(json.dumps(plain))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **names)
+
+
+def save_renumbered(folder: Path, tokenizer, ends: tuple[str, ...]) -> tuple[str, str]:
+    """A toy model whose turns end with each of `ends`, and the same model with other token ids: equal distributions over texts."""
+    rows, ids = len(tokenizer) + 3, [tokenizer.convert_tokens_to_ids(end) for end in ends]
+    order = np.append(np.random.default_rng(1).permutation(len(tokenizer)), np.arange(len(tokenizer), rows))
+    model: Any = toy_model(4, vocab_size=rows)
+    saved = []
+    for name, own in (("mine", tokenizer), ("renumbered", renumbered(tokenizer, order))):
+        for config in (model.config, model.generation_config):
+            config.bos_token_id, config.pad_token_id = own.bos_token_id, own.pad_token_id
+            config.eos_token_id = [int(i) for i in ids]
+        model.save_pretrained(folder / name)
+        own.save_pretrained(folder / name)
+        saved.append(str(folder / name))
+        ids, table = order[ids], model.get_input_embeddings().weight
+        with torch.no_grad():
+            table[torch.from_numpy(order)] = table.clone()  # the head is tied to it
+    return saved[0], saved[1]

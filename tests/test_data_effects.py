@@ -9,7 +9,7 @@ from factories import sft_recipe, toy_recipe, write_prompts
 
 import opd
 from opd.config import SftConfig, parse_config
-from opd.sft import sft
+from opd.finetune import sft
 
 
 def warnings_of(tree: dict[str, Any], **callables: Any) -> list[str]:

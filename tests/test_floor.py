@@ -1,5 +1,6 @@
 """The floor of a teacher's log-probability acts on each model before its weight, in every path that reads one."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import torch
 from benches import PROMPTS, TEMPERATURE, Bench, assert_same_gradient, dense_gradient, float64_norms, make_bench
 from factories import prompt, rollout, scored
+from rich.console import Console
 from test_learner_objectives import config_of
 from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.evaluate import evaluate
+from opd.logging.console import ProgressLine
 from opd.objective import compute_advantages
 from opd.objectives.target import target_logprobs
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
@@ -190,3 +193,11 @@ def test_an_evaluation_floors_what_training_floors(tmp_path: Path):
     cell = evaluate(Told(), [], Judge(lambda p, r: 1.0), teachers=Reads(), reverse_kl=lambda items: [])  # type: ignore[arg-type]  # stand-ins
     assert cell.kl_sequence == pytest.approx((50.0 - 1.0) + (2.5 - 2.0))
     assert cell.kl_token == pytest.approx(cell.kl_sequence / 2)
+
+
+@pytest.mark.parametrize(("floor", "shown"), [(-50.0, "-24.500"), (-3.0, "-1.000"), (-1e6, "-499.500")])
+def test_the_table_of_sampled_responses_shows_the_log_ratio_that_training_follows(floor: float, shown: str):
+    item = scored(rollout([1, 2, 3], 1, prompt=prompt(), logprobs=[-1.0, -1.0]), [-1.0, -1000.0])
+    written = Console(record=True, width=200, file=io.StringIO())
+    ProgressLine(1, console=written).samples([item], logprob_floor=floor)
+    assert shown in written.export_text()

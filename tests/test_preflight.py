@@ -12,7 +12,7 @@ from opd.checks import findings as preflight
 from opd.checks.findings import Finding
 from opd.errors import CheckError, DataError
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
-from opd.roles import Limit
+from opd.roles import Limit, OwnReading
 
 VOCAB = 258
 
@@ -125,6 +125,30 @@ def test_a_limit_that_is_no_context_says_its_cause_and_which_key_to_lower(cause:
 
 def test_an_unknown_context_limits_nothing():
     assert fits({"a": 10**9}, student=None, teacher=None).passed
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(99, False), (100, True)])
+def test_a_prompt_that_is_too_long_as_its_teacher_reads_it_is_named_with_teacher_tokens_and_limit(limit, passes):
+    def asked() -> Finding:
+        own = {"t": [OwnReading(lambda p: 90, Limit(limit), 10)], "other": [OwnReading(lambda p: 10**6, Limit(1), 1)]}
+        return preflight.lengths_fit(
+            [prompt("b", teacher="t")],
+            lambda p: 5,
+            max_new_tokens=10,
+            contexts={},
+            teacher_contexts={},
+            own_readings=own,
+        )
+
+    if passes:
+        assert asked().passed
+        return
+    with pytest.raises(DataError) as caught:
+        asked()
+    assert str(caught.value) == (
+        "prompt 'b': teacher 't' reads it as 90 tokens in its own template; with at least 10 of a response they exceed the context "
+        "of that teacher (99); shorten the prompt, lower sampling.max_new_tokens or take another teacher"
+    )
 
 
 # --- same_policy ---
@@ -241,9 +265,15 @@ def test_a_teacher_whose_scores_are_no_numbers_is_not_informative():
     assert not any(f.passed for f in found)
 
 
-def test_a_teacher_that_could_score_nothing_fails_the_check():
-    found = preflight.informative([failed(r) for r in rollouts()], vocab_size=VOCAB)
-    assert [f.passed for f in found] == [False]
+def test_a_teacher_that_could_score_nothing_fails_a_check_of_that_name_with_the_reason():
+    items = rollouts()
+    lost = [failed(r) for r in items]
+    [found] = preflight.can_score(lost)
+    assert not found.passed
+    assert found.name == "teacher 't' can score what the student writes"
+    assert found.detail == "none of 3 rollouts (first: 'p0/0': too long)"
+    assert preflight.informative(lost, vocab_size=VOCAB) == []
+    assert preflight.can_score([*lost[1:], *own_scores(items[:1])]) == []
 
 
 # --- packed_equals_plain ---

@@ -5,6 +5,7 @@ import functools
 import json
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from run_folders import checkpoints, lines_of
 
 import opd
 from opd.errors import RewardError
+from opd.loop import rollout_metrics
+from opd.metrics import values
+from opd.rewards import math_values
 from opd.rewards import verifiers as verify
-from opd.rewards.reward import number_of, rewards_of
+from opd.rewards.judge import Judge
+from opd.rewards.reward import TimedOut, number_of, rewards_of
 from opd.rewards.time_limit import Bounded
 
 ROLLOUTS = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}"), sample=k) for i in range(2) for k in range(2)]
@@ -336,10 +341,44 @@ def test_math_verifies_in_any_thread():
 def test_an_expression_that_python_computes_for_ever_is_worth_0_in_bounded_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "MATH_LIMIT_S", 1.0)
     start = time.monotonic()
-    assert verify.mathematical("$9^{9^{9^{9}}}$", "3") == 0.0
+    worth = verify.mathematical("$9^{9^{9^{9}}}$", "3")
+    assert worth == 0.0
+    assert isinstance(worth, TimedOut)
     assert time.monotonic() - start < 60  # a busy machine starts the process anew
     monkeypatch.undo()
     assert verify.mathematical("$3$", "3") == 1.0
+
+
+def test_responses_that_run_out_of_the_verifiers_time_are_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "MATH_LIMIT_S", 1.0)
+    judge = Judge(lambda prompt, response: verify.mathematical("$9^{9^{9^{9}}}$" if prompt.id == "p0" else "3", "3"))
+    judged = judge([replace(r, reward=None) for r in ROLLOUTS[1:]])
+    assert [r.reward for r in judged] == [0.0, 1.0, 1.0]
+    assert [dict(r.events) for r in judged] == [{"verifier_timeouts": 1}, {}, {}]
+    assert values(rollout_metrics(judged))["verifier/timeouts/sum"] == 1.0
+    assert "verifier/timeouts/sum" not in values(rollout_metrics(judged[1:]))
+
+
+def test_one_step_of_a_comparison_that_takes_too_long_is_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(math_values, "_equal", lambda *given: time.sleep(30))
+    monkeypatch.setattr(math_values, "_SECONDS", 1)
+    assert verify.compared("3", "4") is None
+
+
+def test_a_run_shows_how_many_responses_were_not_compared_in_time(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 2, "every": 1, "held_out_prompts": 2})
+    result = opd.train(opd.parse_config(tree), reward=lambda prompt, response: TimedOut())
+    line = opd.read_metrics(result.run)[-1]
+    assert line["verifier/timeouts/sum"] == line["batch/rollouts/sum"]
+    assert line["held_out/timeouts/sum"] > 0
+    assert (
+        "responses count as wrong: the verifier did not compare them in time" in (result.run / "parity.md").read_text()
+    )
+
+
+def test_an_environments_reward_that_was_not_known_in_time_is_counted():
+    [judged] = Judge(lambda prompt, response: 1.0)([replace(ROLLOUTS[0], reward=number_of(TimedOut()))])
+    assert judged.events["verifier_timeouts"] == 1
 
 
 def test_a_call_that_fails_or_ends_its_process_does_not_spoil_the_next():

@@ -336,7 +336,7 @@ def test_fine_tuning_that_ends_early_is_continued_as_its_line_says(
     tree, calm = tuned
     run = tmp_path / "expert"
     action = {"once": press(1), "twice": press(2), "a full disk": full, "a bug": bug}[how]
-    monkeypatch.setattr("opd.sft.imitation_batch", at(3, action, opd.sft.imitation_batch))
+    monkeypatch.setattr("opd.finetune.imitation_batch", at(3, action, opd.sft.imitation_batch))
     result = invoke("sft", write_toml(tmp_path / "sft.toml", tree | {"output": str(run)}))
     monkeypatch.undo()
     step = 3 if how == "once" else 2

@@ -21,7 +21,8 @@ from opd.config import Config, MaskConfig, ObjectiveConfig, RewardConfig
 from opd.detectors.metrics import detector_metrics
 from opd.metrics import values
 from opd.objective import compute_advantages, divisor
-from opd.records import ChunkScore, FailedScore, Flag, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Flag, Prompt, ScoredRollout, Turn
+from opd.rewards.judge import Judge
 from opd_theory import probe as probe_module
 
 CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
@@ -235,6 +236,32 @@ def test_a_sequence_weight_is_that_of_the_whole_episode():
     weights = found.advantages[found.loss_mask] / found.log_ratio[found.loss_mask]
     torch.testing.assert_close(weights.log(), torch.full((3,), 0.76), rtol=1e-5, atol=0)
     assert values(metrics)["correction/weight/mean"] == pytest.approx(np.exp(0.76), rel=1e-5)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_reward_is_asked_once_an_episode(asynchronous: bool):
+    """With the prompt that the student was given first and its last response, as where nothing was split."""
+    split = [item.rollout for item in parts(Played([[-1.0]] * 3, [[-2.0]] * 3), "p0", 0)]
+    for number, text in enumerate(("one", "two", "three")):
+        before = ({"role": "user", "content": f"rewritten {number}"},)
+        changed = replace(split[number].prompt, messages=before if number else split[number].prompt.messages)
+        messages = (*before, {"role": "assistant", "content": text})
+        split[number] = replace(split[number], prompt=changed, messages=messages)
+    [other] = (item.rollout for item in whole(Played([[-1.0]], [[-2.0]]), "p0", 1))
+    asked: list[tuple[str, str]] = []
+
+    def reward(prompt: Prompt, response: str) -> Any:
+        asked.append((str(prompt.messages[0]["content"]), response))
+        return later(float(response == "three")) if asynchronous else float(response == "three")
+
+    async def later(value: float) -> float:
+        return value
+
+    judged = Judge(reward, own_code=True)([*split, other])
+    first = str(split[0].prompt.messages[0]["content"])
+    assert asked == [(first, "three"), (str(other.prompt.messages[0]["content"]), other.response)]
+    assert [r.reward for r in judged] == [1.0, 1.0, 1.0, 0.0]
+    assert [r.prompt for r in judged] == [r.prompt for r in [*split, other]]
 
 
 def test_parts_that_come_out_of_order_are_put_in_order():

@@ -12,7 +12,7 @@ import opd
 from opd.config import SftConfig
 from opd.errors import ConfigError, ModelError
 from opd.local.build import build
-from opd.sft import sft
+from opd.finetune import sft
 
 
 @pytest.fixture(scope="module")

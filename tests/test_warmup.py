@@ -12,7 +12,7 @@ from opd.errors import ConfigError, DataError
 from opd.local import warmup
 from opd.local.build import build
 from opd.records import Prompt
-from opd.sft import sft
+from opd.finetune import sft
 
 SHOUTING = CHATML.replace("m['role'] +", "m['role'] | upper +")
 

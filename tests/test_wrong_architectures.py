@@ -16,7 +16,7 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.records import FailedScore, Rollout
-from opd.sft import sft
+from opd.finetune import sft
 
 LONGROPE = {
     "rope_parameters": {

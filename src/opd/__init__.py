@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opd.records import Prompt, Rollout, ScoredRollout
     from opd.roles import Environment, Step
     from opd.run import Result
-    from opd.sft import SftResult, resume_sft, sft
+    from opd.finetune import SftResult, resume_sft, sft
     from opd.trainer import Trainer, train
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOMES = {
     "opd.records": ("Prompt", "Rollout", "ScoredRollout"),
     "opd.roles": ("Environment", "Step"),
     "opd.run": ("Result",),
-    "opd.sft": ("SftResult", "resume_sft", "sft"),
+    "opd.finetune": ("SftResult", "resume_sft", "sft"),
     "opd.trainer": ("Trainer", "train"),
 }
 __all__ = [

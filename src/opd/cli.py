@@ -86,7 +86,7 @@ def sft(
             if recipe is not None:
                 what = f"'{recipe}' has no effect" if "=" in recipe else f"got both: '{recipe}'"
                 raise ConfigError(f"{_RECIPE_OR_RUN}, {what}")
-            from opd.sft import resume_sft
+            from opd.finetune import resume_sft
 
             result = resume_sft(resume)
         elif recipe is None:
@@ -95,7 +95,7 @@ def sft(
             from opd.config import SftConfig, load_config
 
             config = load_config(recipe, overrides or [], kind=SftConfig)
-            from opd.sft import sft as tune
+            from opd.finetune import sft as tune
 
             result = tune(config)
     if not result.finished:

@@ -17,9 +17,10 @@ from opd.errors import DataError
 from opd.logging.console import ProgressLine
 from opd.logging.run_folder import RunFolder
 from opd.loop import Components
-from opd.metrics import Mean, Metrics, mean_interval, merge, values, wilson_interval
+from opd.metrics import Mean, Metrics, Sum, mean_interval, merge, values, wilson_interval
 from opd.records import ChunkScore, HiddenScore, Prompt, SampledScore, ScoredRollout, TopKScore
 from opd.rewards.judge import Judge
+from opd.rewards.reward import TIMEOUTS
 from opd.roles import Backend, Sampler, Seed, Teacher
 
 ReverseKl = Callable[[Sequence[ScoredRollout]], list[np.ndarray]]
@@ -33,7 +34,8 @@ class Cell:
     """One policy on one set of prompts, one response a prompt.
 
     total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict; verified:
-    those with one. mean_reward, reward_deviation: mean and standard deviation of their rewards; reward_interval: the mean's, 95 %
+    those with one; timeouts: those of them that are worth 0 because the verifier did not compare them in time. mean_reward,
+    reward_deviation: mean and standard deviation of their rewards; reward_interval: the mean's, 95 %
     (`opd.metrics.mean_interval`). correct: those of reward 1; accuracy, interval: their share, and its interval, 95 %, Wilson. All
     None where no response has a verdict.
     kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
@@ -48,6 +50,7 @@ class Cell:
     flagged: int
     mean_length: float
     failed: int = 0
+    timeouts: int = 0
     mean_reward: float | None = None
     reward_deviation: float | None = None
     kl_token: float | None = None
@@ -126,6 +129,7 @@ def evaluate(
         flagged=len(faulty),
         mean_length=sum(r.num_actions for r in rollouts) / len(episodes),
         failed=sum(r.failure is not None for r in episodes),
+        timeouts=sum(r.events.get(TIMEOUTS, 0) for r in rollouts),
         mean_reward=float(np.mean(known)) if known else None,
         reward_deviation=float(np.std(known)) if known else None,
         sampled=bool(kl) and not exact,
@@ -205,8 +209,9 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         shares = [f"{100 * c.flagged / c.total:.1f}" for c in (row.before, row.expert, row.after) if c is not None]
         return " / ".join(shares) + " %"
 
+    every = [c for row in rows for c in (row.before, row.expert, row.after) if c is not None]
     head = ["task", "prompts", "student before", "teacher", "student after", "after / teacher", "KL before", "KL after"]
-    checked = any(c is not None and c.flagged for row in rows for c in (row.before, row.expert, row.after))
+    checked = any(c.flagged for c in every)
     if checked:
         head.append("format errors")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -220,26 +225,32 @@ def parity_text(rows: Sequence[ParityRow]) -> str:
         )
         cells += (accuracy(row.after), parity, kl(row.before), kl(row.after), *([faults(row)] if checked else []))
         lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    failed = sum(c.failed for row in rows for c in (row.before, row.expert, row.after) if c is not None)
-    if failed:
+    return "\n".join([*lines, "", *_notes(rows, every)])
+
+
+def _notes(rows: Sequence[ParityRow], every: Sequence[Cell]) -> list[str]:
+    """What stands below the table."""
+    lines = []
+    if failed := sum(c.failed for c in every):
         lines.append(
             f"{failed} episodes have no verdict: their environments failed (the accuracies are of the others)."
         )
+    if late := sum(c.timeouts for c in every):
+        lines.append(f"{late} responses count as wrong: the verifier did not compare them in time.")
     if any(c is not None and c.sampled for row in rows for c in (row.before, row.after)):
         lines.append(
             "~: estimated from the responses, of a teacher that gives no distributions over the student's tokens."
         )
-    if checked:
+    if any(c.flagged for c in every):
         lines.append(
             "Format errors: the share of episodes with one, of the student before, its teacher and the student after."
         )
-    if any(c is not None and c.in_part for row in rows for c in (row.before, row.expert, row.after)):
+    if any(c.in_part for c in every):
         lines.append("The mean reward counts partial rewards; after / teacher is the ratio of the mean rewards.")
     lines.append(
         "Right answers (reward 1) in % with 95 % intervals (Wilson); reverse KL to the teacher in nats per token / per sequence."
     )
-    return "\n".join(lines)
+    return lines
 
 
 def reward_text(cell: Cell) -> str:
@@ -290,6 +301,8 @@ class Evaluator:
                 mean = Mean(cell.mean_reward * cell.verified, cell.verified)
                 # over all and by task, as `reward` is
                 found.append({"held_out/reward/mean": mean, f"held_out/reward/{task}/mean": mean})
+                if cell.timeouts:
+                    found.append({"held_out/timeouts/sum": Sum(cell.timeouts)})
         return values(merge(found))
 
     def before(self, line: ProgressLine, *, restored: bool) -> CellTable:

@@ -21,6 +21,7 @@ from opd.objective import compute_advantages
 from opd.prefetch import Prefetch
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
+from opd.rewards.reward import TIMEOUTS
 from opd.roles import Learner, Sampler, Seed, Teacher
 from opd.text.alignment import LARGEST, total
 from opd.text.alignment_report import shares
@@ -304,6 +305,8 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
             r.reward for r in episodes if r.prompt.task == task and r.reward is not None
         )
     events = sum((Counter(r.events) for r in rollouts), Counter())
+    if late := events.pop(TIMEOUTS, 0):
+        metrics["verifier/timeouts/sum"] = Sum(late)
     for name in ("lost", "retried"):  # of servers, not of environments
         events.pop(name, None)
     turns = [sum(t.author == "student" for t in r.turns) for r in rollouts]

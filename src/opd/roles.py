@@ -1,6 +1,6 @@
 """The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -125,13 +125,24 @@ class OtherTemplate:
 
 
 @dataclass(frozen=True)
+class OwnReading:
+    """A model that reads prompts in a template or tokens of its own. length: how many tokens a prompt then has (DataError where the
+    template refuses it); limit: its longest sequence; room: the tokens of a response that must fit."""
+
+    length: Callable[[Prompt], int]
+    limit: Limit
+    room: int
+
+
+@dataclass(frozen=True)
 class TeacherFacts:
     """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
     the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
     student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). notes: what a user
     should know of how the models were loaded, a line each. templates: the teachers whose chat template is not known to be the
     student's. turn_ends: by model, how its chat template, tokenizer and generation config disagree on where a turn ends.
-    reads_clock: whether a chat template reads the time.
+    reads_clock: whether a chat template reads the time. own_readings: of each teacher, its models that read a prompt otherwise than
+    the student and have a limit; they are not in contexts.
     """
 
     contexts: Mapping[str, Limit | None]
@@ -143,6 +154,7 @@ class TeacherFacts:
     templates: Mapping[str, "OtherTemplate"] = field(default_factory=lambda: MappingProxyType({}))
     turn_ends: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     reads_clock: bool = False
+    own_readings: Mapping[str, Sequence[OwnReading]] = field(default_factory=dict)
 
 
 class Backend(Protocol):

@@ -261,7 +261,7 @@ class Run:
         self._warn_of_silence(report, line)
         every = self.config.logging.samples_every
         if every and (report.step == 1 or report.step % every == 0):
-            line.samples(report.scored)
+            line.samples(report.scored, logprob_floor=self.config.objective.teacher_logprob_floor)
         values = dict(report.values)
         try:
             if self.callbacks:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from opd.config import nearest
 from opd.errors import CheckError, DataError
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
-from opd.roles import Limit, OtherTemplate, Teacher
+from opd.roles import Limit, OtherTemplate, OwnReading, Teacher
 from opd.text.alignment import total
 from opd.text.alignment_report import describe
 
@@ -83,10 +84,12 @@ def lengths_fit(
     max_new_tokens: int,
     contexts: Mapping[str, Limit | None],
     teacher_contexts: Mapping[str, Limit | None],
+    own_readings: Mapping[str, Sequence[OwnReading]] = MappingProxyType({}),
 ) -> Finding:
     """Prompt and response fit the student's context and the prompt's teacher's. Raises DataError for the first that does not.
 
-    contexts: the student's, by a name to show; teacher_contexts: by teacher.
+    contexts: the student's, by a name to show; teacher_contexts: by teacher; own_readings: of each teacher's models that read a
+    prompt otherwise than the student. A prompt that their template refuses is left to `can_score`.
     """
     longest = 0
     for prompt in prompts:
@@ -97,6 +100,17 @@ def lengths_fit(
                 raise DataError(
                     f"prompt '{prompt.id}': {tokens} tokens + sampling.max_new_tokens = {max_new_tokens} exceed {limit.of(who)}; "
                     "shorten the prompt or lower sampling.max_new_tokens"
+                )
+        for own in own_readings.get(prompt.teacher, ()):
+            try:
+                tokens = own.length(prompt)
+            except DataError:
+                continue
+            if tokens + own.room > own.limit.tokens:
+                raise DataError(
+                    f"prompt '{prompt.id}': teacher '{prompt.teacher}' reads it as {tokens} tokens in its own template; with at "
+                    f"least {own.room} of a response they exceed {own.limit.of('that teacher')}; shorten the prompt, lower "
+                    "sampling.max_new_tokens or take another teacher"
                 )
     return Finding("lengths fit the contexts", True, f"longest prompt {longest} + {max_new_tokens} new tokens")
 
@@ -151,6 +165,18 @@ def deterministic(first: Sequence[ScoredRollout], teachers: Teacher, *, toleranc
     return Finding("scores are deterministic", some and worst <= tolerance, detail, warning=bool(missing))
 
 
+def can_score(scored: Sequence[ScoredRollout]) -> list[Finding]:
+    """The teachers that could score none of their rollouts, and why."""
+    findings = []
+    for teacher in dict.fromkeys(s.score.teacher for s in scored):
+        mine = [s for s in scored if s.score.teacher == teacher]
+        reasons = [f"'{s.rollout.id}': {s.score.reason}" for s in mine if isinstance(s.score, FailedScore)]
+        if len(reasons) == len(mine):
+            detail = f"none of {len(mine)} rollouts (first: {reasons[0]})"
+            findings.append(Finding(f"teacher '{teacher}' can score what the student writes", False, detail))
+    return findings
+
+
 def informative(
     scored: Sequence[ScoredRollout], *, vocab_size: int, cross_tokenizer: Mapping[str, int] | None = None
 ) -> list[Finding]:
@@ -162,11 +188,7 @@ def informative(
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
         mine = [_units(s) for s in scored if not isinstance(s.score, FailedScore) and s.score.teacher == teacher]
         if not mine:
-            why = next(
-                s.score.reason for s in scored if isinstance(s.score, FailedScore) and s.score.teacher == teacher
-            )
-            findings.append(Finding(f"teacher '{teacher}' is not uniform", False, f"it could score no rollout: {why}"))
-            continue
+            continue  # `can_score` says why
         logprobs = np.concatenate(mine)
         if not len(logprobs):
             findings.append(Finding(f"teacher '{teacher}' is not uniform", True, "no text to judge it by"))

@@ -24,7 +24,7 @@ from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher, WithRemote, templates_of
-from opd.roles import Alone, Limit, OtherTemplate, Teacher, TeacherFacts, smallest
+from opd.roles import Alone, Limit, OtherTemplate, OwnReading, Teacher, TeacherFacts, smallest
 from opd.text.teacher_prompt import same_template
 from opd.text.template import clock_of
 from opd.text.turn_end import turn_end
@@ -112,6 +112,7 @@ class LocalBackend:
             templates={**self.templates, **templates_of(self.remote)},
             turn_ends=self._turn_ends(),
             reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
+            own_readings=self._own_readings(),
         )
 
     def _networks(self) -> list[Network]:
@@ -207,10 +208,25 @@ class LocalBackend:
         )
 
     def _contexts(self) -> dict[str, Limit | None]:
-        """The longest sequence that each target can score, None where nothing limits it."""
-        limits = {n: smallest(p.policy.network.limit for p in target) for n, target in self.followed.items()}
+        """The longest sequence that each target can score, None where nothing limits it; but for what `_own_readings` has."""
+        limits = {
+            n: smallest(p.policy.network.limit for p in target if p.policy.prompts is None)
+            for n, target in self.followed.items()
+        }
         remote = {n: None if teacher.context is None else Limit(teacher.context) for n, teacher in self.remote.items()}
         return limits | remote
+
+    def _own_readings(self) -> dict[str, list[OwnReading]]:
+        """The models that read a prompt otherwise than the student. How many tokens of another tokenizer a response has is known
+        only once it is sampled; there is at least its end."""
+        room = self.config.sampling.max_new_tokens
+        own = [(n, p.policy.prompts, p.policy.network, room) for n, target in self.followed.items() for p in target]
+        own += [(name, policy.teacher_side, policy.network, 1) for name, policy in self.cross_tokenizer.items()]
+        found: dict[str, list[OwnReading]] = {}
+        for name, prompts, network, least in own:
+            if prompts is not None and network.limit is not None:
+                found.setdefault(name, []).append(OwnReading(prompts.length, network.limit, least))
+        return found
 
     def learner(self) -> LocalLearner:
         return LocalLearner(

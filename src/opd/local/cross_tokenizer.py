@@ -141,7 +141,9 @@ def _token_logprobs(
             where = torch.from_numpy(np.flatnonzero(last)).to(network.device)
             states = every[where].repeat_interleave(len(end_ids), 0)
             each = token_logprobs(states, head, end_ids.repeat(len(where)), temperature=temperature)
-            logprobs[where] = each.view(len(where), -1).logsumexp(-1)  # ending is one event, whichever token says it
+            meant = [[i in turns[owner].end_ids for i in policy.teacher_side.end_ids] for owner in micro.owners[last]]
+            others = ~torch.tensor(meant, device=network.device)
+            logprobs[where] = each.view(len(where), -1).masked_fill(others, -torch.inf).logsumexp(-1)
         plain = logprobs.double().cpu().numpy()
         states = every.float().cpu().numpy() if policy.cells is not None else nothing.hidden
         for member in micro.members:

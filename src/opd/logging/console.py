@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opd.records import FailedScore, ScoredRollout
+from opd.batch import pack, trainable
+from opd.records import ScoredRollout
 
 # C0 and C1 controls, bidirectional overrides: model output must not steer the terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -86,16 +87,16 @@ class ProgressLine:
         else:
             self.say(f"step {step}/{self._total}  {summary(values)}")
 
-    def samples(self, scored: Sequence[ScoredRollout], count: int = 4) -> None:
-        """A table of a few responses; first of each task."""
+    def samples(self, scored: Sequence[ScoredRollout], count: int = 4, *, logprob_floor: float) -> None:
+        """A table of a few responses, first of each task, with the mean log ratio that training follows (`Batch.log_ratio`)."""
         table = Table("prompt", "response", "answer", "reward", "log ratio/token", title="sampled responses")
         chosen = sorted(enumerate(scored), key=lambda item: (_rank(scored, item[0]), item[0]))[:count]
         for _, item in chosen:
             rollout = item.rollout
             ratio = "-"
-            mask = item.mask
-            if not isinstance(item.score, FailedScore) and mask.any():
-                ratio = f"{(item.score.logprobs[mask] - rollout.rollout_logprobs[mask]).mean():+.3f}"
+            if trainable([item]) and item.mask.any():
+                batch, _ = pack([item], logprob_floor=logprob_floor)
+                ratio = f"{float(batch.log_ratio[batch.scored].mean()):+.3f}"
             reward = "-" if rollout.reward is None else f"{rollout.reward:.2f}"
             texts = (rollout.prompt.messages[-1]["content"], rollout.response, rollout.prompt.answer or "-")
             table.add_row(*(printable(t, 60) for t in texts), reward, ratio)

@@ -8,12 +8,15 @@ from typing import Any, Literal
 from opd.config import ChecksConfig
 from opd.records import Rollout
 from opd.rewards.format_errors import flag_errors
-from opd.rewards.reward import Reward, rewards_of
+from opd.rewards.reward import TIMEOUTS, Reward, TimedOut, rewards_of
 from opd.text.token_bytes import token_bytes
 
 
 class Judge:
     """Gives rollouts their reward and their flags.
+
+    The reward is asked once an episode, also where the chat template split it: it gets the prompt of the first part and the
+    response of the last one.
 
     checks: by task; they need the tokenizer that the rollouts were sampled with. own: the tasks in which `reward` takes the place
     of an reward that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
@@ -39,19 +42,25 @@ class Judge:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts in their order; raises RewardError for a reward that raises or is no number in [0, 1]."""
-        last = {(r.prompt.id, r.sample): r.part for r in rollouts}  # parts of an episode come in order
-        judged = self._rewarded(rollouts)
-        # An episode that its template split is worth what its last part is.
-        worth = {(r.prompt.id, r.sample): r.reward for r in judged}
-        judged = [replace(r, reward=worth[r.prompt.id, r.sample]) for r in judged]
-        return [self._flagged(r, final=r.part == last[r.prompt.id, r.sample]) for r in judged]
+        episodes: dict[tuple[str, int], list[Rollout]] = {}
+        for rollout in rollouts:
+            episodes.setdefault((rollout.prompt.id, rollout.sample), []).append(rollout)  # parts come in order
+        ends = {key: replace(parts[-1], prompt=parts[0].prompt) for key, parts in episodes.items()}
+        asked = [key for key, end in ends.items() if self._asks(end)]
+        found = rewards_of(self._reward, [ends[key] for key in asked], opened=not self._own_code)
+        worth = {key: end.reward for key, end in ends.items()} | dict(zip(asked, found, strict=True))
+        judged = []
+        for rollout in rollouts:
+            key = rollout.prompt.id, rollout.sample
+            events = dict(rollout.events)
+            if rollout.part == 0 and isinstance(worth[key], TimedOut):
+                events[TIMEOUTS] = 1
+            rewarded = replace(rollout, reward=worth[key], events=MappingProxyType(events))
+            judged.append(self._flagged(rewarded, final=rollout is episodes[key][-1]))
+        return judged
 
-    def _rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """With the reward of each that has none yet."""
-        asked = [r.failure is None and (r.reward is None or r.prompt.task in self._own) for r in rollouts]
-        mine = [r for r, ask in zip(rollouts, asked, strict=True) if ask]
-        found = iter(rewards_of(self._reward, mine, opened=not self._own_code))
-        return [replace(r, reward=next(found)) if ask else r for r, ask in zip(rollouts, asked, strict=True)]
+    def _asks(self, rollout: Rollout) -> bool:
+        return rollout.failure is None and (rollout.reward is None or rollout.prompt.task in self._own)
 
     def _flagged(self, rollout: Rollout, *, final: bool) -> Rollout:
         checks = self._checks.get(rollout.prompt.task)

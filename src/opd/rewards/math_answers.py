@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 
-from opd.rewards.math_units import SCALES, TEXT
-from opd.rewards.math_values import closing_brace, read_value
+from opd.rewards.math_brackets import closing_brace
+from opd.rewards.math_units import MONTH, SCALES, TEXT
+from opd.rewards.math_values import read_value
 
 _BOX = re.compile(r"\\f?boxed\s*(\{)?|\\fbox\s*(\{)?")
 _BETWEEN = re.compile(
@@ -30,6 +31,21 @@ _MATH = (
 _RUN = re.compile(
     rf"(?:{_MATH})(?:[ \t]*(?:,?[ \t]*\b(?:and|or)\b[ \t]*)?(?:{_MATH.replace('env', 'next')}))*", re.DOTALL
 )
+_NAMED = re.compile(
+    rf"(?<![\w{{]){MONTH}\.?\s+\d{{1,2}}(?:st|nd|rd|th)?\b(?:,?\s+\d{{4}}\b)?"  # a date
+    rf"|(?<![\w{{.,])\d{{1,2}}(?:st|nd|rd|th)?(?:\s+of)?\s+{MONTH}(?:,?\s+\d{{4}}\b)?"
+    r"|(?:\b(?:Step|Case|Equation|Example|Figure|Theorem|Lemma|Method)"
+    r"|(?:(?<=in )|(?<=In )|(?<=by )|(?<=By )|(?<=see )|(?<=from )|(?<=From ))(?:step|equation|figure|theorem|lemma|method))"
+    r"\s+\(?\d+(?:\.\d+)*\b\)?[.:]?"  # no "in this case 12"
+)
+_PART_OF = re.compile(r"(?i)\bout of\s+(?:the\s+)?$|\d\$?\s+(?:of|in|per|by|over)\s+(?:the\s+)?$")
+_WITH_MORE = re.compile(
+    r"(?i)(?:\s+[a-z]+){0,2}?\s+out of\b|\s+of\s+(?:the\s+)?\$?\d"
+    r"|\s+(?:in|per|by|over)\s+\$?\d[\d.,]*(?!\S*\s+[a-z])"  # no "in 3 days"
+    r"|(?:\s+[a-z]+){0,3}?,?\s+(?:and|or)\s+(?:[a-z]+\s+)?\$?\d"
+)
+_CHOICE = re.compile(r"(?:(?i:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z])(?:\)|[.:](?!\S)|$))[.:]?\s*(.*)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[B-HJ-Z]|[A-Z](?=[).:]))(?![A-Za-z])")
 _BULLET = re.compile(r"^[ \t]*(?:[-*\u2022]|\d+[.)])[ \t]+", re.MULTILINE)
 _EDGES = ",;: \t"
 
@@ -60,6 +76,18 @@ def says(response: str, answer: str) -> bool:
     response = _EMPHASIS.sub(lambda m: m[1] or m[2], response)
     stated = _boxed(response) if _BOX.search(response) else _anchored(response) or response
     return stated is not None and _letters(stated) == _letters(answer)
+
+
+def choice(response: str) -> tuple[str, str] | None:
+    """The letter and the text of the choice that a response states, as in "(C)" and "C) 12"; None for none, and for several."""
+    response = _EMPHASIS.sub(lambda m: m[1] or m[2], response)
+    if _BOX.search(response):
+        stated = _boxed(response) or ""
+    else:
+        stated = (_anchored(response) or "").split("\n")[0] or response.strip().rpartition("\n")[2]
+    plain = re.sub(r"\\[ ,;:!]|\\q?quad|[~$]", " ", TEXT.sub(r" \1 ", stated)).strip()
+    found = _CHOICE.fullmatch(plain)
+    return (found[1] or found[2], found[3]) if found and not _OTHER_CHOICE.search(found[3]) else None
 
 
 def _letters(text: str) -> str:
@@ -102,6 +130,7 @@ def _boxed(response: str) -> str | None:
 
 def _runs(text: str) -> Iterator[str]:
     """The stretches of mathematics in a text, in order: those with a number, a command or more than a letter."""
+    text = _NAMED.sub(" that ", text)
     for found in _RUN.finditer(text):
         run = found[0].lstrip(_EDGES + "=").rstrip(_EDGES)  # what "15 + 9 = A book" says is none of the run's
         run = run.rstrip("([{").strip(_EDGES) if run.count("(") > run.count(")") else run
@@ -109,7 +138,7 @@ def _runs(text: str) -> Iterator[str]:
         while run.endswith(")") and run.count(")") > run.count("("):
             run = run[:-1].strip(_EDGES)
         if re.search(r"\d|\\[A-Za-z]|[A-Za-z]\s*[-+*/^=<>]|[\u00bd\u00bc\u00be\u03c0\u221e]|\$", run):
-            before = text[: found.start()]
-            if _OTHER.search(before):
-                run = ""  # what it names is not the answer
+            before = text[max(0, found.start() - 40) : found.start()]
+            if _OTHER.search(before) or _PART_OF.search(before) or _WITH_MORE.match(text, found.end()):
+                run = ""  # what it names is not the answer, or not all of it
             yield f"-{run}" if _NEGATIVE.search(before) and run[:1].isdigit() else run

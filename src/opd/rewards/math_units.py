@@ -20,6 +20,10 @@ _UNIT_NAMES = {
     "hour": "h", "hr": "h", "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "mile": "mi", "liter": "l", "litre": "l",
     "sq": "square", "milliliter": "ml", "pound": "lb", "kmh": "km/h",
 }  # fmt: skip
+MONTH = (
+    "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)\b"
+)
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|\u00a3|\u20ac|\u00a5)\s*(?=[-+]?[\d.])")
 _PERCENT = re.compile(r"(?<=[\d.})])\s*(?:\\?%|\\text\{\s*%\s*\})$")
@@ -45,7 +49,7 @@ def without_unit(text: str) -> tuple[str, str]:
     if found:
         first = re.split(r"[ /^]", found[2])[0]
         known = first.casefold() in _GLUED_UNITS
-        if first not in FUNCTIONS and (known or (found[1] and len(first) > 2)):
+        if first not in FUNCTIONS and not re.match(MONTH, first) and (known or (found[1] and len(first) > 2)):
             return text[: found.start()].strip(), _unit(found[2])
     return text, ""
 

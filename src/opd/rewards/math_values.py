@@ -5,17 +5,15 @@ refused: a part of an answer is another answer.
 """
 
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from types import FrameType
 from typing import Any
 
+from opd.rewards.math_brackets import alike, brackets_of, closing_brace, grouped
 from opd.rewards.math_units import FUNCTIONS, TEXT, without_scale, without_unit
+from opd.rewards.time_limit import limited
 
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400
 _SECONDS = 5  # of one reading or one comparison
@@ -42,6 +40,9 @@ _PLAIN = (
     (re.compile(r"\\bmod(?![A-Za-z])"), r"\\mod"),
     (re.compile(r"\\langle(?![A-Za-z])"), "("),
     (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
+    (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
+    (re.compile(r"\\(?:mathrm|operatorname)\s*\{([ei])\}"), r"\1"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(leq|geq)slant(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset "),
@@ -66,16 +67,18 @@ _DROPPED = re.compile(
 
 @dataclass(frozen=True)
 class Value:
-    """value: an expression of sympy, a Fraction, or words in lower case; unit: "" for none; rounded: it has decimal places."""
+    """value: an expression of sympy, a Fraction, or words in lower case; unit: "" for none; rounded: it has decimal places;
+    brackets: `brackets_of` its text."""
 
     value: Any
     unit: str = ""
     rounded: bool = False
+    brackets: frozenset[tuple[int, str]] = frozenset()
 
 
 @lru_cache(maxsize=1 << 16)
 def read_value(text: str) -> Value | None:
-    """What the whole of a text means; None where any part of it is not understood."""
+    """What the whole of a text means; None where any part of it is not understood. Raises TimeoutError where it takes too long."""
     text = _bare(text)
     if not text or len(text) > _MAX_CHARS:
         return None
@@ -97,12 +100,17 @@ def read_value(text: str) -> Value | None:
     if number is not None:
         return Value(number, unit, rounded=bool(re.search(r"[.eE]", text)) and "overline" not in text)
     parsed = _parsed(text)
-    return None if parsed is None else Value(parsed, unit, rounded="." in text)
+    return None if parsed is None else Value(parsed, unit, rounded="." in text, brackets=brackets_of(text))
 
 
 def equal_values(reference: Value, response: Value) -> bool:
-    """Whether a response is worth as much as the reference; what a response may leave out is the unit, and a name before "="."""
+    """Whether a response is worth as much as the reference; what a response may leave out is the unit, and a name before "=".
+
+    Raises TimeoutError where it takes too long.
+    """
     ours, theirs = reference.value, response.value
+    if not alike(reference.brackets, response.brackets):
+        return False
     scale: tuple[Fraction, ...] = (Fraction(1),)
     if reference.unit and response.unit and reference.unit != response.unit:
         return False
@@ -114,8 +122,8 @@ def equal_values(reference: Value, response: Value) -> bool:
     if isinstance(ours, str) or isinstance(theirs, str):
         return _as_words(ours) == _as_words(theirs)
     rounded = reference.rounded or response.rounded
-    with _limited() as within:
-        return bool(within(lambda: any(_equal(ours, theirs, factor, rounded) for factor in scale)))
+    with limited(_SECONDS):
+        return bool(_tried(lambda: any(_equal(ours, theirs, factor, rounded) for factor in scale)))
 
 
 def _bare(text: str) -> str:
@@ -140,16 +148,6 @@ def _bare(text: str) -> str:
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
     return re.sub(r"\s+", " ", text).strip()
-
-
-def closing_brace(text: str, start: int) -> int:
-    """Where the brace that opens at `start` is closed; -1 where it is not."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return -1
 
 
 def _words(text: str) -> str | None:
@@ -206,17 +204,25 @@ def _parsed(text: str) -> Any:
     """The text as an expression of sympy; None where it is none, or where the parser would pass over a part of it."""
     text = _BARE.sub(r"\\\1", text).replace(r"\infinity", r"\infty").replace(r"\inf ", r"\infty ")
     text = re.sub(r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*", ",", text)
-    text = _grouped(text)
+    text = grouped(text)
     if _DROPPED.search(text) or _prose(text):
         return None
     if r"\approx" in text:  # about as much as something exact is that, and a name is about what follows it
         left, right = re.split(r"\\approx\s*", text, maxsplit=1)
         text = right if re.fullmatch(r"\s*[A-Za-z](?:_\w)?\s*", left) else left
-    with _limited() as within:
-        value = within(lambda: _sympy(text))
+    with limited(_SECONDS):
+        value = _tried(lambda: _sympy(text))
         if value is None and len(_PLUS_MINUS.findall(text)) == 1:
-            value = within(lambda: _either(*(_sympy(_PLUS_MINUS.sub(sign, text)) for sign in "+-")))
+            value = _tried(lambda: _either(*(_sympy(_PLUS_MINUS.sub(sign, text)) for sign in "+-")))
     return None if value is None or _undefined(value) else value
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    """What a function returns; None where it raises."""
+    try:
+        return work()
+    except Exception:
+        return None
 
 
 def _either(first: Any, second: Any) -> Any:
@@ -224,22 +230,6 @@ def _either(first: Any, second: Any) -> Any:
     from latex2sympy2_extended.sets import FiniteSet
 
     return None if first is None or second is None else FiniteSet(first, second)
-
-
-def _grouped(text: str) -> str:
-    """Brackets of plain writing as LaTeX has them: sqrt(...), ^(...); products of what stands in brackets are products."""
-    for opening, command in ((r"\\sqrt\s*\(", r"\sqrt{"), (r"\^\s*\(", "^{")):
-        while found := re.search(opening, text):
-            depth, place = 1, found.end()
-            while place < len(text) and depth:
-                depth += {"(": 1, ")": -1}.get(text[place], 0)
-                place += 1
-            if depth:
-                return text
-            text = f"{text[: found.start()]}{command}{text[found.end() : place - 1]}}}{text[place:]}"
-    text = re.sub(r"\\sqrt\s+(\w)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<![\w.^}])(\d+) ?/ ?(\d+)(?= ?(?:\\pi|\\sqrt|[a-zA-Z(]))", r"\\frac{\1}{\2}", text)  # 4/3 r
-    return re.sub(r"(?<=[\d)])\s*(?=\()(?!\(\d+\)_)", r"\\cdot ", text)
 
 
 def _prose(text: str) -> bool:
@@ -264,10 +254,21 @@ def _sympy(text: str) -> Any:
     if _DROPPED.search(normal) or not _known_commands(normal):
         return None
     try:
-        real = not should_treat_as_complex(normal)
-        return latex2sympy(normal, is_real=real, convert_degrees=False, normalization_config=None)
+        real = not (should_treat_as_complex(normal) or re.search(r"\di(?![A-Za-z])", normal))
+        return _complex(latex2sympy(normal, is_real=real, convert_degrees=False, normalization_config=None))
     except Exception:  # its own code raises errors of many kinds
         return None
+
+
+def _complex(value: Any) -> Any:
+    """With the imaginary unit for the letter i, unless that is the index of a sum, or has an order as a real number has."""
+    from sympy import I
+
+    letters = {symbol: I for symbol in getattr(value, "free_symbols", ()) if symbol.name == "i"}
+    try:
+        return value.subs(letters) if letters else value
+    except (TypeError, ValueError):
+        return value
 
 
 def _known_commands(text: str) -> bool:
@@ -299,6 +300,8 @@ def _equal(reference: Any, response: Any, factor: Fraction, rounded: bool) -> bo
         take_last_relation,
     )
 
+    if _listed(reference, response) or _listed(response, reference):
+        return False
     if is_equation(response) and not is_relation(reference):
         named = is_assignment_relation(response)
         if not named and take_last_relation(response).lhs.free_symbols:
@@ -316,6 +319,15 @@ def _equal(reference: Any, response: Any, factor: Fraction, rounded: bool) -> bo
     if not is_relation(reference) and not is_relation(response) and _length(reference) != _length(response):
         return False
     return sympy_expr_eq(reference, response, 6, 15, allow_set_relation_comp=True)
+
+
+def _listed(ends: Any, relation: Any) -> bool:
+    """Whether one side lists values, and the other is an inequality: the ends of an interval are not the interval."""
+    from math_verify.grader import is_equation, is_relation, take_last_relation
+    from sympy import FiniteSet
+
+    values = take_last_relation(ends).rhs if is_equation(ends) else ends
+    return isinstance(values, FiniteSet) and is_relation(relation) and not is_equation(relation)
 
 
 def _is_name(value: Any) -> bool:
@@ -361,36 +373,3 @@ def _close(ours: Any, theirs: Any, rounded: bool) -> bool:
     if rounded:
         limit = max(limit, min(_exact(_ROUNDED), _exact(_ROUNDED_SHARE) * size))
     return bool(apart <= limit)
-
-
-class _TooLong(BaseException):
-    """Passes through the parser's own handlers."""
-
-
-@contextmanager
-def _limited() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Calls a function, and gives None where it raises, or takes longer than a few seconds.
-
-    The limit is a signal's, which only the main thread can have.
-    """
-
-    def attempt(work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except (Exception, _TooLong):
-            return None
-
-    if threading.current_thread() is not threading.main_thread():
-        yield attempt
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_SECONDS)
-    try:
-        yield attempt
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -19,14 +19,22 @@ _MOST_AT_ONCE = 64  # async rewards that run at the same time; a step may have t
 _LOOK_S = 0.5  # how often it is checked that the thread of the event loop lives
 
 
+class TimedOut(float):
+    """The reward 0 of a response that its verifier did not compare in time; runs count it."""
+
+
+TIMEOUTS = "verifier_timeouts"
+"""The event of a rollout whose reward is `TimedOut`."""
+
+
 def number_of(found: Any) -> float | None:
     """A reward as a float in [0, 1], or None where it is None.
 
     A bool, a numpy or torch scalar and an array of one element are numbers; text is none, not even "0.5". Raises ValueError with
     the value and its type, and what was expected.
     """
-    if found is None:
-        return None
+    if found is None or isinstance(found, TimedOut):
+        return found
     plain: Any = found
     if callable(getattr(found, "item", None)):
         try:

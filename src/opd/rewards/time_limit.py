@@ -1,6 +1,7 @@
 """Calls with a strict time limit: they run in a separate process, which is killed at the limit.
 
-Signals would not do. They work in the main thread alone, and none interrupts a power of large numbers that Python computes in C.
+Signals alone would not do. They work in the main thread alone, and none interrupts a power of large numbers that Python computes
+in C.
 """
 
 import atexit
@@ -8,11 +9,14 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from opd.errors import RunError
@@ -95,6 +99,31 @@ class Bounded:
 
 BOUNDED = Bounded("math_verify", "opd.rewards.verifiers")
 """The process that verifiers share."""
+
+
+class _TooLong(BaseException):
+    """Passes through the handlers of somebody's code."""
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer. The limit is a signal's, which only the main thread can have."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    except _TooLong:
+        raise TimeoutError(f"no answer in {seconds} s") from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _serve() -> None:

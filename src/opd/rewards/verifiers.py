@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 
-from opd.rewards.math_answers import says, stated_answer
+from opd.rewards.math_answers import choice, says, stated_answer
 from opd.rewards.math_values import equal_values, read_value
+from opd.rewards.reward import TimedOut
 from opd.rewards.time_limit import BOUNDED
 from opd.text.thinking import behind_thoughts
 
@@ -25,26 +26,36 @@ def exact(response: str, answer: str) -> float | None:
 def mathematical(response: str, answer: str) -> float | None:
     """1 where the answer that the response states has the value of the reference; both are read whole, by the same rules.
 
-    A response is worth 0 of which nothing, or not all of the stated answer, is understood, or not within `MATH_LIMIT_S`. Any thread
-    may ask.
+    A response is worth 0 of which nothing, or not all of the stated answer, is understood, and `TimedOut` where that is not known
+    within `MATH_LIMIT_S`. Any thread may ask.
     """
     try:
-        return BOUNDED.call(compared, response, answer, limit_s=MATH_LIMIT_S)
+        worth = BOUNDED.call(compared, response, answer, limit_s=MATH_LIMIT_S)
     except TimeoutError:
-        return 0.0
+        worth = None
+    return TimedOut() if worth is None else worth
 
 
-def compared(response: str, answer: str) -> float:
-    """What `mathematical` says, in the process that is bounded in time."""
-    said = behind_thoughts(response)
+def compared(response: str, answer: str) -> float | None:
+    """What `mathematical` says, in the process that is bounded in time; None where one of its steps takes too long."""
+    try:
+        return float(_equals(behind_thoughts(response), answer))
+    except TimeoutError:
+        return None
+
+
+def _equals(said: str | None, answer: str) -> bool:
     reference = read_value(answer)
     if said is None or reference is None:
-        return 0.0
+        return False
     if isinstance(reference.value, str) and says(said, answer):
-        return 1.0
-    stated = stated_answer(said)
-    value = None if stated is None else read_value(stated)
-    return float(value is not None and equal_values(reference, value))
+        return True
+    chosen = choice(said)
+    if chosen is not None and choice(answer) == (chosen[0], ""):
+        return True
+    texts = (stated_answer(said), chosen and chosen[1])  # "(C) 12" states 12 too
+    values = [read_value(text) for text in texts if text]
+    return any(value is not None and equal_values(reference, value) for value in values)
 
 
 _NUMBER = re.compile(
@@ -88,6 +99,9 @@ def reference_fault(verifier: str, answer: str) -> str:
         return "is empty"
     if verifier == "number" and (_NUMBER.fullmatch(answer.strip()) is None or _value(answer.strip()) is None):
         return "is no number"
-    if verifier == "math" and read_value(answer) is None:
-        return "is not understood, or only a part of it is"
+    try:
+        if verifier == "math" and read_value(answer) is None:
+            return "is not understood, or only a part of it is"
+    except TimeoutError:
+        return "takes too long to read"
     return ""

@@ -130,6 +130,7 @@ class TurnPair:
     ends_turn: the student chose to end it, which is its last token. rewritten: the teacher's template shows the turns before
     otherwise than it showed them when they were written. canonical: the student's own tokenizer would write the text so.
     untranscribed: calls in it or before it are read as they were written, though the teacher's own syntax was asked for.
+    end_ids: the teacher's tokens for the student's end, where it ended the turn.
     """
 
     start: int
@@ -141,6 +142,7 @@ class TurnPair:
     rewritten: bool
     canonical: bool
     untranscribed: bool = False
+    end_ids: tuple[int, ...] = ()
 
 
 def pair_turns(
@@ -196,7 +198,7 @@ def pair_turns(
         found.append(
             TurnPair(
                 turn.start, turn.end, student_text, teacher_text, pairing, ends_turn, rewritten, not strange.any(),
-                seen.untranscribed,
+                seen.untranscribed, teacher_side.ends_of(int(ids[-1]), student_side) if ends_turn else (),
             )
         )  # fmt: skip
         written = seen.before.text + (student_text.text if seen.transcript is None else seen.transcript.text)

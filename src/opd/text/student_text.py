@@ -84,8 +84,9 @@ class StudentSide:
             if np.array_equal(plain, ids) or self.table.join(plain).tobytes() != raw:
                 continue
             usual, ours = (np.cumsum(self.table.lengths(x)) for x in (plain, ids))
-            spans = set(zip(np.append(0, usual[:-1]).tolist(), usual.tolist(), strict=True))
-            mine = zip(np.append(0, ours[:-1]).tolist(), ours.tolist(), strict=True)
+            # the ids too: a vocabulary with byte tokens has two tokens for one letter
+            spans = set(zip(np.append(0, usual[:-1]).tolist(), usual.tolist(), plain.tolist(), strict=True))
+            mine = zip(np.append(0, ours[:-1]).tolist(), ours.tolist(), ids.tolist(), strict=True)
             found[start:stop] = [span not in spans for span in mine]
         return found
 

@@ -79,6 +79,11 @@ class OwnPrompt:
             found.append(self._behind(self._begun(own, theirs, text), quotes, rollout, turn))
         return as_sampled(rollout) if same else found
 
+    def length(self, prompt: Prompt) -> int:
+        """How many tokens the prompt has as this teacher reads it. Raises DataError when its template refuses it."""
+        own, quotes = self._render(prompt, prompt.messages, len(prompt.messages))
+        return len(self._chat.encode(own + self._gap, quotes, prompt))
+
     def _render(self, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:
         try:
             return _render(self._chat, prompt, messages, trusted)

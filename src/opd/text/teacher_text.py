@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from opd.errors import DataError
-from opd.records import Message
+from opd.records import Message, Prompt
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.special_tags import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
-from opd.text.student_text import Masked, StudentText
+from opd.text.student_text import Masked, StudentSide, StudentText
 from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
 from opd.text.token_bytes import TokenBytes, token_bytes
 from opd.text.transcribe import Transcript
@@ -82,6 +82,13 @@ class TeacherSide:
             self._asked = (student, counterparts(student, self.table))
         return self._asked[1]
 
+    def ends_of(self, token_id: int, student_side: StudentSide) -> tuple[int, ...]:
+        """The end tokens that an end token of the student stands for: its namesake. The one that the student's template writes also
+        stands for those without a namesake, and one that stands for none means ending, whichever token says it."""
+        names = {student_side.table.of(i): i for i in student_side.end_ids}
+        owners = [(i, names.get(self.table.of(i), student_side.end_id)) for i in self.end_ids]
+        return tuple(i for i, owner in owners if owner == token_id) or self.end_ids
+
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Rendering:
         """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
         apart from the template's own. Calls that are data ("tool_calls") are for a template that writes them (`calls`)."""
@@ -134,6 +141,11 @@ class TeacherSide:
         inside = np.maximum(ends[first:] - boundary, 0)
         ids = np.array([*self._leading, *encoded.ids], dtype=np.int64)
         return TeacherText(ids, first + len(self._leading), inside, masked)
+
+    def length(self, prompt: Prompt) -> int:
+        """How many tokens the prompt has as this teacher reads it. Raises DataError when its template refuses it."""
+        shown = self.render(prompt.messages, prompt.tools)
+        return len(self._leading) + len(self._encoder.encode(shown.marked, shown.quotes).ids)
 
     def _invisible(self, ids: Sequence[int], ends: np.ndarray, index: int) -> bool:
         start = ends[index - 1] if index else 0

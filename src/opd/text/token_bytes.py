@@ -80,7 +80,8 @@ def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
     """The table of a Hugging Face fast tokenizer, for at least the `vocab_size` ids of its model; ids behind these, which the
     model can neither read nor write, are unknown.
 
-    Raises ModelError when the tokenizer does not say how its tokens are written (no fast tokenizer, another decoder).
+    Raises ModelError when the tokenizer does not say how its tokens are written (no fast tokenizer, another decoder), and when it
+    gives one id to two tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -91,6 +92,7 @@ def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
     described = json.loads(backend.to_str())
     family = _family(described, type(tokenizer).__name__)
     vocab: dict[str, int] = tokenizer.get_vocab()
+    _require_distinct(vocab, type(tokenizer).__name__)
     added = {int(t["id"]): t for t in described.get("added_tokens") or ()}
     model = described["model"].get("vocab") or {}
     own = set(model) if isinstance(model, dict) else {token for token, _ in model}
@@ -118,6 +120,17 @@ def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
         _dummy_prefix(described, family),
         frozenset(i for i, t in added.items() if t.get("lstrip") or t.get("rstrip")),
     )
+
+
+def _require_distinct(vocab: Mapping[str, int], name: str) -> None:
+    """Raise ModelError where two tokens have one id: what is sampled could not be told, nor what is read."""
+    token_of: dict[int, str] = {}
+    for token, index in sorted(vocab.items()):
+        if token_of.setdefault(index, token) != token:
+            raise ModelError(
+                f"tokenizer {name} gives id {index} to {token_of[index]!r} and to {token!r}; a vocabulary with gaps moves added "
+                "tokens that it lacks to other ids: list them in model.vocab of tokenizer.json too"
+            )
 
 
 def _family(described: Mapping[str, Any], name: str) -> Family:

@@ -249,6 +249,7 @@ class _School:
                 if cell.accuracy is not None and cell.interval is not None:
                     low, high = cell.interval
                     faults = f", {cell.flagged} with format errors" if cell.flagged else ""
+                    faults += f", {cell.timeouts} not compared in time" if cell.timeouts else ""
                     line.say(
                         f"{name} {split}: {cell.accuracy:.3f} [{low:.3f}, {high:.3f}] correct of {cell.verified}"
                         f"{reward_text(cell)}{faults}"
