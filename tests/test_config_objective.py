@@ -7,7 +7,7 @@ import pytest
 from config_trees import fault, tree
 
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
-from opd.config.parse import _apply
+from opd.config.parse import apply_overrides
 
 CHECKED = {"first": {"type": "file", "path": "p", "teacher": "even", "checks": {"rules": ["truncated"]}}}
 TO_GO: dict[str, Any] = {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"}
@@ -76,7 +76,7 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
         ({"type": "immediate", "divergence": "jsd"}, "divergence belongs to type = 'exact', got type = 'immediate'"),
         ({"jsd_beta": 0.3}, "jsd_beta belongs to divergence = 'jsd', got divergence = 'reverse_kl'"),
         ({"clip_low": 0.1}, "clip_low belongs to loss = 'ppo', got loss = 'reinforce'"),
-        ({"type": "exact", "top_k": 8}, "support belongs to type = 'top_k', got type = 'exact'"),
+        ({"type": "exact", "top_k": 8}, "top_k belongs to type = 'top_k', got type = 'exact'"),
         (
             {"type": "top_k", "tail_residual": True, "correction": {"type": "reject"}},
             "tail_residual is a sampled term that corrections and epochs > 1 do not reach",
@@ -168,7 +168,7 @@ def test_something_must_be_left_to_learn_from():
 @pytest.mark.parametrize("kind", ["exact", "top_k"])
 def test_ppo_without_a_sampled_advantage_is_refused_unless_an_outcome_gives_one(kind: str):
     objective = {"type": kind, "loss": "ppo"}
-    assert "without an reward has none" in fault(tree(objective=objective))
+    assert "without a reward has none" in fault(tree(objective=objective))
     assert parsed(objective=objective, reward={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
 
 
@@ -215,7 +215,7 @@ def test_a_teacher_called_student_is_not_mistaken_for_the_initial_student():
 )
 def test_an_override_replaces_a_teachers_source(override: str, expected: dict[str, Any]):
     data: dict[str, Any] = tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
-    _apply(data, override)
+    apply_overrides(data, [override])
     assert data["teachers"][override.split(".")[1]] == expected
 
 

@@ -137,7 +137,7 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"loss": "ppo"}},
-            "loss = 'ppo' clips sampled advantages; type = 'exact' without an reward has none: write loss = 'reinforce'",
+            "loss = 'ppo' clips sampled advantages; type = 'exact' without a reward has none: write loss = 'reinforce'",
         ),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in [0, 1), got [0.9, 1.0]"),
         ({"optimizer": {"betas": [-0.1, 0.5]}}, "optimizer: betas must lie in [0, 1), got [-0.1, 0.5]"),

@@ -27,8 +27,7 @@ def changed(config: Node, path: str) -> list[str]:
     value = getattr(node, leaf)
     if isinstance(value, Node):
         return [line for name in type(value).model_fields for line in changed(config, f"{path}.{name}")]
-    default = type(node).model_fields[leaf].get_default(call_default_factory=True)
-    return [] if value == default else [f"{path} = {json.dumps(value, default=str)}"]
+    return [] if node.is_default(leaf) else [f"{path} = {json.dumps(value, default=str)}"]
 
 
 def _shared(config: Config | SftConfig) -> Iterator[_Row]:

@@ -23,18 +23,6 @@ _REFUSED_TAILS = {
 }
 
 
-# field -> the key and the value with which alone it has an effect
-_OWNERS = {
-    "divergence": ("type", "exact"),
-    "jsd_beta": ("divergence", "jsd"),
-    "top_k": ("type", "top_k"),
-    "tail_residual": ("type", "top_k"),
-    "clip_low": ("loss", "ppo"),
-    "clip_high": ("loss", "ppo"),
-    "clip_dual": ("loss", "ppo"),
-}
-
-
 class CorrectionConfig(Node):
     """Importance weights against the policy that sampled, where that is not quite the student: an engine that rounds
     otherwise, an older version. Rejected tokens leave the normaliser too."""
@@ -47,12 +35,8 @@ class CorrectionConfig(Node):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "CorrectionConfig":
-        owners = {"cap": ("truncate",), "low": ("reject",), "high": ("reject",), "level": ("truncate", "reject")}
-        for field, kinds in owners.items():
-            if self.type not in kinds and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(
-                    f"{field} belongs to type = {' or '.join(map(repr, kinds))}, got type = '{self.type}'; drop one"
-                )
+        reject, either = ("type", ("reject",)), ("type", ("truncate", "reject"))
+        self.require_owners({"cap": ("type", ("truncate",)), "low": reject, "high": reject, "level": either})
         return self
 
 
@@ -147,9 +131,16 @@ class ObjectiveConfig(Node):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "ObjectiveConfig":
-        for field, (key, owner) in _OWNERS.items():
-            if getattr(self, key) != owner and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} belongs to {key} = '{owner}', got {key} = '{getattr(self, key)}'; drop one")
+        top_k, ppo = ("type", ("top_k",)), ("loss", ("ppo",))
+        self.require_owners(
+            {
+                "divergence": ("type", ("exact",)),
+                "jsd_beta": ("divergence", ("jsd",)),
+                "top_k": top_k,
+                "tail_residual": top_k,
+            }
+            | dict.fromkeys(("clip_low", "clip_high", "clip_dual"), ppo)
+        )
         if self.tail_residual and (self.correction.type != "none" or self.epochs > 1):
             raise ValueError(
                 "tail_residual is a sampled term that corrections and epochs > 1 do not reach: its mean would no longer be that "
