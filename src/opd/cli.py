@@ -27,7 +27,7 @@ _KEYS = "[KEY=VALUE | --KEY VALUE]"
 _KEYS_HELP = "Keys of the recipe, such as optimizer.lr=1e-5 or --optimizer.lr 1e-5."
 
 Recipe = Annotated[
-    list[str] | None,
+    list[str],
     typer.Argument(metavar=f"RECIPE {_KEYS}", help=f"A TOML recipe; recipes/ holds some. {_KEYS_HELP}"),
 ]
 RecipeOrKeys = Annotated[

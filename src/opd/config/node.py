@@ -33,9 +33,9 @@ class Node(BaseModel):
                 )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as "; did you mean 'steps'?", or "" when no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """A hint such as "; did you mean 'steps'?", or "" when no known word has a similarity of `cutoff` (difflib's ratio, 0 to 1)."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -105,7 +105,8 @@ def _line(fault: str, loc: list[str], details: Mapping[str, Any], kind: type[Bas
         case "extra_forbidden":
             named = _is_dict(_below([kind], loc[0]))  # a table whose keys are names: no other library has those
             known = _keys(_place(kind, loc[:-1])[1])
-            advice = None if named else answer(key, given, list(_leaf_keys(kind)))
+            misspelt = isinstance(given, Mapping) and nearest(loc[-1], known, cutoff=0.75)
+            advice = None if named or misspelt else answer(key, given, list(_leaf_keys(kind)))
             return advice or f"unknown key '{key}'{nearest(loc[-1], known)}"
         case "missing":
             return f"key '{key}' is missing; add it to the recipe or pass {key}=..."
