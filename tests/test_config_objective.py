@@ -79,7 +79,7 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
         ({"type": "exact", "top_k": 8}, "top_k belongs to type = 'top_k', got type = 'exact'"),
         (
             {"type": "top_k", "tail_residual": True, "correction": {"type": "reject"}},
-            "tail_residual is a sampled term that corrections and epochs > 1 do not reach",
+            "corrections and epochs > 1 do not weigh the sampled term of tail_residual",
         ),
         ({"correction": {"type": "truncate"}}, "correction.type = 'truncate' weighs sampled advantages"),
         ({"type": "immediate", "correction": {"type": "reject", "cap": 3.0}}, "cap belongs to type = 'truncate'"),
@@ -111,9 +111,9 @@ def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(n
 
 
 @pytest.mark.parametrize(
-    ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass off the support")]
+    ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass out of the top k")]
 )
-def test_wrong_tails_of_a_support_are_refused_with_the_reason(tail: str, reason: str):
+def test_wrong_tails_of_a_top_k_are_refused_with_the_reason(tail: str, reason: str):
     message = fault(tree(objective={"type": "top_k", "top_k_tail": tail}))
     assert reason in message
     assert "leave top_k_tail = 'bucket'" in message
@@ -130,7 +130,7 @@ def test_leave_one_out_needs_a_group():
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
-def test_an_outcome_against_the_group_needs_one(baseline: str):
+def test_a_reward_against_the_group_needs_one(baseline: str):
     message = fault(tree(reward={"coef": 1.0, "baseline": baseline}))
     assert f"reward.baseline = '{baseline}' compares the samples of one prompt" in message
 
@@ -166,7 +166,7 @@ def test_something_must_be_left_to_learn_from():
 
 
 @pytest.mark.parametrize("kind", ["exact", "top_k"])
-def test_ppo_without_a_sampled_advantage_is_refused_unless_an_outcome_gives_one(kind: str):
+def test_ppo_without_a_sampled_advantage_is_refused_unless_a_reward_gives_one(kind: str):
     objective = {"type": kind, "loss": "ppo"}
     assert "without a reward has none" in fault(tree(objective=objective))
     assert parsed(objective=objective, reward={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
@@ -190,7 +190,7 @@ def test_a_mixture_of_teachers_that_does_not_fit_is_refused(teachers: dict[str, 
     assert message in fault(tree(teachers=teachers))
 
 
-def test_a_reference_that_is_nobody_is_refused():
+def test_a_reference_that_is_no_model_is_refused():
     message = fault(tree(objective={"extrapolation": 1.5, "reference": "studnet"}))
     assert (
         "objective.reference = 'studnet' is neither 'student' nor a single teacher of [teachers] (even, odd)" in message
@@ -219,14 +219,14 @@ def test_an_override_replaces_a_teachers_source(override: str, expected: dict[st
     assert data["teachers"][override.split(".")[1]] == expected
 
 
-def test_a_mask_on_the_residual_of_a_support_is_refused():
+def test_a_mask_on_the_residual_of_a_top_k_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED}
     objective = {"type": "top_k", "tail_residual": True}
     assert "'exact' without tail_residual" in fault(tree(**masked, objective=objective))
     assert parsed(**masked, objective={"type": "top_k"}).mask.format_errors == "turn"
 
 
-def test_a_mask_without_a_price_for_errors_is_refused():
+def test_a_mask_that_pays_for_errors_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "reward": {"coef": 1.0, "format_error": 0.0}}
     assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
     centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}

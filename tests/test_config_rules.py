@@ -133,7 +133,7 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"type": "to_go", "discount": 0.5, "epochs": 2}},
-            "objective: epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student",
+            "objective: epochs > 1 needs loss = 'ppo': REINFORCE has no ratio for a student that has changed",
         ),
         (
             {"objective": {"loss": "ppo"}},

@@ -1,4 +1,4 @@
-"""The tables of a recipe, with every default, range and rule across fields (docs/configuration.md)."""
+"""The recipes of `opd train` and `opd sft`, and their smaller tables (docs/configuration.md)."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -25,8 +25,11 @@ class GeneratedTask(Node):
 
 
 class LoraConfig(Node):
-    """The student's adapter (used when `trainable = "lora"`). start: an adapter of the same shape with whose weights it begins,
-    such as one that `opd sft` wrote; without one the student begins as its base."""
+    """The student's adapter (used when `trainable = "lora"`).
+
+    start: an adapter of the same shape whose weights the student starts with, such as one that `opd sft` wrote. Without it the
+    student starts as its base.
+    """
 
     rank: Positive = 16
     alpha: Positive = 32
@@ -105,7 +108,7 @@ class SamplingConfig(Node):
 
 
 class OptimizerConfig(Node):
-    """AdamW with a warm-up and a schedule; gradients are clipped at `max_grad_norm` (global 2-norm)."""
+    """AdamW with a warm-up and a schedule. Gradients are clipped at `max_grad_norm` (global 2-norm)."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -124,7 +127,7 @@ class OptimizerConfig(Node):
 
 
 class WarmupConfig(Node):
-    """Before the first step: `steps` of fine-tuning on the teachers' own responses (0: none), at `lr` (default: optimizer.lr)."""
+    """Fine-tuning on teachers' own responses before the first step: `steps` updates (0: none) at `lr` (by default optimizer.lr)."""
 
     steps: NonNegative = 0
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -137,10 +140,11 @@ class WarmupConfig(Node):
 
 
 class ComputeConfig(Node):
-    """Where and how the model runs; `max_tokens` bounds the tokens of one packed forward pass, `score_cache` is how many
-    scored responses training keeps in memory (0: none), `score_cache_folder` where on disk, for this run and others.
+    """Where and how models run.
 
-    activation_checkpointing: for the gradient the student keeps of each layer its input alone, and computes the layer again.
+    max_tokens: tokens of one packed forward pass. score_cache: scored responses that training keeps in memory (0: none).
+    score_cache_folder: a folder that keeps them for this run and others. activation_checkpointing: the student keeps only the
+    input of each layer for the gradient, and computes the layer again. threads: of torch (0: its own choice).
     """
 
     device: str = "auto"
@@ -153,12 +157,12 @@ class ComputeConfig(Node):
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether a response that comes again is not scored again."""
+        """Whether a response is scored only once."""
         return bool(self.score_cache) or self.score_cache_folder is not None
 
 
 class CheckpointConfig(Node):
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+    """A checkpoint after every `every` steps and at the end. The newest `keep` are kept."""
 
     every: Positive = 20
     keep: Positive = 2
@@ -167,8 +171,8 @@ class CheckpointConfig(Node):
 class EvaluationConfig(Node):
     """The parity table: `num_prompts` prompts of each task and split (0: no table).
 
-    The untrained student is measured on the first `before_prompts` of them (0: not at all): its long responses cost most. Every
-    `every` steps (0: never) training measures the held-out reward on `held_out_prompts` of each task.
+    The untrained student is measured on the first `before_prompts` of them only (0: not at all), because its long responses cost
+    most. Every `every` steps (0: never) training measures the held-out reward on `held_out_prompts` of each task.
     """
 
     num_prompts: NonNegative = 128
@@ -184,11 +188,13 @@ class SftEvaluationConfig(Node):
 
 
 class AlignmentConfig(Node):
-    """With a teacher of another tokenizer. credit: a token of a chunk gets what of the chunk is still open ("causal"), or the
-    whole ("full"). non_canonical: what becomes of tokens that the student's tokenizer would not have written; "mask" leaves
-    them out, because the log-probability of one spelling of a text is below that of the text. tool_calls: the teacher reads a
-    call as the student wrote it, or as its own chat template writes that call ("own_syntax"), in earlier turns as in the one
-    that it scores; what the student wrote in another way around the call's name and arguments is then left out.
+    """Settings for teachers of another tokenizer.
+
+    credit: each token of a chunk gets the log ratio of the rest of the chunk ("causal"), or that of the whole chunk ("full").
+    non_canonical: "mask" leaves out tokens that the student's tokenizer would not produce for the text, because one tokenization
+    has a lower log-probability than the text. tool_calls: the teacher reads every call as the student wrote it ("as_written") or
+    as the teacher's chat template writes it ("own_syntax"). With "own_syntax", text around a call's name and arguments that the
+    template writes in another way is left out.
     """
 
     credit: Literal["causal", "full"] = "causal"
@@ -197,15 +203,18 @@ class AlignmentConfig(Node):
 
 
 class LoggingConfig(Node):
-    """Writers beside metrics.jsonl, and how often sampled responses are shown (0: never)."""
+    """Writers besides metrics.jsonl. Sampled responses are shown every `samples_every` steps (0: never)."""
 
     writers: Annotated[list[Literal["tensorboard", "trackio"]], EachOnce] = Field(default_factory=list)
     samples_every: NonNegative = 20
 
 
 class RunNode(Node):
-    """What training and fine-tuning recipes share. template_time: the moment that chat templates read as now (a template may write
-    the date); by default the moment at which the run starts, which its config.json keeps."""
+    """The keys of both recipes.
+
+    template_time: the time that chat templates read as now (a template may write the date). By default it is the time at which the
+    run starts, and the run's config.json keeps it.
+    """
 
     student: str
     output: str
@@ -218,7 +227,7 @@ class RunNode(Node):
     compute: ComputeConfig = ComputeConfig()
 
     def started(self) -> Self:
-        """The same with a moment for chat templates: now, where the recipe names none."""
+        """The recipe with a time for chat templates: now, where the recipe has none."""
         if self.template_time is not None:
             return self
         return self.model_copy(update={"template_time": datetime.now().replace(microsecond=0)})
@@ -227,11 +236,11 @@ class RunNode(Node):
     def _trainable(self) -> "RunNode":
         if self.trainable == "full" and self.compute.dtype != "float32":
             raise ValueError(
-                f"trainable = 'full' needs compute.dtype = 'float32', got '{self.compute.dtype}': a small step is lost when "
-                "it is added to a weight in half precision; train an adapter (trainable = 'lora'), whose weights stay float32"
+                f"trainable = 'full' needs compute.dtype = 'float32', got '{self.compute.dtype}': a weight in half precision loses "
+                "small updates; train an adapter (trainable = 'lora'), whose weights stay float32"
             )
         if self.trainable == "full" and self.lora.start is not None:
-            raise ValueError("lora.start is an adapter's, and trainable = 'full' has none; drop one")
+            raise ValueError("lora.start is for an adapter, and trainable = 'full' has none; drop one")
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; lower it"
@@ -267,7 +276,7 @@ class Config(RunNode):
 
 
 class SftConfig(RunNode):
-    """Supervised fine-tuning on (prompt, answer) pairs: `opd sft`, which makes experts."""
+    """Supervised fine-tuning on (prompt, answer) pairs: `opd sft`."""
 
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     batch_size: Positive = 32
@@ -281,5 +290,5 @@ class SftConfig(RunNode):
     def _no_scores(self) -> "SftConfig":
         for key in ("score_cache", "score_cache_folder"):
             if getattr(self.compute, key):
-                raise ValueError(f"compute.{key} keeps scores of teachers, and fine-tuning has no teacher; drop it")
+                raise ValueError(f"compute.{key} keeps teachers' scores, and fine-tuning has no teacher; drop it")
         return self
