@@ -296,7 +296,7 @@ def _finish(run: Path, *, finished: bool) -> None:
 def _one_line() -> Iterator[None]:
     """One line and exit code 2 for what the user can fix; anything else is a bug and keeps its traceback.
 
-    The notes of an error are part of its line: they say how a run goes on.
+    The notes of an error are part of its line: they say how to continue a run.
     """
     try:
         yield
