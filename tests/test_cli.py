@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,7 +149,8 @@ def test_check_prints_every_finding_and_writes_nothing(recipe: str, tmp_path: Pa
     before = files_of(tmp_path)
     result = invoke("check", recipe)
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
+    first, *lines = result.stdout.splitlines()
+    assert first == f"opd {opd.__version__}: loading recipe {recipe}"
     assert len(lines) >= 7
     assert all(line.startswith(("ok  ", "warn  ")) for line in lines)
     # toys of random weights: that they are far apart is said, and stops nothing
@@ -177,12 +180,85 @@ def test_eval_prints_the_parity_table_of_a_run(tree: dict[str, Any], tmp_path: P
 
 def test_every_command_explains_itself():
     shown = invoke("--help").stdout
-    commands = ("train", "sft", "eval", "check", "align", "cluster", "theory")
+    commands = ("train", "sft", "eval", "check", "align", "plan", "theory")
     assert all(name in shown for name in commands)
     for name in commands:
         result = invoke(name, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.stdout
+
+
+def test_the_help_of_training_shows_examples():
+    shown = invoke("train", "--help").stdout
+    assert "opd train recipes/sums.toml --steps 3 --optimizer.lr 1e-5" in shown
+
+
+def test_the_version_is_printed_by_the_command_and_by_the_module():
+    module = subprocess.run([sys.executable, "-m", "opd", "--version"], check=True, capture_output=True, text=True)
+    assert invoke("--version").stdout == module.stdout == f"opd {opd.__version__}\n"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[opd.Config]:
+    """The configurations with which runs are started, in place of runs."""
+    found: list[opd.Config] = []
+
+    def start(config: opd.Config) -> opd.Result:
+        found.append(config)
+        return SimpleNamespace(run=Path(config.output), finished=True)  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setattr("opd.trainer.train", start)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["RECIPE", "--steps", "9", "--optimizer.lr", "1e-5"],
+        ["--steps", "9", "RECIPE", "--optimizer.lr=1e-5"],
+        ["RECIPE", "optimizer.lr=1e-5", "--steps=9"],
+        ["RECIPE", "--optimizer.lr", "1e-5", "steps=9"],
+    ],
+    ids=" ".join,
+)
+def test_options_are_the_same_as_pairs(recipe: str, started: list[opd.Config], arguments: list[str]):
+    assert invoke("train", *(recipe if a == "RECIPE" else a for a in arguments)).exit_code == 0
+    assert invoke("train", recipe, "steps=9", "optimizer.lr=1e-5").exit_code == 0
+    assert started[0] == started[1]
+    assert (started[0].steps, started[0].optimizer.lr) == (9, 1e-5)
+
+
+def test_options_take_dashes_negative_numbers_and_no_value(recipe: str, tmp_path: Path, started: list[opd.Config]):
+    options = (
+        "--objective.teacher-logprob-floor",
+        "-20",
+        "--sampling.max-new-tokens",
+        "7",
+        "--compute.activation-checkpointing",
+    )
+    assert invoke("train", recipe, *options).exit_code == 0
+    assert started[0].objective.teacher_logprob_floor == -20
+    assert started[0].sampling.max_new_tokens == 7
+    assert started[0].compute.activation_checkpointing
+
+
+def test_an_option_of_another_library_is_answered(recipe: str, tmp_path: Path):
+    line = refuse(tmp_path, "train", recipe, "--lr", "1e-5")
+    assert line == f"opd: {recipe}: unknown key 'lr': opd calls it optimizer.lr; write optimizer.lr=1e-5"
+    line = refuse(tmp_path, "check", recipe, "--max-completion-length", "9")
+    assert line.endswith("opd calls it sampling.max_new_tokens; write sampling.max_new_tokens=9")
+
+
+def test_a_command_says_within_seconds_what_it_does(recipe: str):
+    """The limit is for a busy machine; on an idle one it is half a second. Imports of a run take several."""
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-m", "opd", "train", recipe], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        took = time.monotonic() - began
+        process.kill()
+    assert first == f"opd {opd.__version__}: loading recipe {recipe}\n"
+    assert took < 5.0
 
 
 def test_help_comes_without_loading_what_a_run_needs():

@@ -233,6 +233,25 @@ def test_bare_words_need_no_quotes(tmp_path, text, value):
     assert load_config(recipe_file(tmp_path), [f"student={text}"]).student == value
 
 
+@pytest.mark.parametrize("key", ["output", "compute.device", "lora.start", "teachers.even.model", "tasks.words.path"])
+def test_a_text_that_toml_reads_as_something_else_stays_a_text(tmp_path, key):
+    config = load_config(recipe_file(tmp_path), [f"{key}=2026-11-21"]).model_dump(mode="json")
+    for part in key.split("."):
+        config = config[part]
+    assert config == "2026-11-21"
+
+
+def test_dashes_in_a_key_are_underscores_and_names_keep_theirs(tmp_path):
+    overrides = ["sampling.max-new-tokens=7", "teachers.even-2.served-model=m", "teachers.even-2.url=http://a:1"]
+    config = load_config(recipe_file(tmp_path), [*overrides, "objective.type=immediate"])
+    assert config.sampling.max_new_tokens == 7
+    assert config.teachers["even-2"].served_model == "m"
+
+
+def test_a_wrong_type_of_an_address_is_reported_under_the_key_of_the_recipe():
+    assert fault(put("teachers.even", {"url": 3})).startswith("teachers.even.url = 3: ")
+
+
 def test_the_last_override_wins(tmp_path):
     assert load_config(recipe_file(tmp_path), ["steps=10", "steps=20"]).steps == 20
 

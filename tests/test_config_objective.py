@@ -7,7 +7,7 @@ import pytest
 from config_trees import fault, tree
 
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
-from opd.config.parse import _apply
+from opd.config.parse import apply_overrides
 
 CHECKED = {"first": {"type": "file", "path": "p", "teacher": "even", "checks": {"rules": ["truncated"]}}}
 TO_GO: dict[str, Any] = {"type": "exact_to_go", "discount": 0.9, "baseline": "leave_one_out"}
@@ -76,10 +76,10 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
         ({"type": "immediate", "divergence": "jsd"}, "divergence belongs to type = 'exact', got type = 'immediate'"),
         ({"jsd_beta": 0.3}, "jsd_beta belongs to divergence = 'jsd', got divergence = 'reverse_kl'"),
         ({"clip_low": 0.1}, "clip_low belongs to loss = 'ppo', got loss = 'reinforce'"),
-        ({"type": "exact", "top_k": 8}, "support belongs to type = 'top_k', got type = 'exact'"),
+        ({"type": "exact", "top_k": 8}, "top_k belongs to type = 'top_k', got type = 'exact'"),
         (
             {"type": "top_k", "tail_residual": True, "correction": {"type": "reject"}},
-            "tail_residual is a sampled term that corrections and epochs > 1 do not reach",
+            "corrections and epochs > 1 do not weigh the sampled term of tail_residual",
         ),
         ({"correction": {"type": "truncate"}}, "correction.type = 'truncate' weighs sampled advantages"),
         ({"type": "immediate", "correction": {"type": "reject", "cap": 3.0}}, "cap belongs to type = 'truncate'"),
@@ -111,9 +111,9 @@ def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(n
 
 
 @pytest.mark.parametrize(
-    ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass off the support")]
+    ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass out of the top k")]
 )
-def test_wrong_tails_of_a_support_are_refused_with_the_reason(tail: str, reason: str):
+def test_wrong_tails_of_a_top_k_are_refused_with_the_reason(tail: str, reason: str):
     message = fault(tree(objective={"type": "top_k", "top_k_tail": tail}))
     assert reason in message
     assert "leave top_k_tail = 'bucket'" in message
@@ -130,7 +130,7 @@ def test_leave_one_out_needs_a_group():
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
-def test_an_outcome_against_the_group_needs_one(baseline: str):
+def test_a_reward_against_the_group_needs_one(baseline: str):
     message = fault(tree(reward={"coef": 1.0, "baseline": baseline}))
     assert f"reward.baseline = '{baseline}' compares the samples of one prompt" in message
 
@@ -166,9 +166,9 @@ def test_something_must_be_left_to_learn_from():
 
 
 @pytest.mark.parametrize("kind", ["exact", "top_k"])
-def test_ppo_without_a_sampled_advantage_is_refused_unless_an_outcome_gives_one(kind: str):
+def test_ppo_without_a_sampled_advantage_is_refused_unless_a_reward_gives_one(kind: str):
     objective = {"type": kind, "loss": "ppo"}
-    assert "without an reward has none" in fault(tree(objective=objective))
+    assert "without a reward has none" in fault(tree(objective=objective))
     assert parsed(objective=objective, reward={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
 
 
@@ -190,7 +190,7 @@ def test_a_mixture_of_teachers_that_does_not_fit_is_refused(teachers: dict[str, 
     assert message in fault(tree(teachers=teachers))
 
 
-def test_a_reference_that_is_nobody_is_refused():
+def test_a_reference_that_is_no_model_is_refused():
     message = fault(tree(objective={"extrapolation": 1.5, "reference": "studnet"}))
     assert (
         "objective.reference = 'studnet' is neither 'student' nor a single teacher of [teachers] (even, odd)" in message
@@ -215,18 +215,18 @@ def test_a_teacher_called_student_is_not_mistaken_for_the_initial_student():
 )
 def test_an_override_replaces_a_teachers_source(override: str, expected: dict[str, Any]):
     data: dict[str, Any] = tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
-    _apply(data, override)
+    apply_overrides(data, [override])
     assert data["teachers"][override.split(".")[1]] == expected
 
 
-def test_a_mask_on_the_residual_of_a_support_is_refused():
+def test_a_mask_on_the_residual_of_a_top_k_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED}
     objective = {"type": "top_k", "tail_residual": True}
     assert "'exact' without tail_residual" in fault(tree(**masked, objective=objective))
     assert parsed(**masked, objective={"type": "top_k"}).mask.format_errors == "turn"
 
 
-def test_a_mask_without_a_price_for_errors_is_refused():
+def test_a_mask_that_pays_for_errors_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "reward": {"coef": 1.0, "format_error": 0.0}}
     assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
     centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}

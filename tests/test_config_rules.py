@@ -133,11 +133,11 @@ def test_a_task_without_a_type_is_told_so():
         ),
         (
             {"objective": {"type": "to_go", "discount": 0.5, "epochs": 2}},
-            "objective: epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student",
+            "objective: epochs > 1 needs loss = 'ppo': REINFORCE has no ratio for a student that has changed",
         ),
         (
             {"objective": {"loss": "ppo"}},
-            "loss = 'ppo' clips sampled advantages; type = 'exact' without an reward has none: write loss = 'reinforce'",
+            "loss = 'ppo' clips sampled advantages; type = 'exact' without a reward has none: write loss = 'reinforce'",
         ),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in [0, 1), got [0.9, 1.0]"),
         ({"optimizer": {"betas": [-0.1, 0.5]}}, "optimizer: betas must lie in [0, 1), got [-0.1, 0.5]"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import real
 
-from opd.config.format_checks import ChecksConfig
+from opd.config.episodes import ChecksConfig
 from opd.records import Finish, Flag, Rollout, Turn
 from opd.rewards.format_checks import check_turn
 from opd.rewards.format_errors import flag_errors

@@ -255,11 +255,11 @@ def test_scores_of_teachers_are_not_kept_where_there_are_none(bench: dict[str, A
     value = 8 if key == "score_cache" else str(tmp_path / "scores")
     tree = sft_recipe(tmp_path, bench["student"], compute={"threads": 1, key: value})
     line = one_line(invoke("sft", write_toml(tmp_path / "sft.toml", tree)))
-    assert f"compute.{key} keeps scores of teachers, and fine-tuning has no teacher; drop it" in line
+    assert f"compute.{key} keeps teachers' scores, and fine-tuning has no teacher; drop it" in line
 
 
 def test_a_writer_named_twice_is_refused(tree: dict[str, Any], tmp_path: Path):
-    assert "writers names one twice" in refuse_tree(tree | {"logging": {"writers": ["trackio"] * 2}}, tmp_path)
+    assert "'trackio' stands 2 times; name it once" in refuse_tree(tree | {"logging": {"writers": ["trackio"] * 2}}, tmp_path)
 
 
 def test_metrics_of_a_folder_that_is_no_run_are_refused(tree: dict[str, Any], tmp_path: Path):

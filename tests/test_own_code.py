@@ -62,7 +62,7 @@ def test_a_process_with_yes_on_its_standard_input_runs_none_of_it(tree: dict[str
         "check": ["check", recipe],
         "sft": ["sft", write_toml(tmp_path / "sft.toml", sft_recipe(tmp_path / "sft", folder))],
         "align": ["align", "--student", tokens, "--teacher", tree["student"]],
-        "plan": ["cluster", "plan", recipe, "backend=ray"],
+        "plan": ["plan", recipe, "backend=ray"],
     }[command]
     finished = subprocess.run(
         [sys.executable, "-c", "from opd.cli import main; main()", *arguments],

@@ -244,7 +244,7 @@ def test_the_command_refuses_in_one_line(folders: dict[str, str], tmp_path: Path
         tree |= {"cluster": {}, "teachers": {"one": {"model": folders["one"]}}, "tasks": {"one": tree["tasks"]["one"]}}
         tree["objective"] = {"type": "exact"}
     path = write_toml(tmp_path / "recipe.toml", tree)
-    result = invoke("cluster", "plan", path, *arguments)
+    result = invoke("plan", path, *arguments)
     assert reason in one_line(result)
     assert result.stdout == ""
 
@@ -254,7 +254,7 @@ def test_the_command_refuses_in_one_line(folders: dict[str, str], tmp_path: Path
 
 def test_the_example_prints_a_whole_plan_for_16_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    result = invoke("cluster", "plan", "recipes/plan_16_gpus.toml", "--gpus", "16")
+    result = invoke("plan", "recipes/plan_16_gpus.toml", "--gpus", "16")
     assert result.exit_code == 0, result.stderr
     said = result.stdout
     assert said.startswith("ESTIMATES from the assumptions below; nothing here was measured.")
@@ -281,7 +281,7 @@ def test_the_settings_that_are_printed_are_the_placement(folders: dict[str, str]
     config = recipe(folders, cluster={"max_staleness": 1})
     path = write_toml(tmp_path / "recipe.toml", config.model_dump(mode="json", exclude_defaults=True))
     found = plan(config, 16)
-    text = invoke("cluster", "plan", path, "--gpus", "16").stdout
+    text = invoke("plan", path, "--gpus", "16").stdout
     settings = [line.strip() for line in text.split("settings (into the recipe's own tables)")[1].splitlines() if line]
     table, overrides = "", []
     for line in settings:
@@ -289,7 +289,7 @@ def test_the_settings_that_are_printed_are_the_placement(folders: dict[str, str]
             table = line.strip("[]")
         else:
             overrides.append(f"{table}.{line.replace(' ', '')}")
-    again = invoke("cluster", "plan", path, "--gpus", "16", *overrides).stdout
+    again = invoke("plan", path, "--gpus", "16", *overrides).stdout
     assert f"the recipe's own placement takes {found.used} GPUs and" in again
     own = again.split("the recipe's own placement takes")[1].split(" and ")[1].split()[0]
     assert own in again.split("step, later ones")[1].splitlines()[0]
@@ -299,7 +299,7 @@ def test_gpus_that_stay_idle_are_named_and_counts_that_do_not_fit_end_with_a_lin
     folders: dict[str, str], tmp_path: Path
 ):
     path = write_toml(tmp_path / "recipe.toml", recipe(folders).model_dump(mode="json", exclude_defaults=True))
-    result = invoke("cluster", "plan", path, "--gpus", "2,512")
+    result = invoke("plan", path, "--gpus", "2,512")
     assert one_line(result).startswith("opd: 2 GPUs: at least 4 are needed")
     idle = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["idle"])
     assert int(idle.split()[1]) == plan(recipe(folders), 512).idle > 0
@@ -308,7 +308,7 @@ def test_gpus_that_stay_idle_are_named_and_counts_that_do_not_fit_end_with_a_lin
 def test_what_is_unknown_is_said_and_never_counted_as_nothing(folders: dict[str, str], tmp_path: Path):
     config = recipe(folders, {"far": {"url": "http://127.0.0.1:9", "served_model": "far"}})
     path = write_toml(tmp_path / "recipe.toml", config.model_dump(mode="json", exclude_defaults=True))
-    said = invoke("cluster", "plan", path, "--gpus", "4").stdout
+    said = invoke("plan", path, "--gpus", "4").stdout
     assert "teacher far: behind a url, no GPU of this cluster; its time is unknown" in said
     rows = {
         line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1].strip()

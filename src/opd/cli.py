@@ -1,6 +1,6 @@
-"""The command line: `opd train | sft | eval | check | align | theory | cluster plan`.
+"""The command line: `opd train | sft | eval | check | align | theory | plan`.
 
-What a user can fix ends with one line on stderr and exit code 2; an interrupted run with 130.
+An error that the user can fix ends with one line on stderr and exit code 2; an interrupted run ends with 130.
 """
 
 import sys
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from opd import __version__
 from opd.errors import ConfigError, OpdError, one_line
 
 app = typer.Typer(
@@ -20,24 +21,51 @@ app = typer.Typer(
     help="On-policy distillation of language models.",
 )
 
-cluster = typer.Typer(no_args_is_help=True, help="What a cluster is asked for, before there is one.")
-app.add_typer(cluster, name="cluster")
-
-Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ holds some.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value pairs, such as optimizer.lr=1e-5", metavar="[KEY=VALUE]...")
-]
-
+_ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}  # every key of a recipe is an option
 _RECIPE_OR_RUN = "give a recipe, or --resume RUN (which uses the recipe that the run was started with)"
+_KEYS = "[KEY=VALUE | --KEY VALUE]"
+_KEYS_HELP = "Keys of the recipe, such as optimizer.lr=1e-5 or --optimizer.lr 1e-5."
+
+Recipe = Annotated[
+    list[str],
+    typer.Argument(metavar=f"RECIPE {_KEYS}", help=f"A TOML recipe; recipes/ holds some. {_KEYS_HELP}"),
+]
+RecipeOrKeys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar=f"[RECIPE] {_KEYS}", help=f"A TOML recipe (none with --resume). {_KEYS_HELP}"),
+]
+ResumedRun = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run folder from its newest checkpoint.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    context_settings=_ANY_KEY,
+    epilog="Examples:\n\n"
+    "opd train recipes/sums.toml\n\n"
+    "opd train recipes/sums.toml --steps 3 --optimizer.lr 1e-5\n\n"
+    "opd train recipes/sums.toml student=Qwen/Qwen3-1.7B output=runs/second\n\n"
+    "opd train --resume runs/second",
+)
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A TOML recipe; recipes/ holds some. None with --resume.")
-    ] = None,
-    overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
+    arguments: RecipeOrKeys = None,
+    resume: ResumedRun = None,
     allow_changes: Annotated[
         bool,
         typer.Option("--allow-changes", help="With --resume: optimizer.*, evaluation.* and detectors.* may change."),
@@ -45,116 +73,115 @@ def train(
 ) -> None:
     """Distil one or several teachers into a student, on the student's own samples.
 
-    With --resume RUN and no recipe, KEY=VALUE pairs say where and how the run goes on, such as a server's new address:
-    docs/distributed.md, "Going on elsewhere", lists what may change.
+    With --resume RUN, keys change where and how the run continues, such as the new address of a server.
+    docs/distributed.md, "Going on elsewhere", lists the keys that may change.
     """
     with _one_line():
+        recipe, overrides = _split(arguments)
         if resume is not None:
+            if recipe is not None:
+                raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
+            _announce(f"loading run {resume}")
             from opd.trainer import Trainer
 
-            pairs = [*([recipe] if recipe is not None else []), *(overrides or [])]
-            if recipe is not None and recipe.endswith(".toml"):
-                raise ConfigError(f"{_RECIPE_OR_RUN}, got both: '{recipe}'")
-            result = Trainer(resume).resume(pairs, allow_changes=allow_changes)
-        elif recipe is None:
-            raise ConfigError(_RECIPE_OR_RUN)
+            result = Trainer(resume).resume(overrides, allow_changes=allow_changes)
         elif allow_changes:
             raise ConfigError("--allow-changes belongs to --resume RUN")
         else:
             from opd.config import load_config
 
-            config = load_config(recipe, overrides or [])
+            config = load_config(_announced(recipe), overrides)
             from opd.trainer import Trainer
 
             result = Trainer(config).fit()
-    if not result.finished:
-        raise typer.Exit(130)
-    typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
+    _finish(result.run, finished=result.finished)
 
 
-@app.command()
-def sft(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A TOML recipe; recipes/ holds some. None with --resume.")
-    ] = None,
-    overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run folder from its newest checkpoint.")] = None,
-) -> None:
-    """Fine-tune a student on reference answers: how experts are made."""
+@app.command(
+    context_settings=_ANY_KEY, epilog="Example:\n\nopd sft recipes/expert_letters.toml --steps 100 --batch_size 16"
+)
+def sft(arguments: RecipeOrKeys = None, resume: ResumedRun = None) -> None:
+    """Fine-tune a student on reference answers, for example to make a teacher."""
     with _one_line():
+        recipe, overrides = _split(arguments)
         if resume is not None:
-            if recipe is not None:
-                what = f"'{recipe}' has no effect" if "=" in recipe else f"got both: '{recipe}'"
+            if recipe is not None or overrides:
+                what = f"got both: '{recipe}'" if recipe is not None else f"'{overrides[0]}' has no effect"
                 raise ConfigError(f"{_RECIPE_OR_RUN}, {what}")
+            _announce(f"loading run {resume}")
             from opd.finetune import resume_sft
 
             result = resume_sft(resume)
-        elif recipe is None:
-            raise ConfigError(_RECIPE_OR_RUN)
         else:
             from opd.config import SftConfig, load_config
 
-            config = load_config(recipe, overrides or [], kind=SftConfig)
+            config = load_config(_announced(recipe), overrides, kind=SftConfig)
             from opd.finetune import sft as tune
 
             result = tune(config)
-    if not result.finished:
-        raise typer.Exit(130)
-    typer.echo(f"done: {result.run} (student in {result.run / 'student'})")
+    _finish(result.run, finished=result.finished)
 
 
-@app.command(name="eval")
+@app.command(name="eval", context_settings=_ANY_KEY)
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A run folder, or a recipe: then its student as it is.")],
-    overrides: Annotated[
+    source: Annotated[Path, typer.Argument(help="A run folder, or a recipe to evaluate its student as it is.")],
+    keys: Annotated[
         list[str] | None,
-        typer.Argument(help="evaluation.num_prompts, and where it runs, as for --resume", metavar="[KEY=VALUE]..."),
+        typer.Argument(metavar=_KEYS, help="evaluation.num_prompts, and where it runs, as for `opd train --resume`."),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step, instead of its newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint of this step, instead of the newest.")] = None,
     student: Annotated[
-        Path | None, typer.Option(help="With a recipe: an adapter's folder, or a model, to evaluate as the student.")
+        Path | None, typer.Option(help="With a recipe: the adapter or model to evaluate as the student.")
     ] = None,
 ) -> None:
     """Evaluate a student and its teachers, and print the parity table."""
     with _one_line():
-        from opd.trainer import Trainer
+        overrides = _split([str(source), *(keys or [])])[1]
+        is_run = (source / "config.json").is_file()
+        if is_run and student is not None:
+            raise ConfigError(f"--student belongs to a recipe, got the run '{source}'; its own student is evaluated")
+        if not is_run and step is not None:
+            raise ConfigError(f"--step belongs to a run folder, got '{source}'")
+        if is_run:
+            _announce(f"loading run {source}")
+            from opd.trainer import Trainer
 
-        if (source / "config.json").is_file():
-            if student is not None:
-                raise ConfigError(f"--student belongs to a recipe, got the run '{source}'; its student is evaluated")
-            Trainer(source).evaluate(overrides or [], step=step)
+            Trainer(source).evaluate(overrides, step=step)
             return
-        if step is not None:
-            raise ConfigError(f"--step belongs to a run folder, and '{source}' is none")
         from opd.config import load_config
 
         chosen = [] if student is None else [_as_student(student)]
-        Trainer(load_config(source, [*(overrides or []), *chosen])).evaluate()
+        config = load_config(_announced(str(source)), [*overrides, *chosen])
+        from opd.trainer import Trainer
+
+        Trainer(config).evaluate()
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    output: Annotated[Path, typer.Option(help="The folder to write; default: RUN/export.")] = Path(),
+    output: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export.")] = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint of this step, instead of the newest.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter in its weights.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the merged weights.")] = None,
 ) -> None:
     """Write the student of any checkpoint of a run, as an adapter or as a whole model."""
     with _one_line():
+        _announce(f"loading run {run}")
         from opd.trainer import Trainer
 
-        target = run / "export" if output == Path() else output
-        typer.echo(f"done: {Trainer(run).export(target, step=step, merged=merged, dtype=dtype)}")
+        target = Trainer(run).export(output or run / "export", step=step, merged=merged, dtype=dtype)
+        typer.echo(f"done: {target}")
 
 
-@app.command()
-def check(recipe: Recipe, overrides: Overrides = None) -> None:
+@app.command(context_settings=_ANY_KEY)
+def check(arguments: Recipe) -> None:
     """Run every start-up check of a recipe, without training."""
     with _one_line():
         from opd.config import load_config
 
-        config = load_config(recipe, overrides or [])
+        recipe, overrides = _split(arguments)
+        config = load_config(_announced(recipe), overrides)
         from opd.trainer import Trainer
 
         findings = Trainer(config).check()
@@ -171,7 +198,7 @@ def align(
     teacher: Annotated[str, typer.Option(help="Likewise.")],
     text: Annotated[Path | None, typer.Option(help="A text file, read as one response.")] = None,
     rollouts: Annotated[Path | None, typer.Option(help="A run folder: what its student sampled.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the two sides.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how a teacher with another tokenizer reads what the student writes, before any training."""
     with _one_line():
@@ -196,29 +223,30 @@ def align(
 
 @app.command()
 def theory(
-    overrides: Overrides = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --probe: keys of its recipe.")
+    ] = None,
     probe: Annotated[
         Path | None, typer.Option(help="A recipe: measure every estimator on its student and teachers instead.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for tables, JSON and pictures.")] = Path("runs/theory"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the claims of the theory as experiments on small trees; exit code 1 when one fails."""
     with _one_line():
         if probe is not None:
-            typer.echo(_probe(probe, overrides or [], output, as_json=as_json))
+            typer.echo(_probe(probe, keys or [], output, as_json=as_json))
             return
-        if overrides:
-            raise ConfigError(f"'{overrides[0]}': key=value pairs belong to --probe RECIPE")
+        if keys:
+            raise ConfigError(f"'{keys[0]}': key=value pairs belong to --probe RECIPE")
         failed = _claims(output, as_json=as_json)
     if failed:
         raise typer.Exit(1)
 
 
-@cluster.command()
+@app.command(context_settings=_ANY_KEY)
 def plan(
-    recipe: Recipe,
-    overrides: Overrides = None,
+    arguments: Recipe,
     gpus: Annotated[str, typer.Option(help="How many: one plan for each, such as 8,64,512.")] = "8",
     gpu: Annotated[str, typer.Option(help="a100-80, h100, h200 or b200.")] = "h100",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; data is not read.")] = 512,
@@ -228,7 +256,8 @@ def plan(
     with _one_line():
         from opd.config import load_config
 
-        config = load_config(recipe, overrides or [])
+        recipe, overrides = _split(arguments)
+        config = load_config(_required(recipe), overrides)
         from opd_plan.devices import Assumptions, device_of
         from opd_plan.text import gpus_of, plan_text
 
@@ -273,11 +302,51 @@ def _as_student(path: Path) -> str:
     return f"{'lora.start' if (path / 'adapter_config.json').is_file() else 'student'}={path}"
 
 
+def _split(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The recipe or run folder among the arguments, if any, and the overrides; `--key value` is the override `key=value`.
+
+    An option without a value, such as --bf16, is true.
+    """
+    target, overrides, left = None, [], list(arguments or [])
+    while left:
+        word = left.pop(0)
+        if word.startswith("--"):
+            value = "" if "=" in word else "=" + (left.pop(0) if left and not left[0].startswith("--") else "true")
+            overrides.append(word.removeprefix("--") + value)
+        elif target is None and ("=" not in word or word.endswith(".toml")):
+            target = word
+        else:
+            overrides.append(word)
+    return target, overrides
+
+
+def _required(recipe: str | None) -> str:
+    if recipe is None:
+        raise ConfigError(_RECIPE_OR_RUN)
+    return recipe
+
+
+def _announced(recipe: str | None) -> str:
+    """The recipe; its name is printed before slow imports start."""
+    _announce(f"loading recipe {_required(recipe)}")
+    return _required(recipe)
+
+
+def _announce(what: str) -> None:
+    typer.echo(f"opd {__version__}: {what}")
+
+
+def _finish(run: Path, *, finished: bool) -> None:
+    if not finished:
+        raise typer.Exit(130)
+    typer.echo(f"done: {run} (student in {run / 'student'})")
+
+
 @contextmanager
 def _one_line() -> Iterator[None]:
     """One line and exit code 2 for what the user can fix; anything else is a bug and keeps its traceback.
 
-    The notes of an error are part of its line: they say how a run goes on.
+    The notes of an error are part of its line: they say how to continue a run.
     """
     try:
         yield

@@ -1,74 +1,38 @@
-"""The configuration: what a recipe may say, with every default, range and cross-field rule.
+"""The configuration: every key that a recipe may have, with its default, range and rules across keys.
 
 A recipe is TOML; `key=value` pairs on the command line override it (`optimizer.lr=1e-5`). Unknown keys are errors that
 name the nearest known key. Importing this package needs no torch.
 """
 
-from opd.config.cluster import ClusterConfig
-from opd.config.detectors import DetectorsConfig
-from opd.config.episodes import EpisodesConfig
-from opd.config.format_checks import ChecksConfig
-from opd.config.no_effect import changed, without_effect
-from opd.config.node import nearest
-from opd.config.objective import CorrectionConfig, MaskConfig, ObjectiveConfig, RewardConfig
-from opd.config.parse import AnyConfig, dump_config, load_config, parse_config, read_recipe
-from opd.config.resume import config_changes, require_resumable, resumed_config
-from opd.config.teachers import RemoteConfig, TeacherConfig
-from opd.config.tree import (
-    AlignmentConfig,
-    ComputeConfig,
-    Config,
-    EvaluationConfig,
-    FileTask,
-    LoggingConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PythonTask,
-    ReasoningGymTask,
-    SamplingConfig,
-    SftConfig,
-    TaskConfig,
-    TextArenaTask,
-    ToolTask,
-    WarmupConfig,
-)
-
-__all__ = [
-    "AlignmentConfig",
-    "AnyConfig",
-    "ChecksConfig",
-    "ClusterConfig",
-    "ComputeConfig",
-    "Config",
-    "CorrectionConfig",
-    "EpisodesConfig",
-    "EvaluationConfig",
-    "FileTask",
-    "DetectorsConfig",
-    "LoggingConfig",
-    "LoraConfig",
-    "MaskConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "RewardConfig",
-    "PythonTask",
-    "ReasoningGymTask",
-    "SamplingConfig",
-    "RemoteConfig",
-    "SftConfig",
-    "TaskConfig",
-    "TeacherConfig",
-    "TextArenaTask",
-    "ToolTask",
-    "WarmupConfig",
-    "changed",
-    "config_changes",
-    "dump_config",
-    "load_config",
-    "resumed_config",
-    "nearest",
-    "parse_config",
-    "read_recipe",
-    "require_resumable",
-    "without_effect",
-]
+from opd.config.detectors import DetectorsConfig as DetectorsConfig
+from opd.config.episodes import ChecksConfig as ChecksConfig
+from opd.config.episodes import EpisodesConfig as EpisodesConfig
+from opd.config.no_effect import changed as changed
+from opd.config.no_effect import without_effect as without_effect
+from opd.config.node import nearest as nearest
+from opd.config.objective import CorrectionConfig as CorrectionConfig
+from opd.config.objective import MaskConfig as MaskConfig
+from opd.config.objective import ObjectiveConfig as ObjectiveConfig
+from opd.config.objective import RewardConfig as RewardConfig
+from opd.config.parse import AnyConfig as AnyConfig
+from opd.config.parse import dump_config as dump_config
+from opd.config.parse import load_config as load_config
+from opd.config.parse import parse_config as parse_config
+from opd.config.parse import read_recipe as read_recipe
+from opd.config.resume import config_changes as config_changes
+from opd.config.resume import require_resumable as require_resumable
+from opd.config.resume import resumed_config as resumed_config
+from opd.config.teachers import RemoteConfig as RemoteConfig
+from opd.config.teachers import TeacherConfig as TeacherConfig
+from opd.config.tree import AlignmentConfig as AlignmentConfig
+from opd.config.tree import ComputeConfig as ComputeConfig
+from opd.config.tree import Config as Config
+from opd.config.tree import FileTask as FileTask
+from opd.config.tree import LoraConfig as LoraConfig
+from opd.config.tree import OptimizerConfig as OptimizerConfig
+from opd.config.tree import PythonTask as PythonTask
+from opd.config.tree import ReasoningGymTask as ReasoningGymTask
+from opd.config.tree import SftConfig as SftConfig
+from opd.config.tree import TaskConfig as TaskConfig
+from opd.config.tree import TextArenaTask as TextArenaTask
+from opd.config.tree import ToolTask as ToolTask

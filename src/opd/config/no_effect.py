@@ -1,4 +1,4 @@
-"""Keys of a recipe that other keys leave without effect. The parser refuses some combinations; these are named."""
+"""Keys of a recipe that have no effect because of other keys. They are named in a notice, not refused."""
 
 import json
 from collections.abc import Iterator
@@ -27,8 +27,7 @@ def changed(config: Node, path: str) -> list[str]:
     value = getattr(node, leaf)
     if isinstance(value, Node):
         return [line for name in type(value).model_fields for line in changed(config, f"{path}.{name}")]
-    default = type(node).model_fields[leaf].get_default(call_default_factory=True)
-    return [] if value == default else [f"{path} = {json.dumps(value, default=str)}"]
+    return [] if node.is_default(leaf) else [f"{path} = {json.dumps(value, default=str)}"]
 
 
 def _shared(config: Config | SftConfig) -> Iterator[_Row]:
@@ -64,7 +63,7 @@ def _trained(config: Config) -> Iterator[_Row]:
     yield from _measured(config)
     yield "cluster.merge_adapter", config.trainable == "full", "trainable = 'full' trains no adapter"
     checked = any(task.checks.rules for task in config.tasks.values())
-    yield "reward.format_error", not off and not checked, "no task has checks, so that there is no format error to see"
+    yield "reward.format_error", not off and not checked, "no task has checks, so there is no format error to see"
     for name in ("format_errors", "flagged_advantage"):
         sees = checked or getattr(config.detectors, name).action == "off"
         yield f"detectors.{name}", not sees, "no task has checks, so there is no format error to see"

@@ -1,4 +1,4 @@
-"""What the student follows: the objective, its corrections, the masks and the reward (docs/objectives.md)."""
+"""[objective], [mask] and [reward]: the loss of the student (docs/objectives.md)."""
 
 from typing import Annotated, Literal
 
@@ -16,28 +16,20 @@ _REFUSED_TYPES = {
     "'immediate', or type = 'exact' with divergence = 'forward_kl'",
 }
 _REFUSED_TAILS = {
-    "renormalize": "a KL renormalised over the support ignores the student's mass off it (it ends at 0.18 nats where the "
+    "renormalize": "a KL renormalised over the top k ignores the student's mass outside them (it ends at 0.18 nats where the "
     "bucket ends at 0.05, k = 32; opd theory, claim 9)",
-    "drop": "a sum over the support without its tail pushes mass off the support (it ends at 2.7 nats, above its start; opd "
+    "drop": "a sum over the top k without a tail pushes mass out of the top k (it ends at 2.7 nats, above its start; opd "
     "theory, claim 9)",
 }
 
 
-# field -> the key and the value with which alone it has an effect
-_OWNERS = {
-    "divergence": ("type", "exact"),
-    "jsd_beta": ("divergence", "jsd"),
-    "top_k": ("type", "top_k"),
-    "tail_residual": ("type", "top_k"),
-    "clip_low": ("loss", "ppo"),
-    "clip_high": ("loss", "ppo"),
-    "clip_dual": ("loss", "ppo"),
-}
-
-
 class CorrectionConfig(Node):
-    """Importance weights against the policy that sampled, where that is not quite the student: an engine that rounds
-    otherwise, an older version. Rejected tokens leave the normaliser too."""
+    """Importance weights for samples of a policy that differs a little from the student: of an older version, or of an engine
+    with other rounding.
+
+    type: "truncate" limits a weight to `cap`; "reject" leaves out tokens whose weight is outside [`low`, `high`], from the
+    normaliser too. level: a weight of each token, of the geometric mean of a sequence, or of a whole sequence.
+    """
 
     type: Literal["none", "truncate", "reject"] = "none"
     level: Literal["token", "geometric", "sequence"] = "token"
@@ -47,18 +39,17 @@ class CorrectionConfig(Node):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "CorrectionConfig":
-        owners = {"cap": ("truncate",), "low": ("reject",), "high": ("reject",), "level": ("truncate", "reject")}
-        for field, kinds in owners.items():
-            if self.type not in kinds and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(
-                    f"{field} belongs to type = {' or '.join(map(repr, kinds))}, got type = '{self.type}'; drop one"
-                )
+        reject, either = ("type", ("reject",)), ("type", ("truncate", "reject"))
+        self.require_owners({"cap": ("type", ("truncate",)), "low": reject, "high": reject, "level": either})
         return self
 
 
 class ObjectiveConfig(Node):
-    """The distillation term, weighed by `coef`. `teacher_logprob_floor` bounds what one token may cost; what it raises is
-    counted."""
+    """The distillation term, multiplied by `coef`.
+
+    teacher_logprob_floor: nats; lower log-probabilities of a teacher are raised to it, so that one token has a bounded cost.
+    Metrics count the tokens that were raised.
+    """
 
     coef: Annotated[float, Field(ge=0)] = 1.0
     type: Literal["exact", "exact_to_go", "top_k", "immediate", "to_go", "kl_to_go"] = "exact"
@@ -83,7 +74,7 @@ class ObjectiveConfig(Node):
 
     @property
     def integrated(self) -> bool:
-        """Whether the immediate part is computed over the vocabulary rather than from the sampled token."""
+        """Whether the immediate part is a sum over the vocabulary instead of the value of the sampled token."""
         return self.type in (*_INTEGRATED, "exact_to_go")
 
     @property
@@ -99,16 +90,16 @@ class ObjectiveConfig(Node):
 
     @property
     def centred(self) -> bool:
-        """Whether leaving a trajectory out of the distillation term neither rewards nor punishes it on average, but for what
-        leave-one-out leaves of it.
+        """Whether a trajectory that the distillation term leaves out is neither rewarded nor punished on average. Leave-one-out
+        fulfils this approximately.
 
-        The KL is the mean of the immediate log ratio alone; what comes later keeps its mean.
+        A KL baseline is the mean of the immediate log ratio alone; the later part keeps its mean.
         """
         return self.exactly_centred or self.baseline == "leave_one_out"
 
     @property
     def exactly_centred(self) -> bool:
-        """Whether it neither rewards nor punishes at all."""
+        """Whether such a trajectory is neither rewarded nor punished at all."""
         integrated = self.type in _INTEGRATED and not self.tail_residual
         return integrated or (self.type == "immediate" and self.baseline == "kl")
 
@@ -147,13 +138,20 @@ class ObjectiveConfig(Node):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "ObjectiveConfig":
-        for field, (key, owner) in _OWNERS.items():
-            if getattr(self, key) != owner and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} belongs to {key} = '{owner}', got {key} = '{getattr(self, key)}'; drop one")
+        top_k, ppo = ("type", ("top_k",)), ("loss", ("ppo",))
+        self.require_owners(
+            {
+                "divergence": ("type", ("exact",)),
+                "jsd_beta": ("divergence", ("jsd",)),
+                "top_k": top_k,
+                "tail_residual": top_k,
+            }
+            | dict.fromkeys(("clip_low", "clip_high", "clip_dual"), ppo)
+        )
         if self.tail_residual and (self.correction.type != "none" or self.epochs > 1):
             raise ValueError(
-                "tail_residual is a sampled term that corrections and epochs > 1 do not reach: its mean would no longer be that "
-                "of the reverse KL; drop one"
+                "corrections and epochs > 1 do not weigh the sampled term of tail_residual: its mean would differ from the reverse "
+                "KL; drop one"
             )
         return self
 
@@ -163,7 +161,7 @@ class ObjectiveConfig(Node):
             raise ValueError("normalizer = 'constant' and a value for 'constant' go together")
         if self.epochs > 1 and self.loss != "ppo":
             raise ValueError(
-                "epochs > 1 needs loss = 'ppo': REINFORCE has no ratio that accounts for the moved student"
+                "epochs > 1 needs loss = 'ppo': REINFORCE has no ratio for a student that has changed since it sampled"
             )
         if self.extrapolation != 1.0 and self.discount:
             raise ValueError(
@@ -172,24 +170,27 @@ class ObjectiveConfig(Node):
             )
         if (self.extrapolation != 1.0) != (self.reference is not None):
             raise ValueError(
-                "extrapolation other than 1 and 'reference' go together: the reference is what lambda moves away from, "
+                "extrapolation other than 1 and 'reference' go together: the target moves away from the reference, which is "
                 "'student' (as it was before the first step) or a name of [teachers]"
             )
         return self
 
 
 class MaskConfig(Node):
-    """What the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`): all of it, what follows the
-    first error, the turns that have one, or the errors' own tokens. An reward still counts."""
+    """The tokens that the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`).
+
+    format_errors: "trajectory": all tokens; "suffix": all from the first error on; "turn": all of each turn with an error; "span":
+    the tokens of the errors. The reward still acts on all tokens.
+    """
 
     format_errors: Literal["off", "trajectory", "suffix", "turn", "span"] = "off"
 
 
 class RewardConfig(Node):
-    """A policy gradient from the reward, added to the distillation advantage; it acts on every episode, masked ones too.
+    """A policy gradient from the reward, added to the distillation advantage. It acts on every episode, masked ones too.
 
-    format_error: what an episode with a format error is worth, whatever it achieved; below 0, the worst that a verifier gives,
-    so that an error never pays.
+    format_error: the reward of every episode with a format error, in place of its own. Verifiers give at least 0; a value below 0
+    makes an error cost something.
     """
 
     coef: Annotated[float, Field(ge=0)] = 0.0

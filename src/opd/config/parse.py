@@ -3,15 +3,17 @@
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from opd.config.aliases import answer
 from opd.config.node import nearest
 from opd.config.teachers import TeacherConfig
-from opd.config.tree import Config, FileTask, PythonTask, ReasoningGymTask, SftConfig, TextArenaTask, ToolTask
+from opd.config.tree import Config, SftConfig
 from opd.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
@@ -23,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[A
     Raises ConfigError with one line that names the file and the key, what was found and what to write instead.
     """
     tree = read_recipe(path)
-    apply_overrides(tree, overrides)
+    apply_overrides(tree, overrides, kind=kind)
     return parse_config(tree, kind=kind, source=str(path))
 
 
@@ -45,7 +47,7 @@ def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, sou
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, kind, tree)}") from None
+        raise ConfigError(f"{source}: {_explain(error, kind)}") from None
 
 
 def dump_config(config: Config | SftConfig) -> str:
@@ -53,99 +55,136 @@ def dump_config(config: Config | SftConfig) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put `key=value` pairs into the tree of a recipe, in place; raises ConfigError for what is no such pair."""
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], *, kind: type[BaseModel] = Config) -> None:
+    """Put `key=value` pairs into the tree of a recipe, in place. In a key of opd, `-` is read as `_`.
+
+    Raises ConfigError for an override that is no such pair.
+    """
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, kind)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"override '{override}' is not of the form key=value, such as optimizer.lr=1e-5")
-    *tables, leaf = key.strip().split(".")
-    node = tree
-    for table in tables:
-        child = node.setdefault(table, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override '{override}': '{table}' is a value in the recipe, not a table")
-        node = child
-    value = _parse_value(text)
-    if leaf in _TEXT_KEYS and not isinstance(value, str):
-        value = text  # output=2026-11-21 is a name, not a date
-    node[leaf] = value
-    if tables[:1] == ["teachers"] and len(tables) >= 2:
-        source = [*tables, leaf][2]
-        for other in set(_SOURCES) - {source} if source in _SOURCES else ():
-            tree["teachers"][tables[1]].pop(other, None)  # a teacher has one source: the override's
+    table, above, types = tree, "", [kind]
+    parts = key.strip().split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(table, dict):
+            raise ConfigError(f"override '{override}': '{above}' is a value in the recipe, not a table")
+        name = part.replace("-", "_") if not types or any(map(_is_table, types)) else part
+        if TeacherConfig in types and name in TeacherConfig.sources:
+            for other in set(TeacherConfig.sources) - {name}:
+                table.pop(other, None)  # a teacher has one source: the override's
+        above, types = name, _below(types, name)
+        if depth == len(parts) - 1:
+            table[name] = _parse_value(text, types)
+        else:
+            table = table.setdefault(name, {})
 
 
-_SOURCES = ("model", "adapter", "url", "weights")
-_TEXT_KEYS = (
-    "student", "output", "model", "adapter", "path", "held_out_path", "teacher", "dataset", "reference", "game",
-    "answer_pattern", "answer_end", "served_model", "api_key_env",
-)  # fmt: skip
-
-
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, types: Sequence[Any]) -> Any:
+    """The value that TOML reads; the text itself where TOML reads none, or where the key is a text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word: student=Qwen/Qwen3-1.7B needs no quotes
+    # output=2026-11-21 is a name, not a date
+    return text if str in types and not isinstance(value, str | list) else value
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], tree: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """One line for the first fault of a pydantic error."""
     faults = error.errors(include_url=False)
     # An unknown key explains more than what is missing beside it.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
-    loc = [str(part) for part in fault["loc"]]
-    key = ".".join(part for i, part in enumerate(loc) if not _is_union_tag(loc, i))
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(loc[-1], _known_keys(kind, loc[:-1]))}{more}"
-    if fault["type"] == "missing":
-        return f"key '{key}' is missing; add it to the recipe or pass {key}=...{more}"
-    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{key}.type must be 'file', 'python', 'reasoning_gym', 'textarena' or 'tools', got {_tag(fault['input'])}{more}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return (f"{key}: " if key else "") + message + more
-    if fault["type"] == "model_type":
-        return f"{key} = {fault['input']!r}: expected a table of keys ({', '.join(_known_keys(kind, loc))}){more}"
-    hint = ""
-    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
-        hint = nearest(fault["input"], re.findall("'([^']*)'", fault.get("ctx", {}).get("expected", "")))
-    elif fault["type"] == "list_type":
-        hint = f", such as [{json.dumps(fault['input'], default=str)}]"
-    return f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}{hint}{more}"
+    return _line(fault["type"], [str(part) for part in fault["loc"]], fault, kind) + more
 
 
-def _tag(table: Any) -> str:
-    return repr(table["type"]) if isinstance(table, Mapping) and "type" in table else "none"
+def _line(fault: str, loc: list[str], details: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    key, types = _place(kind, loc)
+    given, message = details["input"], details["msg"].removeprefix("Value error, ")
+    match fault:
+        case "extra_forbidden":
+            named = _is_dict(_below([kind], loc[0]))  # a table whose keys are names: no other library has those
+            known = _keys(_place(kind, loc[:-1])[1])
+            misspelt = isinstance(given, Mapping) and nearest(loc[-1], known, cutoff=0.75)
+            advice = None if named or misspelt else answer(key, given, list(_leaf_keys(kind)))
+            return advice or f"unknown key '{key}'{nearest(loc[-1], known)}"
+        case "missing":
+            return f"key '{key}' is missing; add it to the recipe or pass {key}=..."
+        case "union_tag_not_found" | "union_tag_invalid":
+            *others, last = sorted(repr(tag) for model in types for tag in _tags(model))
+            tag = given.get("type") if isinstance(given, Mapping) else None
+            return f"{key}.type must be {', '.join(others)} or {last}, got {'none' if tag is None else repr(tag)}"
+        case "value_error":
+            return (f"{key}: " if key else "") + message
+        case "model_type":
+            return f"{key} = {given!r}: expected a table of keys ({', '.join(_keys(types))})"
+        case "literal_error" if isinstance(given, str):
+            message += nearest(given, re.findall("'([^']*)'", details["ctx"]["expected"]))
+        case "list_type":
+            message += f", such as [{json.dumps(given, default=str)}]"
+    return f"{key} = {given!r}: {message[0].lower()}{message[1:]}"
 
 
-def _is_union_tag(loc: Sequence[str], index: int) -> bool:
-    # pydantic puts the discriminator's value into the location: tasks, <name>, <tag>, <key>
-    # and the type that it tried: lora, target_modules, str
-    return (index == 2 and loc[0] == "tasks") or loc[:index] == ["lora", "target_modules"]
+# The types of a key's values, read from the tables' annotations: alternatives in a list, None left out.
 
 
-def _known_keys(kind: type[BaseModel], loc: Sequence[str]) -> list[str]:
-    """The keys that the table at `loc` may hold."""
-    if not loc:
-        return list(kind.model_fields)
-    if loc[0] == "tasks" and len(loc) >= 3:
-        variants = {
-            "file": FileTask,
-            "python": PythonTask,
-            "reasoning_gym": ReasoningGymTask,
-            "textarena": TextArenaTask,
-            "tools": ToolTask,
-        }
-        return _known_keys(variants[loc[2]], loc[3:])
-    if loc[0] == "teachers":
-        return list(TeacherConfig.model_fields)
-    child = kind.model_fields[loc[0]].annotation
-    models = [a for a in (child, *get_args(child)) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return _known_keys(models[0], loc[1:]) if models else []
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [found for each in get_args(annotation) for found in _alternatives(each)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _is_dict(types: Sequence[Any]) -> bool:
+    return any(get_origin(kind) is dict for kind in types)
+
+
+def _keys(types: Sequence[Any]) -> list[str]:
+    return [key for kind in types if _is_table(kind) for key in kind.model_fields]
+
+
+def _tags(kind: Any) -> tuple[Any, ...]:
+    """The values of `type` that choose this table among others."""
+    return get_args(kind.model_fields["type"].annotation) if "type" in _keys([kind]) else ()
+
+
+def _below(types: Sequence[Any], key: str) -> list[Any]:
+    """The types of the value at `key` in a table of one of these types."""
+    inner = [kind.model_fields[key].annotation for kind in types if _is_table(kind) and key in kind.model_fields]
+    inner += [get_args(kind)[1] for kind in types if get_origin(kind) is dict]
+    return [found for each in inner for found in _alternatives(each)]
+
+
+def _place(kind: type[BaseModel], loc: Sequence[str]) -> tuple[str, list[Any]]:
+    """The dotted key of a location that pydantic gives, and the types there.
+
+    Where a value has several types, pydantic puts the type that it tried into the location (tasks, NAME, TYPE, KEY).
+    """
+    parts, types = [], [kind]
+    for part in loc:
+        if len(types) > 1:
+            types = [found for found in types if part in _tags(found)]
+        else:
+            parts.append(part)
+            types = _below(types, part)
+    return ".".join(parts), types
+
+
+def _leaf_keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every dotted key of a table; a table whose keys are names is one key."""
+    for name in kind.model_fields:
+        types = _below([kind], name)
+        if len(types) == 1 and _is_table(types[0]):
+            yield from _leaf_keys(types[0], f"{above}{name}.")
+        else:
+            yield above + name

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import regex
 
-from opd.config.format_checks import ChecksConfig, Rule
+from opd.config.episodes import ChecksConfig, Rule
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
 
 MIN_WORDS = 20

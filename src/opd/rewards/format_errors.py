@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opd.config.format_checks import ChecksConfig
+from opd.config.episodes import ChecksConfig
 from opd.records import Flag, Rollout
 from opd.rewards.format_checks import CheckedTurn, check_turn
 from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
