@@ -10,9 +10,8 @@ from factories import byte_tokenizer, prompt
 
 from opd.config import EpisodesConfig, FileTask
 from opd.data.conversations import check_prompt
-from opd.data.files import PromptFile, read_prompts
-from opd.data.prompt_records import Completion
-from opd.data.tasks import read_splits
+from opd.data.prompts import Completion, read_prompts
+from opd.data.tasks import PromptFile, read_splits
 from opd.episodes.player import EpisodePlayer
 from opd.errors import DataError
 from opd.records import Message, Prompt

@@ -8,8 +8,8 @@ import pytest
 from factories import prompt, write_prompts
 
 from opd.config import FileTask, ReasoningGymTask
-from opd.data.files import PromptFile, read_prompts
-from opd.data.tasks import make_tasks
+from opd.data.prompts import read_prompts
+from opd.data.tasks import PromptFile, make_tasks
 from opd.errors import DataError
 from opd.integrations.reasoning_gym import ReasoningGym
 from opd.rewards.verifiers import VERIFIERS, exact, last_number, mathematical, nothing

@@ -26,7 +26,10 @@ class LoraConfig(Node):
 
 
 class FileTask(Node):
-    """Prompts from a JSONL file, one record a line (docs/configuration.md lists its keys).
+    """Prompts from a file of JSON lines, of one JSON array, of CSV or of Parquet (docs/configuration.md lists a record's keys).
+
+    columns: the file's column for a key of a record, such as `{ prompt = "question", answer = "solution" }`. A field that has the
+    key already, and is mapped to no other, becomes part of `meta`.
 
     completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
     of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
@@ -38,6 +41,7 @@ class FileTask(Node):
     path: str
     held_out_path: str | None = None
     teacher: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
     completion: Literal["answer", "demonstration", "drop"] | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
     grader: Literal["exact", "math", "number"] | None = None

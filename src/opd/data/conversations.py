@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from opd.data.json_lines import strict_json, text_fault
+from opd.data.rows import plain_data, strict_json
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.call_template import tool_call
@@ -90,8 +90,7 @@ def _call(call: Any, number: int, name: str) -> dict[str, Any]:
             arguments = strict_json(arguments)
         except DataError as error:
             raise DataError(f"{name}: arguments of the call of '{function['name']}': {error}") from None
-        if fault := text_fault(arguments, f"{name}: an argument of the call of '{function['name']}'"):
-            raise DataError(fault)
+        plain_data(arguments, f"{name}: an argument of the call of '{function['name']}'")
     arguments = {} if arguments in (None, "") or (isinstance(arguments, str) and not arguments.strip()) else arguments
     if not isinstance(arguments, dict):
         raise DataError(
@@ -156,25 +155,33 @@ def demonstration_fault(demonstration: Sequence[Message]) -> str:
 
 def check_prompt(prompt: Prompt, where: str) -> None:
     """Raise DataError, which begins with `where`, for a prompt that no student could be given, from a file or from code."""
-    fields = {
-        "the id": prompt.id,
-        "the task": prompt.task,
-        "the teacher": prompt.teacher,
-        "the answer": prompt.answer or "",
-        "messages": [dict(m) for m in prompt.messages],
-        "demonstration": [dict(m) for m in prompt.demonstration],
-        "meta": dict(prompt.meta),
-        "tools": list(prompt.tools),
-    }
-    fault = next((found for name, value in fields.items() if (found := text_fault(value, name))), "")
-    if not fault and not all(c.isprintable() for c in prompt.id):
-        fault = f"the id {prompt.id!a} has characters that cannot be printed"
-    for message in () if fault else (*prompt.messages, *prompt.demonstration):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            fault = f"a message has no string 'role' and 'content': {dict(message)!r:.80}"
-    if not fault:
-        fault = prompt_fault(prompt.messages)
+    try:
+        _require_plain(prompt)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    fault = prompt_fault(prompt.messages)
     if not fault and prompt.demonstration and (what := demonstration_fault(prompt.demonstration)):
         fault = f"'demonstration' {what}"
     if fault:
         raise DataError(f"{where}: {fault}")
+
+
+def _require_plain(prompt: Prompt) -> None:
+    """Raise DataError for a text that is none, an id that cannot be printed, or a message without role and content."""
+    fields = {
+        "the id": prompt.id,
+        "the task": prompt.task,
+        "the teacher": prompt.teacher,
+        "the answer": prompt.answer,
+        "messages": prompt.messages,
+        "demonstration": prompt.demonstration,
+        "meta": prompt.meta,
+        "tools": prompt.tools,
+    }
+    for name, value in fields.items():
+        plain_data(value, name, strict=False)
+    if not all(c.isprintable() for c in prompt.id):
+        raise DataError(f"the id {prompt.id!a} has characters that cannot be printed")
+    for message in (*prompt.messages, *prompt.demonstration):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise DataError(f"a message has no string 'role' and 'content': {dict(message)!r:.80}")

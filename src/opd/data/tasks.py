@@ -1,19 +1,62 @@
-"""Prompts and where rewards come from."""
+"""Tasks: where prompts and rewards come from. A new kind is a class of `opd.config`, a class as `PromptFile`, and a case below."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from opd.config import EpisodesConfig, FileTask, ReasoningGymTask, TaskConfig, TextArenaTask, ToolTask
+from opd.data.conversations import check_prompt
+from opd.data.prompts import read_prompts
+from opd.episodes.demonstrations import recorded_turn
 from opd.errors import DataError
-from opd.records import Prompt
+from opd.records import Message, Prompt
+from opd.rewards.verifiers import VERIFIERS
 from opd.roles import Task
 
 SPLITS = ("train", "held_out")
 
 
+class PromptFile:
+    """A task read from one file a split; ids are unique within the task."""
+
+    def __init__(self, name: str, config: FileTask) -> None:
+        self.name = name
+        self._config = config
+        self._verify = VERIFIERS[config.verifier]
+        self._grade = VERIFIERS[config.grader or config.verifier]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        config = self._config
+        path, key = (config.path, "path") if split == "train" else (config.held_out_path, "held_out_path")
+        if path is None:
+            return []
+        verifiers = dict.fromkeys((config.verifier, config.grader or config.verifier))
+        return read_prompts(
+            path,
+            task=self.name,
+            teacher=config.teacher,
+            columns=config.columns,
+            completion=config.completion,
+            verifiers=tuple(verifiers),
+            key=key,
+        )
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer is None else self._verify(response, prompt.answer)
+
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer is None else self._grade(response, prompt.answer)
+
+    def environment(self, prompt: Prompt) -> None:
+        """None: a file has no environment; training on a prompt with tools needs one of the user's."""
+
+    def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
+        if not prompt.demonstration:
+            return prompt.answer
+        return recorded_turn(prompt.demonstration, len(messages) - len(prompt.messages))
+
+
 def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None = None) -> dict[str, Task]:
     """The tasks of a recipe by name, prompts not yet read."""
-    from opd.data.files import PromptFile
     from opd.episodes.tool_problems import ToolProblems
     from opd.integrations.reasoning_gym import ReasoningGym
     from opd.integrations.textarena import TextArena
@@ -36,8 +79,6 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
 
 def read_splits(tasks: Mapping[str, Task]) -> dict[str, dict[str, list[Prompt]]]:
     """The prompts of each task and split. Raises DataError for one that no student could be given, and for a task without any."""
-    from opd.data.conversations import check_prompt
-
     found: dict[str, dict[str, list[Prompt]]] = {}
     for name, task in tasks.items():
         found[name] = {split: task.prompts(split) for split in SPLITS}
