@@ -166,7 +166,7 @@ def test_a_fine_tuning_run_cannot_be_resumed_as_a_distillation(bench: dict[str, 
     ("text", "reason"),
     [
         ('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": \n', "line 2: not valid JSON"),
-        ('{"id": "a", "prompt": "x"}\n\n{"id": "a", "prompt": "y"}\n', "line 3: id 'first:a' was used on line 1"),
+        ('{"id": "a", "prompt": "x"}\n\n{"id": "a", "prompt": "y"}\n', "line 3: id 'first:a' was used in line 1"),
         ('{"id": "a", "prompt": " "}\n', "line 1: 'prompt' is empty"),
         ('{"id": "a", "messages": []}\n', "line 1: 'messages' must be a non-empty list"),
         ('{"id": "a", "messages": [{"role": "user", "content": ""}]}\n', "line 1: every message is empty"),

@@ -198,13 +198,8 @@ def test_a_byte_order_mark_is_read_past(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (
-            b'[{"prompt": "x"},\n {"prompt": "y"}]',
-            ": is one JSON array; write one record a line, such as with: jq -c '.[]' ",
-        ),
-        (b'{\n "prompt": "x"\n}', ": is one JSON object; write one record a line"),
+        (b'{\n "prompt": "x"\n}', ", line 1: the object does not end on its line; write one record a line"),
         (b"\x1f\x8b\x08\x00", "' is compressed (gzip); unpack it with gunzip (tasks.words.path)"),
-        (b"PAR1....", "' is a Parquet file; write it as JSON lines"),
         ('{"prompt": "x"}'.encode("utf-16"), "' is UTF-16; save it as UTF-8"),
     ],
 )
