@@ -17,7 +17,7 @@ import pytest
 import torch
 from factories import prompt
 
-from opd.config import FileTask, apply_overrides, parse_config
+from opd.config import FileTask, load_config
 from opd.data import read_prompts, read_prompts_from
 from opd.data.tasks import PromptFile
 from opd.errors import DataError
@@ -242,10 +242,14 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest(tmp_path, column
 def test_a_recipe_names_the_columns_of_a_file_task(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"question": "x", "solution": "4"}\n')
-    sums = {"type": "file", "path": str(path), "teacher": "t", "columns": {"prompt": "question"}}
-    tree = {"output": "o", "student": "s", "teachers": {"t": {"model": "m"}}, "tasks": {"sums": sums}}
-    apply_overrides(tree, ["tasks.sums.columns.answer=solution"])
-    task = parse_config(tree).tasks["sums"]
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f"""output = "o"
+        student = "s"
+        teachers.t.model = "m"
+        tasks.sums = {{ type = "file", path = "{path}", teacher = "t", columns = {{ prompt = "question" }} }}"""
+    )
+    task = load_config(recipe, ["tasks.sums.columns.answer=solution"]).tasks["sums"]
     assert isinstance(task, FileTask)
     [found] = PromptFile("sums", task).prompts("train")
     assert (found.messages[0]["content"], found.answer) == ("x", "4")
