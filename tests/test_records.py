@@ -75,8 +75,8 @@ def test_only_the_last_of_several_answers_is_cut_off(tmp_path):
         ([SYSTEM], "there is no user message to answer, only a message of the system"),
         ([ANSWER], "there is no user message to answer, only a message of the assistant"),
         ([SYSTEM, ANSWER], "the last message is the assistant's"),
-        ([SYSTEM, SYSTEM, USER], "message 2 is a system message, which stands once, at the beginning"),
-        ([USER, SYSTEM], "message 2 is a system message, which stands once, at the beginning"),
+        ([SYSTEM, SYSTEM, USER], "message 2 is a system message, which is allowed once, at the beginning"),
+        ([USER, SYSTEM], "message 2 is a system message, which is allowed once, at the beginning"),
         (
             [USER, {"role": "tool", "content": "3"}],
             "message 2 has the role 'tool', and no call of the assistant comes before it",
@@ -90,7 +90,7 @@ def test_only_the_last_of_several_answers_is_cut_off(tmp_path):
         ([{"role": "system", "content": ""}, USER], "message 1, the system's, is empty"),
         ([USER, ANSWER, {"role": "user", "content": " \n"}], "message 3, the user's, is empty"),
         ([{"role": "developer", "content": "x"}, USER], "messages[0] needs 'role'"),
-        ([USER | {"weight": 0}], "messages[0] has the key 'weight', which no model would be shown"),
+        ([USER | {"weight": 0}], "messages[0] has the key 'weight', which no model is shown"),
     ],
 )
 def test_a_conversation_that_nobody_can_answer_is_refused(tmp_path, messages, reason):

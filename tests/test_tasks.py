@@ -305,7 +305,7 @@ def test_an_exhausted_generator_says_how_many_questions_it_has():
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("tasks.sums: reasoning-gym 'basic_arithmetic' gave ")
-    assert "215 are asked for (size + held_out_size); lower them or widen params" in message
+    assert "expected 215 (size + held_out_size); lower them or widen params" in message
 
 
 def test_an_unknown_data_set_names_the_nearest():

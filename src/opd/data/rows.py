@@ -36,7 +36,7 @@ def rows_of_file(path: str | Path, key: str) -> Rows:
     key: the key of the recipe that names the file. Raises DataError that names the file, and the line or row where there is one.
     """
     raw = _content(path, key)
-    if raw.startswith(_PARQUET) or Path(path).suffix == ".parquet":
+    if raw.startswith(_PARQUET) or Path(path).suffix.lower() == ".parquet":
         return _parquet_rows(path, raw)
     for start, advice in _OTHER_FORMATS:
         if raw.startswith(start):
@@ -46,7 +46,7 @@ def rows_of_file(path: str | Path, key: str) -> Rows:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8: {error.reason}; save the file as UTF-8") from None
-    if Path(path).suffix == ".csv":
+    if Path(path).suffix.lower() == ".csv":
         return _csv_rows(path, text)
     return _array_rows(path, text) if text.lstrip().startswith("[") else _line_rows(path, text)
 

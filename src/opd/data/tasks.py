@@ -16,7 +16,7 @@ SPLITS = ("train", "held_out")
 
 
 class PromptFile:
-    """A task read from one file a split; ids are unique within the task."""
+    """A task that reads one file for each split; ids are unique within a file."""
 
     def __init__(self, name: str, config: FileTask) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class PromptFile:
         return None if prompt.answer is None else self._grade(response, prompt.answer)
 
     def environment(self, prompt: Prompt) -> None:
-        """None: a file has no environment; training on a prompt with tools needs one of the user's."""
+        """None: a file has no environment. Prompts with tools need the user's own for training."""
 
     def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
         if not prompt.demonstration:
@@ -78,7 +78,7 @@ def make_tasks(configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None 
 
 
 def read_splits(tasks: Mapping[str, Task]) -> dict[str, dict[str, list[Prompt]]]:
-    """The prompts of each task and split. Raises DataError for one that no student could be given, and for a task without any."""
+    """The prompts of each task and split. Raises DataError for an unusable prompt and for an empty task."""
     found: dict[str, dict[str, list[Prompt]]] = {}
     for name, task in tasks.items():
         found[name] = {split: task.prompts(split) for split in SPLITS}

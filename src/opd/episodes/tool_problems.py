@@ -1,4 +1,4 @@
-"""Generated problems that need a tool: sums for a calculator, codes for a table. Each comes with its own solution."""
+"""Generated problems that need a tool, with their solutions: sums and a calculator, codes and a table to look them up in."""
 
 import json
 import random
@@ -46,9 +46,9 @@ _LOOKUP_SCHEMA: Mapping[str, Any] = {
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression: an integer, or a decimal rounded to six places.
+    """The exact value of numbers, + - * / and brackets: an integer, or a decimal rounded to six places. Nothing runs as code.
 
-    Raises ValueError saying what cannot be read, and for expressions that are too long, too deep or too large.
+    Raises ValueError for text that is no such expression, and for one that is too long, too deep or too large.
     """
     if len(expression) > _MAX_CHARS:
         raise ValueError(f"the expression has {len(expression)} characters, at most {_MAX_CHARS} are read")
@@ -156,7 +156,7 @@ def _lookup(problem: Mapping[str, Any]) -> Tool:
 
 
 def _draw_sum(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
-    """(question, answer, what the tool is to be asked)."""
+    """A question, its answer, and meta with the arguments of the tool call that solves it."""
     numbers = [draw.randint(11, 99) for _ in range(3)]
     first, second = draw.choice(("*", "+", "-")), draw.choice(("+", "-"))
     text = f"{numbers[0]} {first} {numbers[1]} {second} {numbers[2]}"
@@ -164,7 +164,7 @@ def _draw_sum(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
 
 
 def _draw_code(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
-    """A code that no two problems share, so that it cannot be learnt by heart."""
+    """The same for a random code in a table; random, so that the student cannot memorise it."""
     keys = draw.sample(_KEYS, 4)
     codes = [str(draw.randint(1000, 9999)) for _ in keys]
     table = dict(zip(keys, codes, strict=True))
@@ -176,7 +176,7 @@ _DRAWS = {"calculator": _draw_sum, "lookup": _draw_code}
 
 
 class ToolProblems:
-    """A task of generated problems, each of which its one tool solves; held-out problems are never trained on."""
+    """A task of generated problems with one tool, which solves each; held-out problems are never trained on."""
 
     def __init__(self, name: str, config: ToolTask, limits: EpisodesConfig) -> None:
         self.name = name
@@ -190,7 +190,7 @@ class ToolProblems:
         return self._splits[split]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
-        """1 for the answer alone behind the response's thoughts, white space around it apart."""
+        """1 where the response, without its thoughts and the white space around it, is the answer."""
         return exact(response, prompt.answer or "")
 
     def grade(self, prompt: Prompt, response: str) -> float | None:
@@ -201,7 +201,7 @@ class ToolProblems:
         return ToolEnvironment([tool], lambda response: self.reward(prompt, response), self._limits)
 
     def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
-        """The student's next turn as it should be: the call, then what the tool found."""
+        """The correct next turn of the student: the call, then the result of the tool."""
         if messages[-1]["role"] == "tool":
             return messages[-1]["content"]
         name = _TOOLS[self._config.problems](prompt.meta).name
@@ -230,7 +230,7 @@ class ToolProblems:
                 break
         else:
             raise DataError(
-                f"tasks.{self.name}: there are no {wanted} distinct problems; lower size + held_out_size ({len(found)} found)"
+                f"tasks.{self.name}: found {len(found)} distinct problems, expected {wanted}; lower size + held_out_size"
             )
         prompts = list(found.values())
         return {"held_out": prompts[: config.held_out_size], "train": prompts[config.held_out_size :]}
