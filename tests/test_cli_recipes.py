@@ -172,7 +172,7 @@ def test_a_fine_tuning_run_cannot_be_resumed_as_a_distillation(bench: dict[str, 
         ('{"id": "a", "messages": [{"role": "user", "content": ""}]}\n', "line 1: every message is empty"),
         (
             '{"id": "a", "question": "x"}\n',
-            "line 1: give exactly one of 'messages' and 'prompt' (or 'conversations'); the record has 'id', 'question'",
+            "line 1: give exactly one of 'messages' and 'prompt' (or 'conversations'), or choose a column of yours ",
         ),
         ('{"id": " ", "prompt": "x"}\n', "line 1: 'id' must be a non-empty string"),
         ('{"id": "a", "promt": "x"}\n', "line 1: unknown key 'promt'; did you mean 'prompt'?"),

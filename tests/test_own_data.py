@@ -217,6 +217,15 @@ def test_a_field_whose_key_a_column_takes_goes_into_meta():
     assert (swapped.messages[0]["content"], swapped.answer, dict(swapped.meta)) == ("x", "4", {})
 
 
+def test_a_column_chooses_among_several_conversations():
+    record = {"prompt": "2 + 2?", "messages": [USER, ANSWER]}
+    assert "columns.prompt); the record has 'prompt', 'messages'" in refused([record])
+    [found] = made([record], columns={"messages": "messages"}, completion="answer")
+    assert (dict(found.messages[0]), found.answer, dict(found.meta)) == (USER, "4", {"prompt": "2 + 2?"})
+    [found] = made([record], columns={"prompt": "prompt"})
+    assert (dict(found.messages[0]), dict(found.meta)) == (USER, {"messages": [USER, ANSWER]})
+
+
 def test_an_id_of_the_content_does_not_depend_on_the_names_of_columns():
     [plain], [mapped] = made(["x"]), made([{"question": "x"}], columns={"prompt": "question"})
     assert plain.id == mapped.id

@@ -28,8 +28,8 @@ class LoraConfig(Node):
 class FileTask(Node):
     """Prompts from a file of JSON lines, of one JSON array, of CSV or of Parquet (docs/configuration.md lists a record's keys).
 
-    columns: from keys of a record to the file's own names, such as `{ prompt = "question", answer = "solution" }`. A field whose key
-    another field takes goes into `meta`.
+    columns: from keys of a record to the file's own names, such as `{ prompt = "question", answer = "solution" }`. A field
+    whose key another one takes goes into `meta`.
 
     completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
     of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart

@@ -19,7 +19,7 @@ from opd.text.tool_calls import check_tools
 
 _CONVERSATIONS = ("prompt", "messages", "conversations")
 _KEYS = ("id", *_CONVERSATIONS, "completion", "teacher", "answer", "meta", "tools", "demonstration")
-_MISSPELT = 0.82  # how near a key is to a known one that is meant
+_MISSPELT = 0.82  # how similar a misspelt key is to a known one
 _NO_TEXT = "opd trains on text alone; remove the key, or the record"
 _ELSEWHERE = {  # keys that other trainers know, and that must not be lost in meta
     "system": "write a message of role 'system' that begins the conversation",
@@ -133,7 +133,7 @@ class _Reading:
                 raise DataError(f"{self.source}: no record has '{column}' ({name}){nearest(column, known) or has}")
 
     def _prompt(self, record: Mapping[str, Any] | Prompt) -> tuple[Prompt, bool]:
-        """The prompt, and whether the record had an assistant's message behind it; raises DataError."""
+        """The prompt, and whether an assistant's message followed it in the record; raises DataError."""
         if isinstance(record, Prompt):
             if record.task != self.task:
                 raise DataError(f"prompt '{record.id}' is of the task '{record.task}', expected '{self.task}'")
@@ -147,7 +147,7 @@ class _Reading:
         teacher = given.get("teacher", self.teacher)
         if not isinstance(teacher, str) or not teacher:
             raise DataError(f'no teacher; add "teacher" to the record or set {self.setting}teacher')
-        messages, completed = _conversation(given, self.completion)
+        messages, completed = _conversation(given, self.completion, self.setting)
         self._require_turn(messages)
         answer, demonstration = _answer(given), _demonstration(given)
         if completed and self.completion == "answer":
@@ -196,14 +196,19 @@ def _numbered(prompt: Prompt, taken: Mapping[str, str]) -> Prompt:
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The record with its columns under the keys that they are mapped to, and the fields whose keys these have taken."""
+    """The record with its columns under the keys that they are mapped to, and the fields that these displace.
+
+    A column displaces a field that has its key; a conversation displaces every other conversation.
+    """
     found = {key: record[column] for key, column in columns.items() if column in record}
     others = {key: value for key, value in record.items() if key not in columns.values()}
-    return {**others, **found}, {key: value for key, value in others.items() if key in found}
+    taken = {*found, *(_CONVERSATIONS if any(key in found for key in _CONVERSATIONS) else ())}
+    displaced = {key: value for key, value in others.items() if key in taken}
+    return {key: value for key, value in others.items() if key not in taken} | found, displaced
 
 
 def _meta(given: Mapping[str, Any], displaced: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's meta, with the fields that it has beside the known ones, and those that a mapped column has displaced."""
+    """The record's meta, with its fields of other keys and those that a mapped column displaced."""
     meta = given.get("meta", {})
     if not isinstance(meta, Mapping):
         raise DataError(f"'meta' must be an object, got {type(meta).__name__}")
@@ -214,14 +219,14 @@ def _meta(given: Mapping[str, Any], displaced: Mapping[str, Any]) -> dict[str, A
         near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT)
         if near and near[0] not in given:
             raise DataError(f"unknown key '{key}'; did you mean '{near[0]}'?; known: {', '.join(_KEYS)}")
-    others |= displaced
+    others |= {key: value for key, value in displaced.items() if value is not None}
     if both := [key for key in others if key in meta]:
         raise DataError(f"'{both[0]}' is in the record and in its 'meta'; keep one")
     return {**meta, **others}
 
 
 def _content_id(record: Mapping[str, Any]) -> str:
-    """An id that is a function of what the record holds."""
+    """An id that is a function of the record's content."""
     content = json.dumps(record, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -231,13 +236,15 @@ def _quoted(keys: Iterable[str]) -> str:
 
 
 def _conversation(
-    given: Mapping[str, Any], completion: Completion | None
+    given: Mapping[str, Any], completion: Completion | None, setting: str
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """The messages before the student's turn, and the assistant's that the record has behind them."""
+    """The messages before the student's turn, and the assistant's messages that follow them in the record."""
     named = [key for key in _CONVERSATIONS if key in given]
     if len(named) != 1:
-        got = f", got {' and '.join(map(repr, named))}" if named else f"; the record has {_quoted(given)}"
-        raise DataError(f"give exactly one of 'messages' and 'prompt' (or 'conversations'){got}")
+        raise DataError(
+            f"give exactly one of 'messages' and 'prompt' (or 'conversations'), or choose a column of yours "
+            f"({setting}columns.prompt); the record has {_quoted(named or given)}"
+        )
     value = given[named[0]]
     if named[0] == "prompt" and not (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         if not isinstance(value, str) or not value.strip():
@@ -268,7 +275,7 @@ def _answer(given: Mapping[str, Any]) -> str | None:
 
 
 def _as_answer(completed: tuple[Message, ...], answer: str | None) -> str:
-    """The text of the message that a record ends with."""
+    """The text of the message at the end of a record."""
     if answer is not None:
         raise DataError(
             "the record has an 'answer' and ends with an assistant's message; completion = 'drop' keeps the answer"
@@ -279,7 +286,7 @@ def _as_answer(completed: tuple[Message, ...], answer: str | None) -> str:
         other = "'drop'" if called else "'demonstration' or 'drop'"  # no demonstration has a call as data
         raise DataError(f"completion = 'answer' needs one assistant's message with text and no call; use {other}")
     if not first["content"].strip():
-        raise DataError("the assistant's message that is to be the answer is empty; write it, or remove it")
+        raise DataError("the assistant's message, which becomes the answer, is empty; write it, or remove it")
     return first["content"]
 
 
