@@ -293,7 +293,7 @@ def test_csv_is_read_by_its_header(tmp_path):
         ('id,prompt\na,"x\ny"\nb, \n', ", line 4: 'prompt' is empty or no string"),
         ("id,prompt\na,x,y\n", ", line 2: 3 cells, expected 2, one a column"),
         ("id,prompt\na\n", ", line 2: 1 cells, expected 2, one a column"),
-        ("id,prompt,id\na,x,b\n", ", line 1: column 'id' stands twice; keep one"),
+        ("id,prompt,id\na,x,b\n", ", line 1: column 'id' occurs twice; keep one"),
         ('prompt\nx\n"y\n', ", line 3: not valid CSV: unexpected end of data"),
         ("prompt\nx\ud800\n".encode("utf-8", "surrogatepass"), ", line 2: not UTF-8"),
     ],

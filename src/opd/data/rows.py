@@ -74,7 +74,7 @@ def rows_of_records(records: Any) -> Rows:
 
 
 def strict_json(text: str) -> Any:
-    """The value of a JSON text, in which every number is finite and no key of an object stands twice; raises DataError."""
+    """The value of a JSON text, in which every number is finite and no key of an object occurs twice; raises DataError."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
     except DataError:
@@ -199,7 +199,7 @@ def _csv_rows(path: str | Path, text: str) -> Rows:
             if not header:
                 header = cells
                 if twice := next((name for name in header if header.count(name) > 1), None):
-                    raise DataError(f"{where}: column {twice!a} stands twice; keep one")
+                    raise DataError(f"{where}: column {twice!a} occurs twice; keep one")
             elif cells:
                 if len(cells) != len(header):
                     raise DataError(f"{where}: {len(cells)} cells, expected {len(header)}, one a column")
@@ -231,7 +231,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise DataError(f"key {repeated!a} stands twice; keep one")
+        raise DataError(f"key {repeated!a} occurs twice; keep one")
     return found
 
 
