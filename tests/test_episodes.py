@@ -161,7 +161,7 @@ def test_a_hanging_environment_holds_up_nobody_beyond_its_limit():
 
 def test_too_many_hanging_environments_stop_the_run_with_a_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(playing, "_MAX_HANGING", 2)
-    with pytest.raises(RunError, match="threads of environments and tools do not come back"):
+    with pytest.raises(RunError, match="threads of environments and tools do not return"):
         play(
             lambda p: Scripted(hanging),
             prompts=[prompt(f"p{i}") for i in range(6)],
@@ -333,7 +333,7 @@ def test_a_template_that_refuses_an_observation_fails_that_episode_alone():
     scripted = Demonstrator(Chat(tokenizer), lambda p, m: "turn").take_turns
     refused, fine = player.play([(prompt("no"), 0), (prompt("yes"), 0)], scripted, version=0)
     assert refused.failure is not None
-    assert "said what the student cannot be shown" in refused.failure
+    assert "gave messages that the student cannot be shown" in refused.failure
     assert "roles must alternate" in refused.failure
     assert (fine.failure, fine.reward) == (None, 1.0)
 

@@ -102,7 +102,7 @@ def test_an_opening_that_cannot_be_shown_fails_its_episode_alone(monkeypatch: py
     plain = Conversation.open_with
     monkeypatch.setattr(Conversation, "open_with", refuses)
     [found] = play(lambda p: Scripted(lambda turn, text: say("x"), opening=[{"role": "user", "content": "go"}]))
-    assert found.failure == "the environment said what the student cannot be shown: the template refuses it"
+    assert found.failure == "the environment gave messages that the student cannot be shown: the template refuses it"
     assert found.response == ""  # it never had a turn
 
 
@@ -137,7 +137,7 @@ def test_calls_that_hang_share_the_time_of_their_turn():
     texts = heard(found)
     assert texts[2] == "error: f gave no answer in the time that was left of this turn"
     assert texts[0] == "error: f gave no answer in 0.3 s"
-    assert texts[-1] == "error: f was not called: the calls before took the time of this turn"
+    assert texts[-1] == "error: f was not called: the earlier calls used up the time of this turn"
 
 
 def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyPatch):
@@ -150,7 +150,7 @@ def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyP
         return make(lambda x: release.wait(10.0), tool_timeout_s=0.05)
 
     try:
-        with pytest.raises(RunError, match=r"threads of environments and tools do not come back"):
+        with pytest.raises(RunError, match=r"threads of environments and tools do not return"):
             play(environment, write=lambda p, m: call() * 4 if len(m) == 1 else "done", max_concurrent=1)
     finally:
         release.set()
@@ -214,7 +214,7 @@ def test_an_environment_that_ends_its_event_loop_fails_its_episode():
             return say("x")
 
     [found] = play(lambda p: Ends(lambda turn, text: Step()), write=lambda p, m: time.sleep(0.2) or "turn")
-    assert found.failure == "the environment ended the event loop that it lives in"
+    assert found.failure == "the environment ended the event loop that it runs in"
 
 
 def test_an_opening_that_cannot_be_encoded_leaves_a_record():
@@ -224,7 +224,7 @@ def test_an_opening_that_cannot_be_encoded_leaves_a_record():
         lambda p: Scripted(lambda turn, text: Step(done=True), opening=[odd] if p.id == "p0" else ()),
         prompts=[prompt("p0"), prompt("p1")],
     )
-    assert "said what the student cannot be shown" in (found.failure or "")
+    assert "gave messages that the student cannot be shown" in (found.failure or "")
     assert found.prompt.messages == prompt("p0").messages
     assert dict(found.events) == {"failed": 1}
     assert other.finish == "end"

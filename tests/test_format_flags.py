@@ -15,8 +15,7 @@ from zoo import real
 
 from opd.config.episodes import ChecksConfig
 from opd.records import Finish, Flag, Rollout, Turn
-from opd.rewards.format_checks import check_turn
-from opd.rewards.format_errors import flag_errors
+from opd.rewards.format_checks import check_turn, flag_errors
 from opd.text.token_bytes import TokenBytes, token_bytes
 
 

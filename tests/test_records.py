@@ -10,9 +10,8 @@ from factories import byte_tokenizer, prompt
 
 from opd.config import EpisodesConfig, FileTask
 from opd.data.conversations import check_prompt
-from opd.data.files import PromptFile, read_prompts
-from opd.data.prompt_records import Completion
-from opd.data.tasks import read_splits
+from opd.data.prompts import Completion, read_prompts
+from opd.data.tasks import PromptFile, read_splits
 from opd.episodes.player import EpisodePlayer
 from opd.errors import DataError
 from opd.records import Message, Prompt
@@ -76,8 +75,8 @@ def test_only_the_last_of_several_answers_is_cut_off(tmp_path):
         ([SYSTEM], "there is no user message to answer, only a message of the system"),
         ([ANSWER], "there is no user message to answer, only a message of the assistant"),
         ([SYSTEM, ANSWER], "the last message is the assistant's"),
-        ([SYSTEM, SYSTEM, USER], "message 2 is a system message, which stands once, at the beginning"),
-        ([USER, SYSTEM], "message 2 is a system message, which stands once, at the beginning"),
+        ([SYSTEM, SYSTEM, USER], "message 2 is a system message, which is allowed once, at the beginning"),
+        ([USER, SYSTEM], "message 2 is a system message, which is allowed once, at the beginning"),
         (
             [USER, {"role": "tool", "content": "3"}],
             "message 2 has the role 'tool', and no call of the assistant comes before it",
@@ -91,7 +90,7 @@ def test_only_the_last_of_several_answers_is_cut_off(tmp_path):
         ([{"role": "system", "content": ""}, USER], "message 1, the system's, is empty"),
         ([USER, ANSWER, {"role": "user", "content": " \n"}], "message 3, the user's, is empty"),
         ([{"role": "developer", "content": "x"}, USER], "messages[0] needs 'role'"),
-        ([USER | {"weight": 0}], "messages[0] has the key 'weight', which no model would be shown"),
+        ([USER | {"weight": 0}], "messages[0] has the key 'weight', which no model is shown"),
     ],
 )
 def test_a_conversation_that_nobody_can_answer_is_refused(tmp_path, messages, reason):
@@ -178,8 +177,8 @@ def test_half_a_character_in_any_field_is_refused_by_line(tmp_path, record, name
         ('{"prompt": "x", "answer": NaN}', "not valid JSON: NaN is no JSON number"),
         ('{"prompt": "x", "meta": {"a": -Infinity}}', "not valid JSON: -Infinity is no JSON number"),
         ('{"prompt": "x", "answer": 1e999}', "number 1e999 is too large"),
-        ('{"prompt": "x", "prompt": "y"}', "key 'prompt' stands twice; keep one"),
-        ('{"prompt": "x", "meta": {"a": 1, "a": 2}}', "key 'a' stands twice; keep one"),
+        ('{"prompt": "x", "prompt": "y"}', "key 'prompt' occurs twice; keep one"),
+        ('{"prompt": "x", "meta": {"a": 1, "a": 2}}', "key 'a' occurs twice; keep one"),
         ('{"prompt": "x\x01"}', "not valid JSON"),
         ('{"id": "a b\\u2028", "prompt": "x"}', "the id 'words:a b\\u2028' has characters that cannot be printed"),
         ('{"id": "a", "prompt": "x", "meta": {"a": ' + "[" * 900 + "]" * 900 + "}}", "'meta'.a[0][0][0]"),
@@ -199,13 +198,8 @@ def test_a_byte_order_mark_is_read_past(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (
-            b'[{"prompt": "x"},\n {"prompt": "y"}]',
-            ": is one JSON array; write one record a line, such as with: jq -c '.[]' ",
-        ),
-        (b'{\n "prompt": "x"\n}', ": is one JSON object; write one record a line"),
+        (b'{\n "prompt": "x"\n}', ", line 1: the object does not end on its line; write one record a line"),
         (b"\x1f\x8b\x08\x00", "' is compressed (gzip); unpack it with gunzip (tasks.words.path)"),
-        (b"PAR1....", "' is a Parquet file; write it as JSON lines"),
         ('{"prompt": "x"}'.encode("utf-16"), "' is UTF-16; save it as UTF-8"),
     ],
 )

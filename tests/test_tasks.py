@@ -8,8 +8,8 @@ import pytest
 from factories import prompt, write_prompts
 
 from opd.config import FileTask, ReasoningGymTask
-from opd.data.files import PromptFile, read_prompts
-from opd.data.tasks import make_tasks
+from opd.data.prompts import read_prompts
+from opd.data.tasks import PromptFile, make_tasks
 from opd.errors import DataError
 from opd.integrations.reasoning_gym import ReasoningGym
 from opd.rewards.verifiers import VERIFIERS, exact, last_number, mathematical, nothing
@@ -56,10 +56,10 @@ def test_a_good_file_gives_its_prompts_in_order(tmp_path):
     [
         ('{"id": "2", "prompt": "say b"', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ('["id", "2"]', "expected a JSON object, got list"),
-        ("3", "expected a JSON object, got int"),
-        (record(id="1"), "id 'words:1' was used on line 1; ids must be unique"),
-        (record(id=1), "id 'words:1' was used on line 1; ids must be unique"),
+        ('["id", "2"]', "expected an object of keys and values, got list"),
+        ("3", "expected an object of keys and values, got int"),
+        (record(id="1"), "id 'words:1' was used in line 1; ids must be unique"),
+        (record(id=1), "id 'words:1' was used in line 1; ids must be unique"),
         (record(prompt=""), "'prompt' is empty or no string: ''"),
         (record(prompt=" \n "), "'prompt' is empty or no string"),
         (record(prompt=["say b"]), "'prompt' is empty or no string"),
@@ -115,7 +115,7 @@ def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
 def test_an_empty_file_is_named(tmp_path, content):
     path = tmp_path / "prompts.jsonl"
     path.write_text(content, encoding="utf-8")
-    assert fault(path) == f"{path}: no prompts; expected one JSON record a line"
+    assert fault(path) == f"{path}: no prompts; expected at least one record"
 
 
 def test_a_missing_file_is_named_with_the_key_of_the_recipe(tmp_path):
@@ -305,7 +305,7 @@ def test_an_exhausted_generator_says_how_many_questions_it_has():
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("tasks.sums: reasoning-gym 'basic_arithmetic' gave ")
-    assert "215 are asked for (size + held_out_size); lower them or widen params" in message
+    assert "expected 215 (size + held_out_size); lower them or widen params" in message
 
 
 def test_an_unknown_data_set_names_the_nearest():

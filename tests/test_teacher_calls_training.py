@@ -16,9 +16,9 @@ from zoo import toy, toy_bpe
 
 import opd
 from opd.config import EpisodesConfig
-from opd.episodes.arithmetic import calculate
 from opd.episodes.demonstrations import Demonstrator
 from opd.episodes.player import EpisodePlayer
+from opd.episodes.tool_problems import calculate
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, Message, Prompt, Rollout

@@ -156,20 +156,20 @@ def test_a_loss_without_a_number_and_a_loss_below_zero_are_worth_nothing(game: s
     assert (found.reward, found.failure) == (0.0, None)
 
 
-def test_a_reward_above_one_is_a_failure_and_no_outcome(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(SinglePlayerState, "set_reward", lambda self, reward, reason=None: reward(self, 3.0))
+def test_a_reward_above_one_is_a_failure_and_no_reward(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SinglePlayerState, "set_outcome", lambda self, reward, reason=None: end_with(self, 3.0))
     played = task(HANOI)
     [found] = play(played, played.prompts("train")[:1])
     assert found.reward is None
     assert "gave the reward 3.0, expected a number in [0, 1]" in str(found.failure)
 
 
-def reward(state: Any, reward: float | None) -> None:
+def end_with(state: Any, reward: float | None) -> None:
     state.rewards, state.done = None if reward is None else {0: reward}, True
 
 
 def test_a_game_that_ends_without_a_reward_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(SinglePlayerState, "set_reward", lambda self, reward, reason=None: reward(self, None))
+    monkeypatch.setattr(SinglePlayerState, "set_outcome", lambda self, reward, reason=None: end_with(self, None))
     played = task(HANOI)
     [found] = play(played, played.prompts("train")[:1])
     assert (found.reward, found.finish, found.failure) == (None, "end", None)
@@ -222,8 +222,8 @@ def test_of_a_turn_that_is_too_long_its_end_is_played():
         ({"game": "GuessTheNumbr-v0"}, "is no game of TextArena; did you mean 'GuessTheNumber-v0'?"),
         ({"game": "TicTacToe-v0"}, "cannot be played here: AssertionError: The number of players has to be 2"),
         ({"game": "QuantumTicTacToe-v0"}, "is for more than one player; choose another"),
-        ({"game": "Bandit-v0"}, "is no reward to learn from: it rewards a wrong choice by how wrong it is"),
-        ({"game": "Set-v0"}, "is no reward to learn from: its reward counts points"),
+        ({"game": "Bandit-v0"}, "gives no reward to learn from: it rewards a wrong choice by how wrong it is"),
+        ({"game": "Set-v0"}, "gives no reward to learn from: its reward counts points"),
         ({"params": {"depth": 3}}, "cannot be played here: TypeError: .*unexpected keyword argument 'depth'"),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_game_whose_words_are_not_here_names_them(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
     monkeypatch.setattr(nltk.data, "find", find)
-    with pytest.raises(DataError, match=r"it needs data that is not here: python -m nltk\.downloader words$"):
+    with pytest.raises(DataError, match=r"it needs data that is not installed: python -m nltk\.downloader words$"):
         task("Hangman-v0")
 
 
@@ -261,7 +261,7 @@ def test_a_game_that_does_not_follow_from_its_seed_is_refused(
 
     state = random.getstate()
     monkeypatch.setattr(TowerOfHanoiEnv, "_render_board", board)
-    with pytest.raises(DataError, match="does not follow from its seed"):
+    with pytest.raises(DataError, match="is not determined by its seed"):
         task(HANOI)
     assert random.getstate() == state
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import opd
 from opd.config import EpisodesConfig
-from opd.episodes.arithmetic import calculate
+from opd.episodes.tool_problems import calculate
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.roles import Step
 

@@ -40,6 +40,9 @@ class LoraConfig(Node):
 class RecordTask(Node):
     """The keys of every task whose prompts are records.
 
+    columns: from keys of a record to the data's own names, such as `{ prompt = "question", answer = "solution" }`. A field
+    whose key another one takes goes into `meta`.
+
     completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
     of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
     ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out reward in
@@ -47,6 +50,7 @@ class RecordTask(Node):
     """
 
     teacher: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
     completion: Literal["answer", "demonstration", "drop"] | None = None
     verifier: Literal["exact", "math", "number", "none"] = "exact"
     grader: Literal["exact", "math", "number"] | None = None
@@ -55,7 +59,7 @@ class RecordTask(Node):
 
 
 class FileTask(RecordTask):
-    """Prompts from a JSONL file, one record a line (docs/configuration.md lists its keys)."""
+    """Prompts from a file of JSON lines, of one JSON array, of CSV or of Parquet (docs/configuration.md lists a record's keys)."""
 
     type: Literal["file"]
     path: str

@@ -1,1 +1,5 @@
-"""Packing rollouts for the model, and the order in which prompts are visited."""
+"""Prompts from files, data sets and Python, and the order in which training visits them."""
+
+from opd.data.prompts import Completion, read_prompts, read_prompts_from
+
+__all__ = ["Completion", "read_prompts", "read_prompts_from"]

@@ -1,10 +1,10 @@
-"""Messages of a record, in any of the supported forms, and the check that they are a prompt."""
+"""Messages of a record, in any of the supported forms, and the checks that make them a prompt."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from opd.data.json_lines import strict_json, text_fault
+from opd.data.rows import plain_data, strict_json
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.call_template import tool_call
@@ -21,16 +21,16 @@ _SENDERS: Mapping[str, str] = {
 
 
 def read_messages(messages: Any, key: str) -> tuple[Message, ...]:
-    """Messages of {"role", "content"}, or of {"from", "value"} as ShareGPT has them.
+    """Messages of {"role", "content"}, or of {"from", "value"} as in ShareGPT.
 
-    An assistant's message may have "tool_calls" beside or in place of content, their arguments an object or its JSON text; a
-    tool's gets the id and the name of the call that it answers. Ids are made anew, because templates ask for ids of their own
-    form. `key` names the messages. Raises DataError.
+    A message of the assistant may have "tool_calls" beside or instead of content; their arguments are an object or its JSON text.
+    A message of a tool gets the id and the name of its call. All ids of calls are new, because templates require ids of their own
+    form. key: the name of the messages in an error. Raises DataError.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'{key}' must be a non-empty list, got {messages!r:.80}")
     found: list[Message] = []
-    waiting: list[tuple[Any, Mapping[str, Any]]] = []  # the id that a call was given, and the call
+    waiting: list[tuple[Any, Mapping[str, Any]]] = []  # the id of a call in the record, and the call
     number = 0
     for place, message in enumerate(messages):
         read = _message(message, f"{key}[{place}]")
@@ -69,7 +69,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     for key in given:
         if key not in ("role", "content", *allowed):
             raise DataError(
-                f"{name} has the key '{key}', which no model would be shown; drop it, or write it into 'content'"
+                f"{name} has the key '{key}', which no model is shown; remove it, or write it into 'content'"
             )
     for key in ("tool_call_id", "name"):
         if not isinstance(given.get(key, ""), str):
@@ -80,7 +80,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
 
 
 def _call(call: Any, number: int, name: str) -> dict[str, Any]:
-    """A call as templates take it, its arguments an object."""
+    """A call in the form of chat templates: its arguments are an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"{name}: a call needs 'function' with 'name' and 'arguments', got {call!r:.80}")
@@ -90,8 +90,7 @@ def _call(call: Any, number: int, name: str) -> dict[str, Any]:
             arguments = strict_json(arguments)
         except DataError as error:
             raise DataError(f"{name}: arguments of the call of '{function['name']}': {error}") from None
-        if fault := text_fault(arguments, f"{name}: an argument of the call of '{function['name']}'"):
-            raise DataError(fault)
+        plain_data(arguments, f"{name}: an argument of the call of '{function['name']}'")
     arguments = {} if arguments in (None, "") or (isinstance(arguments, str) and not arguments.strip()) else arguments
     if not isinstance(arguments, dict):
         raise DataError(
@@ -105,7 +104,7 @@ def _id_of(call: Any) -> Any:
 
 
 def order_fault(messages: Sequence[Message]) -> str:
-    """Why the roles of a conversation are in no order in which the student can answer; "" where they are."""
+    """Why the student cannot answer a conversation with this order of roles; "" where it can."""
     roles = [m["role"] for m in messages]
     if not roles:
         return "there are no messages"
@@ -114,7 +113,7 @@ def order_fault(messages: Sequence[Message]) -> str:
         if role not in _ROLES:
             return f"message {place + 1} has the role {role!r:.40}, expected one of {', '.join(_ROLES)}"
         if role == "system" and place:
-            return f"message {place + 1} is a system message, which stands once, at the beginning; join them there"
+            return f"message {place + 1} is a system message, which is allowed once, at the beginning; join them there"
         if role == "tool" and before not in ("assistant", "tool"):
             return f"message {place + 1} has the role 'tool', and no call of the assistant comes before it"
         if role == "assistant" and before == "assistant":
@@ -126,21 +125,21 @@ def order_fault(messages: Sequence[Message]) -> str:
 
 
 def prompt_fault(messages: Sequence[Message]) -> str:
-    """Why a conversation is no prompt, which the student answers next; "" where it is one."""
+    """Why a conversation is no prompt for the student; "" where it is one."""
     if fault := order_fault(messages):
         return fault
     if not any(message["content"].strip() for message in messages):
         return "every message is empty; write what the student is asked"
     for place, message in enumerate(messages):
         if message["role"] != "tool" and not message["content"].strip() and not message.get("tool_calls"):
-            return f"message {place + 1}, the {message['role']}'s, is empty; write its text, or drop it"
+            return f"message {place + 1}, the {message['role']}'s, is empty; write its text, or remove it"
     if messages[-1]["role"] == "assistant":
         return "the last message is the assistant's answer, and the student would continue after it; cut it off"
     return ""
 
 
 def demonstration_fault(demonstration: Sequence[Message]) -> str:
-    """Why messages are no demonstration: the student's turns, first and last, and what was answered in between."""
+    """Why messages are no demonstration, which begins and ends with a turn of the student; "" where they are one."""
     if demonstration[0]["role"] != "assistant" or demonstration[-1]["role"] != "assistant":
         return "must begin and end with a message of role 'assistant'"
     question: Message = {"role": "user", "content": "?"}
@@ -148,33 +147,41 @@ def demonstration_fault(demonstration: Sequence[Message]) -> str:
         return f"has its roles in a wrong order (messages counted from the prompt's last one): {fault}"
     for message in demonstration:
         if message.get("tool_calls"):
-            return "has a call as data; write it into the content, as episodes.tool_syntax has it"
+            return "has a call as data; write it into the content, in the syntax of episodes.tool_syntax"
         if message["role"] == "assistant" and not message["content"].strip():
             return "has an empty turn of the assistant; write its text"
     return ""
 
 
 def check_prompt(prompt: Prompt, where: str) -> None:
-    """Raise DataError, which begins with `where`, for a prompt that no student could be given, from a file or from code."""
-    fields = {
-        "the id": prompt.id,
-        "the task": prompt.task,
-        "the teacher": prompt.teacher,
-        "the answer": prompt.answer or "",
-        "messages": [dict(m) for m in prompt.messages],
-        "demonstration": [dict(m) for m in prompt.demonstration],
-        "meta": dict(prompt.meta),
-        "tools": list(prompt.tools),
-    }
-    fault = next((found for name, value in fields.items() if (found := text_fault(value, name))), "")
-    if not fault and not all(c.isprintable() for c in prompt.id):
-        fault = f"the id {prompt.id!a} has characters that cannot be printed"
-    for message in () if fault else (*prompt.messages, *prompt.demonstration):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            fault = f"a message has no string 'role' and 'content': {dict(message)!r:.80}"
-    if not fault:
-        fault = prompt_fault(prompt.messages)
+    """Raise DataError, which begins with `where`, for a prompt that no student can be given, from a file or from Python."""
+    try:
+        _require_plain(prompt)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    fault = prompt_fault(prompt.messages)
     if not fault and prompt.demonstration and (what := demonstration_fault(prompt.demonstration)):
         fault = f"'demonstration' {what}"
     if fault:
         raise DataError(f"{where}: {fault}")
+
+
+def _require_plain(prompt: Prompt) -> None:
+    """Raise DataError for invalid text, an id that cannot be printed, or a message without role and content."""
+    fields = {
+        "the id": prompt.id,
+        "the task": prompt.task,
+        "the teacher": prompt.teacher,
+        "the answer": prompt.answer,
+        "messages": prompt.messages,
+        "demonstration": prompt.demonstration,
+        "meta": prompt.meta,
+        "tools": prompt.tools,
+    }
+    for name, value in fields.items():
+        plain_data(value, name, strict=False)
+    if not all(c.isprintable() for c in prompt.id):
+        raise DataError(f"the id {prompt.id!a} has characters that cannot be printed")
+    for message in (*prompt.messages, *prompt.demonstration):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise DataError(f"a message has no string 'role' and 'content': {dict(message)!r:.80}")

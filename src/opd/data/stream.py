@@ -9,10 +9,10 @@ from opd.seeds import generator_of
 
 
 class PromptStream:
-    """An endless stream of prompts.
+    """An endless stream of prompts, a pure function of (seed, cursor).
 
-    Each task is visited in its own order, reshuffled every epoch; tasks take turns in proportion to their weights, so
-    every batch is as balanced as its size allows. The stream is a pure function of (seed, cursor).
+    Each task is visited in its own order, which is shuffled again every epoch. Tasks take turns in proportion to their weights, so
+    that every batch is as balanced as its size allows.
     """
 
     def __init__(self, prompts: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float], *, seed: int) -> None:
@@ -25,11 +25,11 @@ class PromptStream:
         self._orders: dict[tuple[str, int], list[int]] = {}
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; one may stand twice in a batch in which its task's epoch ends."""
+        """The next `count` prompts; a prompt may occur twice in a batch in which the epoch of its task ends."""
         return [self._draw(self._due()) for _ in range(count)]
 
     def _due(self) -> str:
-        """The task that is furthest behind its share."""
+        """The task that is furthest behind its weight."""
         drawn = sum(self.cursor.values()) + 1
         return max(self._prompts, key=lambda name: self._weights[name] * drawn - self.cursor[name])
 

@@ -1,4 +1,4 @@
-"""Episodes in which the student's turns are given: what fine-tuning learns from."""
+"""Demonstrated episodes, from which fine-tuning learns: a solution or a recording provides the student's turns."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -10,18 +10,18 @@ from opd.roles import Step
 from opd.text.chat import Chat
 
 Solution: TypeAlias = Callable[[Prompt, Sequence[Message]], str | None]
-"""The next turn of a perfect student, from the conversation so far; None where nobody knows."""
+"""The next turn of a perfect student, from the conversation so far; None where it is not known."""
 
 
 class Demonstrator:
-    """Takes the student's turns as `solution` says, in the tokens that the student's tokenizer writes them in."""
+    """Writes the student's turns from a solution, in the tokens of the student's tokenizer."""
 
     def __init__(self, chat: Chat, solution: Solution) -> None:
         self._chat = chat
         self._solution = solution
 
     def take_turns(self, episodes: Sequence[Episode]) -> list[Taken]:
-        """One turn each, its end token included; raises DataError naming a prompt that has no answer."""
+        """One turn of each episode, with its end token; raises DataError that names a prompt without an answer."""
         return [self._turn(episode.conversation.prompt, episode.conversation.messages) for episode in episodes]
 
     def _turn(self, prompt: Prompt, messages: Sequence[Message]) -> Taken:
@@ -33,7 +33,7 @@ class Demonstrator:
 
 
 class Replay:
-    """An environment that says what it said in a recorded conversation, whose first message is the student's."""
+    """An environment that repeats its messages of a recorded conversation, which begins with a turn of the student."""
 
     def __init__(self, recorded: Sequence[Message]) -> None:
         self._recorded = list(recorded)

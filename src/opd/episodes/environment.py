@@ -1,7 +1,7 @@
-"""Environments: what answers the student between its turns. Whatever they do, a run goes on.
+"""Environments, which answer the student between its turns. A fault of an environment never ends a run.
 
-An environment is somebody's code and its observations are somebody's text. It lives in a thread of its own, has limits of
-time and size, and what goes wrong in it is data with a reason.
+An environment is the user's code, and its observations are untrusted text. It runs in its own thread, with limits of time and
+size. A fault in it becomes the recorded failure of its episode.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -29,21 +30,21 @@ _MAX_NAME = 64  # characters of an event's name
 
 
 THREADS = "opd-run-"
-"""How the names of the threads begin in which somebody's code runs."""
+"""How the names of threads begin that run the user's code."""
 
 
-class Faulty(Exception):
-    """An environment that raised, hung or broke its contract, and how."""
+class EnvironmentFault(Exception):
+    """An environment raised, hung or broke its contract; the message says how, behind "the environment"."""
 
 
-class Hosted:
-    """An environment in a daemon thread and an event loop of its own, so that one that hangs holds up nobody else."""
+class HostedEnvironment:
+    """An environment in its own daemon thread and event loop, so that one that hangs does not block the others."""
 
     def __init__(self, environment: Environment, limits: EpisodesConfig) -> None:
         self._environment = environment
         self._limits = limits
         self._loop = asyncio.new_event_loop()
-        # Tasks that an environment left behind fail unheard; what they had to say is in no answer, and asyncio would print it raw.
+        # Tasks that an environment left running fail silently: asyncio would print their errors raw.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"{THREADS}environment")
         self._thread.start()
@@ -60,37 +61,38 @@ class Hosted:
                 self._loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
             self._loop.close()
 
-    def start_reset(self) -> "Asked":
+    def start_reset(self) -> "PendingAnswer":
         return self._ask(lambda: self._environment.reset())
 
-    def start_step(self, message: Message) -> "Asked":
+    def start_step(self, message: Message) -> "PendingAnswer":
         return self._ask(lambda: self._environment.step(message))
 
-    def _ask(self, question: Callable[[], Any]) -> "Asked":
+    def _ask(self, question: Callable[[], Any]) -> "PendingAnswer":
         async def answered() -> Any:
             try:
-                found = question()  # in this thread, so that even a method that is not async holds up nobody else
+                found = (
+                    question()
+                )  # in this thread, so that a method that is not async does not block the others either
                 return await found if inspect.isawaitable(found) else found
             except (Exception, asyncio.CancelledError):
                 raise
-            except BaseException as error:  # SystemExit, say: would end the thread with nothing said
-                raise Faulty(f"raised {describe_error(error)}") from None
+            except BaseException as error:  # such as SystemExit, which would end the thread without an error
+                raise EnvironmentFault(f"raised {describe_error(error)}") from None
 
-        return Asked(self._submit(answered()), self._limits.step_timeout_s)
+        return PendingAnswer(self._submit(answered()), self._limits.step_timeout_s)
 
     def _submit(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        """The future of something to be done in the loop; one that has failed where somebody's code has ended the loop."""
+        """The future of a coroutine in the loop; it has failed where the user's code ended the loop."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:
             work.close()
             failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            failed.set_exception(Faulty("ended the event loop that it lives in"))
+            failed.set_exception(EnvironmentFault("ended the event loop that it runs in"))
             return failed
 
     def close(self) -> None:
-        """Close the environment where it can be closed, and let the thread end; one that hangs in the environment's own code is
-        left behind."""
+        """Close the environment if it has `close`, and end the thread. A thread that hangs in the environment's code stays."""
 
         async def closed() -> None:
             try:
@@ -104,8 +106,8 @@ class Hosted:
             self._submit(closed())
 
 
-class Asked:
-    """An answer that an environment owes."""
+class PendingAnswer:
+    """An answer that an environment has not given yet."""
 
     def __init__(self, future: concurrent.futures.Future[Any], timeout_s: float) -> None:
         self._future = future
@@ -113,45 +115,54 @@ class Asked:
         self._deadline = time.monotonic() + timeout_s
 
     def wait(self) -> Any:
-        """The answer; raises Faulty where there is none in time, and where the environment raises."""
+        """The answer; raises EnvironmentFault where the environment raises or is too slow."""
         try:
             return self._future.result(max(0.0, self._deadline - time.monotonic()))
         except concurrent.futures.TimeoutError:
             if self._future.done():  # its own TimeoutError, not ours
-                raise Faulty("raised TimeoutError") from None
+                raise EnvironmentFault("raised TimeoutError") from None
             self._future.cancel()
-            raise Faulty(f"gave no answer in {self._timeout_s:g} s") from None
+            raise EnvironmentFault(f"gave no answer in {self._timeout_s:g} s") from None
         except concurrent.futures.CancelledError:
-            raise Faulty("was cancelled") from None
-        except Faulty:
+            raise EnvironmentFault("was cancelled") from None
+        except EnvironmentFault:
             raise
         except Exception as error:
-            raise Faulty(f"raised {describe_error(error)}") from None
+            raise EnvironmentFault(f"raised {describe_error(error)}") from None
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns an error while reading the user's object into an EnvironmentFault; KeyboardInterrupt is the user's and passes."""
+    try:
+        yield
+    except (EnvironmentFault, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise EnvironmentFault(f"gave {what} that cannot be read: {describe_error(error)}") from None
 
 
 def checked_opening(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
-    """What an environment says first, as `checked_messages` has it; raises Faulty also where reading it raises."""
-    try:
+    """The first messages of an environment, as `checked_messages` returns them; an error while reading them is a fault too."""
+    with _reading("an opening"):
         return checked_messages(messages, limits, events)
-    except Faulty:
-        raise
-    except BaseException as error:
-        raise _unreadable(error, "an opening") from None
 
 
 def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]) -> list[Message]:
-    """An environment's messages, cut to size and without control characters, both counted in `events`.
+    """An environment's messages, cut to size and without control characters; `events` counts both changes.
 
-    Raises Faulty where they are no messages.
+    Raises EnvironmentFault for objects that are not messages.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise Faulty(f"gave {type(messages).__name__} for observations, expected a sequence of messages")
+        raise EnvironmentFault(f"gave {type(messages).__name__} for observations, expected a sequence of messages")
     found: list[Message] = []
     events["observation_cut"] += max(0, len(messages) - _MAX_MESSAGES)
     for message in itertools.islice(messages, _MAX_MESSAGES):
         good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not good or message.get("role") not in _ROLES:
-            raise Faulty(f"gave an observation that is no message with role ({', '.join(_ROLES)}) and string content")
+            raise EnvironmentFault(
+                f"gave an observation that is no message with role ({', '.join(_ROLES)}) and string content"
+            )
         text = message["content"].replace("\r\n", "\n").replace("\r", "\n")
         limit = limits.max_observation_chars
         if len(text) > limit:
@@ -164,35 +175,26 @@ def checked_messages(messages: Any, limits: EpisodesConfig, events: Counter[str]
 
 
 def checked_step(step: Any, limits: EpisodesConfig, events: Counter[str]) -> Step:
-    """A step whose observations are fit to be shown and whose reward is a number in [0, 1]; raises Faulty where it has none.
+    """The step with checked observations and a reward in [0, 1] or None; raises EnvironmentFault.
 
-    A step's fields are somebody's objects: whatever reading them raises is the environment's fault.
+    The fields of a step are the user's objects: an error while reading them is the environment's fault too.
     """
     if not isinstance(step, Step):
-        raise Faulty(f"gave {type(step).__name__} for a step, expected opd.Step")
-    try:
+        raise EnvironmentFault(f"gave {type(step).__name__} for a step, expected opd.Step")
+    with _reading("a step"):
         reward = _reward(step.reward)
         for name, count in dict(step.events).items():
             events[one_line(str(name))[:_MAX_NAME]] += _count(name, count)
         return Step(checked_messages(step.observations, limits, events), reward, bool(step.done))
-    except Faulty:
-        raise
-    except BaseException as error:
-        raise _unreadable(error, "a step") from None
 
 
 def _count(name: Any, count: Any) -> int:
     good = isinstance(count, int | np.integer) or (isinstance(count, float) and count.is_integer())
     if not good or not 0 <= count < 2**53:
-        raise Faulty(f"counted {count!r:.40} of the event {str(name)!a:.40}, expected a whole number from 0 to 2**53")
+        raise EnvironmentFault(
+            f"counted {count!r:.40} of the event {str(name)!a:.40}, expected a whole number from 0 to 2**53"
+        )
     return int(count)
-
-
-def _unreadable(error: BaseException, what: str) -> Faulty:
-    """The fault of an object that raises when it is read; the user's own interrupt is none."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    return Faulty(f"gave {what} that cannot be read: {describe_error(error)}")
 
 
 def _reward(found: Any) -> float | None:
@@ -201,4 +203,4 @@ def _reward(found: Any) -> float | None:
     try:
         return number_of(found)
     except ValueError as error:
-        raise Faulty(f"gave the reward {error}") from None
+        raise EnvironmentFault(f"gave the reward {error}") from None

@@ -1,6 +1,6 @@
-"""Episodes: the student's turns and its environment's answers, in step with each other, as rollouts.
+"""Episodes: turns of the student and answers of its environment, in alternation, as rollouts.
 
-Where the turns come from is the caller's: an engine that samples, or a script that demonstrates.
+The caller provides the turns: an engine samples them, or a script demonstrates them.
 """
 
 import threading
@@ -14,19 +14,28 @@ import numpy as np
 
 from opd.config import EpisodesConfig
 from opd.data.conversations import order_fault
-from opd.episodes.environment import THREADS, Asked, Faulty, Hosted, checked_opening, checked_step
+from opd.episodes.environment import (
+    THREADS,
+    EnvironmentFault,
+    HostedEnvironment,
+    PendingAnswer,
+    checked_opening,
+    checked_step,
+)
 from opd.errors import DataError, OpdError, RunError, describe_error
 from opd.records import Finish, Message, Prompt, Rollout
 from opd.roles import Environment
 from opd.text.chat import Chat, Conversation, Stretch
 
-_MAX_HANGING = 256  # threads of environments and tools that never came back; past this the process itself is in danger
+_MAX_HANGING = 256  # threads of environments and tools that never return; more would exhaust the process
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A turn of the student as it was sampled: tokens, their log-probabilities, and why it ended; failure: why there is none;
-    retries: how often a server was asked again for it."""
+    """A sampled turn of the student: tokens, their log-probabilities, and why it ended.
+
+    failure: why there is no turn; retries: how often the request to a server was repeated.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -36,14 +45,14 @@ class Taken:
 
 
 TakeTurns: TypeAlias = Callable[[Sequence["Episode"]], list[Taken]]
-"""One turn of each episode that goes on, in order."""
+"""From the episodes that continue to one turn of each, in order."""
 
 MakeEnvironment: TypeAlias = Callable[[Prompt], Environment | None]
-"""An environment for one episode on a prompt; None where one turn is all."""
+"""An environment for one episode on a prompt; None for an episode of one turn."""
 
 
 def numbered(prompts: Sequence[Prompt], num_samples: int) -> list[tuple[Prompt, int]]:
-    """Every prompt with the numbers of its samples; one that stands twice goes on counting, so that ids stay unique."""
+    """Every prompt with the numbers of its samples. A prompt that occurs twice continues its numbers: ids stay unique."""
     seen: Counter[str] = Counter()
     rows: list[tuple[Prompt, int]] = []
     for prompt in prompts:
@@ -58,12 +67,12 @@ def one_turn(prompt: Prompt) -> None:
 
 @dataclass
 class Episode:
-    """One episode while it is played: `row` is its place among all that were asked for."""
+    """One episode while it is played; row: its place among the requested episodes."""
 
     row: int
     sample: int
     conversation: Conversation
-    hosted: Hosted | None
+    hosted: HostedEnvironment | None
     turn: int = 0
     message: Message = field(default_factory=dict)
     reward: float | None = None
@@ -73,20 +82,23 @@ class Episode:
 
     @property
     def token_ids(self) -> list[int]:
-        """What the student is given for its next turn."""
+        """The context of the student's next turn."""
         return self.conversation.token_ids
 
-    def fail(self, error: Faulty) -> None:
+    def fail(self, error: EnvironmentFault) -> None:
         self.finish, self.failure = "failed", f"the environment {error}"
         self.events["failed"] += 1
 
 
-def _unfit(error: DataError) -> Faulty:
-    return Faulty(f"said what the student cannot be shown: {error}")
+def _unfit(error: DataError) -> EnvironmentFault:
+    return EnvironmentFault(f"gave messages that the student cannot be shown: {error}")
 
 
 class EpisodePlayer:
-    """Plays episodes: who writes, what limits hold, which tokens end a turn, and where environments come from."""
+    """Plays episodes of one chat template, under the limits of `episodes`.
+
+    end_ids: the tokens that end a turn of the student.
+    """
 
     def __init__(
         self, chat: Chat, limits: EpisodesConfig, *, end_ids: Sequence[int], make_environment: MakeEnvironment
@@ -97,9 +109,9 @@ class EpisodePlayer:
         self._make_environment = make_environment
 
     def play(self, prompts: Sequence[tuple[Prompt, int]], take_turns: TakeTurns, *, version: int) -> list[Rollout]:
-        """The rollouts of every (prompt, sample), in order; an episode that its template split gives several.
+        """The rollouts of every (prompt, sample), in order; an episode gives several where the chat template rewrites it.
 
-        Raises RunError when so many environments hang that their threads would exhaust the process.
+        Raises RunError when the threads of hanging environments would exhaust the process.
         """
         rollouts: list[Rollout] = []
         waiting = list(enumerate(prompts))[::-1]
@@ -125,11 +137,11 @@ class EpisodePlayer:
         except OpdError:
             raise
         except Exception as error:
-            episode.fail(Faulty(f"could not be made: it raised {describe_error(error)}"))
+            episode.fail(EnvironmentFault(f"could not be made: it raised {describe_error(error)}"))
             return episode
         if environment is not None:
             try:
-                episode.hosted = Hosted(environment, self._limits)
+                episode.hosted = HostedEnvironment(environment, self._limits)
             except (OSError, RuntimeError) as error:  # out of files, out of threads
                 raise RunError(
                     f"the system hosts no further environment: {describe_error(error)}; lower episodes.max_concurrent = "
@@ -146,7 +158,7 @@ class EpisodePlayer:
                     episode.conversation.open_with(messages)
                 if fault := order_fault(episode.conversation.messages):
                     raise DataError(fault)
-            except Faulty as error:
+            except EnvironmentFault as error:
                 episode.fail(error)
             except DataError as error:
                 episode.fail(_unfit(error))
@@ -166,15 +178,15 @@ class EpisodePlayer:
             episode.finish = taken.finish
 
     def _answer(self, episodes: Sequence[Episode]) -> None:
-        """Ask every environment at once, then take the answers in order."""
-        asked: list[tuple[Episode, Asked]] = []
+        """Start the step of every environment, then read the answers in order."""
+        asked: list[tuple[Episode, PendingAnswer]] = []
         for episode in episodes:
             assert episode.hosted is not None
             asked.append((episode, episode.hosted.start_step(episode.message)))
         for episode, answer in asked:
             try:
                 step = checked_step(answer.wait(), self._limits, episode.events)
-            except Faulty as error:
+            except EnvironmentFault as error:
                 episode.fail(error)
                 continue
             episode.reward = episode.reward if step.reward is None else step.reward
@@ -194,18 +206,18 @@ class EpisodePlayer:
             return
         hosted.close()
         if episode.finish == "failed" or episode.events["tool_timeouts"]:
-            # those that are playing, and those that have just been closed, live too
+            # threads of environments that play now, or have just been closed, are alive too
             allowed = _MAX_HANGING + 2 * self._limits.max_concurrent
             alive = sum(thread.name.startswith(THREADS) for thread in threading.enumerate())
             if alive > allowed:
                 raise RunError(
-                    f"{alive} threads of environments and tools do not come back (the last: {episode.failure or 'a tool'}); give "
-                    "their code a time limit of its own"
+                    f"{alive} threads of environments and tools do not return (the last: {episode.failure or 'a tool'}); give "
+                    "their code its own time limit"
                 )
         if episode.finish == "failed":
             return
         if episode.finish != "end" and episode.reward is None:
-            episode.reward = 0.0  # it was not done with what it was asked
+            episode.reward = 0.0  # the episode ended before its environment was done
 
     def _rollouts(self, episode: Episode, version: int) -> list[Rollout]:
         stretches = episode.conversation.stretches
@@ -215,7 +227,7 @@ class EpisodePlayer:
         return [self._rollout(episode, part, stretch, version) for part, stretch in enumerate(kept)]
 
     def _rollout(self, episode: Episode, part: int, stretch: Stretch, version: int) -> Rollout:
-        # An observation that nobody answered trains nothing.
+        # An observation without an answer trains nothing.
         last = max((i for i, t in enumerate(stretch.turns) if t.author == "student"), default=0)
         turns = tuple(stretch.turns[: last + 1])
         mask = np.zeros(turns[-1].end, dtype=bool)

@@ -1,4 +1,4 @@
-"""Tools that a student may call: described by JSON schema, called with checked arguments, bounded in time."""
+"""Tools that a student may call: each has a JSON schema, checked arguments and a time limit."""
 
 import asyncio
 import inspect
@@ -20,8 +20,10 @@ from opd.text.tool_calls import Call, check_tools, parse_calls
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments. Raises DataError where
-    it is none."""
+    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments.
+
+    Raises DataError for a function that cannot be called, and for an invalid schema.
+    """
 
     name: str
     description: str
@@ -39,17 +41,17 @@ class Tool:
 
     @property
     def schema(self) -> Mapping[str, Any]:
-        """What a chat template shows of it."""
+        """The description that a chat template shows to the student."""
         shown = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": shown}
 
 
 class ToolEnvironment:
-    """Calls of tools until the student answers without one; the answer is what its reward is judged by.
+    """Runs the tool calls of the student until it answers without a call; `judge` gives that answer its reward.
 
-    A call that cannot be made (not understood, an unknown tool, wrong arguments) and a tool that raises or takes too long are
-    answered with the error, and the episode goes on. The calls of one turn are made one after the other and share the time of a
-    step: those that it does not suffice for are answered so too.
+    The student is told the error, and the episode continues, where a call cannot be read, names an unknown tool or has wrong
+    arguments, and where a tool raises or is too slow. The calls of one turn run one after the other and share the time of a step;
+    a call for which no time is left is answered with an error too.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class ToolEnvironment:
         judge: Callable[[str], Awaitable[float | None] | float | None],
         limits: EpisodesConfig,
     ) -> None:
-        """limits: `config.episodes`. Raises DataError where two tools share a name."""
+        """judge: the final answer -> a reward in [0, 1] or None; limits: `config.episodes`.
+
+        Raises DataError for two equal names.
+        """
         if not isinstance(limits, EpisodesConfig):
             raise DataError(f"a tool environment's limits are {type(limits).__name__}, expected config.episodes")
         self._tools = {tool.name: tool for tool in tools}
@@ -77,7 +82,7 @@ class ToolEnvironment:
             return Step(reward=await reward if inspect.isawaitable(reward) else reward, done=True)
         events = Counter({"tool_calls": len(parsed.calls), "tool_calls_refused": len(parsed.errors)})
         found = [(e.start, f"error: {e.detail}") for e in parsed.errors]
-        deadline = time.monotonic() + _SHARE_OF_A_STEP * self._limits.step_timeout_s
+        deadline = time.monotonic() + _FRACTION_OF_A_STEP * self._limits.step_timeout_s
         found += [(call.start, await self._call(call, deadline, events)) for call in parsed.calls]
         observations = [{"role": "tool", "content": text} for _, text in sorted(found, key=lambda item: item[0])]
         return Step(observations, events=events)
@@ -87,12 +92,12 @@ class ToolEnvironment:
         timeout = min(self._limits.tool_timeout_s, deadline - time.monotonic())
         if timeout <= 0:
             events["tool_timeouts"] += 1
-            return f"error: {tool.name} was not called: the calls before took the time of this turn"
+            return f"error: {tool.name} was not called: the earlier calls used up the time of this turn"
         try:
             return await asyncio.wait_for(_in_thread(tool.function, call.arguments), timeout)
         except TimeoutError:
             events["tool_timeouts"] += 1
-            # what is left of a turn is measured, and the student's tokens must not depend on a clock
+            # the remaining time is measured, and the tokens of the student must not depend on a clock
             whole = timeout == self._limits.tool_timeout_s
             limit = f"in {timeout:g} s" if whole else "in the time that was left of this turn"
             return f"error: {tool.name} gave no answer {limit}"
@@ -102,14 +107,14 @@ class ToolEnvironment:
 
 
 class _ToolError(Exception):
-    """What a tool raised, in words."""
+    """A tool raised; the message describes its error."""
 
 
-_SHARE_OF_A_STEP = 0.8  # the rest is for what answers the calls
+_FRACTION_OF_A_STEP = 0.8  # of its time limit, for the calls; the rest is for the answers
 
 
 async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """A call in a daemon thread, as text: one that hangs neither holds up the others nor the end of the process."""
+    """The text of a call that runs in a daemon thread: a call that hangs blocks neither the others nor the end of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -119,19 +124,19 @@ async def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any])
 
     def run() -> None:
         try:
-            reward = (future.set_result, _as_text(function(**arguments)))
+            result = (future.set_result, _as_text(function(**arguments)))
         except BaseException as error:
             # StopIteration cannot be set on a future, and SystemExit must not end the run.
-            reward = (future.set_exception, _ToolError(describe_error(error)))
+            result = (future.set_exception, _ToolError(describe_error(error)))
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *reward)
+            loop.call_soon_threadsafe(settle, *result)
 
     threading.Thread(target=run, daemon=True, name=f"{THREADS}tool").start()
     return await future
 
 
 def _as_text(result: Any) -> str:
-    """What a function returned: text as it is, anything else as JSON; a coroutine is run first."""
+    """The result of a function as text: a string as it is, other values as JSON. A coroutine is run first."""
     if inspect.isawaitable(result):
 
         async def awaited() -> Any:

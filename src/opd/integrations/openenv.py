@@ -1,4 +1,4 @@
-"""Episodes in an environment of OpenEnv, over a client of a server or in this process."""
+"""Episodes in an environment of OpenEnv, on a server or in this process."""
 
 import asyncio
 import dataclasses
@@ -16,7 +16,7 @@ _NOT_SAID = frozenset({"done", "reward", "metadata"})
 
 
 def say(observation: Any) -> str:
-    """An observation as text: the one string that it holds, else its fields as JSON, without reward, end and metadata."""
+    """An observation as text: its only field if that is a string, else its fields as JSON; without done, reward and metadata."""
     if hasattr(observation, "model_dump"):
         observation = observation.model_dump()
     elif dataclasses.is_dataclass(observation) and not isinstance(observation, type):
@@ -39,10 +39,10 @@ class OpenEnvEpisode:
                 reset={"seed": prompt.meta["seed"]},
             )
 
-    connect: makes what has `reset`, `step` and `close`: a client, asynchronous or not, or the environment itself; one an episode,
-    closed with it. act: the student's text as an action; where it raises ValueError, the student is told so and the episode goes
-    on. say: an observation as the text of a user message. reward: from the rewards of the steps so far to one in [0, 1]; what
-    lies outside fails the episode. reset: passed to `reset`; what it returns opens the conversation, behind the prompt.
+    connect: makes an object with `reset`, `step` and `close` for the episode: a client, asynchronous or not, or the environment
+    itself. act: from the student's text to an action; the student is told of a ValueError, and the episode continues. say: from an
+    observation to the text of a user message. reward: from the rewards of the steps so far to one in [0, 1]; the episode fails
+    outside. reset: the arguments of `reset`, whose observation follows the prompt.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class OpenEnvEpisode:
         )  # an environment without a client returns the observation itself
 
     async def _close_at_the_end(self) -> None:
-        """Wait until the event loop ends, however the episode does: a server has few sessions."""
+        """Wait until the event loop ends, then close the client: a server has few sessions."""
         try:
             await asyncio.Event().wait()
         finally:

@@ -10,7 +10,7 @@ from opd.records import Message, Prompt
 from opd.text.chat import user_message
 from opd.text.thinking import behind_thoughts
 
-_MAX_DRAWS_PER_PROMPT = 50  # past this many repeated questions in a row the generator's space is taken as exhausted
+_MAX_DRAWS_PER_PROMPT = 50  # after this many repeated questions in a row the generator counts as exhausted
 
 
 class ReasoningGym:
@@ -28,7 +28,7 @@ class ReasoningGym:
         return self._splits[split]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
-        """1 for the right answer behind the response's thoughts, otherwise the data set's partial credit; 0 while it thinks."""
+        """1 for the right answer after the thoughts, else the data set's partial credit; 0 for thoughts that do not end."""
         said = behind_thoughts(response)
         return 0.0 if said is None else float(self._dataset.score_answer(said.strip(), dict(prompt.meta["entry"])))
 
@@ -54,7 +54,7 @@ class ReasoningGym:
             if barren > _MAX_DRAWS_PER_PROMPT:
                 raise DataError(
                     f"tasks.{self.name}: reasoning-gym '{config.dataset}' gave {len(found)} distinct questions, "
-                    f"{wanted} are asked for (size + held_out_size); lower them or widen params"
+                    f"expected {wanted} (size + held_out_size); lower them or widen params"
                 )
             if question not in found:
                 found[question] = Prompt(

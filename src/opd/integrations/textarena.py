@@ -1,8 +1,8 @@
-"""Games of TextArena that one player plays, each made anew from its prompt's seed.
+"""Games of TextArena for one player, each made from the seed of its prompt.
 
-The reward is TextArena's own reward where it lies in [0, 1]: 1 for a win, and for a game that ends otherwise (no turn of the game
-left, a second invalid move in a row) the share that the game gives, such as how near the last guess was. A loss below 0 is worth 0.
-A game that `episodes.max_turns` ends has no reward of TextArena's and is worth 0.
+The reward is TextArena's own where it lies in [0, 1]: 1 for a win; for a game that ends otherwise (no turn of the game left, a
+second invalid move in a row) the game's partial credit, such as how near the last guess was. A reward below 0 counts as 0. A game
+that `episodes.max_turns` ends has no reward of TextArena and gets 0.
 """
 
 import functools
@@ -24,7 +24,7 @@ from opd.roles import Step
 from opd.text.chat import user_message
 
 _NUM_SEEDS = 2**31
-# The end of a turn, where the move is. The games' patterns take time quadratic in a run of spaces, and hold everybody up meanwhile.
+# Characters of a turn's end, where the move is. The games' patterns take time quadratic in a run of spaces and block all games.
 _MAX_MOVE_CHARS = 4000
 _UNFIT = {
     "Bandit": "it rewards a wrong choice by how wrong it is",
@@ -34,7 +34,7 @@ _UNFIT = {
 
 
 class TextArena:
-    """A task whose prompts are openings of one game, a seed each."""
+    """A task whose prompts are the openings of one game, each from its own seed."""
 
     def __init__(self, name: str, config: TextArenaTask) -> None:
         self.name = name
@@ -52,7 +52,7 @@ class TextArena:
         return self._splits[split]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
-        """None: the game says what an episode is worth."""
+        """None: the game gives the reward of an episode."""
         return None
 
     def grade(self, prompt: Prompt, response: str) -> float | None:
@@ -86,7 +86,7 @@ class TextArena:
         if not first.single_player:
             raise DataError(f"{where} is for more than one player; choose another")
         if drew or first.opening != again.opening:
-            raise DataError(f"{where} does not follow from its seed; choose another")
+            raise DataError(f"{where} is not determined by its seed; choose another")
 
 
 class GameEnvironment:
@@ -99,7 +99,7 @@ class GameEnvironment:
         self._game: Game | None = None
 
     async def reset(self) -> Sequence[Message]:
-        """Nothing: the prompt is how the game opens."""
+        """No message: the prompt is the opening of the game."""
         self._game = Game(self._config, self._seed)
         if self._game.opening != self._opening:
             raise ValueError("the game does not open as its prompt does")
@@ -111,7 +111,7 @@ class GameEnvironment:
 
 
 class Game:
-    """One game of TextArena while it is played; `opening` is what it says before the first move."""
+    """One game of TextArena while it is played; `opening` is its text before the first move."""
 
     def __init__(self, config: TextArenaTask, seed: int) -> None:
         import textarena
@@ -132,7 +132,7 @@ class Game:
         self.opening = self._new_text()
 
     def play(self, text: str) -> Step:
-        """What the game makes of a turn; raises what TextArena raises."""
+        """The game's answer to a turn; errors of TextArena pass through."""
         state = self._bare.state
         errors = state.error_count
         move = text[-_MAX_MOVE_CHARS:]
@@ -145,7 +145,7 @@ class Game:
         return Step(user_message(self._new_text()), events=events)
 
     def _new_text(self) -> str:
-        """What the game has said since it was last asked, without the student's own words."""
+        """The new text of the game, without the student's own."""
         _, said = self._bare.get_observation()
         # Three games of 0.7.4 pass the arguments of what the student said in the wrong order: its text is then no string.
         texts = [text for _, text, kind in said if kind != self._own_type and isinstance(text, str)]
@@ -164,10 +164,10 @@ _numbers: ContextVar[Any] = ContextVar("_numbers", default=random)
 
 
 class _RandomOfTheGame:
-    """What TextArena's modules have under the name `random`: the numbers of the game at play, and Python's own between games.
+    """The `random` of TextArena's modules: the generator of the current game, and Python's own between games.
 
-    TextArena seeds and draws from Python's global numbers. Games that are played in turn or at once would change each other's
-    course, and that of everybody else who draws.
+    TextArena seeds Python's global generator and draws from it. Without this, games that are played at the same time would change
+    each other, and all other users of `random`.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -186,7 +186,7 @@ def _import_game(home: str) -> None:
 
 
 def _family(name: str, config: TextArenaTask) -> str:
-    """The game without its variant; raises where it is not known, not installed, or unfit as an reward."""
+    """The name of the game without its variant; raises for an unknown game, one that gives no usable reward, and no TextArena."""
     if importlib.util.find_spec("textarena") is None:
         raise ConfigError(
             f"tasks.{name}.type = 'textarena' needs a package that is not installed: pip install 'opd[textarena]'"
@@ -198,12 +198,12 @@ def _family(name: str, config: TextArenaTask) -> str:
         raise DataError(f"tasks.{name}.game = '{config.game}' is no game of TextArena{hint}")
     family = config.game.partition("-v")[0]
     if family in _UNFIT:
-        raise DataError(f"tasks.{name}.game = '{config.game}' is no reward to learn from: {_UNFIT[family]}")
+        raise DataError(f"tasks.{name}.game = '{config.game}' gives no reward to learn from: {_UNFIT[family]}")
     return family
 
 
 def _draw_seeds(draw: random.Random, count: int) -> list[int]:
-    """Distinct seeds; the first ones stay the same whatever the count."""
+    """Distinct seeds; a larger count keeps the first ones."""
     found: dict[int, None] = {}
     while len(found) < count:
         found[draw.randrange(_NUM_SEEDS)] = None
@@ -213,7 +213,7 @@ def _draw_seeds(draw: random.Random, count: int) -> list[int]:
 def _explain(error: Exception) -> str:
     resource = re.search(r"nltk\.download\('(\w+)'\)", str(error))
     if resource is not None:
-        return f"it needs data that is not here: python -m nltk.downloader {resource[1]}"
+        return f"it needs data that is not installed: python -m nltk.downloader {resource[1]}"
     return describe_error(error)
 
 
@@ -225,7 +225,7 @@ def _reward(rewards: Mapping[int, Any] | None) -> float | None:
 
 
 def _bisect(messages: Sequence[Message]) -> str | None:
-    """The middle of what the hints leave."""
+    """The middle of the range that the hints leave."""
     limits = re.search(r"between (\d+) and (\d+)", messages[0]["content"])
     if limits is None:
         return None
@@ -242,7 +242,7 @@ def _bisect(messages: Sequence[Message]) -> str | None:
 
 
 def _move_disk(messages: Sequence[Message]) -> str | None:
-    """The first move of the shortest way to tower C."""
+    """The first move of the shortest solution, to tower C."""
     boards = [
         re.findall(r"^([ABC]): \[([\d, ]*)\]", m["content"], re.MULTILINE) for m in messages if m["role"] == "user"
     ]
@@ -252,7 +252,7 @@ def _move_disk(messages: Sequence[Message]) -> str | None:
     place = {int(disk): tower for tower, disks in seen[-1][-3:] for disk in disks.split(",") if disk}
     move, goal = None, "C"
     for disk in sorted(place, reverse=True):
-        if place[disk] != goal:  # the smaller ones make way first
+        if place[disk] != goal:  # the smaller disks move out of its way first
             move = f"[{place[disk]} {goal}]"
             goal = ({"A", "B", "C"} - {place[disk], goal}).pop()
     return move

@@ -1,6 +1,6 @@
-"""Episodes of verifiers 0.4: the student takes the seat of the one agent that an environment plays.
+"""Episodes of verifiers 0.4: the student takes the place of the one agent of an environment.
 
-There the environment leads and asks its agent for turns. Here it runs in an asyncio task of its own and waits for the student.
+An environment of verifiers asks its agent for turns. Here it runs in an asyncio task and waits for the student's turns.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]  # no dependency of opd: who imports this has it
+import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]  # no dependency of opd: its users have it
 from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
 
 from opd.records import Message
@@ -17,7 +17,7 @@ from opd.roles import Step
 
 
 def messages_of(task: Any) -> list[Message]:
-    """What a task says to its agent before the first turn: the messages of its prompt in a recipe. Empty where the user opens."""
+    """The messages of a task before the first turn: those of its prompt in a recipe. Empty where the user begins."""
     system = [vf.SystemMessage(content=task.data.system_prompt)] if task.data.system_prompt else []
     return _plain(system) + _plain(task.data.prompt)
 
@@ -25,10 +25,10 @@ def messages_of(task: Any) -> list[Message]:
 class VerifiersEpisode:
     """One episode, to be given to `opd.train(config, environment=...)`.
 
-    task: of a taskset; its prompt in the recipe is `messages_of(task)`. environment: what `verifiers.v1.load_environment` gives,
-    where the task takes several turns, one an episode; without one it is one turn on its prompt. The reward is verifiers' weighted
-    sum of rewards; outside [0, 1] the episode fails. Limits are the recipe's, not those of the agent's configuration.
-    Raises ValueError for what needs tools, a container, or hooks that stop or change turns.
+    task: of a taskset; its prompt in the recipe is `messages_of(task)`. environment: for tasks of several turns, a result of
+    `verifiers.v1.load_environment` for this episode; None: one turn on the prompt. The reward is verifiers' weighted sum;
+    the episode fails outside [0, 1]. The limits are the recipe's, not those of the agent's configuration.
+    Raises ValueError for a task that needs tools, a container, or hooks that stop or change turns.
     """
 
     def __init__(self, task: Any, environment: Any = None) -> None:
@@ -71,7 +71,7 @@ class VerifiersEpisode:
 
 
 class _Student:
-    """What environments use of `verifiers.v1.Agent`, and of the `Interaction` in which it talks."""
+    """The parts of `verifiers.v1.Agent` and `Interaction` that environments use."""
 
     def __init__(self) -> None:
         self.said: asyncio.Queue[list[Message]] = asyncio.Queue()
@@ -96,7 +96,7 @@ class _Student:
         self.trace.ok = self.trace.is_completed = True
 
     async def turn(self, message: Any = None) -> vf.Segment:
-        """The student's answer to a turn of the user; where the task has a prompt, nothing asks for the first."""
+        """The student's answer to a turn of the user; message: None where the prompt of the task is the first turn."""
         self._record(asked := _plain(message))
         self.said.put_nowait(asked)
         self._record([{"role": "assistant", "content": await self.replies.get()}], sampled=True)
@@ -117,7 +117,7 @@ def _plain(said: Any) -> list[Message]:
 
 
 def _require_talk_alone(task: Any, environment: Any = None) -> None:
-    """Raise ValueError for what without its agent's machinery would be played or scored otherwise than it should."""
+    """Raise ValueError for a task that needs parts of the agent that opd does not have."""
     kind, taskset = type(task), getattr(environment, "taskset", None)
     scorers = [*task.hooks("reward"), *(judge.score for judge in task.plugged_judges())]
     runtimes = [inspect.signature(scorer).parameters.get("runtime") for scorer in scorers]

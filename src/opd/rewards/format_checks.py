@@ -1,13 +1,13 @@
-"""Format errors in what the student writes: one small rule each, from the text of a turn to the places where it errs.
+"""Format errors of the student: one rule each, from the text of a turn to the places of its errors, and to their tokens.
 
-A turn may be anything that a model can write. Every rule takes time linear in its length (a pattern of the user's: at most a
+A turn may be any text that a model can write. Every rule takes time linear in its length (a pattern of the user: at most a
 second) and raises nothing.
 """
 
 import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -16,25 +16,29 @@ import numpy as np
 import regex
 
 from opd.config.episodes import ChecksConfig, Rule
+from opd.records import Flag, Rollout
+from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
+from opd.text.token_bytes import TokenBytes
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
 
 MIN_WORDS = 20
-"""Fewer words than this are not judged for repetition, by words."""
+"""The repetition of words is not checked in a turn of fewer."""
 MIN_CHARACTERS = 128
-"""Shorter stretches without white space are not judged for repetition, by characters."""
+"""The repetition of characters is not checked in a shorter stretch without white space."""
 SEARCHED_CHARACTERS = 8192
-"""How much of a turn's end `answer_pattern` is looked for in: `.*` in a pattern costs the square of it."""
+"""Length of a turn's end in which `answer_pattern` is searched: `.*` in a pattern costs the square of it."""
 
-_PATTERN_TIMEOUT_S = 1.0  # a pattern is the user's, and some take for ever on some texts
+_PATTERN_TIMEOUT_S = 1.0  # a pattern of the user may take exponential time
 _CHARACTERS = 12  # of an n-gram: in prose, in CJK text and among digits hardly one repeats, in a loop all do
 _WORD = re.compile(r"\S+")
 _FENCE = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)([^\n]*+)", re.MULTILINE)
+_TAIL = 16  # tokens before a turn, in which a tag that the prompt opened is searched
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a turn; start = end for what is missing there."""
+    """Characters [start, end) of a turn; start = end where something is missing."""
 
     start: int
     end: int
@@ -42,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Found:
-    """A format error: the rule that found it, and the characters [start, end) in which it lies."""
+    """A format error: its rule, and its characters [start, end)."""
 
     rule: Rule
     start: int
@@ -51,10 +55,10 @@ class Found:
 
 @dataclass(frozen=True)
 class CheckedTurn:
-    """One turn of the student, as rules see it.
+    """One turn of the student, as rules read it.
 
     text: raw.decode(errors="replace"); raw: its bytes. last: whether the episode ends with it; cut: whether a limit on tokens
-    ended it. opened: the tag that the prompt has opened for it, as templates that begin with <think> do.
+    ended it. opened: the tag that the prompt opened for it, such as <think> at the end of a template.
     """
 
     text: str
@@ -72,22 +76,22 @@ class CheckedTurn:
 
     @property
     def end(self) -> Span:
-        """Where something is missing."""
+        """The place of something missing."""
         return Span(len(self.text), len(self.text))
 
 
 def check_turn(turn: CheckedTurn, rules: Sequence[Rule]) -> list[Found]:
-    """The errors that these rules find, rule by rule, each rule's in the order of the text."""
+    """The errors of these rules: rule by rule, in the order of the text."""
     return [Found(rule, span.start, span.end) for rule in rules for span in CHECKS[rule](turn)]
 
 
 def tool_call(turn: CheckedTurn) -> list[Span]:
-    """Calls that are not the JSON object that the syntax asks for, or that do not end."""
+    """Calls that are not the JSON object that the syntax requires, or that do not end."""
     return _call_errors(turn, "unparsed")
 
 
 def unknown_tool(turn: CheckedTurn) -> list[Span]:
-    """Calls of a tool that there is not."""
+    """Calls of a tool that does not exist."""
     return _call_errors(turn, "unknown")
 
 
@@ -97,7 +101,7 @@ def tool_arguments(turn: CheckedTurn) -> list[Span]:
 
 
 def dropped_call(turn: CheckedTurn) -> list[Span]:
-    """What was meant as a call and is none for the syntax."""
+    """Text that looks like a call, and is none in the syntax."""
     return _call_errors(turn, "dropped")
 
 
@@ -106,9 +110,9 @@ def _call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
 
 
 def tags(turn: CheckedTurn) -> list[Span]:
-    """Tags that stand a second time or before one that they belong behind; and, at the end, those that are missing.
+    """Repeated tags and tags in a wrong order; and the end of the turn where tags are missing.
 
-    The last turn needs all of them; any other turn only those whose counterpart it has.
+    The last turn needs all tags; another turn needs only the counterparts of those that it has.
     """
     names = turn.settings.tags
     order = {tag: i for i, tag in enumerate(tag for name in names for tag in (f"<{name}>", f"</{name}>"))}
@@ -128,7 +132,7 @@ def tags(turn: CheckedTurn) -> list[Span]:
 
 
 def code_fence(turn: CheckedTurn) -> list[Span]:
-    """The fence (``` or ~~~) of a code block that does not end. A fence ends with one as long, of the same sign, alone."""
+    """The fence (``` or ~~~) of a code block that does not end. A block ends with a fence as long, of the same sign, alone."""
     opened: re.Match[str] | None = None
     for found in _FENCE.finditer(turn.text):
         sign, behind = found[1], found[2]
@@ -141,7 +145,7 @@ def code_fence(turn: CheckedTurn) -> list[Span]:
 
 
 def answer_pattern(turn: CheckedTurn) -> list[Span]:
-    """The end of a last turn that has no answer as the task wants it, or none that the pattern finds within a second."""
+    """The end of a last turn in which the pattern of the task finds no answer within a second."""
     pattern = turn.settings.answer_pattern
     if pattern is None or not turn.last:
         return []
@@ -154,13 +158,13 @@ def answer_pattern(turn: CheckedTurn) -> list[Span]:
 
 
 def truncated(turn: CheckedTurn) -> list[Span]:
-    """The end of a turn that a limit on tokens has ended."""
+    """The end of a turn that a limit on tokens cut."""
     return [turn.end] if turn.cut else []
 
 
 def repetition(turn: CheckedTurn) -> list[Span]:
-    """What repeats: where more than the allowed share of 3-grams of words, or of 12-grams of the characters of a stretch without
-    white space, has stood before. In a text of few words the whole of it counts as one stretch."""
+    """Text that repeats itself: more than the allowed fraction of its 3-grams of words, or of the 12-grams of characters in a
+    stretch without white space, has occurred before. A text of few words counts as one stretch."""
     limit = turn.settings.max_repetition
     words = list(_WORD.finditer(turn.text))
     if len(words) < MIN_WORDS:
@@ -181,8 +185,8 @@ def _loops(text: str, offset: int, limit: float) -> list[Span]:
 
 
 def _repeated(codes: np.ndarray, width: int, limit: float) -> tuple[int, int] | None:
-    """[start, end) of the items [n] from the first to the last n-gram that has stood before; None while their share is within
-    the limit."""
+    """[start, end) of the items [n] from the first to the last n-gram that has occurred before; None while their fraction is
+    within the limit."""
     count = len(codes) - width + 1
     grams = np.zeros(count, dtype=np.uint64)
     for k in range(width):  # a polynomial of each n-gram modulo 2^64; two that differ hardly ever share one
@@ -197,7 +201,7 @@ def _repeated(codes: np.ndarray, width: int, limit: float) -> tuple[int, int] | 
 
 
 def invalid_utf8(turn: CheckedTurn) -> list[Span]:
-    """Bytes that are no text, which stand as U+FFFD; not a character that a limit on tokens has cut at the end."""
+    """Bytes that are not UTF-8, U+FFFD in the text; a character that a limit on tokens cut at the end is no error."""
     text, _ = codecs.utf_8_decode(turn.raw, "surrogateescape", not turn.cut)
     spans: list[Span] = []
     surplus = 0  # characters that `text` has more than the turn's, each of its invalid bytes being one
@@ -210,7 +214,7 @@ def invalid_utf8(turn: CheckedTurn) -> list[Span]:
 
 
 def after_answer(turn: CheckedTurn) -> list[Span]:
-    """What follows the first end of an answer, white space apart."""
+    """Text after the first end of an answer, other than white space."""
     ending = turn.settings.answer_end
     place = turn.text.find(ending) if ending else -1
     if ending is None or place < 0:
@@ -237,3 +241,81 @@ CHECKS: Mapping[Rule, Check] = MappingProxyType(
         "after_answer": after_answer,
     }
 )
+
+
+def flag_errors(
+    rollout: Rollout, checks: ChecksConfig, table: TokenBytes, *, syntax: Syntax, final: bool = True
+) -> Rollout:
+    """The rollout with the format errors of its student's turns as `flags`, in the order of its tokens.
+
+    Every flag covers at least one token and lies within its turn; something missing is flagged at the turn's last token. The text
+    of a turn is that of its sampled tokens; special tokens count as text if they are tags of calls or named in `checks`.
+
+    final: whether the episode ends in this rollout, so that its last turn is the episode's last and may be cut.
+    """
+    if not checks.rules:
+        return rollout
+    wanted = _wanted(checks)
+    symbols = {index: name for index, name in table.names.items() if name in wanted}
+    turns = [turn for turn in rollout.turns if turn.author == "student" and turn.end > turn.start]
+    flags: set[Flag] = set()
+    for turn in turns:
+        ids = rollout.token_ids[turn.start : turn.end]
+        student_text = spell(table, ids, symbols)
+        last = final and turn is turns[-1]
+        checked = CheckedTurn(
+            text=student_text.text,
+            tools=rollout.prompt.tools,
+            syntax=syntax,
+            last=last,
+            # a turn that ended itself is whole, also where the context has no room for another one
+            cut=last and rollout.truncated and not (rollout.finish == "context" and int(ids[-1]) in table.names),
+            raw=_raw(student_text, ids, table),
+            settings=checks,
+            opened=_opened(rollout.token_ids[max(0, turn.start - _TAIL) : turn.start], table, symbols, checks),
+        )
+        places = _byte_offsets(student_text.text)
+        for found in check_turn(checked, checks.rules):
+            start, end = _tokens(student_text, int(places[found.start]), int(places[found.end]))
+            flags.add(Flag(found.rule, turn.start + start, turn.start + end))
+    return replace(rollout, flags=tuple(sorted(flags, key=lambda flag: (flag.start, flag.end, flag.rule))))
+
+
+def _wanted(checks: ChecksConfig) -> frozenset[str]:
+    """The special tokens that count as text."""
+    tags = [f"<{sign}{tag}>" for tag in (*checks.tags, "tool_call") for sign in ("", "/")]
+    return frozenset((*tags, checks.answer_end or ""))
+
+
+def _raw(student_text: StudentText, ids: np.ndarray, table: TokenBytes) -> bytes:
+    """The bytes of a turn's text."""
+    raw = table.join(ids[~np.isin(student_text.masked, UNWRITTEN)]).tobytes()
+    return raw.removeprefix(b" ") if table.dummy_prefix else raw
+
+
+def _opened(before: np.ndarray, table: TokenBytes, symbols: Mapping[int, str], checks: ChecksConfig) -> str:
+    """The tag at the end of the tokens before a turn, white space ignored; "" for none."""
+    if not checks.tags:
+        return ""
+    text = spell(table, before, symbols).text.rstrip()
+    return next((tag for tag in checks.tags if text.endswith(f"<{tag}>")), "")
+
+
+def _byte_offsets(text: str) -> np.ndarray:
+    """The byte at which each character of a text starts, and the last ends, [characters + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    lengths = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _tokens(student_text: StudentText, start: int, end: int) -> tuple[int, int]:
+    """The tokens [first, stop) of a turn whose text is the bytes [start, end); the last token where there are none."""
+    ends = student_text.ends
+    if start == end:
+        return len(ends) - 1, len(ends)
+    first = int(np.searchsorted(ends, start, side="right"))
+    stop = int(np.searchsorted(ends, end, side="left")) + 1
+    # the last token of invalid bytes has their text; the tokens before it have none
+    while first and ends[first - 1] == start and student_text.masked[first - 1] == Masked.INVALID_UTF8:
+        first -= 1
+    return first, stop
