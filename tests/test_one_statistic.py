@@ -14,7 +14,6 @@ import opd
 from opd.config.detectors import DetectorsConfig
 from opd.detectors.detectors import HeldOut
 from opd.detectors.metrics import _rewards
-from opd.detectors.statistics import Detector, Smoothed
 from opd.evaluate import Cell, ParityRow, evaluate, parity_json, parity_text
 from opd.loop import rollout_metrics
 from opd.metrics import mean_interval, values
@@ -65,7 +64,7 @@ def test_the_held_out_outcome_over_all_weighs_every_response_alike(tmp_path: Pat
 def test_the_held_out_detector_sees_rewards_in_part_fall():
     """Rewards of 0.6 that fall to 0.3 while training's stay: no response was ever worth 1."""
     config = DetectorsConfig()
-    state: Detector = HeldOut(config.held_out, Smoothed(20), Smoothed(config.held_out.memory))
+    detector = HeldOut(config.held_out, train_memory=20)
     noise, alarms = np.random.default_rng(0), []
     for step in range(1, 201):
         worth = 0.6 if step < 100 else 0.3
@@ -75,8 +74,7 @@ def test_the_held_out_detector_sees_rewards_in_part_fall():
             "reward/mean": 0.6 + 0.02 * float(noise.uniform(-1, 1)),
             "held_out/reward/mean": cell.mean_reward or 0.0,
         }
-        state, readings = state.observe(step, line)
-        alarms += [r.message for r in readings.values() if r.message]
+        alarms += [found.message for found in detector.observe(step, line).values() if found.message]
     assert alarms
 
 

@@ -90,7 +90,7 @@ def bug() -> None:
 FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "the rollouts' file": (RunFolder, "write_rollouts", 2, full, 3, True),  # written beside the next step
     "the metrics' file": (RunFolder, "append_metrics", 3, full, 3, True),
-    "the alarms' file": (opd.trainer.Watcher, "observe", 3, dead, 3, True),
+    "the alarms' file": (opd.trainer.RunMonitor, "observe", 3, dead, 3, True),
     "the console": (opd.trainer.ProgressLine, "step", 3, full, 3, True),
     "a sampler whose server dies": (LocalSampler, "sample", 5, dead, 2, True),
     "a sampler that takes no weights": (LocalSampler, "load_weights", 3, dead, 2, True),

@@ -15,6 +15,7 @@ from opd.checks.findings import Finding
 from opd.checks.masks import mask_warning
 from opd.checks.no_effect import REWARD
 from opd.config import Config, config_changes, dump_config, resumed_config
+from opd.detectors.monitor import RunMonitor
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ConfigError, RunError, one_line
 from opd.evaluate import ParityRow
@@ -32,7 +33,6 @@ from opd.rewards.reward import Raised, Reward, awaited
 from opd.roles import Backend
 from opd.saving import Interrupts, Saver, identities_of
 from opd.startup import TaskData, make_parts, packing_findings, read_tasks, require_callable, run_checks
-from opd.watching import Watcher
 
 OnStep: TypeAlias = Callable[[StepReport], Any]
 _SAFE_DISCOUNT = 0.9
@@ -285,7 +285,7 @@ class _Run:
         self.parts.sampler.load_weights(self.parts.learner.weights(), policy_version=saver.done)
         pending = saver.unrecorded  # of a run that ended before this line was whole
         written = saver.done - (pending is not None)
-        watcher = Watcher(config.detectors, self.folder, line.say)
+        monitor = RunMonitor(config.detectors, self.folder, line.say)
         report, stopped = None, False
         with (
             Interrupts(saver.learner).heeded() as interrupts,
@@ -294,14 +294,14 @@ class _Run:
         ):
             try:
                 if pending is not None:
-                    values, alarmed = self._measured(saver.done, pending, watcher)
+                    values, alarmed = self._measured(saver.done, pending, monitor)
                     stopped = alarmed and saver.done < config.steps
                     self._append(saver.done, values)
                     writers.write(saver.done, values)
                 with closing(train_steps(config, self.parts, start=saver.done)) as reports:
                     for report in reports if not stopped else ():
                         saver.made(report.step, report.cursor, report.values)
-                        values, alarmed = self._measured(report.step, report.values, watcher)
+                        values, alarmed = self._measured(report.step, report.values, monitor)
                         self._record(replace(report, values=values), line, records)
                         writers.write(report.step, values)
                         stopped = interrupts.stop or (alarmed and saver.done < config.steps)
@@ -313,12 +313,12 @@ class _Run:
             except BaseException:
                 self._rescue(report, records, line)
                 raise
-        watcher.report()
+        monitor.report()
         return not (stopped or interrupts.stop)  # one that came while the last step was saved counts too
 
-    def _measured(self, step: int, values: Mapping[str, float], watcher: Watcher) -> tuple[dict[str, float], bool]:
+    def _measured(self, step: int, values: Mapping[str, float], monitor: RunMonitor) -> tuple[dict[str, float], bool]:
         """The metrics of a step with what is measured behind it, and whether a detector stops the run."""
-        return watcher.observe(step, {**values, **self.measuring.held_out(step)})
+        return monitor.observe(step, {**values, **self.measuring.held_out(step)})
 
     def _record(self, report: StepReport, line: ProgressLine, records: Background) -> None:
         records.start(partial(self.folder.write_rollouts, report.step, report.scored))
