@@ -15,9 +15,9 @@ from opd.config.detectors import DetectorsConfig
 from opd.detectors.detectors import HeldOut
 from opd.detectors.metrics import _rewards
 from opd.evaluate import Cell, ParityRow, evaluate, parity_json, parity_text
-from opd.loop import rollout_metrics
 from opd.metrics import mean_interval, values
 from opd.rewards.judge import Judge
+from opd.step_metrics import rollout_metrics
 
 
 def graded(rewards: list[float]) -> Cell:

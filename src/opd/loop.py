@@ -16,14 +16,13 @@ from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
-from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
+from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.objective import compute_advantages
 from opd.prefetch import Prefetch
-from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
+from opd.records import FailedScore, ScoredRollout
 from opd.rewards.judge import Judge
 from opd.roles import Learner, Sampler, Teacher
-from opd.text.alignment import LARGEST, total
-from opd.text.alignment_report import shares
+from opd.step_metrics import alignment_metrics, sampling_metrics
 
 _MOST_EMPTY = 3  # steps in a row of which no rollout can be trained on, or none of one teacher: no accident any more
 
@@ -145,9 +144,8 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
     if not trainable(scored, unscored=unscored):
         # the same weights, and the version that a run has which is resumed here
         failure = _hand_over(parts, step)
-        metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))} | _sampling_metrics(
-            rollouts, scored
-        )
+        metrics: Metrics = {"update/skipped/sum": Sum(1), "batch/dropped/sum": Sum(len(scored))}
+        metrics |= sampling_metrics(scored)
         metrics |= clock.metrics(sum(len(r.token_ids) for r in rollouts))
         return StepReport(step, values(metrics), scored, collected.cursor, failure)
     with clock.phase("update"):
@@ -161,7 +159,7 @@ def update(config: Config, parts: Parts, step: int, collected: Collected, clock:
         failure = _hand_over(parts, step)
     metrics = dict(updates[0]) if updates else {"update/skipped/sum": Sum(1)}
     metrics |= {k: v for k, v in merge(updates).items() if k.startswith(("optim/", "loss/"))}
-    metrics |= followed | _sampling_metrics(rollouts, scored)
+    metrics |= followed | sampling_metrics(scored)
     metrics |= {f"batch/{name}/sum": Sum(n) for name, n in counts.items()}
     if config.compute.keeps_scores:
         metrics["batch/cached/sum"] = Sum(sum(s.cached for s in scored))
@@ -203,56 +201,3 @@ def _require_most(config: Config, step: int, scored: Sequence[ScoredRollout]) ->
             f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than remote.max_lost_fraction = "
             f"{config.remote.max_lost_fraction:g}"
         )
-
-
-def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout]) -> Metrics:
-    """What was sampled, how many rollouts each teacher could not score, and what servers lost or were asked again."""
-    metrics = rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
-    retries = sum(s.retries + s.rollout.events.get("retried", 0) for s in scored)
-    lost = sum(map(_lost, scored))
-    return metrics | {f"remote/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
-
-
-def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
-    """How each teacher with another tokenizer read the responses (`opd.text.alignment_report.shares`)."""
-    found: dict[str, list[Mapping[str, int]]] = {}
-    for item in scored:
-        if isinstance(item.score, ChunkScore):
-            found.setdefault(item.score.teacher, []).append(item.score.facts)
-    metrics: Metrics = {}
-    for teacher, facts in found.items():
-        for name, share in shares(total(facts)).items():
-            if name == LARGEST:
-                metrics[f"align/{teacher}/{name}/max"] = Max(share)
-            else:
-                metrics[f"align/{teacher}/{name}/mean"] = mean_of([share])
-    return metrics
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Reward, length and truncation, over all and by task, and what happened in environments."""
-    episodes = [r for r in rollouts if r.part == 0]
-    metrics: Metrics = {
-        "response/length/mean": Mean(sum(r.num_actions for r in rollouts), len(episodes)),
-        "response/truncated/mean": mean_of(r.truncated for r in episodes),
-        "batch/rollouts/sum": Sum(len(rollouts)),
-        "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),
-    }
-    metrics["reward/mean"] = mean_of(r.reward for r in episodes if r.reward is not None)
-    for task in dict.fromkeys(r.prompt.task for r in rollouts):
-        metrics[f"reward/{task}/mean"] = mean_of(
-            r.reward for r in episodes if r.prompt.task == task and r.reward is not None
-        )
-    events = sum((Counter(r.events) for r in rollouts), Counter())
-    for name in ("lost", "retried"):  # of servers, not of environments
-        events.pop(name, None)
-    turns = [sum(t.author == "student" for t in r.turns) for r in rollouts]
-    if events or max(turns, default=0) > 1:
-        metrics["episode/turns/mean"] = Mean(sum(turns), len(episodes))
-        metrics |= {f"episode/{name}/sum": Sum(count) for name, count in sorted(events.items())}
-    return metrics
-
-
-def _failures(scored: Sequence[ScoredRollout]) -> Counter[str]:
-    """How many rollouts each teacher could not score; the reasons stand with the rollouts on disk."""
-    return Counter(s.score.teacher for s in scored if isinstance(s.score, FailedScore))

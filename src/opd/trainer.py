@@ -22,10 +22,9 @@ from opd.evaluate import ParityRow
 from opd.local import build as embedded
 from opd.local.backend import LocalBackend
 from opd.local.warmup import warm_up
-from opd.logging.background import Background
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
-from opd.logging.run_folder import RunFolder, explain_io
+from opd.logging.run_folder import Background, RunFolder, explain_io
 from opd.logging.writers import Writers, require_installed
 from opd.loop import StepReport, train_steps
 from opd.measuring import Measuring

@@ -205,10 +205,13 @@ class AlignmentConfig(Node):
     tool_calls: Literal["as_written", "own_syntax"] = "as_written"
 
 
+WriterName: TypeAlias = Literal["tensorboard", "trackio"]
+
+
 class LoggingConfig(Node):
     """Writers beside metrics.jsonl, and how often sampled responses are shown (0: never)."""
 
-    writers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
+    writers: list[WriterName] = Field(default_factory=list)
     samples_every: NonNegative = 20
 
     @model_validator(mode="after")

@@ -1,15 +1,15 @@
-"""What a run leaves on disk, and reading it back.
+"""The files of a run folder: writing them, and reading them back.
 
 config.json        the resolved configuration
 metrics.jsonl      one line a step
 rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
-checkpoints/       what `--resume` continues from
-alarms.jsonl       what the detectors of reward hacking raised
+checkpoints/       the states that `--resume` continues from
+alarms.jsonl       the alarms of the detectors of reward hacking
 before.json        the student's evaluation before the first step
-parity.json        the parity table; parity.md the same to read
-curves.png         the picture
+parity.json        the parity table; parity.md the same as text
+curves.png         the curves of the metrics
 student/           the trained student, a PEFT adapter or a Hugging Face folder
-own_code.txt       the callables of the user's that the run was started with, if any
+own_code.txt       the names of the user's callables, when the run was started with any
 .lock              held while a process trains in the folder
 """
 
@@ -18,9 +18,10 @@ import fcntl
 import gzip
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
 
 
 class RunFolder:
-    """One run on disk. Files are written whole or not at all, metrics a line at a time."""
+    """One run on disk. A file is written whole or not at all; metrics.jsonl grows by one line a step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,8 +52,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: Config | SftConfig, *, own_code: Sequence[str] = ()) -> "RunFolder":
-        """A new run folder; raises RunError when there is one already. own_code: which Python callables of the user's it has,
-        which is noted, because the folder cannot hold them."""
+        """A new run folder; raises RunError when there is one already. own_code: the names of the user's Python callables, which
+        the folder cannot hold."""
         cls.require_absent(path)
         folder = cls(Path(path))
         with explain_io(folder.path):
@@ -74,7 +75,7 @@ class RunFolder:
             arguments = ", ".join(f"{name}=..." for name in missing)
             raise RunError(
                 f"run '{self.path}' was started with callables of its own ({', '.join(missing)}), which it cannot store; continue "
-                f"it from Python: opd.resume('{self.path}', {arguments}), and so opd.evaluate_run"
+                f"it from Python: opd.resume('{self.path}', {arguments}); the same holds for opd.evaluate_run"
             )
 
     def how_to_resume(self) -> str:
@@ -94,10 +95,10 @@ class RunFolder:
 
     @staticmethod
     def require_absent(path: str | Path) -> None:
-        """Raise RunError when something is there already: a run never writes over another."""
+        """Raise RunError when the folder is not empty: a run never overwrites another."""
         place = Path(path)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            other = "choose another place with output=..."
+            other = "choose another folder with output=..."
             if (place / "config.json").is_file():
                 other = f"continue it with: {RunFolder(place).how_to_resume()}; or {other}"
             raise RunError(f"run folder '{path}' exists and is not empty; {other}")
@@ -110,7 +111,7 @@ class RunFolder:
         return cls(Path(path))
 
     def config(self, kind: type[AnyConfig] = Config) -> AnyConfig:
-        """The recipe that the run was started with; raises RunError where it is damaged, and for a run of another command."""
+        """The recipe of the run; raises RunError when the file is damaged, and for a run of another command."""
         path = self.path / "config.json"
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +126,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the folder to this process; raises RunError when another one trains in it. A killed one leaves no lock."""
+        """Lock the folder for this process; raises RunError when another process trains in it. A killed process leaves no lock."""
         with explain_io(self.path / _LOCK):
             file = (self.path / _LOCK).open("a")  # over NFS a lock that excludes others needs a file open for writing
         with file:
@@ -151,7 +152,7 @@ class RunFolder:
         self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
-        """Write the rollouts of a step; token ids and scores are exact."""
+        """Write the rollouts of a step; token ids and scores read back exactly."""
         text = "".join(json.dumps(_to_plain(s), ensure_ascii=False) + "\n" for s in scored)
         path = self.path / "rollouts" / f"step-{step:06d}.jsonl.gz"
         with explain_io(path):
@@ -160,10 +161,56 @@ class RunFolder:
             replace_file(path, lambda p: p.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0)))
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one dict a step; a last line that a kill cut short is left out.
+class Background:
+    """Runs one job at a time in a thread of its own, such as `write_rollouts`, whose compression would delay the next step.
 
-    Raises RunError for what is no run folder, and for a line that is damaged.
+    The next `start` or `wait` raises the error of a job; `again` repeats that job. Leaving the context waits for the last job.
+    After an error in the context, the job's own failure is not raised.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="opd-records")
+        self._job: Future[None] | None = None
+        self._failed: Callable[[], None] | None = None
+        self._doing: Callable[[], None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Begin a job after the previous one is done, so that memory holds the records of one step only."""
+        self.wait()
+        self._doing = job
+        self._job = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Return when the job is done; raises its error."""
+        job, self._job = self._job, None
+        if job is not None:
+            try:
+                job.result()
+            except Exception:
+                self._failed = self._doing
+                raise
+
+    def again(self) -> None:
+        """Return when the job is done. Runs a job that failed once more, and raises its error if it fails again."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        job, self._failed = self._failed, None
+        if job is not None:
+            job()
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict a step, without a last line that a kill cut short.
+
+    Raises RunError for a folder that is no run folder, and for a damaged line.
     """
     path = RunFolder.open(run).path / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
@@ -178,10 +225,10 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
-    """Every rollout of a run with its scores, in order; of one step when it is given.
+    """Every rollout of a run with its scores, in order; with `step`, those of that step.
 
-    Not kept on disk: hidden states (a full-vocabulary score reads back as its sampled tokens' log-probabilities), and a
-    prompt's `meta` that is not plain JSON.
+    The files lack hidden states, so a full-vocabulary score reads back as the log-probabilities of its sampled tokens. They also
+    lack a prompt's `meta` that is not plain JSON.
     Raises RunError when the run has no such rollouts.
     """
     folder = Path(run) / "rollouts"
@@ -196,7 +243,7 @@ def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRo
 
 @contextlib.contextmanager
 def explain_io(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into one line that names the file."""
+    """Raises RunError with one line that names the file, for an error of the disk."""
     try:
         yield
     except RunError:
@@ -204,7 +251,7 @@ def explain_io(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RunError(
-            f"cannot write '{path}': {cause}; what was saved before is untouched; free space, or fix the permission"
+            f"cannot write '{path}': {cause}; files saved earlier are unchanged; free disk space, or fix the permission"
         ) from None
 
 
