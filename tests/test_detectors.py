@@ -1,4 +1,4 @@
-"""Each detector on a stream that must alarm it and on one that must not, and replays."""
+"""Each detector on a stream with a cause for an alarm and on one without, and replays."""
 
 import json
 import math
@@ -79,12 +79,12 @@ def level(value: float) -> Curve:
 
 
 FIRES: dict[str, tuple[str, dict[str, Curve | None], str]] = {
-    "the reward falls while the reward rises": (
+    "the reward falls while the reverse KL of a token falls": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.1)},
         "reward fell from 0.6",
     ),
-    "the reward falls while that of a sequence rises": (
+    "the reward falls while the reverse KL of a sequence falls": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 20.0)},
         "KL fell per sequence",
@@ -146,11 +146,11 @@ FIRES: dict[str, tuple[str, dict[str, Curve | None], str]] = {
 }
 
 QUIET: dict[str, tuple[str, dict[str, Curve | None]]] = {
-    "the reward falls and the reward with it": (
+    "the reward falls while the reverse KL rises": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 90.0)},
     ),
-    "the reward rises at an reward that stays": ("goodhart", {"kl/token/mean": ramp(0.5, 0.1)}),
+    "the reverse KL falls while the reward stays": ("goodhart", {"kl/token/mean": ramp(0.5, 0.1)}),
     "the reward falls by less than is allowed": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.56), "kl/token/mean": ramp(0.5, 0.1)},
@@ -326,7 +326,7 @@ def test_a_detector_without_data_says_what_it_needs():
     assert "held_out/reward/mean" in monitor.inactive["held_out"]
 
 
-def test_what_detectors_measure_can_be_drawn():
+def test_the_values_of_detectors_are_metrics():
     monitor = Monitor(DetectorsConfig())
     for line in stream():
         monitor.observe(line["step"], line)

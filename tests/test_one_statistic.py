@@ -44,14 +44,14 @@ def test_the_mean_reward_is_one_number_in_training_evaluation_and_detectors(rewa
 
 
 @pytest.mark.parametrize("reward", [0.5, 0.25, 1.0])
-def test_the_held_out_outcome_of_rewards_in_part_is_their_mean(tmp_path: Path, reward: float):
+def test_the_held_out_reward_of_rewards_in_part_is_their_mean(tmp_path: Path, reward: float):
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 1, "held_out_prompts": 3})
     lines = opd.read_metrics(opd.train(opd.parse_config(tree), reward=lambda prompt, response: reward).run)
     for line in lines:
         assert line["reward/mean"] == line["held_out/reward/mean"] == line["held_out/reward/second/mean"] == reward
 
 
-def test_the_held_out_outcome_over_all_weighs_every_response_alike(tmp_path: Path):
+def test_the_held_out_reward_over_all_weighs_every_response_alike(tmp_path: Path):
     """Two tasks with 12 and 4 held-out prompts: the mean of responses, not of tasks, as `reward` is."""
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 2, "held_out_prompts": 12})
     tree["tasks"]["first"]["held_out_path"] = tree["tasks"]["first"]["path"]

@@ -22,10 +22,6 @@ class Declared(NamedTuple):
     unit: str
     meaning: str
 
-    def matches(self, name: str) -> bool:
-        """Whether a metric of a run is this one."""
-        return re.fullmatch(re.sub(r"\b[A-Z]+\b", "[^/]+", re.escape(self.name)), name) is not None
-
 
 PLACEHOLDERS = {
     "TASK": "a table of `[tasks]`",
@@ -136,9 +132,14 @@ METRICS = tuple(
 )  # fmt: skip
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a metric of a run has this declared name."""
+    return re.fullmatch(re.sub(r"\b[A-Z]+\b", "[^/]+", re.escape(pattern)), name) is not None
+
+
 def declared(name: str) -> Declared | None:
     """The declaration of a metric of a run; None where there is none."""
-    return next((metric for metric in METRICS if metric.matches(name)), None)
+    return next((metric for metric in METRICS if matches(metric.name, name)), None)
 
 
 def reference() -> str:

@@ -5,11 +5,10 @@ for each default, are in `opd.config.detectors`. To add a detector, write its cl
 """
 
 import math
-from typing import Protocol
+from typing import Any
 
 from opd.config.detectors import (
     AurocConfig,
-    DetectorConfig,
     DetectorsConfig,
     FlaggedAdvantageConfig,
     FormatErrorsConfig,
@@ -20,6 +19,7 @@ from opd.config.detectors import (
     TruncationConfig,
 )
 from opd.detectors.statistics import (
+    Detector,
     Mark,
     Measurement,
     Measurements,
@@ -37,20 +37,7 @@ _FEW_STEPS = 5  # with fewer a standard error from successive differences says l
 _SURE = 4.0  # standard errors above a fixed threshold, which no choice of the most extreme mean has made small
 
 
-class Detector(Protocol):
-    """A detector as the steps so far have left it. `needs`: the metrics that it reads, in words."""
-
-    needs: str
-
-    @property
-    def config(self) -> DetectorConfig: ...
-
-    def observe(self, step: int, values: Values) -> Measurements:
-        """Take the metrics of the next step; returns what the detector measures, nothing where a metric is missing."""
-        ...
-
-
-def make_detectors(config: DetectorsConfig) -> dict[str, list[Detector]]:
+def make_detectors(config: DetectorsConfig) -> dict[str, list[Detector[Any]]]:
     """The detectors of each table of the recipe, as they are before the first step."""
     return {
         "goodhart": [Goodhart(config.goodhart)],
@@ -68,20 +55,18 @@ def make_detectors(config: DetectorsConfig) -> dict[str, list[Detector]]:
     }
 
 
-class Goodhart:
+class Goodhart(Detector[GoodhartConfig]):
     """1: the distillation reward rises while the reward falls. Value: how far the reward is below its best."""
 
-    needs = "reward/mean, kl/token/mean and kl/sequence/mean (a task with a verifier)"
+    reads = ("reward/mean", "kl/token/mean", "kl/sequence/mean")
+    where = "a task with a verifier"
 
     def __init__(self, config: GoodhartConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._reward = Tracked(config.memory)
         self._kl = [Smoothed(config.memory), Smoothed(config.memory)]
 
-    def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, "reward/mean", "kl/token/mean", "kl/sequence/mean")
-        if found is None:
-            return {}
+    def measure(self, step: int, *found: float) -> Measurements:
         self._kl = [kl.add(value) for kl, value in zip(self._kl, found[1:], strict=True)]
         best = self._reward.add(found[0], step, *(kl.mean for kl in self._kl))
         if best is None:
@@ -101,25 +86,25 @@ class Goodhart:
         return {"": Measurement(best.mean - reward.mean, message)}
 
 
-class Auroc:
+class Auroc(Detector[AurocConfig]):
     """2: AUROC of the log ratio of a response against its reward, pooled over steps.
 
     A step weighs by its precision where scores say nothing of rewards, 12 pairs / (n + 1) for n responses, the inverse of
     the Wilcoxon statistic's variance; older steps by (1 - 1 / memory) a step.
     """
 
-    needs = "detectors/auroc/mean (steps in which responses differ in reward)"
+    reads = ("detectors/auroc/mean", "detectors/auroc_pairs/sum", "detectors/auroc_of/sum")
+    where = "steps in which responses differ in reward"
 
     def __init__(self, config: AurocConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._total = self._precision = self._squares = 0.0
         self._since: int | None = None
 
-    def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, "detectors/auroc/mean", "detectors/auroc_pairs/sum", "detectors/auroc_of/sum")
-        if found is None or found[1] <= 0.0 or found[2] < 0.0:
-            return {}
+    def measure(self, step: int, *found: float) -> Measurements:
         area, pairs, num = found
+        if pairs <= 0.0 or num < 0.0:
+            return {}
         kept, weight = 1.0 - 1.0 / self.config.memory, 12.0 * pairs / (num + 1.0)
         self._total = kept * self._total + weight * area
         self._precision = kept * self._precision + weight
@@ -137,18 +122,19 @@ class Auroc:
         return {"": Measurement(pooled, message)}
 
 
-class FlaggedAdvantage:
+class FlaggedAdvantage(Detector[FlaggedAdvantageConfig]):
     """3: the mean advantage of tokens with format errors, less that of the others (0 where it is integrated)."""
 
-    needs = "detectors/flagged_advantage/mean (responses with format errors)"
+    reads = ("detectors/flagged_advantage/mean",)
+    where = "responses with format errors"
 
     def __init__(self, config: FlaggedAdvantageConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._gap = Smoothed(config.memory)
         self._since: int | None = None
 
     def observe(self, step: int, values: Values) -> Measurements:
-        flagged = finite(values, "detectors/flagged_advantage/mean")
+        flagged = finite(values, *self.reads)
         if flagged is None:
             return {}
         others = finite(values, "detectors/unflagged_advantage/mean") or (0.0,)
@@ -165,21 +151,21 @@ class FlaggedAdvantage:
         return {"": Measurement(gap.mean, message)}
 
 
-class Length:
+class Length(Detector[TruncationConfig]):
     """5: responses that grow fast, or that shrink while the reverse KL of a token rises.
 
     Value: the mean length, divided by the shortest of the last `window` steps.
     """
 
-    needs = "response/length/mean"
+    reads = ("response/length/mean",)
 
     def __init__(self, config: TruncationConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._length, self._kl = Smoothed(config.memory), Smoothed(config.memory)
         self._marks: list[Mark] = []
 
     def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, "response/length/mean")
+        found = finite(values, *self.reads)
         if found is None:
             return {}
         self._length, paid = self._length.add(found[0]), finite(values, "kl/token/mean")
@@ -205,27 +191,23 @@ class Length:
         return {"length": Measurement(length.mean / short.mean if short.mean > 0.0 else math.nan, message)}
 
 
-class Overlap:
+class Overlap(Detector[OverlapConfig]):
     """7: student and teacher differ more and more, by their likeliest tokens ("topk") or by their entropies ("gap"); or the student
     becomes far more certain than its teacher ("entropy").
 
     Values: the top-k overlap; |teacher's - student's entropy| in nats; the student's entropy divided by that of its start.
     """
 
-    needs = (
-        "student/topk_overlap/mean, student/entropy_gap/mean and teacher/entropy/mean (an objective with distributions)"
-    )
+    reads = ("student/topk_overlap/mean", "student/entropy_gap/mean", "teacher/entropy/mean")
+    where = "an objective with distributions"
 
     def __init__(self, config: OverlapConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._overlap, self._gap = Tracked(config.memory), Tracked(config.memory, lowest=True)
         self._student, self._teacher = Smoothed(config.memory), Smoothed(config.memory)
         self._start: Mark | None = None
 
-    def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, "student/topk_overlap/mean", "student/entropy_gap/mean", "teacher/entropy/mean")
-        if found is None:
-            return {}
+    def measure(self, step: int, *found: float) -> Measurements:
         best, least = self._overlap.add(found[0], step), self._gap.add(abs(found[1]), step)
         self._teacher, self._student = self._teacher.add(found[2]), self._student.add(found[2] - found[1])
         if self._start is None and self._student.count == _FEW_STEPS:
@@ -268,16 +250,16 @@ class Overlap:
         return Measurement(student.mean / start.mean, message)
 
 
-class TeacherDrift:
+class TeacherDrift(Detector[TeacherDriftConfig]):
     """10: the student loses one of its teachers.
 
     Values, by teacher: the reverse KL divided by its lowest, and how far the reward is below its best.
     """
 
-    needs = "kl/token/TEACHER/mean"
+    reads = ("kl/token/TEACHER/mean",)
 
     def __init__(self, config: TeacherDriftConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._kl: dict[str, Tracked] = {}
         self._reward: dict[str, Tracked] = {}
 
@@ -320,34 +302,34 @@ class TeacherDrift:
         return Measurement(best.mean - now.mean, message)
 
 
-class FormatErrors:
+class FormatErrors(Detector[FormatErrorsConfig]):
     """11: a CUSUM of the rate of format errors. Value: the sum.
 
     z = (rate - p) / sqrt(p (1 - p) / episodes) with the reference p = low + 3 sqrt(low (1 - low) / (episodes memory)), low the
     lowest moving average before this step: that far below its mean a moving average comes within a run by chance.
     """
 
-    needs = "format/errors/mean and detectors/episodes/sum"
+    reads = ("format/errors/mean", "detectors/episodes/sum")
 
     def __init__(self, config: FormatErrorsConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._rate = Tracked(config.memory, lowest=True)
         self._total = 0.0
         self._since: int | None = None
 
-    def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, "format/errors/mean", "detectors/episodes/sum")
-        if found is None or found[1] <= 0.0:
+    def measure(self, step: int, *found: float) -> Measurements:
+        rate, num_episodes = found
+        if num_episodes <= 0.0:
             return {}
-        usual = self._reference(found[0], found[1])
-        excess = (found[0] - usual) / math.sqrt(usual * (1.0 - usual) / found[1])
+        usual = self._reference(rate, num_episodes)
+        excess = (rate - usual) / math.sqrt(usual * (1.0 - usual) / num_episodes)
         self._total = cusum(self._total, excess, self.config.slack)
         self._since = began(self._since, step, self._total > 0.0)
-        self._rate.add(found[0], step)
+        self._rate.add(rate, step)
         message = None
         if self._total > self.config.limit:
             message = (
-                f"format errors rose to {found[0]:.1%} of the responses from {usual:.1%} (CUSUM {self._total:.1f}, limit "
+                f"format errors rose to {rate:.1%} of the responses from {usual:.1%} (CUSUM {self._total:.1f}, limit "
                 f"{self.config.limit:g}) since step {self._since}: read the flagged responses; set reward.coef > 0, so that every "
                 "error costs reward.format_error"
             )
@@ -362,13 +344,13 @@ class FormatErrors:
         return min(low + 3.0 * math.sqrt(low * (1.0 - low) / (num_episodes * steps)), 1.0 - least)
 
 
-class HeldOut:
+class HeldOut(Detector[HeldOutConfig]):
     """12: the held-out reward falls and the training reward does not follow. Value: how far the former is below its best."""
 
-    needs = "reward/mean and held_out/reward/mean"
+    reads = ("reward/mean", "held_out/reward/mean")
 
     def __init__(self, config: HeldOutConfig, *, train_memory: int) -> None:
-        self.config = config
+        super().__init__(config)
         self._train, self._held_out = Smoothed(train_memory), Tracked(config.memory)
 
     def observe(self, step: int, values: Values) -> Measurements:

@@ -2,15 +2,15 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from opd.config.detectors import Action, DetectorsConfig
-from opd.detectors.detectors import Detector, make_detectors
-from opd.detectors.statistics import Values
+from opd.detectors.detectors import make_detectors
+from opd.detectors.statistics import Detector, Values
 from opd.logging.run_folder import RunFolder, read_metrics
+from opd.step_metrics import matches
 
 _ALARMS = "alarms.jsonl"
 
@@ -30,7 +30,7 @@ class _Watched:
     of measurements without a cause since."""
 
     name: str
-    detector: Detector
+    detector: Detector[Any]
     active: bool = False
     quiet: dict[str, int] = field(default_factory=dict)
 
@@ -50,15 +50,12 @@ class Monitor:
     def inactive(self) -> dict[str, str]:
         """The detectors that have measured nothing so far: the metrics that each lacks, or that it needs more steps."""
         active = {watched.name for watched in self._watched if watched.active}
-        return {w.name: self._lacks(w.detector.needs) for w in self._watched if w.name not in active}
+        return {w.name: self._lacks(w.detector) for w in self._watched if w.name not in active}
 
-    def _lacks(self, needs: str) -> str:
-        """needs: metrics by name, TEACHER for any."""
-        for metric in re.findall(r"[\w/]+/(?:mean|sum)", needs):
-            pattern = re.compile(re.escape(metric).replace("TEACHER", "[^/]+"))
-            if not any(pattern.fullmatch(name) for name in self._seen):
-                return f"needs {needs}"
-        return "more steps"
+    def _lacks(self, detector: Detector[Any]) -> str:
+        if all(any(matches(pattern, name) for name in self._seen) for pattern in detector.reads):
+            return "more steps"
+        return f"needs {', '.join(detector.reads)}" + (f" ({detector.where})" if detector.where else "")
 
     def observe(self, step: int, values: Values) -> list[Alarm]:
         """Advance every detector by the plain metrics of a step; returns the new alarms.

@@ -1,9 +1,11 @@
-"""The statistics of the detectors: moving averages with their standard errors, their extremes, and cumulative sums."""
+"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+from opd.config.detectors import DetectorConfig
 
 Values: TypeAlias = Mapping[str, float]
 """The plain metrics of a step, by name."""
@@ -119,3 +121,26 @@ def finite(values: Values, *names: str) -> tuple[float, ...] | None:
     """The named metrics; None unless all are there and are finite numbers."""
     found = tuple(values.get(name, math.nan) for name in names)
     return found if all(math.isfinite(value) for value in found) else None
+
+
+Settings = TypeVar("Settings", bound=DetectorConfig)
+
+
+class Detector(Generic[Settings]):
+    """A detector as the steps so far have left it. reads: the metrics that it needs, TEACHER for any teacher; where: the runs that
+    have these metrics, for a message."""
+
+    reads: tuple[str, ...]
+    where: str = ""
+
+    def __init__(self, config: Settings) -> None:
+        self.config = config
+
+    def observe(self, step: int, values: Values) -> Measurements:
+        """Take the metrics of the next step; returns the detector's values, nothing where a metric is missing."""
+        found = finite(values, *self.reads)
+        return {} if found is None else self.measure(step, *found)
+
+    def measure(self, step: int, *found: float) -> Measurements:
+        """The same from the values of `reads`, which are finite."""
+        raise NotImplementedError

@@ -1,30 +1,25 @@
 """The detectors of a fraction that must stay low: one class each, which names the metric and says what to do."""
 
 from opd.config.detectors import ThresholdConfig
-from opd.detectors.statistics import Measurement, Measurements, Tracked, Values, above, began, finite
+from opd.detectors.statistics import Detector, Measurement, Measurements, Tracked, above, began
 
 
-class Threshold:
+class Threshold(Detector[ThresholdConfig]):
     """A fraction that has risen above its threshold, or has stayed there for long. Value: its moving average.
 
-    needs: the metric; beside: a metric that is subtracted from it; symptom, advice: for the message.
+    reads: the metric, and a metric that is subtracted from it, if any; symptom, advice: for the message.
     """
 
-    needs: str
-    beside: str | None = None
     symptom: str
     advice: str
 
     def __init__(self, config: ThresholdConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._fraction = Tracked(config.memory, lowest=True)
         self._since: int | None = None
         self._steps = 0
 
-    def observe(self, step: int, values: Values) -> Measurements:
-        found = finite(values, self.needs, *filter(None, [self.beside]))
-        if found is None:
-            return {}
+    def measure(self, step: int, *found: float) -> Measurements:
         threshold, low = self.config.threshold, self._fraction.add(found[0] - sum(found[1:]), step)
         now = self._fraction.now
         over = low is not None and now.mean > threshold
@@ -42,7 +37,7 @@ class Threshold:
 class Repetition(Threshold):
     """4: responses that are loops."""
 
-    needs = "detectors/looping/mean"
+    reads = ("detectors/looping/mean",)
     symptom = "responses that are loops"
     advice = "read them; lower objective.discount, or set reward.coef > 0 and the check 'repetition'"
 
@@ -50,7 +45,7 @@ class Repetition(Threshold):
 class Truncation(Threshold):
     """5: responses that are cut."""
 
-    needs = "response/truncated/mean"
+    reads = ("response/truncated/mean",)
     symptom = "responses cut at a limit of tokens"
     advice = "raise sampling.max_new_tokens, or set reward.coef > 0 and the check 'truncated'"
 
@@ -58,7 +53,7 @@ class Truncation(Threshold):
 class LowKl(Threshold):
     """6: long responses with a passage in which the teacher is much closer to the student than elsewhere."""
 
-    needs = "detectors/low_kl/mean"
+    reads = ("detectors/low_kl/mean",)
     symptom = "long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest"
     advice = "read them: the student may hide in passages of which the teacher is sure"
 
@@ -66,7 +61,7 @@ class LowKl(Threshold):
 class SpecialTokens(Threshold):
     """8: special tokens on which student and teacher differ extremely."""
 
-    needs = "detectors/special_tokens/mean"
+    reads = ("detectors/special_tokens/mean",)
     symptom = "special tokens with a log ratio beyond 15 nats"
     advice = (
         "where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
@@ -77,7 +72,6 @@ class SpecialTokens(Threshold):
 class CommonTokens(Threshold):
     """9: the fraction of the positive advantage on the five most common tokens, above their fraction of the tokens."""
 
-    needs = "detectors/common_gain/mean"
-    beside = "detectors/common_actions/mean"
+    reads = ("detectors/common_gain/mean", "detectors/common_actions/mean")
     symptom = "positive advantage on the five most common tokens, above their fraction of the tokens"
     advice = "read the responses: a style may be learned instead of answers"
