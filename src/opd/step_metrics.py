@@ -44,7 +44,7 @@ METRICS = tuple(
         ("divergence/token/mean", "nats", "The divergence that the loss minimises, where it is not the full reverse KL."),
         ("student/entropy/mean", "nats", "Entropy of the student at the states where distributions are compared."),
         ("student/nll/mean", "nats", "Negative log-likelihood of the tokens that train."),
-        ("student/topk_overlap/mean", "fraction", "The 16 likeliest tokens that student and teacher share, at some states."),
+        ("student/topk_overlap/mean", "fraction", "Of the 16 likeliest tokens, those that student and teacher share, at some states."),
         ("student/topk_overlap/TEACHER/mean", "fraction", "The same on the prompts of one teacher."),
         ("student/entropy_gap/mean", "nats", "Entropy of the teacher minus that of the student, at the same states."),
         ("teacher/entropy/mean", "nats", "Entropy of the teacher at the same states."),
@@ -118,7 +118,7 @@ METRICS = tuple(
         ("detectors/unflagged_advantage/mean", "", "Advantage of the other tokens."),
         ("detectors/common_gain/mean", "fraction", "Positive advantage on the five most common tokens."),
         ("detectors/common_actions/mean", "fraction", "Actions that are one of the five most common tokens."),
-        ("detectors/DETECTOR/value", "", "What a detector measured, in the unit of its page."),
+        ("detectors/DETECTOR/value", "", "The value of a detector ([what it measures](../safeguards.md#detectors))."),
         ("detectors/DETECTOR/ASPECT/value", "", "The same, for a detector with several values."),
         ("detectors/DETECTOR/TEACHER/ASPECT/value", "", "The same by teacher."),
         # time

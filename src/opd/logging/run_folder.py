@@ -20,6 +20,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -30,10 +31,11 @@ from safetensors import SafetensorError
 from opd.checkpoint import replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
-from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, Score, ScoredRollout, Turn
 
 _OWN_CODE = "own_code.txt"
 _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
+_PLAIN = ("sample", "part", "reward", "finish", "policy_version")  # fields of a rollout that JSON holds as they are
 
 
 class RunFolder:
@@ -256,8 +258,7 @@ def explain_io(path: Path) -> Iterator[None]:
 
 
 def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
-    rollout, score = scored.rollout, scored.score
-    prompt = rollout.prompt
+    rollout, score, prompt = scored.rollout, scored.score, scored.rollout.prompt
     actions = rollout.loss_mask
     plain: dict[str, Any] = {
         "id": rollout.id,
@@ -270,28 +271,19 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
             "meta": _json_or_nothing(prompt.meta),
             "tools": list(prompt.tools),
         },
-        "sample": rollout.sample,
-        "response": rollout.response,
+        **{name: getattr(rollout, name) for name in ("response", *_PLAIN)},
         "messages": [dict(m) for m in rollout.messages[len(prompt.messages) :]],
-        "part": rollout.part,
-        "flags": [[f.rule, f.start, f.end] for f in rollout.flags],
+        "flags": [astuple(flag) for flag in rollout.flags],
         "events": dict(rollout.events),
-        "reward": rollout.reward,
-        "finish": rollout.finish,
-        "policy_version": rollout.policy_version,
-        "turns": [[t.author, t.start, t.end] for t in rollout.turns],
+        "turns": [astuple(turn) for turn in rollout.turns],
         "token_ids": rollout.token_ids.tolist(),
         "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
     }
-    if rollout.opened:
-        plain["opened"] = rollout.opened
-    if rollout.failure is not None:
-        plain["episode_failure"] = rollout.failure
-    if scored.retries:
-        plain["retries"] = scored.retries
+    sometimes = {"opened": rollout.opened, "episode_failure": rollout.failure, "retries": scored.retries}
+    plain |= {name: value for name, value in sometimes.items() if value}
     if isinstance(score, FailedScore):
         return plain | {"failure": score.reason} | ({"lost": True} if score.lost else {})
-    plain |= {"teacher_logprobs": _numbers(score.logprobs[actions])}
+    plain["teacher_logprobs"] = _numbers(score.logprobs[actions])
     if isinstance(score, ChunkScore):
         plain |= {"chunks": score.chunks[actions].tolist(), "num_bytes": score.num_bytes, "facts": dict(score.facts)}
     return plain
@@ -303,37 +295,36 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"],
         meta=MappingProxyType(head["meta"]), tools=tuple(head["tools"]),
     )  # fmt: skip
-    turns = tuple(Turn(author, start, end) for author, start, end in plain["turns"])
+    turns = tuple(Turn(*turn) for turn in plain["turns"])
     mask = np.zeros(len(plain["token_ids"]), dtype=bool)
     for turn in turns:
         mask[turn.start : turn.end] = turn.author == "student"
     rollout = Rollout(
         prompt=prompt,
-        sample=plain["sample"],
         token_ids=np.array(plain["token_ids"], dtype=np.int32),
         loss_mask=mask,
         rollout_logprobs=_spread(plain["rollout_logprobs"], mask),
         turns=turns,
         messages=(*prompt.messages, *plain["messages"]),
-        finish=plain["finish"],
-        policy_version=plain["policy_version"],
-        reward=plain["reward"],
-        part=plain["part"],
         flags=tuple(Flag(*flag) for flag in plain["flags"]),
         events=MappingProxyType(plain["events"]),
         failure=plain.get("episode_failure"),
         opened=plain.get("opened", ""),
+        **{name: plain[name] for name in _PLAIN},
     )
+    return ScoredRollout(rollout, _score_from(plain, mask), retries=plain.get("retries", 0))
+
+
+def _score_from(plain: Mapping[str, Any], mask: np.ndarray) -> Score:
+    teacher = plain["prompt"]["teacher"]
     if "failure" in plain:
-        failed = FailedScore(prompt.teacher, plain["failure"], lost=plain.get("lost", False))
-        return ScoredRollout(rollout, failed, retries=plain.get("retries", 0))
+        return FailedScore(teacher, plain["failure"], lost=plain.get("lost", False))
     logprobs = _spread(plain["teacher_logprobs"], mask)
-    if "chunks" in plain:
-        chunks = np.full(len(mask), -1, dtype=np.int32)
-        chunks[mask] = plain["chunks"]
-        facts = MappingProxyType(plain["facts"])
-        return ScoredRollout(rollout, ChunkScore(prompt.teacher, logprobs, chunks, plain["num_bytes"], facts))
-    return ScoredRollout(rollout, SampledScore(prompt.teacher, logprobs), retries=plain.get("retries", 0))
+    if "chunks" not in plain:
+        return SampledScore(teacher, logprobs)
+    chunks = np.full(len(mask), -1, dtype=np.int32)
+    chunks[mask] = plain["chunks"]
+    return ChunkScore(teacher, logprobs, chunks, plain["num_bytes"], MappingProxyType(plain["facts"]))
 
 
 def _json_or_nothing(meta: Mapping[str, Any]) -> dict[str, Any]:
