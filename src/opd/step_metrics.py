@@ -44,7 +44,7 @@ METRICS = tuple(
         ("divergence/token/mean", "nats", "The divergence that the loss minimises, where it is not the full reverse KL."),
         ("student/entropy/mean", "nats", "Entropy of the student at the states where distributions are compared."),
         ("student/nll/mean", "nats", "Negative log-likelihood of the tokens that train."),
-        ("student/topk_overlap/mean", "fraction", "Of the 16 likeliest tokens, those that student and teacher share, at some states."),
+        ("student/topk_overlap/mean", "fraction", "Of the 16 likeliest tokens, those in common with the teacher, at some states."),
         ("student/topk_overlap/TEACHER/mean", "fraction", "The same on the prompts of one teacher."),
         ("student/entropy_gap/mean", "nats", "Entropy of the teacher minus that of the student, at the same states."),
         ("teacher/entropy/mean", "nats", "Entropy of the teacher at the same states."),
