@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz mutants check format clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz mutants check format reference clean
 
 install: .venv/installed
 
@@ -112,6 +112,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages of docs/reference/ that are generated from the code; a test holds them to it.
+reference: install
+	$(BIN)/python -m opd.step_metrics > docs/reference/metrics.md
 
 clean:
 	rm -rf .venv .venv-peers .venv-vllm models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from opd.logging.background import Background
+from opd.logging.run_folder import Background
 
 
 def test_a_job_runs_beside_its_caller():

@@ -1,4 +1,4 @@
-"""What the detectors see of a step: each figure by hand, its laws, and batches that lack something."""
+"""The metrics that detectors read: each by hand, its laws, and batches that lack something."""
 
 import math
 from dataclasses import replace
@@ -35,14 +35,14 @@ def made(count: int, *, sample: int = 0, teacher: str = "t", ids: list[int] | No
 
 
 def found(items: list[ScoredRollout], *, special: frozenset[int] = frozenset(), **columns: Any) -> dict[str, float]:
-    """The plain evidence of some rollouts; `columns` take the place of the batch's."""
+    """The plain metrics of some rollouts; `columns` take the place of the batch's."""
     batch, _ = pack(items, logprob_floor=-50.0)
     return values(detector_metrics(items, replace(batch, **columns), special_ids=special))
 
 
 @quick
 @given(st.lists(st.tuples(small, st.sampled_from([0.0, 0.5, 1.0])), max_size=12))
-def test_auroc_is_the_share_of_pairs_in_the_right_order(pairs: list[tuple[float, float]]):
+def test_auroc_is_the_fraction_of_pairs_in_the_right_order(pairs: list[tuple[float, float]]):
     wins = weight = 0.0
     for (a, high), (b, low) in product(pairs, pairs):
         if high > low:
@@ -88,7 +88,7 @@ def test_the_longest_run_is_the_longest_block_of_true(low: list[bool]):
     assert longest_run(np.array(low, dtype=bool)) == wanted
 
 
-def test_the_log_ratio_of_a_response_is_ranked_against_its_outcome():
+def test_the_log_ratio_of_a_response_is_ranked_against_its_reward():
     totals = {0: (-3.0, 1.0), 1: (-1.0, 0.0), 2: (-2.0, 0.0), 3: (-5.0, None)}
     items = [scored(made(1, sample=i, reward=o), [t - 1.0]) for i, (t, o) in totals.items()]
     metrics = found(items)
@@ -212,7 +212,7 @@ def test_an_integrated_part_is_added_to_the_sampled_one_where_it_acts():
     assert metrics["detectors/unflagged_advantage/mean"] == -1.0
 
 
-def test_the_five_most_common_tokens_have_their_share_of_the_positive_advantage():
+def test_the_five_most_common_tokens_have_their_fraction_of_the_positive_advantage():
     ids = [3, 4, 5, 6, 7] * 2 + list(range(20, 30))
     gains = [1.0, -9.0] + [0.0] * 8 + [3.0] + [0.0] * 9
     item = scored(made(0, ids=ids), [g - 1.0 for g in gains])

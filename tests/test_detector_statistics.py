@@ -1,8 +1,6 @@
 """The statistics that detectors rest on: averages and their noise, sums of excess, and pooled areas."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from opd.config.detectors import AurocConfig, FormatErrorsConfig
 from opd.detectors.detectors import Auroc, FormatErrors
-from opd.detectors.statistics import Mark, Smoothed, above, cusum, highest, lowest
+from opd.detectors.statistics import Mark, Smoothed, Tracked, above, cusum
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -29,13 +27,24 @@ def test_a_young_average_is_the_plain_mean(values: list[float], memory: int):
 
 
 def test_a_stream_is_not_compared_before_it_has_filled_its_memory():
-    averaged, best, least = Smoothed(5), None, None
+    largest, smallest = Tracked(5), Tracked(5, lowest=True)
     for step, value in enumerate([9.0, -9.0, 1.0, 1.0]):
+        assert largest.add(value, step) is smallest.add(value, step) is None
+    assert largest.add(1.0, 4, 7.0) == smallest.add(1.0, 4, 7.0) == Mark(largest.now, 4, (7.0,))
+
+
+@quick
+@given(st.lists(st.floats(-100, 100), max_size=30), st.integers(1, 6))
+def test_the_most_extreme_mean_is_the_first_of_the_largest_or_smallest(values: list[float], memory: int):
+    largest, smallest, averaged, means = Tracked(memory), Tracked(memory, lowest=True), Smoothed(memory), []
+    for step, value in enumerate(values):
         averaged = averaged.add(value)
-        best, least = highest(best, averaged, step), lowest(least, averaged, step)
-    assert best is least is None
-    averaged = averaged.add(1.0)
-    assert highest(best, averaged, 4, 7.0) == lowest(least, averaged, 4, 7.0) == Mark(averaged, 4, (7.0,))
+        means += [averaged.mean] if averaged.ready else []
+        best, least = largest.add(value, step), smallest.add(value, step)
+        for mark, pick in ((best, max), (least, min)):
+            assert (mark is None) == (not means)
+            if mark is not None:
+                assert (mark.mean, mark.step) == (pick(means), memory - 1 + means.index(pick(means)))
 
 
 def test_the_noise_of_a_stream_is_its_variance_and_a_trend_adds_little():
@@ -63,11 +72,10 @@ def test_the_variance_of_the_average_is_what_its_error_says():
 def test_chance_alone_does_not_leave_the_most_extreme_mean():
     rng = np.random.default_rng(2)
     for _ in range(10):
-        averaged, best, left = Smoothed(10), None, False
+        tracked, left = Tracked(10), False
         for step, value in enumerate(rng.binomial(16, 0.7, 1000)):
-            averaged = averaged.add(float(value))
-            best = highest(best, averaged, step)
-            left |= best is not None and above(best.stream, averaged, 0.0)
+            best = tracked.add(float(value), step)
+            left |= best is not None and above(best.stream, tracked.now, 0.0)
         assert not left
 
 
@@ -85,7 +93,7 @@ def test_the_cusum_is_the_largest_sum_over_a_last_stretch(excess: list[float], s
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(12, 80))
 def test_the_format_errors_are_a_plain_loop(errors: list[int], num: int):
     config = FormatErrorsConfig(memory=4, acceptable=0.05, slack=0.5, limit=6.0)
-    state = FormatErrors(config, Smoothed(4))
+    detector = FormatErrors(config)
     total, means, mean = 0.0, [], 0.0
     for step, count in enumerate(errors):
         rate = count / num
@@ -95,21 +103,21 @@ def test_the_format_errors_are_a_plain_loop(errors: list[int], num: int):
         total = max(0.0, total + (rate - usual) / math.sqrt(usual * (1.0 - usual) / num) - 0.5)
         mean += max(1.0 / (step + 1), 0.4) * (rate - mean)
         means.append(mean)
-        state, readings = state.observe(step, {"format/errors/mean": rate, "detectors/episodes/sum": float(num)})
-        assert readings[""].value == pytest.approx(total, abs=1e-9)
-        assert (readings[""].message is not None) == (total > 6.0) or total == pytest.approx(6.0)
+        found = detector.observe(step, {"format/errors/mean": rate, "detectors/episodes/sum": float(num)})[""]
+        assert found.value == pytest.approx(total, abs=1e-9)
+        assert (found.message is not None) == (total > 6.0) or total == pytest.approx(6.0)
 
 
 def test_the_pooled_auroc_weighs_steps_by_their_precision():
-    state = Auroc(AurocConfig(memory=10**9))
-    readings: Mapping[str, Any] = {}
+    detector = Auroc(AurocConfig(memory=10**9))
+    pooled_area = math.nan
     steps = [(0.9, 15.0, 8.0), (0.4, 1024.0, 64.0), (0.5, 256.0, 32.0)]
     for step, (area, pairs, num) in enumerate(steps):
         line = {"detectors/auroc/mean": area, "detectors/auroc_pairs/sum": pairs, "detectors/auroc_of/sum": num}
-        state, readings = state.observe(step, line)
+        pooled_area = detector.observe(step, line)[""].value
     precision = [12.0 * pairs / (num + 1.0) for _, pairs, num in steps]
     pooled = sum(p * area for p, (area, _, _) in zip(precision, steps, strict=True)) / sum(precision)
-    assert readings[""].value == pytest.approx(pooled)
+    assert pooled_area == pytest.approx(pooled)
 
 
 def test_the_precision_of_a_step_is_that_of_the_rank_statistic():

@@ -1,4 +1,4 @@
-"""Each detector on a stream that must alarm it and on one that must not, and replays."""
+"""Each detector on a stream with a cause for an alarm and on one without, and replays."""
 
 import json
 import math
@@ -65,8 +65,8 @@ def stream(
 
 
 def observe(lines: Sequence[Line], config: DetectorsConfig | None = None) -> list[Alarm]:
-    watch = Monitor(config or DetectorsConfig())
-    return [alarm for line in lines for alarm in watch.observe(line["step"], line)]
+    monitor = Monitor(config or DetectorsConfig())
+    return [alarm for line in lines for alarm in monitor.observe(line["step"], line)]
 
 
 def ramp(before: float, after: float, first: int = 60, last: int = 90) -> Curve:
@@ -79,12 +79,12 @@ def level(value: float) -> Curve:
 
 
 FIRES: dict[str, tuple[str, dict[str, Curve | None], str]] = {
-    "the reward falls while the reward rises": (
+    "the reward falls while the reverse KL of a token falls": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.1)},
         "reward fell from 0.6",
     ),
-    "the reward falls while that of a sequence rises": (
+    "the reward falls while the reverse KL of a sequence falls": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 20.0)},
         "KL fell per sequence",
@@ -146,11 +146,11 @@ FIRES: dict[str, tuple[str, dict[str, Curve | None], str]] = {
 }
 
 QUIET: dict[str, tuple[str, dict[str, Curve | None]]] = {
-    "the reward falls and the reward with it": (
+    "the reward falls while the reverse KL rises": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.3), "kl/token/mean": ramp(0.5, 0.9), "kl/sequence/mean": ramp(50.0, 90.0)},
     ),
-    "the reward rises at an reward that stays": ("goodhart", {"kl/token/mean": ramp(0.5, 0.1)}),
+    "the reverse KL falls while the reward stays": ("goodhart", {"kl/token/mean": ramp(0.5, 0.1)}),
     "the reward falls by less than is allowed": (
         "goodhart",
         {"reward/mean": ramp(0.6, 0.56), "kl/token/mean": ramp(0.5, 0.1)},
@@ -303,12 +303,12 @@ def test_an_alarm_carries_the_action_of_its_detector(action: Any):
 
 def test_a_detector_that_is_off_neither_measures_nor_alarms():
     tables = {name: {"action": "off"} for name in DetectorsConfig.model_fields if name != "rearm_steps"}
-    watch = Monitor(DetectorsConfig.model_validate(tables))
-    assert [watch.observe(i, line) for i, line in enumerate(stream({"detectors/looping/mean": level(0.9)}))] == [
+    monitor = Monitor(DetectorsConfig.model_validate(tables))
+    assert [monitor.observe(i, line) for i, line in enumerate(stream({"detectors/looping/mean": level(0.9)}))] == [
         []
     ] * STEPS
-    assert watch.values == {}
-    assert watch.inactive == {}
+    assert monitor.values == {}
+    assert monitor.inactive == {}
 
 
 def test_a_table_of_one_setting_keeps_the_detectors_other_defaults():
@@ -318,23 +318,23 @@ def test_a_table_of_one_setting_keeps_the_detectors_other_defaults():
 
 
 def test_a_detector_without_data_says_what_it_needs():
-    watch = Monitor(DetectorsConfig())
-    assert set(watch.inactive) == set(DetectorsConfig.model_fields) - {"rearm_steps"}
+    monitor = Monitor(DetectorsConfig())
+    assert set(monitor.inactive) == set(DetectorsConfig.model_fields) - {"rearm_steps"}
     for line in stream({"held_out/reward/mean": None, "detectors/auroc/mean": None, "student/topk_overlap/mean": None}):
-        watch.observe(line["step"], line)
-    assert set(watch.inactive) == {"held_out", "log_ratio_reward_auroc", "overlap"}
-    assert "held_out/reward/mean" in watch.inactive["held_out"]
+        monitor.observe(line["step"], line)
+    assert set(monitor.inactive) == {"held_out", "log_ratio_reward_auroc", "overlap"}
+    assert "held_out/reward/mean" in monitor.inactive["held_out"]
 
 
-def test_what_detectors_measure_can_be_drawn():
-    watch = Monitor(DetectorsConfig())
+def test_the_values_of_detectors_are_metrics():
+    monitor = Monitor(DetectorsConfig())
     for line in stream():
-        watch.observe(line["step"], line)
-    assert watch.values["detectors/truncation/value"] == pytest.approx(0.04, abs=0.03)
-    assert watch.values["detectors/truncation/length/value"] == pytest.approx(1.0, abs=0.1)
-    assert watch.values["detectors/teacher_drift/letters/kl/value"] == pytest.approx(1.0, abs=0.2)
-    assert watch.values["detectors/overlap/topk/value"] == pytest.approx(0.7, abs=0.05)
-    assert all(name.startswith("guard/") and name.endswith("/value") for name in watch.values)
+        monitor.observe(line["step"], line)
+    assert monitor.values["detectors/truncation/value"] == pytest.approx(0.04, abs=0.03)
+    assert monitor.values["detectors/truncation/length/value"] == pytest.approx(1.0, abs=0.1)
+    assert monitor.values["detectors/teacher_drift/letters/kl/value"] == pytest.approx(1.0, abs=0.2)
+    assert monitor.values["detectors/overlap/topk/value"] == pytest.approx(0.7, abs=0.05)
+    assert all(name.startswith("detectors/") and name.endswith("/value") for name in monitor.values)
 
 
 odd = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e308, -1e308, 5e-324]))
@@ -347,20 +347,20 @@ odd = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e308, -1e308, 5e-324]))
     )
 )
 def test_no_values_make_it_fail(lines: list[Line]):
-    watch = Monitor(
+    monitor = Monitor(
         DetectorsConfig.model_validate(
             {name: {"memory": 2} for name in DetectorsConfig.model_fields if name != "rearm_steps"}
         )
     )
     for step, line in enumerate(lines):
-        for alarm in watch.observe(step, line):
+        for alarm in monitor.observe(step, line):
             assert alarm.message
             assert "\n" not in alarm.message
-        assert all(math.isfinite(value) for value in watch.values.values())
+        assert all(math.isfinite(value) for value in monitor.values.values())
 
 
 def test_a_detector_that_has_its_metrics_and_too_few_steps_says_so():
-    watch = Monitor(DetectorsConfig())
-    watch.observe(1, {"kl/token/first/mean": 0.1, "kl/token/mean": 0.1})
-    assert watch.inactive["teacher_drift"] == "more steps"
-    assert watch.inactive["goodhart"].startswith("needs reward/mean")
+    monitor = Monitor(DetectorsConfig())
+    monitor.observe(1, {"kl/token/first/mean": 0.1, "kl/token/mean": 0.1})
+    assert monitor.inactive["teacher_drift"] == "more steps"
+    assert monitor.inactive["goodhart"].startswith("needs reward/mean")

@@ -14,11 +14,10 @@ import opd
 from opd.config.detectors import DetectorsConfig
 from opd.detectors.detectors import HeldOut
 from opd.detectors.metrics import _rewards
-from opd.detectors.statistics import Detector, Smoothed
 from opd.evaluate import Cell, ParityRow, evaluate, parity_json, parity_text
-from opd.loop import rollout_metrics
 from opd.metrics import mean_interval, values
 from opd.rewards.judge import Judge
+from opd.step_metrics import rollout_metrics
 
 
 def graded(rewards: list[float]) -> Cell:
@@ -45,14 +44,14 @@ def test_the_mean_reward_is_one_number_in_training_evaluation_and_detectors(rewa
 
 
 @pytest.mark.parametrize("reward", [0.5, 0.25, 1.0])
-def test_the_held_out_outcome_of_rewards_in_part_is_their_mean(tmp_path: Path, reward: float):
+def test_the_held_out_reward_of_rewards_in_part_is_their_mean(tmp_path: Path, reward: float):
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 1, "held_out_prompts": 3})
     lines = opd.read_metrics(opd.train(opd.parse_config(tree), reward=lambda prompt, response: reward).run)
     for line in lines:
         assert line["reward/mean"] == line["held_out/reward/mean"] == line["held_out/reward/second/mean"] == reward
 
 
-def test_the_held_out_outcome_over_all_weighs_every_response_alike(tmp_path: Path):
+def test_the_held_out_reward_over_all_weighs_every_response_alike(tmp_path: Path):
     """Two tasks with 12 and 4 held-out prompts: the mean of responses, not of tasks, as `reward` is."""
     tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0, "every": 2, "held_out_prompts": 12})
     tree["tasks"]["first"]["held_out_path"] = tree["tasks"]["first"]["path"]
@@ -65,7 +64,7 @@ def test_the_held_out_outcome_over_all_weighs_every_response_alike(tmp_path: Pat
 def test_the_held_out_detector_sees_rewards_in_part_fall():
     """Rewards of 0.6 that fall to 0.3 while training's stay: no response was ever worth 1."""
     config = DetectorsConfig()
-    state: Detector = HeldOut(config.held_out, Smoothed(20), Smoothed(config.held_out.memory))
+    detector = HeldOut(config.held_out, train_memory=20)
     noise, alarms = np.random.default_rng(0), []
     for step in range(1, 201):
         worth = 0.6 if step < 100 else 0.3
@@ -75,8 +74,7 @@ def test_the_held_out_detector_sees_rewards_in_part_fall():
             "reward/mean": 0.6 + 0.02 * float(noise.uniform(-1, 1)),
             "held_out/reward/mean": cell.mean_reward or 0.0,
         }
-        state, readings = state.observe(step, line)
-        alarms += [r.message for r in readings.values() if r.message]
+        alarms += [found.message for found in detector.observe(step, line).values() if found.message]
     assert alarms
 
 

@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 import opd
 from opd.cli import app
-from opd.logging.background import Background
-from opd.logging.run_folder import RunFolder
+from opd.logging.run_folder import Background, RunFolder
 from opd.trainer import _Run
 
 STEPS = 30

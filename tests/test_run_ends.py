@@ -90,7 +90,7 @@ def bug() -> None:
 FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "the rollouts' file": (RunFolder, "write_rollouts", 2, full, 3, True),  # written beside the next step
     "the metrics' file": (RunFolder, "append_metrics", 3, full, 3, True),
-    "the alarms' file": (opd.trainer.Watcher, "observe", 3, dead, 3, True),
+    "the alarms' file": (opd.trainer.RunMonitor, "observe", 3, dead, 3, True),
     "the console": (opd.trainer.ProgressLine, "step", 3, full, 3, True),
     "a sampler whose server dies": (LocalSampler, "sample", 5, dead, 2, True),
     "a sampler that takes no weights": (LocalSampler, "load_weights", 3, dead, 2, True),
@@ -387,9 +387,9 @@ def test_a_run_folder_in_the_way_is_continued_with_what_fits_it(
     notes.mkdir()
     (notes / "notes.txt").write_text("mine")
     for place, advice in (
-        (whole, f"continue it with: opd train --resume {whole}; or choose another place with output=..."),
-        (tuned[1], f"continue it with: opd sft --resume {tuned[1]}; or choose another place with output=..."),
-        (notes, "exists and is not empty; choose another place with output=..."),
+        (whole, f"continue it with: opd train --resume {whole}; or choose another folder with output=..."),
+        (tuned[1], f"continue it with: opd sft --resume {tuned[1]}; or choose another folder with output=..."),
+        (notes, "exists and is not empty; choose another folder with output=..."),
     ):
         line = one_line(train(tree | {"output": str(place)}, tmp_path))
         assert advice in line

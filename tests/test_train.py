@@ -22,7 +22,7 @@ import opd
 from opd import checkpoint
 from opd.local.build import build
 from opd.logging.run_folder import RunFolder
-from opd.records import FailedScore
+from opd.records import ChunkScore, FailedScore, Flag
 
 IDS = torch.tensor([[256, 104, 105, 32, 119, 111, 114, 108, 100, 257]])
 
@@ -171,6 +171,35 @@ def test_a_response_of_line_separators_reads_back(tmp_path: Path):
     back = list(opd.read_rollouts(tmp_path))
     assert [s.rollout.response for s in back] == [text, text]
     assert [float(s.score.logprobs[-1]) for s in back if not isinstance(s.score, FailedScore)] == [-0.5, -0.25]
+
+
+def test_every_kind_of_score_reads_back_with_its_retries(tmp_path: Path):
+    item = replace(
+        rollout([1, 2, 3, 4], 2, prompt=prompt()),
+        part=1,
+        events={"failed": 1},
+        flags=(Flag("tags", 2, 3),),
+        opened="<think>",
+    )
+    plain = scored(item, [-0.5, -0.25])
+    chunks = ChunkScore("t", np.array([0, 0, 0, -1.5], np.float32), np.array([-1, -1, 0, 0], np.int32), 3, {"turns": 1})
+    given = [
+        replace(plain, retries=3),
+        replace(plain, score=chunks, retries=3),
+        replace(plain, rollout=replace(item, failure="a reason"), score=FailedScore("t", "gone", lost=True), retries=3),
+    ]
+    RunFolder(tmp_path).write_rollouts(1, given)
+    for then, now in zip(opd.read_rollouts(tmp_path), given, strict=True):
+        assert then.retries == 3
+        for name in ("part", "flags", "opened", "failure", "turns", "reward", "messages"):
+            assert getattr(then.rollout, name) == getattr(now.rollout, name), name
+        assert dict(then.rollout.events) == {"failed": 1}
+        assert type(then.score) is type(now.score)
+        if isinstance(then.score, FailedScore):
+            assert then.score == now.score
+        if isinstance(then.score, ChunkScore):
+            assert then.score.chunks.tolist() == chunks.chunks.tolist()
+            assert (then.score.num_bytes, dict(then.score.facts)) == (3, {"turns": 1})
 
 
 def test_reading_rollouts_of_a_step_that_was_never_done_says_so(mixed: Run):

@@ -16,11 +16,11 @@ import opd
 from opd.batch import pack, trainable
 from opd.errors import RunError
 from opd.evaluate import ParityRow, evaluate, parity_text
-from opd.loop import rollout_metrics
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Message, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
+from opd.step_metrics import rollout_metrics
 
 UNREADABLE = "too long for the teacher"
 

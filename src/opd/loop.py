@@ -16,15 +16,13 @@ from opd.config import Config
 from opd.data.stream import PromptStream
 from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
-from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values
+from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.objective import compute_advantages
 from opd.prefetch import Prefetch
-from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
+from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
-from opd.rewards.reward import TIMEOUTS
 from opd.roles import Learner, Sampler, Seed, Teacher
-from opd.text.alignment import LARGEST, total
-from opd.text.alignment_report import shares
+from opd.step_metrics import alignment_metrics, sampling_metrics
 
 _MAX_EMPTY_STEPS = 3  # steps in a row without a usable rollout, of all teachers or of one: no accident any more
 
@@ -186,7 +184,7 @@ def update(config: Config, components: Components, step: int, collected: Collect
             metrics["batch/dropped/sum"] = Sum(len(scored))
         failure = _load_weights(components, step)
     rollouts = [item.rollout for item in scored]
-    metrics |= _sampling_metrics(rollouts, scored) | clock.metrics(sum(len(r.token_ids) for r in rollouts))
+    metrics |= sampling_metrics(scored) | clock.metrics(sum(len(r.token_ids) for r in rollouts))
     if config.cluster.max_staleness:
         ages = [step - 1 - r.policy_version for r in rollouts]
         metrics |= {"staleness/mean": mean_of(ages), "staleness/max": Max(max(ages))}
@@ -264,58 +262,3 @@ def _require_most(config: Config, step: int, scored: Sequence[ScoredRollout]) ->
             f"step {step}: {len(lost)} of {len(scored)} rollouts were lost ({_why(lost)}), more than remote.max_lost_fraction = "
             f"{config.remote.max_lost_fraction:g}"
         )
-
-
-def _sampling_metrics(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout]) -> Metrics:
-    """What was sampled, how many rollouts each teacher could not score, and what servers lost or were asked again."""
-    metrics = rollout_metrics(rollouts) | {f"failed/{name}/sum": Sum(n) for name, n in _failures(scored).items()}
-    retries = sum(s.retries + s.rollout.events.get("retried", 0) for s in scored)
-    lost = sum(map(_lost, scored))
-    return metrics | {f"remote/{name}/sum": Sum(n) for name, n in (("retried", retries), ("lost", lost)) if n}
-
-
-def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
-    """How each teacher with another tokenizer read the responses (`opd.text.alignment_report.shares`)."""
-    found: dict[str, list[Mapping[str, int]]] = {}
-    for item in scored:
-        if isinstance(item.score, ChunkScore):
-            found.setdefault(item.score.teacher, []).append(item.score.facts)
-    metrics: Metrics = {}
-    for teacher, facts in found.items():
-        for name, share in shares(total(facts)).items():
-            if name == LARGEST:
-                metrics[f"align/{teacher}/{name}/max"] = Max(share)
-            else:
-                metrics[f"align/{teacher}/{name}/mean"] = mean_of([share])
-    return metrics
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Reward, length and truncation, over all and by task, and what happened in environments."""
-    episodes = [r for r in rollouts if r.part == 0]
-    metrics: Metrics = {
-        "response/length/mean": Mean(sum(r.num_actions for r in rollouts), len(episodes)),
-        "response/truncated/mean": mean_of(r.truncated for r in episodes),
-        "batch/rollouts/sum": Sum(len(rollouts)),
-        "batch/tokens/sum": Sum(sum(len(r.token_ids) for r in rollouts)),
-    }
-    metrics["reward/mean"] = mean_of(r.reward for r in episodes if r.reward is not None)
-    for task in dict.fromkeys(r.prompt.task for r in rollouts):
-        metrics[f"reward/{task}/mean"] = mean_of(
-            r.reward for r in episodes if r.prompt.task == task and r.reward is not None
-        )
-    events = sum((Counter(r.events) for r in rollouts), Counter())
-    if late := events.pop(TIMEOUTS, 0):
-        metrics["verifier/timeouts/sum"] = Sum(late)
-    for name in ("lost", "retried"):  # of servers, not of environments
-        events.pop(name, None)
-    turns = [sum(t.author == "student" for t in r.turns) for r in rollouts]
-    if events or max(turns, default=0) > 1:
-        metrics["episode/turns/mean"] = Mean(sum(turns), len(episodes))
-        metrics |= {f"episode/{name}/sum": Sum(count) for name, count in sorted(events.items())}
-    return metrics
-
-
-def _failures(scored: Sequence[ScoredRollout]) -> Counter[str]:
-    """How many rollouts each teacher could not score; the reasons stand with the rollouts on disk."""
-    return Counter(s.score.teacher for s in scored if isinstance(s.score, FailedScore))

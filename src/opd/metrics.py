@@ -1,4 +1,4 @@
-"""Metric values that know how to merge, so that a mean over parts is the mean over the whole (no mean of means).
+"""Metric values that merge, so that a mean over parts is the mean over the whole (no mean of means).
 
 Names are `area/name/stat`. A `Metrics` is a plain dict of them; `merge` joins those of micro-batches or ranks.
 """
@@ -61,12 +61,12 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
         for name, value in part.items():
             before = merged.get(name)
             assert before is None or type(before) is type(value), f"{name}: {before} and {value} do not merge"
-            merged[name] = value if before is None else before + value  # type: ignore[operator]  # of one kind, says the line above
+            merged[name] = value if before is None else before + value  # type: ignore[operator]  # the assert holds
     return merged
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The plain numbers, sorted by name; means of nothing are left out."""
+    """The plain numbers, sorted by name, without means of nothing."""
     plain = {name: float(metric.value) for name, metric in sorted(metrics.items())}
     return {name: value for name, value in plain.items() if not math.isnan(value)}
 

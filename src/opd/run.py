@@ -16,6 +16,7 @@ from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
 from opd.data.stream import PromptStream
 from opd.data.task_data import TaskData
+from opd.detectors.monitor import RunMonitor
 from opd.errors import ConfigError, one_line
 from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
@@ -24,17 +25,15 @@ from opd.local.backend import LocalBackend
 from opd.local.export import write_merged
 from opd.local.learner import learning_rate
 from opd.local.warmup import warm_up
-from opd.logging.background import Background
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
-from opd.logging.run_folder import RunFolder, read_metrics
+from opd.logging.run_folder import Background, RunFolder, read_metrics
 from opd.logging.writers import Writers
 from opd.loop import Components, StepReport, train_steps
 from opd.roles import Backend, Teacher
 from opd.score_cache.cached import CachedTeacher, InMemory, Kept
 from opd.score_cache.files import ScoreFiles
 from opd.score_cache.identity import identities, probe
-from opd.watching import Watcher
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ class Run:
         components.sampler.load_weights(components.learner.weights(), policy_version=saver.done)
         pending = saver.unrecorded  # of a run that ended before this line was whole
         written = saver.done - (pending is not None)
-        watcher = Watcher(config.detectors, self.folder, line.say)
+        monitor = RunMonitor(config.detectors, self.folder, line.say)
         report, stopped = None, False
         with (
             Interrupts(saver).handled() as interrupts,
@@ -225,14 +224,14 @@ class Run:
         ):
             try:
                 if pending is not None:
-                    values, alarmed = self._measured(saver.done, pending, watcher)
+                    values, alarmed = self._measured(saver.done, pending, monitor)
                     stopped = alarmed and saver.done < config.steps
                     self._append(saver.done, values)
                     writers.write(saver.done, values)
                 with closing(train_steps(config, components, start=saver.done)) as reports:
                     for report in reports if not stopped else ():
                         saver.made(report.step, report.cursor, report.values)
-                        values, alarmed = self._measured(report.step, report.values, watcher)
+                        values, alarmed = self._measured(report.step, report.values, monitor)
                         values = self._record(replace(report, values=values), line, records)
                         writers.write(report.step, values)
                         stop = alarmed or self.callbacks.stop
@@ -245,14 +244,14 @@ class Run:
             except BaseException:
                 self._rescue(report, records, line)
                 raise
-        watcher.report()
+        monitor.report()
         return not (stopped or interrupts.stop)  # an interrupt during the last save counts too
 
-    def _measured(self, step: int, values: Mapping[str, float], watcher: Watcher) -> tuple[dict[str, float], bool]:
+    def _measured(self, step: int, values: Mapping[str, float], monitor: RunMonitor) -> tuple[dict[str, float], bool]:
         """The metrics of a step with the evaluation and the detectors' metrics, and whether a detector stops the run."""
         held_out = self.evaluator.held_out(step)
         self.callbacks.on_evaluate(step, held_out)
-        return watcher.observe(step, {**values, **held_out})
+        return monitor.observe(step, {**values, **held_out})
 
     def _record(self, report: StepReport, line: ProgressLine, records: Background) -> dict[str, float]:
         """Write the rollouts and the metrics of a step; returns the metrics with those of the callbacks."""

@@ -99,7 +99,9 @@ class TextArenaTask(GeneratedTask):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-TaskConfig: TypeAlias = Annotated[FileTask | PythonTask | ReasoningGymTask | ToolTask | TextArenaTask, Field(discriminator="type")]
+TaskConfig: TypeAlias = Annotated[
+    FileTask | PythonTask | ReasoningGymTask | ToolTask | TextArenaTask, Field(discriminator="type")
+]
 
 
 class SamplingConfig(Node):
@@ -217,10 +219,13 @@ class AlignmentConfig(Node):
     tool_calls: Literal["as_written", "own_syntax"] = "as_written"
 
 
+WriterName: TypeAlias = Literal["tensorboard", "trackio"]
+
+
 class LoggingConfig(Node):
     """Writers besides metrics.jsonl. Sampled responses are shown every `samples_every` steps (0: never)."""
 
-    writers: Annotated[list[Literal["tensorboard", "trackio"]], EachOnce] = Field(default_factory=list)
+    writers: Annotated[list[WriterName], EachOnce] = Field(default_factory=list)
     samples_every: NonNegative = 20
 
 

@@ -1,4 +1,4 @@
-"""What the detectors of reward hacking need to know of one step, as ordinary mergeable metrics (docs/safeguards.md)."""
+"""The metrics of one step that only the detectors of reward hacking read (docs/safeguards.md)."""
 
 import zlib
 from collections import Counter
@@ -16,7 +16,7 @@ _WINDOW = 64  # units of a low-KL window
 _WINDOWS_IN_A_ROW = 4
 _LOW = 0.2  # of the step's mean |log ratio|: repetition loops are 4 to 9 times closer to zero than ordinary text
 _NUM_COMMON = 5
-# A loop runs until its response is cut. Over a whole response the share of repeated 3-grams grows with the length (0.76 in 12 kB
+# A loop runs until its response is cut. Over a whole response the fraction of repeated 3-grams grows with the length (0.76 in 12 kB
 # of derivations), over 128 tokens of prose, code or formulas it stays below 0.6.
 _TAIL = 128
 _REPEATED = 0.7
@@ -27,9 +27,9 @@ _MIN_BYTES = 200
 
 @dataclass(frozen=True)
 class _Units:
-    """What a teacher scored by itself: a token, or a chunk of another tokenizer. All [units], in the batch's order.
+    """The units that teachers scored: tokens, or chunks for a teacher with another tokenizer. All [units], in the batch's order.
 
-    ratio: the log ratio, of a chunk that of its text; owners: its rollout; places: its last token in the flat columns.
+    ratio: the log ratio, nats, of a chunk that of its text; owners: the rollout; places: the last token in the flat columns.
     """
 
     ratio: np.ndarray
@@ -40,14 +40,14 @@ class _Units:
 def detector_metrics(
     scored: Sequence[ScoredRollout], batch: Batch, *, special_ids: frozenset[int], integrated: float = 0.0
 ) -> Metrics:
-    """The metrics that only the detectors need; what is not there (rewards, flags, long responses) is left out.
+    """The detectors' metrics of a step; a metric without data (rewards, flags, long responses) is absent.
 
     Args:
-        scored: every rollout of the step, those without a score too.
-        batch: what was packed from them, with its masks and advantages.
+        scored: every rollout of the step, also those without a score.
+        batch: the batch packed from them, with its masks and advantages.
         special_ids: the student's special tokens.
-        integrated: what the loss multiplies the immediate log ratio by where it computes that part over the vocabulary, so
-            that `batch.advantages` lacks it; 0 where they have it.
+        integrated: the coefficient of the immediate log ratio in the loss, when the loss computes that part over the vocabulary
+            and `batch.advantages` lacks it; otherwise 0.
     """
     rollouts = [item.rollout for item in scored]
     metrics = _texts(rollouts) | _format_errors(rollouts) | _rewards(scored) | _advantages(batch, integrated)
@@ -71,7 +71,7 @@ def auroc(scores: np.ndarray, rewards: np.ndarray) -> Mean:
 
 
 def repeated_trigrams(token_ids: np.ndarray) -> float:
-    """The share of 3-grams that occurred before in the same sequence: 1 - distinct / all; 0 with none."""
+    """The fraction of 3-grams that occurred earlier in the sequence: 1 - distinct / all; 0 for fewer than 3 tokens."""
     ids = token_ids.astype(np.int64)
     if len(ids) < 3:
         return 0.0
@@ -81,13 +81,13 @@ def repeated_trigrams(token_ids: np.ndarray) -> float:
 
 
 def compression(text: str) -> float:
-    """Bytes of a text in UTF-8 for each byte of it after zlib; 0 for no text. Loops have far more than ordinary text."""
+    """Bytes of a text in UTF-8 divided by its bytes after zlib; 0 for no text. Of a loop it is far larger than of other text."""
     plain = text.encode("utf-8", errors="replace")
     return len(plain) / len(zlib.compress(plain)) if plain else 0.0
 
 
 def longest_run(low: np.ndarray) -> int:
-    """The most True in a row."""
+    """The largest number of True in a row."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], low, [False]]).astype(np.int8)))
     return int((ends[1::2] - ends[::2]).max(initial=0))
 
@@ -106,8 +106,8 @@ def _units(batch: Batch) -> _Units:
 
 
 def _texts(rollouts: Sequence[Rollout]) -> Metrics:
-    """How repetitive the responses are, an episode being one: the mean share of repeated 3-grams, the mean compression of those
-    that are long enough to compress, and the share of responses that are one loop by either measure."""
+    """The repetition of responses, one per episode: the mean fraction of repeated 3-grams, the mean compression of long responses,
+    and the fraction of responses that are one loop by either measure."""
     said: dict[tuple[str, str, int], tuple[list[np.ndarray], list[str]]] = {}
     for rollout in rollouts:
         if rollout.num_actions:
@@ -141,7 +141,7 @@ def _said(rollout: Rollout) -> Iterator[str]:
 
 
 def _format_errors(rollouts: Sequence[Rollout]) -> Metrics:
-    """The share of episodes with a format error, and in how many each rule found one."""
+    """The fraction of episodes with a format error, and the number of episodes by rule."""
     broken: dict[tuple[str, str, int], set[str]] = {}
     for rollout in rollouts:
         broken.setdefault(_episode(rollout), set()).update(flag.rule for flag in rollout.flags)
@@ -163,7 +163,7 @@ def _rewards(scored: Sequence[ScoredRollout]) -> Metrics:
 
 
 def _ranking(batch: Batch, units: _Units) -> Metrics:
-    """How well the log ratio of a response (of all parts of an episode) tells good rewards from bad ones."""
+    """The AUROC of the log ratio of a response (of all parts of an episode) against its reward."""
     episodes = batch.episodes.numpy()
     num = int(episodes.max()) + 1
     totals = np.bincount(episodes[units.owners], weights=units.ratio, minlength=num)
@@ -182,7 +182,7 @@ def _ranking(batch: Batch, units: _Units) -> Metrics:
 
 
 def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metrics:
-    """Log ratios beyond 15 nats on special tokens: how many, their share, and the largest."""
+    """Log ratios beyond 15 nats on special tokens: their number, their fraction, and the largest."""
     special = np.isin(batch.token_ids.numpy()[units.places], np.array(sorted(special_ids), dtype=np.int64))
     size = np.abs(units.ratio[special])
     if not len(size):
@@ -196,8 +196,8 @@ def _special(batch: Batch, units: _Units, special_ids: frozenset[int]) -> Metric
 
 
 def _low_windows(batch: Batch, units: _Units) -> Metrics:
-    """Windows of 64 units whose mean |log ratio| is below a fifth of the step's: the longest run of them, and the share of
-    the responses (whole episodes) of four windows or more that have four in a row."""
+    """Windows of 64 units whose mean |log ratio| is below a fifth of the step's: the longest run of them, and the fraction of
+    responses with four in a row, among responses (whole episodes) of four windows or more."""
     size = np.abs(units.ratio)
     runs = []
     for mine in np.split(size, np.flatnonzero(np.diff(batch.episodes.numpy()[units.owners])) + 1):
@@ -214,7 +214,7 @@ def _low_windows(batch: Batch, units: _Units) -> Metrics:
 
 
 def _advantages(batch: Batch, integrated: float) -> Metrics:
-    """Which tokens the objective pushes up: those of format errors, and the five most common ones."""
+    """The advantages of tokens with format errors and of the other tokens, and of the five most common tokens."""
     actions = batch.loss_mask.numpy()
     if not actions.any():
         return {}
@@ -229,7 +229,7 @@ def _advantages(batch: Batch, integrated: float) -> Metrics:
     if flagged.any():
         metrics["detectors/flagged_advantage/mean"] = Mean(float(whole[flagged].sum()), int(flagged.sum()))
         if batch.advantages is not None:
-            # A sampled advantage counts against the others; what is integrated over the vocabulary is centred by itself.
+            # A constant advantage does not change the gradient of a term over the vocabulary, so only sampled ones are compared.
             metrics["detectors/unflagged_advantage/mean"] = Mean(float(sampled[~flagged].sum()), int((~flagged).sum()))
     ids, inverse, counts = np.unique(batch.token_ids.numpy()[actions], return_inverse=True, return_counts=True)
     common = np.isin(inverse, np.argsort(-counts, kind="stable")[:_NUM_COMMON])

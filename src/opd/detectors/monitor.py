@@ -1,26 +1,22 @@
-"""All detectors of a run: what they measured at a step, and when they raise an alarm."""
+"""The detectors of a run: they see the metrics of every step, and their alarms are printed, written and obeyed."""
 
+import json
 import math
-import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from opd.config.detectors import Action, DetectorsConfig, ThresholdConfig
-from opd.detectors.detectors import (
-    Auroc,
-    FlaggedAdvantage,
-    FormatErrors,
-    Goodhart,
-    HeldOut,
-    Length,
-    Overlap,
-    TeacherDrift,
-)
-from opd.detectors.statistics import Detector, Smoothed, Threshold, Values
+from opd.config.detectors import Action, DetectorsConfig
+from opd.detectors.detectors import make_detectors
+from opd.detectors.statistics import Detector, Values
+from opd.logging.run_folder import RunFolder, read_metrics
+from opd.step_metrics import matches
+
+_ALARMS = "alarms.jsonl"
 
 
 class Alarm(NamedTuple):
-    """One line for a person: what was measured against what, since when, and what to do."""
+    """One line for the user: the value, the bound, the step since when, and what to do."""
 
     step: int
     detector: str
@@ -30,119 +26,94 @@ class Alarm(NamedTuple):
 
 @dataclass
 class _Watched:
-    """A detector of a run, whether it has measured anything yet, and for how many measurements each of its aspects that has
-    raised an alarm has been quiet since."""
+    """A detector of a run, and whether it has measured anything yet. quiet: for each aspect that has raised an alarm, the number
+    of measurements without a cause since."""
 
     name: str
-    state: Detector
+    detector: Detector[Any]
     active: bool = False
     quiet: dict[str, int] = field(default_factory=dict)
 
 
 class Monitor:
-    """The detectors of a run. Its state depends on what it observed and on nothing else: a resumed run observes its
-    metrics.jsonl again, and goes on as one that was never stopped."""
+    """The detectors of a run. Their state depends only on the metrics that they observed, in order."""
 
     def __init__(self, config: DetectorsConfig) -> None:
         self._rearm = config.rearm_steps
-        every = _detectors(config) + _levels(config)
-        self._watched = [_Watched(name, state) for name, state in every if state.config.action != "off"]
-        self._measured: dict[str, float] = {}
+        made = ((name, detector) for name, detectors in make_detectors(config).items() for detector in detectors)
+        self._watched = [_Watched(name, detector) for name, detector in made if detector.config.action != "off"]
         self._seen: set[str] = set()
-
-    @property
-    def values(self) -> dict[str, float]:
-        """What the detectors measured at the last step, as metrics `detectors/DETECTOR[/ASPECT]/value`."""
-        return dict(self._measured)
+        self.values: dict[str, float] = {}
+        """The detectors' values at the last step, as metrics `detectors/DETECTOR[/ASPECT]/value`."""
 
     @property
     def inactive(self) -> dict[str, str]:
-        """The detectors that have measured nothing so far, and which metrics they lack, or that they need more steps."""
+        """The detectors that have measured nothing so far: the metrics that each lacks, or that it needs more steps."""
         active = {watched.name for watched in self._watched if watched.active}
-        return {w.name: self._lacks(w.state.needs) for w in self._watched if w.name not in active}
+        return {w.name: self._lacks(w.detector) for w in self._watched if w.name not in active}
 
-    def _lacks(self, needs: str) -> str:
-        """needs: metrics by name, TEACHER for any."""
-        for metric in re.findall(r"[\w/]+/(?:mean|sum)", needs):
-            pattern = re.compile(re.escape(metric).replace("TEACHER", "[^/]+"))
-            if not any(pattern.fullmatch(name) for name in self._seen):
-                return f"needs {needs}"
-        return "more steps"
+    def _lacks(self, detector: Detector[Any]) -> str:
+        if all(any(matches(pattern, name) for name in self._seen) for pattern in detector.reads):
+            return "more steps"
+        return f"needs {', '.join(detector.reads)}" + (f" ({detector.where})" if detector.where else "")
 
     def observe(self, step: int, values: Values) -> list[Alarm]:
-        """Advance every detector by the plain metrics of a step; returns the alarms that are new.
+        """Advance every detector by the plain metrics of a step; returns the new alarms.
 
         A cause that lasts raises one alarm, and the next one only after it has been gone for `rearm_steps`.
         """
         alarms = []
-        self._measured = {}
+        self.values = {}
         self._seen |= values.keys()
         for watched in self._watched:
-            watched.state, readings = watched.state.observe(step, values)
-            watched.active |= bool(readings)
-            for aspect, reading in readings.items():
-                if math.isfinite(reading.value):
-                    self._measured["/".join(filter(None, ("detectors", watched.name, aspect, "value")))] = reading.value
-                if reading.message is None:
+            measurements = watched.detector.observe(step, values)
+            watched.active |= bool(measurements)
+            for aspect, (value, message) in measurements.items():
+                if math.isfinite(value):
+                    self.values["/".join(filter(None, ("detectors", watched.name, aspect, "value")))] = value
+                if message is None:
                     if aspect in watched.quiet:
                         watched.quiet[aspect] += 1
                     continue
                 if watched.quiet.get(aspect, self._rearm) >= self._rearm:
-                    alarms.append(Alarm(step, watched.name, watched.state.config.action, reading.message))
+                    alarms.append(Alarm(step, watched.name, watched.detector.config.action, message))
                 watched.quiet[aspect] = 0
         return alarms
 
 
-def _detectors(config: DetectorsConfig) -> tuple[tuple[str, Detector], ...]:
-    """The detectors that have a form of their own, as they are before the first step."""
-    reward, gap = Smoothed(config.goodhart.memory), Smoothed(config.flagged_advantage.memory)
-    length, column = Smoothed(config.truncation.memory), Smoothed(config.overlap.memory)
-    train, held_out = Smoothed(config.goodhart.memory), Smoothed(config.held_out.memory)
-    return (
-        ("goodhart", Goodhart(config.goodhart, reward, (reward, reward))),
-        ("log_ratio_reward_auroc", Auroc(config.log_ratio_reward_auroc)),
-        ("flagged_advantage", FlaggedAdvantage(config.flagged_advantage, gap)),
-        ("truncation", Length(config.truncation, length, length)),
-        ("overlap", Overlap(config.overlap, column, column, column, column)),
-        ("teacher_drift", TeacherDrift(config.teacher_drift)),
-        ("format_errors", FormatErrors(config.format_errors, Smoothed(config.format_errors.memory))),
-        ("held_out", HeldOut(config.held_out, train, held_out)),
-    )
+class RunMonitor:
+    """The monitor of a run folder, which keeps the alarms in alarms.jsonl.
 
+    A resumed run replays its metrics.jsonl to the detectors, so that they continue as if it had never stopped.
+    """
 
-def _levels(config: DetectorsConfig) -> tuple[tuple[str, Detector], ...]:
-    """The detectors of a share that must stay low, as they are before the first step."""
+    def __init__(self, config: DetectorsConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
+        self._monitor = Monitor(config)
+        self._folder = folder
+        self._say = say
+        self._alarms: list[Alarm] = []
+        for line in read_metrics(folder.path):
+            self._alarms += self._monitor.observe(line["step"], line)
+        self._write()
 
-    def level(given: ThresholdConfig, metric: str, what: str, advice: str, beside: str | None = None) -> Threshold:
-        return Threshold(given, Smoothed(given.memory), metric, what, advice, beside)
+    def observe(self, step: int, values: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+        """Returns the step's metrics with the detectors' values, and whether a detector stops the run."""
+        new = self._monitor.observe(step, values)
+        for alarm in new:
+            if alarm.action != "log":
+                self._say(f"{'stopping' if alarm.action == 'stop' else 'warning'}: step {step}: {alarm.message}")
+        if new:
+            self._alarms += new
+            self._write()
+        return {**values, **self._monitor.values}, any(alarm.action == "stop" for alarm in new)
 
-    loops = level(
-        config.repetition, "detectors/looping/mean", "responses that are loops",
-        "read them; lower objective.discount, or set reward.coef > 0 and the check 'repetition'",
-    )  # fmt: skip
-    cut = level(
-        config.truncation, "response/truncated/mean", "responses cut at a limit of tokens",
-        "raise sampling.max_new_tokens, or set reward.coef > 0 and the check 'truncated'",
-    )  # fmt: skip
-    windows = level(
-        config.low_kl_windows, "detectors/low_kl/mean",
-        "long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest",
-        "read them: the student may hide in passages of which the teacher is sure",
-    )  # fmt: skip
-    special = level(
-        config.special_tokens, "detectors/special_tokens/mean", "special tokens with a log ratio beyond 15 nats",
-        "where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
-        "objective.discount",
-    )  # fmt: skip
-    common = level(
-        config.common_tokens, "detectors/common_gain/mean",
-        "positive advantage on the five most common tokens, above their share of the tokens",
-        "read the responses: a style may be learned instead of answers", "detectors/common_actions/mean",
-    )  # fmt: skip
-    return (
-        ("repetition", loops),
-        ("truncation", cut),
-        ("low_kl_windows", windows),
-        ("special_tokens", special),
-        ("common_tokens", common),
-    )
+    def report(self) -> None:
+        """Print the number of alarms, and which detectors lacked their metrics."""
+        idle = ", ".join(f"{name} ({why})" for name, why in self._monitor.inactive.items())
+        self._say(
+            f"detectors: {len(self._alarms)} alarms ({_ALARMS} in the run folder)" + (f"; idle: {idle}" if idle else "")
+        )
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(alarm._asdict()) + "\n" for alarm in self._alarms)
+        self._folder.write_text(_ALARMS, text)

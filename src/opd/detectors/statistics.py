@@ -1,46 +1,34 @@
-"""What the detectors are made of: smoothed streams that know how sure they are, and the form of a detector."""
+"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
-from opd.config.detectors import DetectorConfig, ThresholdConfig
+from opd.config.detectors import DetectorConfig
 
 Values: TypeAlias = Mapping[str, float]
-# Standard errors by which a mean must leave the most extreme one of its run. By chance alone a moving average comes three or four
+"""The plain metrics of a step, by name."""
+
+# Standard errors by which a mean must leave the most extreme mean of its run. By chance alone a moving average comes three or four
 # of them off to either side: of 40 stationary streams of 2,000 steps, bounds of 3, 5 and 6 found a change in 40, 7 and 0.
-_SURE = 6.0
+_STANDARD_ERRORS = 6.0
 
 
-class Reading(NamedTuple):
-    """What a detector measured at a step, and its message where that is a cause for alarm."""
+class Measurement(NamedTuple):
+    """The value of a detector at a step, and the message of an alarm where the value is a cause for one."""
 
     value: float
     message: str | None
 
 
-Readings: TypeAlias = Mapping[str, Reading]
+Measurements: TypeAlias = dict[str, Measurement]
 """By aspect; "" for a detector that has one."""
-
-
-class Detector(Protocol):
-    """A state that steps advance. `needs` says in words which metrics it lives on."""
-
-    @property
-    def config(self) -> DetectorConfig: ...
-
-    @property
-    def needs(self) -> str: ...
-
-    def observe(self, step: int, values: Values) -> tuple["Detector", Readings]:
-        """The next state, and what was measured; nothing where a metric is missing."""
-        ...
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """A moving average m += a (x - m), a = max(1 / count, 2 / (memory + 1)), and how sure it is.
+    """A moving average m += a (x - m), a = max(1 / count, 2 / (memory + 1)), and its standard error.
 
     noise: the variance of a step about the trend, from successive differences, E (x_t - x_{t-1})^2 / 2 (von Neumann 1941), to
     which a slow trend adds little; over ten memories, or it would be small by chance just where a mean is extreme by chance.
@@ -79,42 +67,53 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Mark:
-    """A smoothed stream as it was at its best, at which step, and the means that stood beside it then."""
+    """A moving average at its most extreme, the step of that, and the means of other metrics at the same step."""
 
     stream: Smoothed
     step: int
     beside: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return self.stream.mean
 
 
 def above(now: Smoothed, then: Smoothed, by: float) -> bool:
     """Whether one mean exceeds the other by `by` and by six standard errors of their difference, at the larger noise of the two:
     a young stream may not have seen its own."""
     noise = max(now.noise, then.noise, 0.0)
-    return now.mean - then.mean > max(by, _SURE * math.sqrt(noise * (now.spread + then.spread)))
+    return now.mean - then.mean > max(by, _STANDARD_ERRORS * math.sqrt(noise * (now.spread + then.spread)))
 
 
-def highest(mark: Mark | None, stream: Smoothed, step: int, *beside: float) -> Mark | None:
-    """The mark of the largest mean since the average has filled its memory; None before."""
-    better = stream.ready and (mark is None or stream.mean > mark.stream.mean)
-    return Mark(stream, step, beside) if better else mark
+class Tracked:
+    """A moving average and its most extreme mean so far: the largest, or with `lowest` the smallest.
 
+    `extreme` is None until the average has filled its memory.
+    """
 
-def lowest(mark: Mark | None, stream: Smoothed, step: int, *beside: float) -> Mark | None:
-    """The mark of the smallest mean since the average has filled its memory; None before."""
-    better = stream.ready and (mark is None or stream.mean < mark.stream.mean)
-    return Mark(stream, step, beside) if better else mark
+    def __init__(self, memory: int, *, lowest: bool = False) -> None:
+        self.now = Smoothed(memory)
+        self.extreme: Mark | None = None
+        self._sign = -1.0 if lowest else 1.0
+
+    def add(self, value: float, step: int, *beside: float) -> Mark | None:
+        """Average one more value; returns the most extreme mean. beside: means of other metrics, for its mark."""
+        self.now = self.now.add(value)
+        if self.now.ready and (self.extreme is None or self._sign * (self.now.mean - self.extreme.mean) > 0.0):
+            self.extreme = Mark(self.now, step, beside)
+        return self.extreme
 
 
 def cusum(before: float, excess: float, slack: float) -> float:
     """S_t = max(0, S_{t-1} + z_t - slack), which is the largest sum_{i = j + 1 .. t} (z_i - slack) over j <= t.
 
-    z_t: how far a figure lies above its reference, in standard errors. Source: Page 1954, the one-sided cumulative sum.
+    z_t: how far a value lies above its reference, in standard errors. Source: Page 1954, the one-sided cumulative sum.
     """
     return max(0.0, before + excess - slack)
 
 
 def began(since: int | None, step: int, lasting: bool) -> int | None:
-    """At which step a condition that holds now began; None when it does not hold."""
+    """The step at which a condition that holds now began; None when it does not hold."""
     return (step if since is None else since) if lasting else None
 
 
@@ -124,38 +123,24 @@ def finite(values: Values, *names: str) -> tuple[float, ...] | None:
     return found if all(math.isfinite(value) for value in found) else None
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """The detector of a share that has risen above its threshold, or has stayed there for long. Value: its moving average.
+Settings = TypeVar("Settings", bound=DetectorConfig)
 
-    needs: the metric; beside: one that is subtracted from it; what, advice: for the message.
-    """
 
-    config: ThresholdConfig
-    stream: Smoothed
-    needs: str
-    what: str
-    advice: str
-    beside: str | None = None
-    low: Mark | None = None
-    since: int | None = None
-    steps: int = 0
+class Detector(Generic[Settings]):
+    """A detector as the steps so far have left it. reads: the metrics that it needs, TEACHER for any teacher; where: the runs that
+    have these metrics, for a message."""
 
-    def observe(self, step: int, values: Values) -> tuple["Threshold", Readings]:
-        found = finite(values, self.needs, *filter(None, [self.beside]))
-        if found is None:
-            return self, {}
-        stream = self.stream.add(found[0] - sum(found[1:]))
-        low = lowest(self.low, stream, step)
-        over = low is not None and stream.mean > self.config.threshold
-        since, steps = began(self.since, step, over), self.steps + 1 if over else 0
-        message = None
-        if low is not None and over:
-            risen = above(stream, low.stream, self.config.threshold / 2.0)
-            if risen or steps >= self.config.patience:
-                before = f" ({low.stream.mean:.1%} at step {low.step})" if risen else ""
-                message = (
-                    f"{self.what}: {stream.mean:.1%} against {self.config.threshold:.0%} since step {since}{before}; "
-                    f"{self.advice}"
-                )
-        return replace(self, stream=stream, low=low, since=since, steps=steps), {"": Reading(stream.mean, message)}
+    reads: tuple[str, ...]
+    where: str = ""
+
+    def __init__(self, config: Settings) -> None:
+        self.config = config
+
+    def observe(self, step: int, values: Values) -> Measurements:
+        """Take the metrics of the next step; returns the detector's values, nothing where a metric is missing."""
+        found = finite(values, *self.reads)
+        return {} if found is None else self.measure(step, *found)
+
+    def measure(self, step: int, *found: float) -> Measurements:
+        """The same from the values of `reads`, which are finite."""
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a progress bar in a terminal, plain lines without one."""
+"""The output of a run: a progress bar in a terminal, otherwise plain lines."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,6 @@ from opd.records import ScoredRollout
 
 # C0 and C1 controls, bidirectional overrides: model output must not steer the terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
 _SHORT = {"mask/rollouts/sum": "masked", "episode/failed/sum": "episodes failed"}
 
 
@@ -26,7 +24,7 @@ def printable(text: str, limit: int = 160) -> str:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """The step in one line: reverse KL, reward (the mean reward), speed, and seconds by phase."""
+    """The step in one line: reverse KL, mean reward, speed, seconds by phase, and counts of rollouts left out."""
     parts = [f"kl/token {values['kl/token/mean']:.4f}"] if "kl/token/mean" in values else []
     if "student/nll/mean" in values and not parts:
         parts.append(f"nll/token {values['student/nll/mean']:.4f}")
@@ -49,7 +47,7 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 class ProgressLine:
-    """Shows steps and, now and then, sampled responses."""
+    """Prints the progress of a run, and sampled responses."""
 
     def __init__(self, total: int, *, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -78,7 +76,7 @@ class ProgressLine:
             self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A line of our own words."""
+        """Print a line of opd's own text, above the progress bar."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,6 +102,6 @@ class ProgressLine:
 
 
 def _rank(scored: Sequence[ScoredRollout], index: int) -> int:
-    """How many rollouts of the same task stand before this one."""
+    """The number of earlier rollouts of the same task."""
     task = scored[index].rollout.prompt.task
     return sum(s.rollout.prompt.task == task for s in scored[:index])

@@ -1,4 +1,4 @@
-"""The picture of a run's curves."""
+"""The curves of a run as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,24 +9,21 @@ from opd.logging.run_folder import RunFolder, explain_io, read_metrics
 
 
 def draw_run(folder: RunFolder) -> None:
-    """Draw curves.png of a run folder; raises RunError with one line where that fails."""
+    """Draw curves.png of a run folder; raises RunError with one line on failure."""
     path = folder.path / "curves.png"
     with explain_io(path):
         try:
             draw_curves(read_metrics(folder.path), path, title=str(folder.path))
         except OSError:
             raise
-        except Exception as error:  # a font, a backend: the numbers are safe
+        except Exception as error:  # of a font or a backend
             raise RunError(
                 f"cannot draw '{path}': {describe_error(error)}; metrics.jsonl holds the numbers; check matplotlib"
             ) from error
 
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """What the metrics hold of reverse KL, likelihood, reward, gradient norm and seconds a step, as one PNG.
-
-    Draws nothing when there is nothing to draw.
-    """
+    """Draw reverse KL, likelihood, reward, gradient norm and seconds a step as one PNG; without such metrics, no file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

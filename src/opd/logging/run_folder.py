@@ -1,16 +1,16 @@
-"""What a run leaves on disk, and reading it back.
+"""The files of a run folder: writing them, and reading them back.
 
 config.json        the resolved configuration
 metrics.jsonl      one line a step
 rollouts/          step-000012.jsonl.gz: every rollout of the step with its per-token scores
-checkpoints/       what `--resume` continues from
-alarms.jsonl       what the detectors of reward hacking raised
+checkpoints/       the states that `--resume` continues from
+alarms.jsonl       the alarms of the detectors of reward hacking
 before.json        the student's evaluation before the first step
-parity.json        the parity table; parity.md the same to read
-curves.png         the picture
+parity.json        the parity table; parity.md the same as text
+curves.png         the curves of the metrics
 student/           the trained student, a PEFT adapter or a Hugging Face folder
 changes.jsonl      settings that a resumed run changed on request
-own_code.txt       the callables of the user's that the run was started with, if any
+own_code.txt       the names of the user's callables, when the run was started with any
 .lock              held while a process trains in the folder
 """
 
@@ -20,9 +20,11 @@ import gzip
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,28 +32,20 @@ import numpy as np
 from opd.checkpoint import explain_io, replace_file
 from opd.config import AnyConfig, Config, SftConfig, dump_config, parse_config
 from opd.errors import RunError
-from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, ScoredRollout, Turn
+from opd.records import ChunkScore, FailedScore, Flag, Prompt, Rollout, SampledScore, Score, ScoredRollout, Turn
 
 _OWN_CODE = "own_code.txt"
 _CHANGES = "changes.jsonl"
 _WRITTEN = frozenset(
-    (
-        "config.json",
-        "metrics.jsonl",
-        "rollouts",
-        "checkpoints",
-        "alarms.jsonl",
-        "before.json",
-        "parity.json",
-        "parity.md",
-    )
-    + ("curves.png", "student", "tensorboard", "trackio", "own_code.txt", _CHANGES, ".lock")
-)
+    ("config.json", "metrics.jsonl", "rollouts", "checkpoints", "alarms.jsonl", "before.json", "parity.json", "parity.md",
+     "curves.png", "student", "tensorboard", "trackio", _OWN_CODE, _CHANGES, ".lock")
+)  # fmt: skip
 _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
+_PLAIN = ("sample", "part", "reward", "finish", "policy_version")  # fields of a rollout that JSON holds as they are
 
 
 class RunFolder:
-    """One run on disk. Files are written whole or not at all, metrics a line at a time."""
+    """One run on disk. A file is written whole or not at all; metrics.jsonl grows by one line a step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,8 +60,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: Config | SftConfig, *, own_code: Sequence[str] = ()) -> "RunFolder":
-        """A new run folder; raises RunError when there is one already. own_code: which Python callables of the user's it has,
-        which is noted, because the folder cannot hold them."""
+        """A new run folder; raises RunError when there is one already. own_code: the names of the user's Python callables, which
+        the folder cannot hold."""
         cls.require_absent(path)
         folder = cls(Path(path))
         with explain_io(folder.path):
@@ -109,10 +103,10 @@ class RunFolder:
 
     @staticmethod
     def require_absent(path: str | Path) -> None:
-        """Raise RunError when something is there already: a run never writes over another."""
+        """Raise RunError when the folder is not empty: a run never overwrites another."""
         place = Path(path)
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            other = "choose another place with output=..."
+            other = "choose another folder with output=..."
             if (place / "config.json").is_file():
                 other = f"continue it with: {RunFolder(place).how_to_resume()}; or {other}"
             raise RunError(f"run folder '{path}' exists and is not empty; {other}")
@@ -135,7 +129,7 @@ class RunFolder:
         return cls(Path(path))
 
     def config(self, kind: type[AnyConfig] = Config) -> AnyConfig:
-        """The recipe that the run was started with; raises RunError where it is damaged, and for a run of another command."""
+        """The recipe of the run; raises RunError when the file is damaged, and for a run of another command."""
         path = self.path / "config.json"
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +144,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the folder to this process; raises RunError when another one trains in it. A killed one leaves no lock."""
+        """Lock the folder for this process; raises RunError when another process trains in it. A killed process leaves no lock."""
         with explain_io(self.path / _LOCK):
             file = (self.path / _LOCK).open("a")  # over NFS a lock that excludes others needs a file open for writing
         with file:
@@ -182,7 +176,7 @@ class RunFolder:
         self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
-        """Write the rollouts of a step; token ids and scores are exact."""
+        """Write the rollouts of a step; token ids and scores read back exactly."""
         text = "".join(json.dumps(_to_plain(s), ensure_ascii=False) + "\n" for s in scored)
         path = self.path / "rollouts" / f"step-{step:06d}.jsonl.gz"
         with explain_io(path):
@@ -191,10 +185,56 @@ class RunFolder:
             replace_file(path, lambda p: p.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0)))
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one dict a step; a last line that a kill cut short is left out.
+class Background:
+    """Runs one job at a time in a thread of its own, such as `write_rollouts`, whose compression would delay the next step.
 
-    Raises RunError for what is no run folder, and for a line that is damaged.
+    The next `start` or `wait` raises the error of a job; `again` repeats that job. Leaving the context waits for the last job.
+    After an error in the context, the job's own failure is not raised.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="opd-records")
+        self._job: Future[None] | None = None
+        self._failed: Callable[[], None] | None = None
+        self._doing: Callable[[], None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Begin a job after the previous one is done, so that memory holds the records of one step only."""
+        self.wait()
+        self._doing = job
+        self._job = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Return when the job is done; raises its error."""
+        job, self._job = self._job, None
+        if job is not None:
+            try:
+                job.result()
+            except Exception:
+                self._failed = self._doing
+                raise
+
+    def again(self) -> None:
+        """Return when the job is done. Runs a job that failed once more, and raises its error if it fails again."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        job, self._failed = self._failed, None
+        if job is not None:
+            job()
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict a step, without a last line that a kill cut short.
+
+    Raises RunError for a folder that is no run folder, and for a damaged line.
     """
     path = RunFolder.open(run).path / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
@@ -209,10 +249,10 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
-    """Every rollout of a run with its scores, in order; of one step when it is given.
+    """Every rollout of a run with its scores, in order; with `step`, those of that step.
 
-    Not kept on disk: hidden states (a full-vocabulary score reads back as its sampled tokens' log-probabilities), and a
-    prompt's `meta` that is not plain JSON.
+    The files lack hidden states, so a full-vocabulary score reads back as the log-probabilities of its sampled tokens. They also
+    lack a prompt's `meta` that is not plain JSON.
     Raises RunError when the run has no such rollouts.
     """
     folder = Path(run) / "rollouts"
@@ -226,8 +266,7 @@ def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRo
 
 
 def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
-    rollout, score = scored.rollout, scored.score
-    prompt = rollout.prompt
+    rollout, score, prompt = scored.rollout, scored.score, scored.rollout.prompt
     actions = rollout.loss_mask
     plain: dict[str, Any] = {
         "id": rollout.id,
@@ -240,28 +279,19 @@ def _to_plain(scored: ScoredRollout) -> dict[str, Any]:
             "meta": _json_or_nothing(prompt.meta),
             "tools": list(prompt.tools),
         },
-        "sample": rollout.sample,
-        "response": rollout.response,
+        **{name: getattr(rollout, name) for name in ("response", *_PLAIN)},
         "messages": [dict(m) for m in rollout.messages[len(prompt.messages) :]],
-        "part": rollout.part,
-        "flags": [[f.rule, f.start, f.end] for f in rollout.flags],
+        "flags": [astuple(flag) for flag in rollout.flags],
         "events": dict(rollout.events),
-        "reward": rollout.reward,
-        "finish": rollout.finish,
-        "policy_version": rollout.policy_version,
-        "turns": [[t.author, t.start, t.end] for t in rollout.turns],
+        "turns": [astuple(turn) for turn in rollout.turns],
         "token_ids": rollout.token_ids.tolist(),
         "rollout_logprobs": _numbers(rollout.rollout_logprobs[actions]),
     }
-    if rollout.opened:
-        plain["opened"] = rollout.opened
-    if rollout.failure is not None:
-        plain["episode_failure"] = rollout.failure
-    if scored.retries:
-        plain["retries"] = scored.retries
+    sometimes = {"opened": rollout.opened, "episode_failure": rollout.failure, "retries": scored.retries}
+    plain |= {name: value for name, value in sometimes.items() if value}
     if isinstance(score, FailedScore):
         return plain | {"failure": score.reason} | ({"lost": True} if score.lost else {})
-    plain |= {"teacher_logprobs": _numbers(score.logprobs[actions])}
+    plain["teacher_logprobs"] = _numbers(score.logprobs[actions])
     if isinstance(score, ChunkScore):
         plain |= {"chunks": score.chunks[actions].tolist(), "num_bytes": score.num_bytes, "facts": dict(score.facts)}
     return plain
@@ -273,37 +303,36 @@ def _from_plain(plain: Mapping[str, Any]) -> ScoredRollout:
         head["id"], tuple(head["messages"]), teacher=head["teacher"], task=head["task"], answer=head["answer"],
         meta=MappingProxyType(head["meta"]), tools=tuple(head["tools"]),
     )  # fmt: skip
-    turns = tuple(Turn(author, start, end) for author, start, end in plain["turns"])
+    turns = tuple(Turn(*turn) for turn in plain["turns"])
     mask = np.zeros(len(plain["token_ids"]), dtype=bool)
     for turn in turns:
         mask[turn.start : turn.end] = turn.author == "student"
     rollout = Rollout(
         prompt=prompt,
-        sample=plain["sample"],
         token_ids=np.array(plain["token_ids"], dtype=np.int32),
         loss_mask=mask,
         rollout_logprobs=_spread(plain["rollout_logprobs"], mask),
         turns=turns,
         messages=(*prompt.messages, *plain["messages"]),
-        finish=plain["finish"],
-        policy_version=plain["policy_version"],
-        reward=plain["reward"],
-        part=plain["part"],
         flags=tuple(Flag(*flag) for flag in plain["flags"]),
         events=MappingProxyType(plain["events"]),
         failure=plain.get("episode_failure"),
         opened=plain.get("opened", ""),
+        **{name: plain[name] for name in _PLAIN},
     )
+    return ScoredRollout(rollout, _score_from(plain, mask), retries=plain.get("retries", 0))
+
+
+def _score_from(plain: Mapping[str, Any], mask: np.ndarray) -> Score:
+    teacher = plain["prompt"]["teacher"]
     if "failure" in plain:
-        failed = FailedScore(prompt.teacher, plain["failure"], lost=plain.get("lost", False))
-        return ScoredRollout(rollout, failed, retries=plain.get("retries", 0))
+        return FailedScore(teacher, plain["failure"], lost=plain.get("lost", False))
     logprobs = _spread(plain["teacher_logprobs"], mask)
-    if "chunks" in plain:
-        chunks = np.full(len(mask), -1, dtype=np.int32)
-        chunks[mask] = plain["chunks"]
-        facts = MappingProxyType(plain["facts"])
-        return ScoredRollout(rollout, ChunkScore(prompt.teacher, logprobs, chunks, plain["num_bytes"], facts))
-    return ScoredRollout(rollout, SampledScore(prompt.teacher, logprobs), retries=plain.get("retries", 0))
+    if "chunks" not in plain:
+        return SampledScore(teacher, logprobs)
+    chunks = np.full(len(mask), -1, dtype=np.int32)
+    chunks[mask] = plain["chunks"]
+    return ChunkScore(teacher, logprobs, chunks, plain["num_bytes"], MappingProxyType(plain["facts"]))
 
 
 def _json_or_nothing(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Optional writers beside metrics.jsonl."""
+"""Optional writers of metrics beside metrics.jsonl.
+
+To add one, write its class, name it in `opd.config.tree.WriterName` and make it in `_make`.
+"""
 
 import importlib
 import importlib.util
@@ -10,11 +13,12 @@ from types import TracebackType
 from typing import Any, Protocol, assert_never
 
 from opd.config import Config
+from opd.config.tree import WriterName
 from opd.errors import ConfigError, RunError, describe_error
 
 
 class Writer(Protocol):
-    """Takes the plain metrics of each step."""
+    """Writes the plain metrics of each step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -22,9 +26,9 @@ class Writer(Protocol):
 
 
 class Writers:
-    """The writers of `logging.writers`; steps after `start` that an interrupted run wrote are written anew.
+    """The writers of `logging.writers`. Steps after `start` that an interrupted run has written are written again.
 
-    Raises RunError with one line where one of them fails.
+    Raises RunError with one line when a writer fails.
     """
 
     def __init__(self, config: Config, folder: Path, *, start: int) -> None:
@@ -35,7 +39,7 @@ class Writers:
                 self._writers[name] = _make(name, config, folder, start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Give the plain metrics of a step to each."""
+        """Give the plain metrics of a step to every writer."""
         for name, writer in self._writers.items():
             with self._explained(name):
                 writer.write(step, values)
@@ -44,7 +48,7 @@ class Writers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close each of them; after an error that of a writer is not raised on top."""
+        """Close every writer. After an error in the context, a writer's own failure is not raised."""
         with ExitStack() as every:
             if error is not None:
                 every.enter_context(suppress(RunError))
@@ -62,8 +66,8 @@ class Writers:
         except Exception as error:
             rest = json.dumps([other for other in self._names if other != name])
             raise RunError(
-                f"logging.writers: '{name}' fails: {describe_error(error)}; to go on without it, add 'logging.writers={rest}' to "
-                "what continues the run"
+                f"logging.writers: '{name}' fails: {describe_error(error)}; to continue without it, add "
+                f"'logging.writers={rest}' to the command that resumes the run"
             ) from error
 
 
@@ -74,14 +78,14 @@ def require_installed(names: Sequence[str]) -> None:
             raise ConfigError(f"logging.writers names '{name}', which is not installed: pip install 'opd[{name}]'")
 
 
-def _make(name: str, config: Config, folder: Path, start: int) -> Writer:
+def _make(name: WriterName, config: Config, folder: Path, start: int) -> Writer:
     match name:
         case "tensorboard":
             return TensorboardWriter(folder / "tensorboard", start)
         case "trackio":
             return TrackioWriter(config, folder)
         case _:
-            assert_never(name)  # type: ignore[arg-type]  # names are checked by the configuration
+            assert_never(name)
 
 
 class TensorboardWriter:
