@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from opd.batch import Batch, pack
 from opd.data.stream import PromptStream
 from opd.errors import ScoreError
-from opd.models.attention_tiles import tile_groups
-from opd.models.micro_batches import micro_batches
-from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.models.attention import tile_groups
+from opd.models.packing import TokenTree, micro_batches, pack_trees
 from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)

@@ -21,7 +21,8 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.teacher import LocalTeachers, Part, Policy
 from opd.loop import Parts, train_step
-from opd.models.loading import add_adapter, load_network
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter
 from opd.models.network import Network
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
 from opd.rewards.judge import Judge

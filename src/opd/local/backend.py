@@ -12,19 +12,18 @@ from opd.batch import pack
 from opd.config import Config
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ModelError
-from opd.local.cross_tokenizer import CrossTokenizerPolicy
-from opd.local.export import export
 from opd.local.learner import LocalLearner
 from opd.local.sampler import LocalSampler, episode_player
-from opd.local.teacher import LocalTeachers, Part, Policy, Target
+from opd.local.teacher import CrossTokenizerPolicy, LocalTeachers, Part, Policy, Target
 from opd.metrics import Metrics, values
+from opd.models.lora import export
 from opd.models.network import Network
 from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher, WithRemote, templates_of
-from opd.roles import Alone, Limit, OtherTemplate, Teacher, TeacherFacts, smallest
+from opd.roles import Limit, OtherTemplate, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.teacher_prompt import same_template
 from opd.text.template import clock_of
 from opd.text.turn_end import turn_end
@@ -46,10 +45,10 @@ def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
 class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
-    policies: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
-    `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
-    tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have. templates: the teachers in process whose chat template renders otherwise than the student's.
+    policies: every model that scores, by name. targets: what each teacher key of a prompt stands for; training takes `followed`
+    instead, which also has the reference of an extrapolation. Two kinds of teachers are in neither: `cross_tokenizer`, with
+    another tokenizer, and `remote`, behind a server. vocab_size: the number of ids that the heads of the student and of the
+    teachers with its tokenizer share. templates: the teachers in process whose chat template renders otherwise than the student's.
     """
 
     config: Config
@@ -79,13 +78,13 @@ class LocalBackend:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
-            player=episode_player(self.home(policy), self.config.episodes, self.make_environment),
+            player=episode_player(self.chat_network(policy), self.config.episodes, self.make_environment),
         )
 
-    def home(self, policy: Policy) -> Network:
-        """The network whose chat template shows this policy its prompts: its own, or the student's where the recipe says so."""
+    def chat_network(self, policy: Policy) -> Network:
+        """The network whose chat template renders a policy's prompts: its own, or the student's where the recipe says so."""
         cross_tokenizer = any(
-            f.network is policy.network and f.adapter == policy.adapter for f in self.cross_tokenizer.values()
+            (c.network, c.adapter) == (policy.network, policy.adapter) for c in self.cross_tokenizer.values()
         )
         own = cross_tokenizer or policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
         return policy.network if own else self.student.network
@@ -116,7 +115,7 @@ class LocalBackend:
 
     def _networks(self) -> list[Network]:
         """Every set of weights, the student's first."""
-        return list(dict.fromkeys([self.student.network, *(v.network for v in self.policies.values())]))
+        return list(dict.fromkeys([self.student.network, *(policy.network for policy in self.policies.values())]))
 
     def _turn_ends(self) -> dict[str, str]:
         """Models with a chat template, tokenizer and generation config that disagree on the end of a turn, and how."""
@@ -143,14 +142,14 @@ class LocalBackend:
     def student_as_teacher(self) -> LocalTeachers:
         """The student as the teacher of every prompt."""
         target = (Part("student", self.student),)
-        return self.scoring(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
+        return self.local_teachers(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
 
-    def per_model(self, names: Collection[str]) -> LocalTeachers:
-        """Models that score by themselves, whether a prompt names them or not."""
-        return self.scoring({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
+    def models_as_teachers(self, names: Collection[str]) -> LocalTeachers:
+        """Single models as teachers, by name: of prompts whose teacher is called so."""
+        return self.local_teachers({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
 
-    def single_models(self) -> Collection[str]:
-        """Every model that scores the student's tokens in process."""
+    def model_names(self) -> Collection[str]:
+        """The models in process that score the student's tokens."""
         return [name for name in self.policies if name not in self.cross_tokenizer]
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
@@ -160,15 +159,15 @@ class LocalBackend:
 
     def export(self, folder: Path) -> None:
         """Write the student where a run keeps it."""
-        export(self.student, folder)
+        export(self.student.network, self.student.adapter, folder)
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
-        here = self.scoring(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
+        here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
         return WithRemote(here, self.remote) if self.remote else here
 
-    def scoring(
+    def local_teachers(
         self,
         targets: Mapping[str, Target],
         *,
@@ -185,17 +184,17 @@ class LocalBackend:
             cross_tokenizer=cross_tokenizer,
         )
 
-    def alone(self, teacher: str) -> Alone | None:
-        """What answers as a teacher does by itself; None for several at once, who are nobody."""
+    def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
+        """A sampler of one teacher by itself; None for a mixture of teachers, which cannot generate."""
         if teacher in self.policies:
             policy = self.policies[teacher]
-            return Alone(self.sampler(policy), policy.network.tokenizer)
+            return StandaloneSampler(self.sampler(policy), policy.network.tokenizer)
         if teacher in self.remote:
-            return Alone(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
+            return StandaloneSampler(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
         return None
 
     def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
-        """A sampler of a served teacher, which is shown prompts as the student is."""
+        """A sampler of a remote teacher, which reads prompts in the student's chat template."""
         return RemoteSampler(
             teacher.model,
             teacher.client,
@@ -225,15 +224,15 @@ class LocalBackend:
         )
 
     def _heads(self) -> dict[str, TeacherHead]:
-        """Of every policy that can give distributions."""
+        """The output head of every policy that can give distributions."""
         found = {
             n: TeacherHead(policy.network.head_weight())
             for n, policy in self.policies.items()
             if n not in self.cross_tokenizer
         }
         for name, policy in self.cross_tokenizer.items():
-            if (cells := policy.cells) is not None:
-                ours, theirs = cells.student[: self.vocab_size], cells.teacher[: policy.network.vocab_size]
-                common = SharedVocabularyIds(torch.from_numpy(ours), torch.from_numpy(theirs), cells.num)
-                found[name] = TeacherHead(policy.network.head_weight(), common)
+            if (shared := policy.shared_vocabulary) is not None:
+                ours, theirs = shared.student[: self.vocab_size], shared.teacher[: policy.network.vocab_size]
+                ids = SharedVocabularyIds(torch.from_numpy(ours), torch.from_numpy(theirs), shared.num)
+                found[name] = TeacherHead(policy.network.head_weight(), ids)
         return found

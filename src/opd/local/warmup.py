@@ -12,9 +12,8 @@ from opd.data.stream import PromptStream
 from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
 from opd.local.backend import LocalBackend
-from opd.local.learner import LocalLearner
+from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import chat_of, episode_player
-from opd.local.sft_batch import imitation_batch
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.seeds import generator_of
@@ -64,7 +63,7 @@ def _shown(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[
         mine = [p for p in prompts if p.teacher == teacher]
         seed = (backend.config.seed, "warm-up", teacher, step)
         policy = backend.policies[teacher]
-        chat = chat_of(backend.home(policy))
+        chat = chat_of(backend.chat_network(policy))
         rollouts = backend.sampler(policy).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         # a template of its own is a rendering that the student never sees

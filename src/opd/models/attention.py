@@ -1,11 +1,16 @@
-"""Attention of packed trees and of growing rows, in place of the models' own.
+"""Attention of packed trees and of cached rows, in place of the models' own.
 
-transformers hands every attention layer of a model to a function of our choice, and passes on to it what the model was called
-with: `plan` says what the tokens of this pass see. Without a plan a model attends as it always does.
+transformers calls a function of our choice in every attention layer, with the keyword arguments of the model's forward pass. One
+of them, `plan`, says what the tokens of this pass see. Without a plan a model attends as it always does.
+
+The plan of a tree works in tiles, so that it costs what is seen and not all pairs. A tile is a stretch of consecutive nodes. Its
+keys are the nodes that any of them sees: the tile itself, and the ancestors of the branches in it. Tiles begin where branches do,
+unless several short branches fit into one. Tiles that see about as many keys are computed together, padded to the widest.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,15 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opd.models.attention_tiles import TileGroup, tile_groups
-from opd.models.prefix_tree import TokenTree
-from opd.models.architecture import require_packable
 from opd.errors import ModelError
+from opd.models.architecture import require_packable
+from opd.models.packing import TokenTree
 
 _NAME = "opd"
 _TILE = 64  # nodes; a smaller tile sees less that it does not need, a larger one makes fewer, larger products
-_WIDE = 512  # keys; groups that see more keep nothing for their gradient but what they were given
-# What changes the scores, or which keys count: of it a plan knows nothing.
+_SLACK = 0.75  # a tile joins a group when it sees at least this fraction of what the group's widest tile sees
+_WIDE = 512  # keys; groups that see more keep only their inputs for the gradient
+# Arguments that change the scores, or which keys count. A plan ignores them.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
 
 
@@ -39,8 +44,8 @@ class Plan(Protocol):
 
 
 def use_plans(model: PreTrainedModel, *, source: str) -> None:
-    """Let a model's attention be planned. Raises ModelError for an architecture that keeps its attention to itself, or has layers
-    that no plan can run."""
+    """Let a model attend as plans say. Raises ModelError for an architecture that keeps its own attention, or has layers that no
+    plan can run."""
     require_packable(model, source=source)
     model.set_attn_implementation(_NAME)
     if model.config.get_text_config()._attn_implementation != _NAME:
@@ -51,7 +56,7 @@ def use_plans(model: PreTrainedModel, *, source: str) -> None:
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend as transformers alone would: in full, with the model's own mask."""
+    """Let a model attend as in transformers: in full, with the model's own mask."""
     before = model.config.get_text_config()._attn_implementation or _NAME
     model.set_attn_implementation("eager")
     try:
@@ -74,6 +79,93 @@ def _attend(
 
 AttentionInterface.register(_NAME, _attend)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles that are computed together.
+
+    starts, ends [tiles]: each is the nodes start, ..., end - 1, at most `size` of them; keys [tiles, width]: the nodes that each
+    sees, in order, 0 behind their end; visible [tiles, size, width] bool: which keys each node sees. A place behind a tile's last
+    node sees the first key, so that every row sees something.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+    visible: np.ndarray
+
+
+def tile_groups(tree: TokenTree, *, size: int) -> list[TileGroup]:
+    """Every node in exactly one tile of at most `size` nodes; the widest group first."""
+    first_of_run = _first_of_run(tree.parents)
+    cuts = _cuts(first_of_run, size)
+    seen = [_tile(tree.parents, first_of_run, start, end) for start, end in cuts]
+    order = sorted(range(len(seen)), key=lambda i: -len(seen[i][0]))
+    groups: list[list[int]] = []
+    for i in order:
+        if not groups or len(seen[i][0]) < _SLACK * len(seen[groups[-1][0]][0]):
+            groups.append([])
+        groups[-1].append(i)
+    return [_group(sorted(members), cuts, seen, size) for members in groups]
+
+
+def _first_of_run(parents: np.ndarray) -> np.ndarray:
+    """For each node, the first of the unbroken line of nodes, each the parent of the next, that leads to it."""
+    breaks = np.flatnonzero(parents != np.arange(len(parents)) - 1)
+    starts = np.concatenate([[0], breaks])
+    return np.repeat(starts, np.diff(np.concatenate([starts, [len(parents)]])))
+
+
+def _cuts(first_of_run: np.ndarray, size: int) -> list[tuple[int, int]]:
+    """The tiles' (start, end)."""
+    starts = np.unique(first_of_run).tolist()
+    cuts: list[tuple[int, int]] = []
+    begun = 0
+    for start, end in zip(starts, [*starts[1:], len(first_of_run)], strict=True):
+        if end - begun > size and begun < start:
+            cuts.append((begun, start))
+            begun = start
+        while end - begun > size:
+            cuts.append((begun, begun + size))
+            begun += size
+    return [*cuts, (begun, len(first_of_run))]
+
+
+def _tile(parents: np.ndarray, first_of_run: np.ndarray, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, visible [nodes of the tile, keys]) of one tile."""
+    nodes = np.arange(start, end)
+    begins = [start, *nodes[1:][first_of_run[start + 1 : end] == nodes[1:]].tolist()]
+    above = np.zeros((len(begins), end), dtype=bool)  # the ancestors of each branch that begins or goes on in the tile
+    for row, begin in zip(above, begins, strict=True):
+        node = int(parents[begin])
+        while node >= 0:
+            first = int(first_of_run[node])
+            row[first : node + 1] = True
+            node = int(parents[first])
+    seen = np.asarray(above.any(axis=0))
+    seen[start:] = True
+    keys = np.flatnonzero(seen)
+    if len(begins) == 1:  # all that is seen stands before the tile, or in it
+        return keys, keys <= nodes[:, None]
+    branch = np.repeat(np.arange(len(begins)), np.diff([*begins, end]))
+    own = (keys >= np.array(begins)[branch, None]) & (keys <= nodes[:, None])
+    return keys, own | above[:, keys][branch]
+
+
+def _group(
+    members: list[int], cuts: list[tuple[int, int]], seen: list[tuple[np.ndarray, np.ndarray]], size: int
+) -> TileGroup:
+    width = max(len(seen[i][0]) for i in members)
+    keys = np.zeros((len(members), width), dtype=np.int64)
+    visible = np.zeros((len(members), size, width), dtype=bool)
+    for row, i in enumerate(members):
+        its_keys, its_visible = seen[i]
+        keys[row, : len(its_keys)] = its_keys
+        visible[row, : len(its_visible), : len(its_keys)] = its_visible
+        visible[row, len(its_visible) :, 0] = True
+    starts, ends = np.array([cuts[i] for i in members], dtype=np.int64).T
+    return TileGroup(starts, ends, keys, visible)
 
 
 class TreePlan:

@@ -18,11 +18,11 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from opd.models.prefix_tree import TokenTree, pack_trees
-from opd.models.attention import own_attention
-from opd.models.network import Network, checkpointed
-from opd.models.kv_cache import KVCache
 from opd.checks.findings import PACKED_WITHIN
+from opd.models.attention import own_attention
+from opd.models.kv_cache import KVCache
+from opd.models.network import Network, checkpointed
+from opd.models.packing import TokenTree, pack_trees
 
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
@@ -120,9 +120,9 @@ class _Probe:
 
     def _plan_gap(self) -> float:
         """Infinite for a model that does not hand on to its attention what it was called with."""
-        rows = KVCache(self._network.device)
-        self._network.prefill(self._sequences[:1], rows, max_tokens=_TOKENS)
-        return 0.0 if rows.num_layers else math.inf
+        cache = KVCache(self._network.device)
+        self._network.prefill(self._sequences[:1], cache, max_tokens=_TOKENS)
+        return 0.0 if cache.num_layers else math.inf
 
     def _head_gap(self) -> float:
         """Logits of large random states by the model itself and by its head alone."""
@@ -170,9 +170,9 @@ class _Probe:
         if not chosen:
             return 0.0
         texts = [self._sequences[i] for i in chosen]
-        rows = KVCache(self._network.device)
-        found = [self._network.prefill([s[:-_GROWN] for s in texts], rows, max_tokens=2 * _TOKENS)]
-        found += [self._network.decode([s[step] for s in texts], rows) for step in range(-_GROWN, 0)]
+        cache = KVCache(self._network.device)
+        found = [self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)]
+        found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
         logits = torch.stack(found, dim=1) @ self._network.head_weight().T
         return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
 
