@@ -171,6 +171,20 @@ def test_an_action_is_predicted_from_all_tokens_before_it(data, max_tokens):
             assert seen[::-1] == sequences[owner][:place].tolist()
 
 
+def test_the_same_tokens_with_the_same_actions_are_packed_once():
+    sequences = [np.array([1, 2, 3], dtype=np.int32), np.array([1, 2, 4], dtype=np.int32)]
+    masks = [np.array([False, True, True]), np.array([False, False, True])]
+    first = micro_batches(sequences, masks, max_tokens=8)
+    again = micro_batches([s.astype(np.int64) for s in sequences], [m.copy() for m in masks], max_tokens=8)
+    assert again is first
+    other_tokens = micro_batches(sequences[::-1], masks, max_tokens=8)
+    other_actions = micro_batches(sequences, [masks[0], ~masks[1] & masks[0]], max_tokens=8)
+    other_size = micro_batches(sequences, masks, max_tokens=3)
+    assert other_tokens[0].targets.tolist() == [2, 4, 3]
+    assert other_actions[0].targets.tolist() == [2, 3, 2]
+    assert [m.members for m in other_size] == [(0,), (1,)]
+
+
 def test_an_action_at_the_very_start_is_refused():
     with pytest.raises(AssertionError):
         list(micro_batches([np.array([1, 2])], [np.array([True, True])], max_tokens=4))

@@ -134,8 +134,7 @@ class Rank:
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
         if not scored:
-            with torch.no_grad():  # the passes of the agreement, then those of the KL
-                self._trained.stand_by()
+            with torch.no_grad():
                 self._trained.stand_by()
             return {}
         batch, _ = pack(scored, logprob_floor=self._config.objective.teacher_logprob_floor)

@@ -1,8 +1,10 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Backend`)."""
 
 import contextlib
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher, WithRemote, templates_of
-from opd.roles import Limit, OtherTemplate, StandaloneSampler, Teacher, TeacherFacts, smallest
-from opd.text.teacher_prompt import same_template
+from opd.remote.teacher import RemoteTeacher, WithRemote, identities_of, templates_of
+from opd.roles import INITIAL_STUDENT, Limit, OtherTemplate, StandaloneSampler, Teacher, TeacherFacts, smallest
+from opd.text.teacher_prompt import different_renderings, same_template
 from opd.text.template import clock_of
+from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
 
 
@@ -48,7 +51,7 @@ class LocalBackend:
     policies: every model that scores, by name. targets: what each teacher key of a prompt stands for; training takes `followed`
     instead, which also has the reference of an extrapolation. Two kinds of teachers are in neither: `cross_tokenizer`, with
     another tokenizer, and `remote`, behind a server. vocab_size: the number of ids that the heads of the student and of the
-    teachers with its tokenizer share. templates: the teachers in process whose chat template renders otherwise than the student's.
+    teachers with its tokenizer share.
     """
 
     config: Config
@@ -58,10 +61,8 @@ class LocalBackend:
     followed: Mapping[str, Target]
     cross_tokenizer: Mapping[str, CrossTokenizerPolicy]
     remote: Mapping[str, RemoteTeacher]
-    identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
-    templates: Mapping[str, OtherTemplate]
 
     def close(self) -> None:
         """Drop the connections to servers."""
@@ -99,6 +100,49 @@ class LocalBackend:
         """The longest sequence that the student takes."""
         return self.student.network.limit
 
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
+        return self._identities
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        named = {f"teacher '{name}'": self._identity(name, policy) for name, policy in self.policies.items()}
+        named |= identities_of(self.remote)
+        named["the student's tokenizer"] = fingerprint(self.tokenizer)
+        for name, policy in self.policies.items():
+            if name in self.cross_tokenizer or policy.prompts is not None:
+                tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
+                named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
+        if self.config.trainable == "lora":
+            named["the student's base"] = self.student.network.fingerprint()
+        return named
+
+    def _identity(self, name: str, policy: Policy) -> str:
+        """A hash of a teacher: of its base's weights and of its adapter's files."""
+        adapter = self.config.lora.start if name == INITIAL_STUDENT else self.config.teachers[name].adapter
+        base = policy.network.fingerprint()
+        if adapter is None:
+            return base
+        digest = hashlib.sha256()
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            path = Path(adapter) / file
+            if path.exists():
+                digest.update(path.read_bytes())
+        return f"{base}+{digest.hexdigest()[:32]}"
+
+    def _templates(self) -> dict[str, OtherTemplate]:
+        """The teachers in process with the student's vocabulary that render a conversation otherwise than the student."""
+        found = {}
+        for name, policy in self.policies.items():
+            if name in self.cross_tokenizer or name not in self.config.teachers:
+                continue
+            apart = different_renderings(self.tokenizer, policy.network.tokenizer)
+            if apart is not None:
+                none = "" if policy.network.tokenizer.chat_template else "it has none"
+                found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
+        return found
+
     def facts(self) -> TeacherFacts:
         """What the teachers are, to those who check them."""
         return TeacherFacts(
@@ -108,7 +152,7 @@ class LocalBackend:
             without_distributions=frozenset(self.cross_tokenizer.keys() | self.remote.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.remote.items()},
             notes=[note for network in self._networks() for note in network.notes],
-            templates={**self.templates, **templates_of(self.remote)},
+            templates={**self._templates(), **templates_of(self.remote)},
             turn_ends=self._turn_ends(),
             reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
         )

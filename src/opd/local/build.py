@@ -1,9 +1,7 @@
 """From a configuration to the local backend: which weights are loaded, each once, and which policies use them."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,14 @@ from opd.models.lora import add_adapter, add_student_adapter
 from opd.models.network import Network
 from opd.remote.client import Client
 from opd.remote.discovery import connect_all
-from opd.remote.teacher import RemoteTeacher, identities_of
-from opd.roles import INITIAL_STUDENT, OtherTemplate
+from opd.remote.teacher import RemoteTeacher
+from opd.roles import INITIAL_STUDENT
 from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.student_text import StudentSide
-from opd.text.teacher_prompt import OwnPrompt, different_renderings, same_template
+from opd.text.teacher_prompt import OwnPrompt, same_template
 from opd.text.teacher_text import TeacherSide
-from opd.text.template import clock_of, freeze
-from opd.text.tokenizer import described_token, difference, fingerprint, ids_without_rows
+from opd.text.template import freeze
+from opd.text.tokenizer import described_token, difference, ids_without_rows
 from opd.text.turn_end import turn_end
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
@@ -71,14 +69,20 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
     for each in sharing:
         each.vocab_size = vocab_size
     connected = _connected(config, network.tokenizer) if remote else {}
-    identities = _identities(config, network, policies, cross_tokenizer, connected)
     apart = cross_tokenizer.keys() | {name for name, teacher in config.teachers.items() if teacher.remote}
     targets = {name: _target(config, name, policies) for name in config.teachers if name not in apart}
     followed = {name: _extrapolated(config, target, policies) for name, target in targets.items()}
     return LocalBackend(
-        config, Policy(network, "student" if lora else None), policies, targets, followed, cross_tokenizer, connected, identities,
-        vocab_size, make_environment, _other_templates(config, network, policies, cross_tokenizer),
-    )  # fmt: skip
+        config,
+        Policy(network, "student" if lora else None),
+        policies,
+        targets,
+        followed,
+        cross_tokenizer,
+        connected,
+        vocab_size,
+        make_environment,
+    )
 
 
 def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
@@ -218,24 +222,6 @@ def _with_own_prompts(config: Config, student: Network, policies: Mapping[str, P
     }
 
 
-def _other_templates(
-    config: Config,
-    student: Network,
-    policies: Mapping[str, Policy],
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
-) -> dict[str, OtherTemplate]:
-    """The teachers of the student's vocabulary that render a conversation otherwise than the student."""
-    found = {}
-    for name, policy in policies.items():
-        if name in cross_tokenizer or name not in config.teachers:
-            continue
-        apart = different_renderings(student.tokenizer, policy.network.tokenizer)
-        if apart is not None:
-            none = "" if policy.network.tokenizer.chat_template else "it has none"
-            found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
-    return found
-
-
 def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] | None = None) -> None:
     """Note where a tokenizer has ids for which a model, `source`, has no rows. Raises ModelError where a turn would end with one;
     that no prompt needs one is checked with the prompts.
@@ -290,37 +276,3 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
                 f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
                 "token by token"
             )
-
-
-def _identities(
-    config: Config,
-    student: Network,
-    policies: Mapping[str, Policy],
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
-    remote: Mapping[str, RemoteTeacher],
-) -> dict[str, str]:
-    """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
-    named = {f"teacher '{name}'": _identity(config, name, policy) for name, policy in policies.items()}
-    named |= identities_of(remote)
-    named["the student's tokenizer"] = fingerprint(student.tokenizer)
-    for name, policy in policies.items():
-        if name in cross_tokenizer or policy.prompts is not None:
-            tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
-            named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
-    if config.trainable == "lora":
-        named["the student's base"] = student.fingerprint()
-    return named
-
-
-def _identity(config: Config, name: str, policy: Policy) -> str:
-    """What makes this teacher this teacher: its base's weights and its adapter's file."""
-    adapter = config.lora.start if name == INITIAL_STUDENT else config.teachers[name].adapter
-    base = policy.network.fingerprint()
-    if adapter is None:
-        return base
-    digest = hashlib.sha256()
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        path = Path(adapter) / file
-        if path.exists():
-            digest.update(path.read_bytes())
-    return f"{base}+{digest.hexdigest()[:32]}"

@@ -1,7 +1,7 @@
 """The learner in process: the student's trainable weights, their gradient and their optimizer."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -75,18 +75,24 @@ class LocalLearner:
     @torch.no_grad()
     def score_student(self, batch: Batch) -> Batch:
         """The batch with `student_logprobs` and, where teachers gave distributions, `reverse_kl` and the baseline b*."""
+        return self._scored(batch, lambda forward: {})[0]
+
+    def _scored(self, batch: Batch, measure: Callable[[Pass], Metrics]) -> tuple[Batch, Metrics]:
+        """(`score_student` of a batch, the metrics that `measure` finds in its passes)."""
         score_weighted = self._objective.baseline == "score_weighted"
         columns: dict[str, Tensor] = {}
+        found: list[Metrics] = []
         for forward in self.passes(batch):
             for name, column in student_scores(forward, self._how, score_weighted=score_weighted).items():
                 columns.setdefault(name, column.new_zeros(len(batch.token_ids)))[forward.flat] = column
-        return replace(batch, **columns)
+            found.append(measure(forward))
+        return replace(batch, **columns), merge(found)
 
     @torch.no_grad()
     def distances(self, batch: Batch) -> Metrics:
         """kl/token/TEACHER/mean and student/topk_overlap/TEACHER/mean of each teacher, and more."""
-        found = merge([agreement_metrics(forward, self._how) for forward in self.passes(batch)])
-        kl = self.score_student(batch).reverse_kl
+        scored, found = self._scored(batch, lambda forward: agreement_metrics(forward, self._how))
+        kl = scored.reverse_kl
         assert kl is not None
         owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
         compared = batch.scored if batch.compared is None else batch.scored & batch.compared

@@ -23,7 +23,7 @@ from opd.models.architecture import require_packable_config
 from opd.models.network import Network
 from opd.models.weights import require_floats, require_loaded, require_whole
 
-# what transformers and its loaders raise for files and settings that do not fit one another
+# raised by transformers and its loaders for files and settings that do not fit one another
 _LOADERS_SAY = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, ImportError, AttributeError, AssertionError, ArithmeticError,
     SafetensorError,
@@ -67,10 +67,7 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
             where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )
     notes += _own_code(model, tokenizer, source)
-    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
-        raise ModelError(
-            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
-        )
+    _require_an_end(tokenizer, source)
     model.to(device).eval().requires_grad_(False)
     return Network(model, tokenizer, source, notes=notes)
 
@@ -93,7 +90,7 @@ def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]
 
 
 def _own_code(model: Any, tokenizer: Any, source: str) -> list[str]:
-    """A line where a model or a tokenizer comes with code of its own, which is not run."""
+    """A line for a model and a tokenizer that come with code of their own, which is not run."""
     config = getattr(model.config, "auto_map", None) or {}
     said = {"config.json": (config.get("AutoModelForCausalLM"), model)}
     said["tokenizer_config.json"] = (getattr(tokenizer, "init_kwargs", {}).get("auto_map"), tokenizer)
@@ -106,11 +103,19 @@ def _own_code(model: Any, tokenizer: Any, source: str) -> list[str]:
 
 
 def _require_a_place(source: str) -> None:
-    """Raise ModelError for what is written as a path and is no folder."""
+    """Raise ModelError for a source that is written as a path and is no folder."""
     path = Path(source)
     written = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.exists()
     if path.suffix != ".gguf" and not path.is_dir() and written:
         raise ModelError(f"model '{source}' is neither a folder, a .gguf file, nor a hub id (owner/name)")
+
+
+def _require_an_end(tokenizer: Any, source: str) -> None:
+    """Raise ModelError for a tokenizer with which no response could end."""
+    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
+        raise ModelError(
+            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,12 @@ def load_tokenizer(source: str) -> LoadedTokenizer:
     where = str(path.parent) if file else source
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
-    if tokenizer.eos_token_id is None and not tokenizer.chat_template:
-        raise ModelError(
-            f"model '{source}': its tokenizer has neither an end token nor a chat template, so no response could end"
-        )
+    _require_an_end(tokenizer, source)
     return LoadedTokenizer(tokenizer, None if file else _generation_config(source))
 
 
 def _generation_config(source: str) -> GenerationConfig | None:
-    """What says how the model generates, as loading the model would find it; None where nothing does."""
+    """The generation config that loading the model would find; None where there is none."""
     with quiet():
         with contextlib.suppress(OSError, ValueError):
             return GenerationConfig.from_pretrained(source, trust_remote_code=False)
@@ -153,9 +155,7 @@ def gguf_folder(path: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
-    folder = (
-        cache / f"{path.stem}-{digest}-whole"
-    )  # those without that name were made before missing weights were refused
+    folder = cache / f"{path.stem}-{digest}-whole"  # older folders without that ending may lack weights
     if not folder.is_dir():
         convert_gguf(path, folder)
     return folder
@@ -230,7 +230,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the loaders' own bars and advice; ours name what matters."""
+    """Hide the progress bars and advice of the loaders."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

@@ -177,14 +177,16 @@ class Network:
 
     @contextmanager
     def merged(self, adapter: str | None) -> Iterator[None]:
-        """Compute with this adapter in passes of few tokens without gradients: its update is added to copies of the base's weights."""
+        """Compute with this adapter in passes of few tokens without gradients: copies of the weights have its update added."""
         self.activate(adapter)
         with merged(self._backbone):
             yield
 
     def prefill(self, sequences: Sequence[Sequence[int]], cache: KVCache, *, max_tokens: int) -> Tensor:
-        """Add a row for each sequence to the cache, in packed passes of at most `max_tokens` distinct tokens; returns the hidden states
-        [sequences, hidden] after the last token of each."""
+        """Add a row for each sequence to the cache, in packed passes of at most `max_tokens` distinct tokens.
+
+        Returns the hidden states [sequences, hidden] after the last token of each.
+        """
         found = []
         for _, tree in pack_trees(sequences, max_tokens=max_tokens):
             plan = TreePlan(tree, device=self.device, keep=True)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from opd.checks.findings import PACKED_WITHIN
 from opd.models.attention import own_attention
 from opd.models.kv_cache import KVCache
+from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
 
@@ -55,7 +56,9 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
             if not found[name] <= PACKED_WITHIN:
                 return found
         if gradients:
-            with _layer_by_layer(network) if widened else nullcontext():
+            # only the inputs of layers are kept for the gradient, so that weights of one layer at a time are widened
+            layers = network.layers() if widened else ()
+            with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
                 found["gradients"] = probe.gradient_gap()
         return found
 
@@ -237,23 +240,6 @@ def _inputs(network: Network) -> Iterator[list[Tensor]]:
         yield given
     finally:
         hook.remove()
-
-
-@contextmanager
-def _layer_by_layer(network: Network) -> Iterator[None]:
-    """Keep of each layer its input alone for the gradient: widened weights of one layer at a time."""
-    changed: list[tuple[torch.nn.Module, Callable[..., Any] | None]] = []
-    try:
-        for layer in network.layers():
-            changed.append((layer, layer.__dict__.get("forward")))
-            layer.forward = partial(checkpointed, layer.forward)
-        yield
-    finally:
-        for layer, forward in changed:
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 @contextmanager
