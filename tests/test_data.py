@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opd.batch import Batch, pack
 from opd.data.stream import PromptStream
 from opd.errors import ScoreError
-from opd.models.attention import tile_groups
+from opd.models.attention import TileGroup, Tiles, tiles_of, visible_keys
 from opd.models.packing import TokenTree, micro_batches, pack_trees
 from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
@@ -27,6 +27,10 @@ def one_tree(sequences: list[list[int]]) -> TokenTree:
     [(members, tree)] = pack_trees(sequences, max_tokens=1000)
     assert members == list(range(len(sequences)))
     return tree
+
+
+def visible(tiles: Tiles, group: TileGroup, size: int) -> np.ndarray:
+    return visible_keys(tiles, group, size=size, device=torch.device("cpu")).numpy()
 
 
 def sequences_with_masks(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -48,9 +52,11 @@ def test_the_worked_example_of_a_tree():
     assert tree.positions.tolist() == [0, 1, 2, 2]
     assert [p.tolist() for p in tree.paths] == [[0, 1, 2], [0, 1, 3]]
     assert len(tree) == 4
-    [group] = tile_groups(tree, size=4)
+    tiles = tiles_of(tree, size=4)
+    [group] = tiles.groups
     assert group.keys.tolist() == [[0, 1, 2, 3]]
-    assert group.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert (tiles.enter.tolist(), tiles.leave.tolist()) == ([0, 1, 2, 3], [4, 4, 3, 4])
+    assert visible(tiles, group, 4)[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
 @quick
@@ -81,16 +87,24 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
             expected[node, path[: depth + 1]] = True
     found = np.zeros_like(expected)
     seen: list[int] = []
-    for group in tile_groups(tree, size=size):
-        for start, end, keys, visible in zip(group.starts, group.ends, group.keys, group.visible, strict=True):
+    tiles = tiles_of(tree, size=size)
+    for group in tiles.groups:
+        columns = (group.starts, group.ends, group.keys, visible(tiles, group, size))
+        for start, end, keys, rows in zip(*columns, strict=True):
             assert 0 < end - start <= size
             seen += range(start, end)
-            for node, row in zip(range(start, end), visible, strict=False):
+            for node, row in zip(range(start, end), rows, strict=False):
                 assert row.sum() == expected[node].sum()  # each key once
                 found[node, keys[row]] = True
-            assert visible[end - start :].sum() == size - (end - start)  # a place without a node sees one key
+            assert rows[end - start :].sum() == size - (end - start)  # a place without a node sees one key
     assert sorted(seen) == list(range(len(tree)))
     assert np.array_equal(found, expected)
+
+
+def test_the_tiles_of_a_tree_are_made_once():
+    tree = one_tree([[5, 6, 7], [5, 6, 8]])
+    assert tiles_of(tree, size=4) is tiles_of(tree, size=4)
+    assert tiles_of(one_tree([[5, 6, 7], [5, 6, 8]]), size=4) is not tiles_of(tree, size=4)
 
 
 @quick
@@ -98,7 +112,7 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
 def test_tiles_begin_where_branches_do_unless_several_fit(sequences):
     tree = one_tree(sequences)
     begins = [i for i, parent in enumerate(tree.parents) if parent != i - 1]
-    for group in tile_groups(tree, size=4):
+    for group in tiles_of(tree, size=4).groups:
         for start, end in zip(group.starts, group.ends, strict=True):
             inside = [b for b in begins if start < b < end]
             for first, after in pairwise([*inside, end]):

@@ -11,6 +11,8 @@ unless several short branches fit into one. Tiles that see about as many keys ar
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -30,6 +32,7 @@ from opd.models.packing import TokenTree
 _NAME = "opd"
 _TILE = 64  # nodes; a smaller tile sees less that it does not need, a larger one makes fewer, larger products
 _SLACK = 0.75  # a tile joins a group when it sees at least this fraction of what the group's widest tile sees
+_KEPT = 64  # trees of which the tiles are kept: an eighth of a byte for each token and key that it sees
 _WIDE = 512  # keys; groups that see more keep only their inputs for the gradient
 # Arguments that change the scores, or which keys count. A plan ignores them.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
@@ -85,87 +88,112 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 class TileGroup:
     """Tiles that are computed together.
 
-    starts, ends [tiles]: each is the nodes start, ..., end - 1, at most `size` of them; keys [tiles, width]: the nodes that each
-    sees, in order, 0 behind their end; visible [tiles, size, width] bool: which keys each node sees. A place behind a tile's last
-    node sees the first key, so that every row sees something.
+    starts, ends [tiles]: each is the nodes start, ..., end - 1; keys [tiles, width]: the nodes that any of them sees, in order, 0
+    behind their end; counts [tiles]: how many keys there are. All int64.
     """
 
     starts: np.ndarray
     ends: np.ndarray
     keys: np.ndarray
-    visible: np.ndarray
+    counts: np.ndarray
 
 
-def tile_groups(tree: TokenTree, *, size: int) -> list[TileGroup]:
-    """Every node in exactly one tile of at most `size` nodes; the widest group first."""
-    first_of_run = _first_of_run(tree.parents)
-    cuts = _cuts(first_of_run, size)
-    seen = [_tile(tree.parents, first_of_run, start, end) for start, end in cuts]
-    order = sorted(range(len(seen)), key=lambda i: -len(seen[i][0]))
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a tree, the widest group first, and the nodes' numbers in depth-first order.
+
+    enter, leave [nodes] int32: node n sees node k (k is n or an ancestor of n) where enter[k] <= enter[n] < leave[k].
+    """
+
+    groups: Sequence[TileGroup]
+    enter: np.ndarray
+    leave: np.ndarray
+
+
+@lru_cache(maxsize=_KEPT)
+def tiles_of(tree: TokenTree, *, size: int) -> Tiles:
+    """Every node of a tree in exactly one tile of at most `size` nodes. Those of the last trees are kept."""
+    breaks = np.flatnonzero(tree.parents != np.arange(len(tree)) - 1)
+    runs = [0, *breaks.tolist(), len(tree)]  # bounds of the unbroken lines of nodes, each the parent of the next
+    first_of_run = np.repeat(runs[:-1], np.diff(runs))
+    cuts = _cuts(runs, size)
+    keys = [_keys(tree.parents, first_of_run, start, end) for start, end in cuts]
     groups: list[list[int]] = []
-    for i in order:
-        if not groups or len(seen[i][0]) < _SLACK * len(seen[groups[-1][0]][0]):
+    for i in sorted(range(len(keys)), key=lambda i: -len(keys[i])):
+        if not groups or len(keys[i]) < _SLACK * len(keys[groups[-1][0]]):
             groups.append([])
         groups[-1].append(i)
-    return [_group(sorted(members), cuts, seen, size) for members in groups]
+    found = []
+    for members in map(sorted, groups):
+        counts = np.array([len(keys[i]) for i in members])
+        padded = np.zeros((len(members), counts.max()), dtype=np.int64)
+        for row, i in zip(padded, members, strict=True):
+            row[: len(keys[i])] = keys[i]
+        starts, ends = np.array([cuts[i] for i in members]).T
+        found.append(TileGroup(starts, ends, padded, counts))
+    return Tiles(found, *_depth_first(tree.parents, runs))
 
 
-def _first_of_run(parents: np.ndarray) -> np.ndarray:
-    """For each node, the first of the unbroken line of nodes, each the parent of the next, that leads to it."""
-    breaks = np.flatnonzero(parents != np.arange(len(parents)) - 1)
-    starts = np.concatenate([[0], breaks])
-    return np.repeat(starts, np.diff(np.concatenate([starts, [len(parents)]])))
-
-
-def _cuts(first_of_run: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """The tiles' (start, end)."""
-    starts = np.unique(first_of_run).tolist()
+def _cuts(runs: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The tiles' (start, end), from the bounds of runs."""
     cuts: list[tuple[int, int]] = []
     begun = 0
-    for start, end in zip(starts, [*starts[1:], len(first_of_run)], strict=True):
+    for start, end in pairwise(runs):
         if end - begun > size and begun < start:
             cuts.append((begun, start))
             begun = start
         while end - begun > size:
             cuts.append((begun, begun + size))
             begun += size
-    return [*cuts, (begun, len(first_of_run))]
+    return [*cuts, (begun, runs[-1])]
 
 
-def _tile(parents: np.ndarray, first_of_run: np.ndarray, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, visible [nodes of the tile, keys]) of one tile."""
-    nodes = np.arange(start, end)
-    begins = [start, *nodes[1:][first_of_run[start + 1 : end] == nodes[1:]].tolist()]
-    above = np.zeros((len(begins), end), dtype=bool)  # the ancestors of each branch that begins or goes on in the tile
-    for row, begin in zip(above, begins, strict=True):
+def _keys(parents: np.ndarray, first_of_run: np.ndarray, start: int, end: int) -> np.ndarray:
+    """The nodes that a tile sees: its own, and the ancestors of each branch that begins or goes on in it."""
+    seen = np.zeros(end, dtype=bool)
+    seen[start:] = True
+    nodes = np.arange(start + 1, end)
+    for begin in [start, *nodes[first_of_run[start + 1 : end] == nodes].tolist()]:
         node = int(parents[begin])
         while node >= 0:
             first = int(first_of_run[node])
-            row[first : node + 1] = True
+            seen[first : node + 1] = True
             node = int(parents[first])
-    seen = np.asarray(above.any(axis=0))
-    seen[start:] = True
-    keys = np.flatnonzero(seen)
-    if len(begins) == 1:  # all that is seen stands before the tile, or in it
-        return keys, keys <= nodes[:, None]
-    branch = np.repeat(np.arange(len(begins)), np.diff([*begins, end]))
-    own = (keys >= np.array(begins)[branch, None]) & (keys <= nodes[:, None])
-    return keys, own | above[:, keys][branch]
+    return np.flatnonzero(seen)
 
 
-def _group(
-    members: list[int], cuts: list[tuple[int, int]], seen: list[tuple[np.ndarray, np.ndarray]], size: int
-) -> TileGroup:
-    width = max(len(seen[i][0]) for i in members)
-    keys = np.zeros((len(members), width), dtype=np.int64)
-    visible = np.zeros((len(members), size, width), dtype=bool)
-    for row, i in enumerate(members):
-        its_keys, its_visible = seen[i]
-        keys[row, : len(its_keys)] = its_keys
-        visible[row, : len(its_visible), : len(its_keys)] = its_visible
-        visible[row, len(its_visible) :, 0] = True
-    starts, ends = np.array([cuts[i] for i in members], dtype=np.int64).T
-    return TileGroup(starts, ends, keys, visible)
+def _depth_first(parents: np.ndarray, runs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(enter, leave) of each node: its number in depth-first order, and the number after its last descendant. The next node of a
+    run comes first, then the branches in their order."""
+    sizes = np.ones(len(parents), dtype=np.int64)  # of the subtrees
+    for start, end in reversed(list(pairwise(runs))):
+        sizes[start:end] = np.cumsum(sizes[start:end][::-1])[::-1]
+        if parents[start] >= 0:
+            sizes[parents[start]] += sizes[start]
+    enter = np.zeros(len(parents), dtype=np.int64)
+    free = np.zeros(
+        len(parents) + 1, dtype=np.int64
+    )  # the number of each node's next branch; at the end, of the next root
+    for start, end in pairwise(runs):
+        enter[start:end] = free[parents[start]] + np.arange(end - start)
+        free[parents[start]] += sizes[start]
+        free[start:end] = enter[start:end] + 1
+        free[start : end - 1] += sizes[start + 1 : end]
+    return enter.astype(np.int32), (enter + sizes).astype(np.int32)
+
+
+def visible_keys(tiles: Tiles, group: TileGroup, *, size: int, device: torch.device) -> Tensor:
+    """Which keys each node of a group's tiles sees, [tiles, size, width] bool. A place behind a tile's last node sees the first
+    key, so that every row sees something."""
+    enter, leave = (torch.from_numpy(a).to(device) for a in (tiles.enter, tiles.leave))
+    starts, ends, keys, counts = (
+        torch.from_numpy(a).to(device) for a in (group.starts, group.ends, group.keys, group.counts[:, None])
+    )
+    nodes = starts[:, None] + torch.arange(size, device=device)
+    nodes = torch.where(nodes < ends[:, None], nodes, keys[:, :1])  # the first key is a root, which sees itself alone
+    is_key = torch.arange(keys.shape[1], device=device) < counts
+    at, first = enter[nodes][:, :, None], enter[keys].masked_fill(~is_key, len(enter))
+    return (first[:, None] <= at).logical_and_(at < leave[keys][:, None])
 
 
 class TreePlan:
@@ -175,11 +203,13 @@ class TreePlan:
     def __init__(self, tree: TokenTree, *, device: torch.device, keep: bool = False) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._chain = bool((tree.parents == np.arange(len(tree)) - 1).all())
-        groups = [] if self._chain else tile_groups(tree, size=_TILE)
-        self._keys = [torch.from_numpy(group.keys).to(device) for group in groups]
-        self._visible = [torch.from_numpy(group.visible).to(device) for group in groups]
+        if self._chain:
+            return
+        tiles = tiles_of(tree, size=_TILE)
+        self._keys = [torch.from_numpy(group.keys).to(device) for group in tiles.groups]
+        self._visible = [visible_keys(tiles, group, size=_TILE, device=device) for group in tiles.groups]
         self._masks: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        self._places = torch.from_numpy(_places(groups, len(tree))).to(device)
+        self._places = torch.from_numpy(_places(tiles.groups, len(tree))).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         if self.kept is not None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 _KEPT = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenTree:
     """A packed set of sequences.
 
