@@ -144,7 +144,7 @@ class LocalBackend:
         return found
 
     def facts(self) -> TeacherFacts:
-        """What the teachers are, to those who check them."""
+        """What start-up checks need to know of the teachers."""
         return TeacherFacts(
             contexts=self._contexts(),
             vocab_size=self.vocab_size,
@@ -173,12 +173,12 @@ class LocalBackend:
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
         """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
-        spoken = {(self.student.network, self.student.adapter): "the student"}
+        names = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
-            spoken.setdefault((policy.network, policy.adapter), who)
+            names.setdefault((policy.network, policy.adapter), who)
         found = {}
-        for (network, adapter), who in spoken.items():
+        for (network, adapter), who in names.items():
             trains = (network, adapter) == (self.student.network, self.student.adapter)
             found[who] = packing_of(Policy(network, adapter), trains=trains)
         return found

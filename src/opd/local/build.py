@@ -144,7 +144,7 @@ def _student(config: Config | SftConfig) -> Network:
 def _cross_tokenizer(
     config: Config, student: Network, policies: Mapping[str, Policy]
 ) -> dict[str, CrossTokenizerPolicy]:
-    """The teachers that have another tokenizer. Raises ModelError where the recipe asks for what only one tokenizer gives."""
+    """The teachers with another tokenizer. Raises ModelError where the recipe needs a teacher that shares the student's."""
     found: dict[str, CrossTokenizerPolicy] = {}
     student_side = None
     for name, policy in policies.items():

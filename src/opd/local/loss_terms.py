@@ -82,20 +82,20 @@ def integrated_term(forward: Pass, how: VocabularyLoss, *, divisor: float, coef:
     loss = forward.hidden.sum() * 0.0
     columns = {name: np.zeros(len(micro.states)) for name in ("divergence", "reverse_kl", "entropy", "floored", "tail")}
     compared = np.zeros(len(micro.states), dtype=bool)
-    for mine, first, inverse, states, teachers in _by_teacher(forward, tokens_differ=how.top_k is not None):
-        compared[mine] = True
-        summed = np.bincount(inverse, weights=weights[mine], minlength=len(first))
+    for actions, first, inverse, states, teachers in _by_teacher(forward, tokens_differ=how.top_k is not None):
+        compared[actions] = True
+        summed = np.bincount(inverse, weights=weights[actions], minlength=len(first))
         term, stats = vocabulary_loss(
             forward.hidden[states],
             forward.head,
             teachers,
             torch.from_numpy(summed).to(device, torch.float32),
             how,
-            sampled_ids=forward.targets[torch.from_numpy(mine[first]).to(device)],
+            sampled_ids=forward.targets[torch.from_numpy(actions[first]).to(device)],
         )
         loss = loss + term
         for name, whole in columns.items():
-            whole[mine] = getattr(stats, name).double().cpu().numpy()[inverse]
+            whole[actions] = getattr(stats, name).double().cpu().numpy()[inverse]
     refuse_nan(columns["divergence"], forward)
     metrics: Metrics = {
         "student/entropy/mean": mean_of(columns["entropy"][compared]),
@@ -194,14 +194,14 @@ def agreement_metrics(forward: Pass, how: VocabularyLoss) -> Metrics:
     """Top-k overlap, over all and by teacher, and entropies, at every eighth state of a pass, or at some 128 of many."""
     found: Metrics = {}
     num_teachers = len({forward.batch.teachers[m] for m in forward.micro.members})
-    for mine, first, _, states, teachers in _by_teacher(forward, tokens_differ=False):
+    for actions, first, _, states, teachers in _by_teacher(forward, tokens_differ=False):
         some = slice(None, None, max(_COMPARED_EVERY, -(-len(first) * num_teachers // _MOST_COMPARED)))
         asked = [teacher._replace(hidden=teacher.hidden[some]) for teacher in teachers]
         seen = agreement(forward.hidden.detach()[states[some]], forward.head.detach(), asked, how)
         overlap = mean_of(seen.topk_overlap.tolist())
         part: Metrics = {
             "student/topk_overlap/mean": overlap,
-            f"student/topk_overlap/{forward.batch.teachers[forward.micro.owners[mine[0]]]}/mean": overlap,
+            f"student/topk_overlap/{forward.batch.teachers[forward.micro.owners[actions[0]]]}/mean": overlap,
             "student/entropy_gap/mean": mean_of((seen.teacher_entropy - seen.student_entropy).tolist()),
             "teacher/entropy/mean": mean_of(seen.teacher_entropy.tolist()),
         }
@@ -222,9 +222,9 @@ def student_scores(forward: Pass, how: VocabularyLoss, *, score_weighted: bool) 
     if forward.batch.teacher_parts is None:
         return found
     kl, best = (found["student_logprobs"].new_zeros(len(logprobs)) for _ in range(2))
-    for mine, _, inverse, nodes, teachers in _by_teacher(forward, tokens_differ=False):
+    for actions, _, inverse, nodes, teachers in _by_teacher(forward, tokens_differ=False):
         stats = state_statistics(forward.hidden[nodes], forward.head, teachers, how, score_weighted=score_weighted)
-        where, back = torch.from_numpy(mine), torch.from_numpy(inverse)
+        where, back = torch.from_numpy(actions), torch.from_numpy(inverse)
         kl[where] = stats.reverse_kl.cpu()[back]
         best[where] = stats.score_weighted.cpu()[back]
     refuse_nan(kl.numpy(), forward)
@@ -241,19 +241,18 @@ def _by_teacher(
     teacher_of = np.array([batch.teachers[o] for o in micro.owners])
     has_state = np.ones(len(teacher_of), dtype=bool) if batch.compared is None else batch.compared[forward.flat].numpy()
     for teacher in dict.fromkeys(teacher_of.tolist()):
-        mine = np.flatnonzero((teacher_of == teacher) & has_state)
-        if not len(mine):
+        actions = np.flatnonzero((teacher_of == teacher) & has_state)
+        if not len(actions):
             continue
-        key = micro.states[mine]
+        key = micro.states[actions]
         if tokens_differ:
-            key = key * (int(micro.targets.max()) + 1) + micro.targets[mine]
+            key = key * (int(micro.targets.max()) + 1) + micro.targets[actions]
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-        chosen = mine[first]
-        mine_too = [batch.teacher_parts[m] for m in micro.members if batch.teachers[m] == teacher]
-        members = [parts for parts in mine_too if parts]  # none where a rollout has no score
+        parts_of_rollouts = [batch.teacher_parts[m] for m in micro.members if batch.teachers[m] == teacher]
+        members = [parts for parts in parts_of_rollouts if parts]  # none where a rollout has no score
         teachers = []
         for k, part in enumerate(members[0]):
-            # Actions come rollout by rollout, so these rows are those of `mine`.
+            # Actions come rollout by rollout, so these rows are those of `actions`.
             hidden = torch.from_numpy(np.concatenate([parts[k].hidden for parts in members])[first])
             rows, cells = forward.heads[part.model]
             rows = rows.to(device)
@@ -264,7 +263,7 @@ def _by_teacher(
                     cells.student[: len(forward.head)].to(device), cells.teacher.to(device), cells.num
                 )
             teachers.append(TeacherStates(hidden.to(device, forward.hidden.dtype), rows, part.weight, cells))
-        yield mine, first, inverse, torch.from_numpy(micro.states[chosen]).to(device), teachers
+        yield actions, first, inverse, torch.from_numpy(micro.states[actions[first]]).to(device), teachers
 
 
 def kl_metrics(kl: np.ndarray, forward: Pass) -> Metrics:
@@ -278,8 +277,8 @@ def kl_metrics(kl: np.ndarray, forward: Pass) -> Metrics:
     # an episode's parts may lie in several passes
     metrics["kl/sequence/mean"] = Mean(sum(per_sequence.values()), float(batch.leading[list(micro.members)].sum()))
     for teacher in dict.fromkeys(batch.teachers[m] for m in micro.members):
-        mine = np.array([batch.teachers[o] == teacher for o in micro.owners])
-        metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[mine & scored])
+        own = np.array([batch.teachers[o] == teacher for o in micro.owners])
+        metrics[f"kl/token/{teacher}/mean"] = mean_of(kl[own & scored])
     if batch.num_bytes is not None and bool(batch.num_bytes.any()):
         sizes = {m: int(batch.num_bytes[m]) for m in micro.members if batch.num_bytes[m] > 0}
         metrics["kl/byte/mean"] = Mean(sum(per_sequence[m] for m in sizes), sum(sizes.values()))
@@ -287,7 +286,7 @@ def kl_metrics(kl: np.ndarray, forward: Pass) -> Metrics:
 
 
 def refuse_nan(values: np.ndarray, forward: Pass) -> None:
-    """Raises ScoreError naming the rollout, the token and the teacher of the first value that is no finite number."""
+    """Raise ScoreError naming the rollout, the token and the teacher of the first value that is not finite."""
     bad = ~np.isfinite(values)
     if bad.any():
         index = int(np.flatnonzero(bad)[0])

@@ -125,7 +125,7 @@ def read_logprobs(
             where = torch.from_numpy(last).to(network.device)
             states = hidden[where].repeat_interleave(len(ends), 0)
             each = token_logprobs(states, head, ends.repeat(len(where)), temperature=temperature)
-            logprobs[where] = each.view(len(where), -1).logsumexp(-1)  # ending is one event, whichever token says it
+            logprobs[where] = each.view(len(where), -1).logsumexp(-1)  # ending is one event, by any of the tokens
         values = micro.by_member(logprobs.double().cpu().numpy())
         kept = micro.by_member(hidden.float().cpu().numpy()) if keep_hidden else [nothing.hidden] * len(values)
         for member, *own in zip(micro.members, values, kept, strict=True):
@@ -309,7 +309,7 @@ def _chunk_score(
     turns: Sequence[TurnPair],
     read: Sequence[ReadSequence],
 ) -> ChunkScore:
-    # The floor is of a token, as everywhere; a chunk's sum may be lower, so its tokens have theirs here.
+    # The floor is per token, as for other teachers; a chunk's sum may be lower, so the floor is applied before the sum.
     logprobs, floored = [], 0
     for each in read:
         found, below = target_logprobs([(torch.from_numpy(each.logprobs), 1.0)], policy.logprob_floor)

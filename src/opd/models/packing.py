@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Few: who reads the same tokens again does so next (the parts of a teacher, the student's scores, the epochs of an update).
+# Few are enough: passes over the same tokens follow each other (parts of a teacher, student scores, epochs of an update).
 _KEPT = 4
 
 
@@ -131,7 +131,7 @@ def micro_batches(
     """Split sequences into packed trees of at most `max_tokens` tokens, each sequence with an action in exactly one.
 
     A sequence's first token is never an action: nothing precedes it. A sequence without an action needs no pass. The packings of
-    the last few calls are kept: the same tokens with the same actions are not packed again, so nobody may write into the arrays.
+    the last few calls are kept, so that the same tokens with the same actions are packed once; callers must not write into them.
     """
     tokens = tuple(np.asarray(s, dtype=np.int64).tobytes() for s in sequences)
     masks = tuple(np.asarray(m, dtype=bool).tobytes() for m in loss_masks)

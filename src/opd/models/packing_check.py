@@ -40,12 +40,12 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
     """The difference between a model's packed passes, with its current adapter, and its own pass of one row, by probe.
 
     Log-probabilities by their largest difference, as a fraction of the spread (standard deviation) of the logits; gradients by
-    the norm of the difference, as a fraction of theirs. A number that is none stays one; what is too large is the last probe.
+    the norm of the difference, as a fraction of theirs. A nan stays a nan. The first probe that is too large is the last one made.
 
-    plan: whether attention asks what the tokens of a pass see; head: logits from hidden states; one sequence: a pass of one;
-    several sequences: one pass over all, which share prefixes; another order: the same pass turned round; distant positions: a
-    short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows: tokens one by
-    one, as while sampling; gradients: of the pass over all, for its inputs.
+    plan: whether attention uses the plan of a pass; head: logits from hidden states; one sequence: a pass of one; several
+    sequences: one pass over all, which share prefixes; another order: the same pass with the sequences reversed; distant
+    positions: a short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows:
+    tokens one by one, as while sampling; gradients: of the pass over all, for its inputs.
     """
     with _in_float32(network) as widened:
         probe = _Probe(network)
@@ -244,7 +244,7 @@ def _inputs(network: Network) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _in_float32(network: Network) -> Iterator[bool]:
-    """Compute in float32, in full, whatever the weights are; gives whether they are widened for it."""
+    """Compute in full float32 for any weights; yields whether they are widened for it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     widened = any(p.dtype in _HALF for p in (*network.model.parameters(), *network.model.buffers()))
