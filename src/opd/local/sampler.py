@@ -100,34 +100,23 @@ class LocalSampler:
             free = self._max_rows - sum(map(len, samples))
             if waiting and (not samples or free >= _REFILL * self._max_rows):
                 begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                found, sharing = self._begin(begun, prompts, cache)
+                shared: dict[tuple[int, ...], list[int]] = {}
+                for sample in begun:
+                    shared.setdefault(tuple(prompts[sample]), []).append(sample)
+                found = self._network.prefill(list(shared), cache, max_tokens=self._max_tokens)
                 hidden = found if not samples else torch.cat([hidden, found])
-                samples += sharing
+                samples += shared.values()
             owners = [row for row, members in enumerate(samples) for _ in members]
             drawn = [sample for members in samples for sample in members]
             places = [len(responses[sample].tokens) for sample in drawn]
-            tokens, logprobs = self._draw(hidden, owners, draws[drawn, places])
+            logits = self._network.logits(hidden).float() / self._temperature
+            tokens, logprobs = invert(logits, torch.tensor(owners), draws[drawn, places])
             for sample, token, logprob in zip(drawn, tokens, logprobs, strict=True):
                 responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
             inputs = _part(cache, samples, responses)
             if samples:
                 hidden = self._network.decode(inputs, cache)
         return responses
-
-    def _begin(
-        self, begun: Sequence[int], prompts: Sequence[list[int]], cache: KVCache
-    ) -> tuple[Tensor, list[list[int]]]:
-        """Rows for the samples that begin: (the hidden states after their prompts, the samples of each new row)."""
-        sharing: dict[tuple[int, ...], list[int]] = {}
-        for sample in begun:
-            sharing.setdefault(tuple(prompts[sample]), []).append(sample)
-        hidden = self._network.prefill(list(sharing), cache, max_tokens=self._max_tokens)
-        return hidden, list(sharing.values())
-
-    def _draw(self, hidden: Tensor, owners: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
-        """One token a sample from its row's distribution, and its log-probability."""
-        logits = self._network.logits(hidden).float() / self._temperature
-        return invert(logits, torch.tensor(owners), draws)
 
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:

@@ -129,13 +129,9 @@ class Network:
             self.shards.keep_trainable()
         self._active = (adapter, trainable)
 
-    def layers(self) -> Iterator[torch.nn.Module]:
-        """The blocks of the model, those that transformers would not split over devices."""
-        return decoder_layers(self.base)
-
     def checkpoint_layers(self) -> None:
         """Activation checkpointing: from now on keep only the input of each layer for the gradient, and compute the layer again."""
-        for layer in self.layers():
+        for layer in decoder_layers(self.base):
             # of this one module, inside of what FSDP does around its call
             layer.forward = partial(checkpointed, layer.forward)
 

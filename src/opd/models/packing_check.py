@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from opd.checks.findings import PACKED_WITHIN
+from opd.models.architecture import decoder_layers
 from opd.models.attention import own_attention
 from opd.models.kv_cache import KVCache
 from opd.models.linear import replaced_forwards
@@ -57,7 +58,7 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
                 return found
         if gradients:
             # only the inputs of layers are kept for the gradient, so that weights of one layer at a time are widened
-            layers = network.layers() if widened else ()
+            layers = decoder_layers(network.base) if widened else ()
             with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
                 found["gradients"] = probe.gradient_gap()
         return found
