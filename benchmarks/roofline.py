@@ -23,8 +23,8 @@ import torch
 from work import opd_parts
 
 from opd.loop import Parts, train_step
-from opd.models.micro_batches import micro_batches
 from opd.models.network import Network
+from opd.models.packing import micro_batches
 from opd.records import ScoredRollout
 
 SIZE = 3072  # of the square matrices

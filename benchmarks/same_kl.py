@@ -27,8 +27,8 @@ from work import SHAPES, opd_parts, trl_command
 
 def ours(options: argparse.Namespace, rate: float, folder: Path) -> dict[str, Any]:
     """A run of opd in this process: its adapters, and the seconds of training to each."""
-    from opd.local.export import export
     from opd.loop import train_step
+    from opd.models.lora import export
 
     settings = [f"optimizer.lr={rate}", f"seed={options.seed}", *options.set]
     config, backend, _, parts = opd_parts(options.shape, options.tokens, options.steps, settings, endless=False)
@@ -38,7 +38,7 @@ def ours(options: argparse.Namespace, rate: float, folder: Path) -> dict[str, An
         train_step(config, parts, step)
         seconds += time.perf_counter() - start
         if step % options.every == 0:
-            export(backend.student, folder / f"step-{step}")
+            export(backend.student.network, backend.student.adapter, folder / f"step-{step}")
             kept.append({"step": step, "seconds": seconds, "adapter": str(folder / f"step-{step}")})
     return {"kept": kept}
 

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 import opd
-from opd.local.build import prepare
 from opd.models.loading import load_network
-from opd.models.micro_batches import micro_batches
 from opd.models.network import Network
+from opd.models.packing import micro_batches
 from opd.objectives.logprobs import token_logprobs
 from opd.text.student_text import StudentSide
 
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=64)
     options = parser.parse_args()
     config = opd.parse_config(json.loads((Path(options.run) / "config.json").read_text()))
-    prepare(config.compute)
+    torch.set_num_threads(config.compute.threads or torch.get_num_threads())
     network = load_network(config.student, config.compute)
     student_side = StudentSide(network.tokenizer, vocab_size=network.vocab_size)
     plain = np.flatnonzero(~student_side.table.control & ~student_side.table.unknown).tolist()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from opd.config import ComputeConfig
-from opd.local.cross_tokenizer import CrossTokenizerPolicy
+from opd.local.teacher import CrossTokenizerPolicy
 from opd.models.loading import load_network
 from opd.text.student_text import StudentSide
 from opd.text.teacher_text import TeacherSide

@@ -18,10 +18,10 @@ import opd
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.local.build import build
-from opd.local.export import write_merged
-from opd.models.loading import add_adapter, load_network
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter, write_merged
 from opd.models.network import Network
-from opd.models.prefix_tree import pack_trees
+from opd.models.packing import pack_trees
 
 IDS = [72, 101, 108, 108, 111, 32, 256, 119, 257, 114]
 CLOSE = 1e-4  # float32 on logits of about 10; what is refused here was 0.1 to 10 off

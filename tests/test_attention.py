@@ -25,7 +25,7 @@ from opd.models.attention import TreePlan, use_plans
 from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, fuse_adapters, merged
 from opd.models.network import Network
-from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.models.packing import TokenTree, pack_trees
 
 quick = settings(max_examples=25, deadline=None)
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=150), min_size=1, max_size=6)

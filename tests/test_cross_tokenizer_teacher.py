@@ -14,7 +14,7 @@ from zoo import toy, toy_bpe
 
 import opd
 from opd.errors import ModelError
-from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
+from opd.local.teacher import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, FailedScore, Rollout, Turn
 from opd.text.alignment import chunk_score, pair_turns
 from opd.text.special_tags import counterparts

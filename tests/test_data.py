@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from opd.batch import Batch, pack
 from opd.data.stream import PromptStream
 from opd.errors import ScoreError
-from opd.models.attention_tiles import tile_groups
-from opd.models.micro_batches import micro_batches
-from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.models.attention import TileGroup, Tiles, tiles_of, visible_keys
+from opd.models.packing import TokenTree, micro_batches, pack_trees
 from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -28,6 +27,10 @@ def one_tree(sequences: list[list[int]]) -> TokenTree:
     [(members, tree)] = pack_trees(sequences, max_tokens=1000)
     assert members == list(range(len(sequences)))
     return tree
+
+
+def visible(tiles: Tiles, group: TileGroup, size: int) -> np.ndarray:
+    return visible_keys(tiles, group, size=size, device=torch.device("cpu")).numpy()
 
 
 def sequences_with_masks(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -49,9 +52,11 @@ def test_the_worked_example_of_a_tree():
     assert tree.positions.tolist() == [0, 1, 2, 2]
     assert [p.tolist() for p in tree.paths] == [[0, 1, 2], [0, 1, 3]]
     assert len(tree) == 4
-    [group] = tile_groups(tree, size=4)
+    tiles = tiles_of(tree, size=4)
+    [group] = tiles.groups
     assert group.keys.tolist() == [[0, 1, 2, 3]]
-    assert group.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert (tiles.enter.tolist(), tiles.leave.tolist()) == ([0, 1, 2, 3], [4, 4, 3, 4])
+    assert visible(tiles, group, 4)[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
 @quick
@@ -82,16 +87,24 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
             expected[node, path[: depth + 1]] = True
     found = np.zeros_like(expected)
     seen: list[int] = []
-    for group in tile_groups(tree, size=size):
-        for start, end, keys, visible in zip(group.starts, group.ends, group.keys, group.visible, strict=True):
+    tiles = tiles_of(tree, size=size)
+    for group in tiles.groups:
+        columns = (group.starts, group.ends, group.keys, visible(tiles, group, size))
+        for start, end, keys, rows in zip(*columns, strict=True):
             assert 0 < end - start <= size
             seen += range(start, end)
-            for node, row in zip(range(start, end), visible, strict=False):
+            for node, row in zip(range(start, end), rows, strict=False):
                 assert row.sum() == expected[node].sum()  # each key once
                 found[node, keys[row]] = True
-            assert visible[end - start :].sum() == size - (end - start)  # a place without a node sees one key
+            assert rows[end - start :].sum() == size - (end - start)  # a place without a node sees one key
     assert sorted(seen) == list(range(len(tree)))
     assert np.array_equal(found, expected)
+
+
+def test_the_tiles_of_a_tree_are_made_once():
+    tree = one_tree([[5, 6, 7], [5, 6, 8]])
+    assert tiles_of(tree, size=4) is tiles_of(tree, size=4)
+    assert tiles_of(one_tree([[5, 6, 7], [5, 6, 8]]), size=4) is not tiles_of(tree, size=4)
 
 
 @quick
@@ -99,7 +112,7 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
 def test_tiles_begin_where_branches_do_unless_several_fit(sequences):
     tree = one_tree(sequences)
     begins = [i for i, parent in enumerate(tree.parents) if parent != i - 1]
-    for group in tile_groups(tree, size=4):
+    for group in tiles_of(tree, size=4).groups:
         for start, end in zip(group.starts, group.ends, strict=True):
             inside = [b for b in begins if start < b < end]
             for first, after in pairwise([*inside, end]):
@@ -170,6 +183,20 @@ def test_an_action_is_predicted_from_all_tokens_before_it(data, max_tokens):
                 seen.append(int(micro.tree.token_ids[node]))
                 node = int(micro.tree.parents[node])
             assert seen[::-1] == sequences[owner][:place].tolist()
+
+
+def test_the_same_tokens_with_the_same_actions_are_packed_once():
+    sequences = [np.array([1, 2, 3], dtype=np.int32), np.array([1, 2, 4], dtype=np.int32)]
+    masks = [np.array([False, True, True]), np.array([False, False, True])]
+    first = micro_batches(sequences, masks, max_tokens=8)
+    again = micro_batches([s.astype(np.int64) for s in sequences], [m.copy() for m in masks], max_tokens=8)
+    assert again is first
+    other_tokens = micro_batches(sequences[::-1], masks, max_tokens=8)
+    other_actions = micro_batches(sequences, [masks[0], ~masks[1] & masks[0]], max_tokens=8)
+    other_size = micro_batches(sequences, masks, max_tokens=3)
+    assert other_tokens[0].targets.tolist() == [2, 4, 3]
+    assert other_actions[0].targets.tolist() == [2, 3, 2]
+    assert [m.members for m in other_size] == [(0,), (1,)]
 
 
 def test_an_action_at_the_very_start_is_refused():

@@ -183,7 +183,7 @@ def test_every_option_occurs_in_the_random_recipes():
         if objective.discount is not None:
             seen.update([f"discount {objective.discount} of {objective.type}"])
         if objective.type == "top_k":
-            seen.update([f"support {objective.top_k}"])
+            seen.update([f"top_k {objective.top_k}"])
     rare = {name: count for name, count in seen.items() if count < 2}
     assert not rare
     expected = {

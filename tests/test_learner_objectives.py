@@ -180,7 +180,7 @@ def test_a_sampled_score_of_several_teachers_is_the_weighted_log_probability(mer
     merged.backend.student.network.base.float()
     rollouts = [s.rollout for s in merged.scored]
     apart = {
-        name: merged.backend.scoring({"both": merged.backend.targets[name]}, keep_hidden=False).score(rollouts)
+        name: merged.backend.local_teachers({"both": merged.backend.targets[name]}, keep_hidden=False).score(rollouts)
         for name in ("even", "odd")
     }
     merged.backend.student.network.base.double()

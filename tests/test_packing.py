@@ -17,10 +17,11 @@ from opd.errors import ModelError
 from opd.models import architecture, attention
 from opd.models import packing_check as packing
 from opd.models.architecture import length_limit
-from opd.models.loading import add_adapter, load_network
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter
 from opd.models.network import Network
+from opd.models.packing import pack_trees
 from opd.models.packing_check import packed_gaps
-from opd.models.prefix_tree import pack_trees
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {"max_position_embeddings": 64}

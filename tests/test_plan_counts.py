@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from opd.config import parse_config
 from opd.models.linear import fuse_adapters
 from opd.models.network import Network
-from opd.models.prefix_tree import pack_trees
+from opd.models.packing import pack_trees
 from opd_plan.devices import GIB
 from opd_plan.memory import _tiles, engine_memory, kept_a_token, kv_bytes_here, rank_memory, rank_share
 from opd_plan.roofline import driver_s, head_flops, layers_flops, pool_s, sample_s, split_s, update_s

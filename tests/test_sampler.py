@@ -10,7 +10,8 @@ from factories import merged_model, plain_logprobs, prompt, save_adapter, save_t
 from opd.config import ComputeConfig, EpisodesConfig
 from opd.episodes.player import one_turn
 from opd.local.sampler import LocalSampler, episode_player
-from opd.models.loading import add_adapter, load_network
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter
 from opd.models.network import Network
 from opd.records import Prompt, Rollout
 

@@ -58,7 +58,7 @@ def test_the_initial_student_of_an_extrapolation_is_the_one_that_begins(tmp_path
     backend = build(recipe(tmp_path, start, objective=objective))
     rollouts = backend.sampler().sample([prompt("p", "hi", teacher="even")], num_samples=2, seed=(1,))
     target = {"even": (backend.followed["even"][-1],)}
-    [scored, _] = backend.scoring(target, keep_hidden=False).score(rollouts)
+    [scored, _] = backend.local_teachers(target, keep_hidden=False).score(rollouts)
     rollout = scored.rollout
     gap = scored.score.logprobs[rollout.loss_mask]  # type: ignore[union-attr]  # none failed
     weight = backend.followed["even"][-1].weight

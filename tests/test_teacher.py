@@ -21,8 +21,11 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.teacher import LocalTeachers, Part, Policy
 from opd.loop import Parts, train_step
-from opd.models.loading import add_adapter, load_network
+from opd.models import packing
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter
 from opd.models.network import Network
+from opd.models.packing import pack_trees
 from opd.records import FailedScore, HiddenScore, Rollout, SampledScore, ScoredRollout
 from opd.rewards.judge import Judge
 
@@ -217,6 +220,26 @@ def test_a_padded_vocabulary_is_scored_over_the_shared_ids(tmp_path: Path, rollo
     for item in backend.teachers(keep_hidden=True).score(mine):
         np.testing.assert_allclose(actions(item), plain_logprobs(model, item.rollout, vocab_size=258), atol=1e-4)
         assert np.abs(actions(item) - plain_logprobs(model, item.rollout)).max() > 1e-3
+
+
+def test_teacher_student_scores_and_every_epoch_pack_the_rollouts_once(
+    backend: LocalBackend, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+):
+    packed: list[int] = []
+
+    def counted(sequences: Sequence[np.ndarray], *, max_tokens: int) -> Any:
+        packed.append(len(sequences))
+        return pack_trees(sequences, max_tokens=max_tokens)
+
+    mine = [replace(r, prompt=replace(r.prompt, teacher="even")) for r in rollouts]
+    monkeypatch.setattr("opd.models.packing.pack_trees", counted)
+    packing._packed.cache_clear()
+    batch, _ = pack(backend.teachers(keep_hidden=True).score(mine), logprob_floor=-50.0)
+    learner = backend.learner()
+    batch = learner.score_student(batch)
+    for _ in range(2):
+        learner.forward_backward(batch)
+    assert [count for count in packed if count] == [len(mine)]
 
 
 def of_length(name: str, tokens: int, teacher: str) -> Rollout:

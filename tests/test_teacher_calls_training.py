@@ -20,7 +20,7 @@ from opd.episodes.demonstrations import Demonstrator
 from opd.episodes.player import EpisodePlayer
 from opd.episodes.tool_problems import calculate
 from opd.episodes.tools import Tool, ToolEnvironment
-from opd.local.cross_tokenizer import CrossTokenizerPolicy, score_cross_tokenizer
+from opd.local.teacher import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, Message, Prompt, Rollout
 from opd.text.call_template import tool_call
 from opd.text.chat import Chat

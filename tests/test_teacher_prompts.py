@@ -132,7 +132,7 @@ def test_a_template_that_renders_as_the_students_changes_nothing(tmp_path: Path,
     items = sampled(backend)
     policy = backend.policies["even"]
     for item in items:
-        [shown] = policy.shown(item)
+        [shown] = policy.inputs(item)
         assert shown.token_ids is item.token_ids
         assert shown.mask is item.loss_mask
     if other is not None:
@@ -166,7 +166,7 @@ def test_each_part_of_a_mixture_reads_its_own_prompt(tmp_path: Path):
     items = [replace(i, prompt=replace(i.prompt, teacher="odd")) for i in sampled(backend)]
     found = backend.teachers(keep_hidden=False).score(items)
     each = [
-        backend.per_model([name]).score([replace(i, prompt=replace(i.prompt, teacher=name)) for i in items])
+        backend.models_as_teachers([name]).score([replace(i, prompt=replace(i.prompt, teacher=name)) for i in items])
         for name in ("even", "other")
     ]
     for both, first, second in zip(found, *each, strict=True):

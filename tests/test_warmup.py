@@ -29,7 +29,7 @@ def test_a_teacher_with_a_template_of_its_own_is_learnt_from_in_the_students(
     backend = build(config)
     assert backend.policies["even"].network.tokenizer.chat_template == SHOUTING
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "hi"},), "even", "first") for i in range(64)]
-    found = warmup._shown(backend, prompts, 1)
+    found = warmup._demonstrations(backend, prompts, 1)
     assert found  # some of 64 ended within their limit
     own = backend.student.network.tokenizer
     for rollout in found:

@@ -336,7 +336,7 @@ class Evaluator:
         rows = []
         for (task, split, teacher), cell in after.items():
             expert = None
-            alone = self._backend.alone(teacher)
+            alone = self._backend.standalone_sampler(teacher)
             if alone is not None:
                 judge = self._task_data.judge(self._config, alone.tokenizer)
                 try:

@@ -17,15 +17,14 @@ from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.interrupts import Interrupts
 from opd.local.backend import packing_of
 from opd.local.build import build_student
-from opd.local.export import export
-from opd.local.learner import LocalLearner
+from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import LocalSampler, episode_player
-from opd.local.sft_batch import imitation_batch
 from opd.local.teacher import Policy
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
 from opd.logging.run_folder import RunFolder
 from opd.metrics import values
+from opd.models.lora import export
 from opd.records import Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.roles import Environment, Task
@@ -109,7 +108,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
                 line.say(f"{saver.stopped}; continue with: {folder.how_to_resume()}")
                 return SftResult(folder.path, False, {})
             with explain_io(folder.student):
-                export(student, folder.student, dtype=config.save_dtype)
+                export(student.network, student.adapter, folder.student, dtype=config.save_dtype)
             draw_run(folder)
             return SftResult(folder.path, True, school.examine(config, prompts, line))
 

@@ -85,8 +85,8 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
-    """Samples from a teacher by itself, and the tokenizer of what it samples."""
+class StandaloneSampler:
+    """A sampler of one teacher by itself, and the tokenizer of its tokens."""
 
     sampler: Sampler
     tokenizer: Any
@@ -189,16 +189,16 @@ class Backend(Protocol):
         """The student as the teacher of every prompt."""
         ...
 
-    def per_model(self, names: Collection[str]) -> Teacher:
-        """Single models, whether a prompt names them or not."""
+    def models_as_teachers(self, names: Collection[str]) -> Teacher:
+        """Single models as teachers, by name: of prompts whose teacher is called so."""
         ...
 
-    def single_models(self) -> Collection[str]:
-        """Every model that scores the student's tokens in process."""
+    def model_names(self) -> Collection[str]:
+        """The models in process that score the student's tokens."""
         ...
 
-    def alone(self, teacher: str) -> Alone | None:
-        """What answers as a teacher does by itself; None for whom nobody can ask."""
+    def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
+        """A sampler of one teacher by itself; None for a teacher that cannot generate, such as a mixture."""
         ...
 
     def learner(self) -> Learner: ...

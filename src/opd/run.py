@@ -22,9 +22,9 @@ from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
 from opd.local import build as local
 from opd.local.backend import LocalBackend
-from opd.local.export import write_merged
 from opd.local.learner import learning_rate
 from opd.local.warmup import warm_up
+from opd.models.lora import write_merged
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
 from opd.logging.run_folder import Background, RunFolder, read_metrics

@@ -63,9 +63,9 @@ def run_checks(config: Config, backend: Backend, task_data: TaskData) -> list[Fi
         tolerance = 0.5 if facts.unknown_tokenizers else tolerance
         findings.append(rules.deterministic(scored, teachers, tolerance=tolerance))
     # A model that no prompt names alone (a part of a mixture, a reference) is asked by itself too.
-    unnamed = [name for name in backend.single_models() if not by_teacher.get(name)]
+    unnamed = [name for name in backend.model_names() if not by_teacher.get(name)]
     asked = [replace(r, prompt=replace(r.prompt, teacher=name)) for name in unnamed for r in rollouts]
-    scored += backend.per_model(unnamed).score(asked)
+    scored += backend.models_as_teachers(unnamed).score(asked)
     findings += rules.can_score(scored)
     findings += rules.informative(scored, vocab_size=facts.vocab_size, cross_tokenizer=facts.cross_tokenizer)
     return findings + rules.lined_up(scored) + _distances(backend, rollouts)

@@ -24,8 +24,8 @@ from opd.episodes.player import EpisodePlayer, MakeEnvironment
 from opd.errors import RunError, one_line
 from opd.local.backend import distances_of
 from opd.metrics import merge
-from opd.models.adapters import adapter_config
 from opd.models.loading import gguf_folder, load_tokenizer
+from opd.models.lora import adapter_config
 from opd.records import ScoredRollout
 from opd.remote.client import Client
 from opd.remote.discovery import connect_all, connect_started
@@ -34,7 +34,7 @@ from opd.remote.protocol import Form
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher, WithRemote, identities_of, templates_of
 from opd.remote.vllm import VLLM
-from opd.roles import Alone, Limit, Sampler, Teacher, TeacherFacts, smallest
+from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
 from opd.text.template import freeze
 from opd.text.turn_end import turn_end
@@ -149,20 +149,20 @@ class RayBackend:
         """The student as the teacher of every prompt."""
         return RankTeachers(self._group, "itself", keep_hidden=False)
 
-    def per_model(self, names: Collection[str]) -> Teacher:
+    def models_as_teachers(self, names: Collection[str]) -> Teacher:
         """Single models."""
         return RankTeachers(self._group, "alone", keep_hidden=False, names=list(names))
 
-    def single_models(self) -> Collection[str]:
+    def model_names(self) -> Collection[str]:
         """Every model that scores the student's tokens at the ranks."""
-        return self._group.facts.single_models
+        return self._group.facts.model_names
 
-    def alone(self, teacher: str) -> Alone | None:
+    def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
         """A teacher behind a server can be asked for answers; what ranks hold cannot."""
         if teacher not in self._remote:
             return None
         found = self._remote[teacher]
-        return Alone(self._sampler_of(found.model, form=found.form), self.tokenizer)
+        return StandaloneSampler(self._sampler_of(found.model, form=found.form), self.tokenizer)
 
     def learner(self) -> RankLearner:
         """All ranks together; they meet when they are first asked."""

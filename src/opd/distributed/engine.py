@@ -195,7 +195,7 @@ class Engine:
             shutil.rmtree(adapter)
 
     def _merge(self, adapter: Path, place: Path) -> None:
-        from opd.local.export import write_merged  # torch and all that reads models: most engines do without
+        from opd.models.lora import write_merged  # torch and all that reads models: most engines do without
 
         whose = self._plan.teachers[0] if self._plan.teachers else self._plan.name
         write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=whose)

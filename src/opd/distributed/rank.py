@@ -29,9 +29,9 @@ from opd.distributed.sharding import shard
 from opd.errors import RunError, one_line
 from opd.local.backend import LocalBackend
 from opd.local.build import build
-from opd.local.export import export, export_files
 from opd.local.learner import LocalLearner
 from opd.metrics import Metrics
+from opd.models.lora import export, export_files
 from opd.records import Rollout, ScoredRollout
 from opd.roles import Limit, Teacher, TeacherFacts
 
@@ -45,7 +45,7 @@ class RankFacts:
 
     teachers: TeacherFacts
     identities: Mapping[str, str]
-    single_models: tuple[str, ...]
+    model_names: tuple[str, ...]
     student_context: Limit | None
 
 
@@ -77,7 +77,7 @@ class Rank:
         return RankFacts(
             teachers=backend.facts(),
             identities=backend.identities,
-            single_models=tuple(backend.single_models()),
+            model_names=tuple(backend.model_names()),
             student_context=backend.student_context,
         )
 
@@ -127,15 +127,14 @@ class Rank:
         if who == "itself":
             teachers = backend.student_as_teacher()
         elif who == "alone":
-            teachers = backend.per_model(names)
+            teachers = backend.models_as_teachers(names)
         else:
             teachers = backend.teachers(keep_hidden=keep_hidden, followed=who == "followed")
         return teachers.score(rollouts)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
         if not scored:
-            with torch.no_grad():  # the passes of the agreement, then those of the KL
-                self._trained.stand_by()
+            with torch.no_grad():
                 self._trained.stand_by()
             return {}
         batch, _ = pack(scored, logprob_floor=self._config.objective.teacher_logprob_floor)
@@ -165,8 +164,9 @@ class Rank:
         found = {name: _whole(p) for name, p in self._trained.weights().items()}
         if self._rank:
             return True, {}
+        student = self._backend.student
         try:
-            files = export_files(self._backend.student, found)
+            files = export_files(student.network, student.adapter, found)
         except OSError as error:
             raise RunError(
                 f"learner rank 0 on {socket.gethostname()} cannot write the student for its engines: {error}; free space for "
@@ -178,7 +178,8 @@ class Rank:
         """Write the student; the first rank does, the others only help."""
         found = {name: _whole(p) for name, p in self._trained.weights().items()}
         if not self._rank:
-            export(self._backend.student, Path(folder), weights=found)
+            student = self._backend.student
+            export(student.network, student.adapter, Path(folder), weights=found)
 
     def save(self, folder: str) -> Saved:
         """Write this rank's part of the weights and moments."""

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
+from opd.models.architecture import decoder_layers
 from opd.models.network import Network
 
 
@@ -49,7 +50,7 @@ def shard(network: Network, mesh: DeviceMesh, trainable: list[str], *, compute_d
     backbone = cast(nn.Module, network.base.base_model)
     head, embeddings = cast(Any, network.base.get_output_embeddings()), cast(Any, network.base.get_input_embeddings())
     tied = head.weight is embeddings.weight
-    layers = list(network.layers())
+    layers = list(decoder_layers(network.base))
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = {p for p in network.base.parameters() if id(p) not in inside}
     names = set(trainable)

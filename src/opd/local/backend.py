@@ -1,8 +1,10 @@
 """The student, its teachers and what they share, in one process (`opd.roles.Backend`)."""
 
 import contextlib
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,21 @@ from opd.batch import pack
 from opd.config import Config
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ModelError
-from opd.local.cross_tokenizer import CrossTokenizerPolicy
-from opd.local.export import export
 from opd.local.learner import LocalLearner
 from opd.local.sampler import LocalSampler, episode_player
-from opd.local.teacher import LocalTeachers, Part, Policy, Target
+from opd.local.teacher import CrossTokenizerPolicy, LocalTeachers, Part, Policy, Target
 from opd.metrics import Metrics, values
+from opd.models.lora import export
 from opd.models.network import Network
 from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher, WithRemote, templates_of
-from opd.roles import Alone, Limit, OtherTemplate, OwnReading, Teacher, TeacherFacts, smallest
-from opd.text.teacher_prompt import same_template
+from opd.remote.teacher import RemoteTeacher, WithRemote, identities_of, templates_of
+from opd.roles import INITIAL_STUDENT, Limit, OtherTemplate, OwnReading, StandaloneSampler, Teacher, TeacherFacts, smallest
+from opd.text.teacher_prompt import different_renderings, same_template
 from opd.text.template import clock_of
+from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
 
 
@@ -46,10 +48,10 @@ def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
 class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
-    policies: every single model that scores, by name. targets: what each teacher key of a prompt stands for; in training
-    `followed` takes its place, which has the reference of an extrapolation too. foreign: the teachers that have another
-    tokenizer, and served: those behind a server, which are in neither. vocab_size: the number of ids that the student's head and
-    those of its tokenizer have. templates: the teachers in process whose chat template renders otherwise than the student's.
+    policies: every model that scores, by name. targets: what each teacher key of a prompt stands for; training takes `followed`
+    instead, which also has the reference of an extrapolation. Two kinds of teachers are in neither: `cross_tokenizer`, with
+    another tokenizer, and `remote`, behind a server. vocab_size: the number of ids that the heads of the student and of the
+    teachers with its tokenizer share.
     """
 
     config: Config
@@ -59,10 +61,8 @@ class LocalBackend:
     followed: Mapping[str, Target]
     cross_tokenizer: Mapping[str, CrossTokenizerPolicy]
     remote: Mapping[str, RemoteTeacher]
-    identities: Mapping[str, str]
     vocab_size: int
     make_environment: MakeEnvironment
-    templates: Mapping[str, OtherTemplate]
 
     def close(self) -> None:
         """Drop the connections to servers."""
@@ -79,13 +79,13 @@ class LocalBackend:
             max_new_tokens=self.config.sampling.max_new_tokens,
             max_rows=self.config.sampling.max_rows,
             max_tokens=self.config.compute.max_tokens,
-            player=episode_player(self.home(policy), self.config.episodes, self.make_environment),
+            player=episode_player(self.chat_network(policy), self.config.episodes, self.make_environment),
         )
 
-    def home(self, policy: Policy) -> Network:
-        """The network whose chat template shows this policy its prompts: its own, or the student's where the recipe says so."""
+    def chat_network(self, policy: Policy) -> Network:
+        """The network whose chat template renders a policy's prompts: its own, or the student's where the recipe says so."""
         cross_tokenizer = any(
-            f.network is policy.network and f.adapter == policy.adapter for f in self.cross_tokenizer.values()
+            (c.network, c.adapter) == (policy.network, policy.adapter) for c in self.cross_tokenizer.values()
         )
         own = cross_tokenizer or policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
         return policy.network if own else self.student.network
@@ -100,8 +100,51 @@ class LocalBackend:
         """The longest sequence that the student takes."""
         return self.student.network.limit
 
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
+        return self._identities
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        named = {f"teacher '{name}'": self._identity(name, policy) for name, policy in self.policies.items()}
+        named |= identities_of(self.remote)
+        named["the student's tokenizer"] = fingerprint(self.tokenizer)
+        for name, policy in self.policies.items():
+            if name in self.cross_tokenizer or policy.prompts is not None:
+                tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
+                named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
+        if self.config.trainable == "lora":
+            named["the student's base"] = self.student.network.fingerprint()
+        return named
+
+    def _identity(self, name: str, policy: Policy) -> str:
+        """A hash of a teacher: of its base's weights and of its adapter's files."""
+        adapter = self.config.lora.start if name == INITIAL_STUDENT else self.config.teachers[name].adapter
+        base = policy.network.fingerprint()
+        if adapter is None:
+            return base
+        digest = hashlib.sha256()
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            path = Path(adapter) / file
+            if path.exists():
+                digest.update(path.read_bytes())
+        return f"{base}+{digest.hexdigest()[:32]}"
+
+    def _templates(self) -> dict[str, OtherTemplate]:
+        """The teachers in process with the student's vocabulary that render a conversation otherwise than the student."""
+        found = {}
+        for name, policy in self.policies.items():
+            if name in self.cross_tokenizer or name not in self.config.teachers:
+                continue
+            apart = different_renderings(self.tokenizer, policy.network.tokenizer)
+            if apart is not None:
+                none = "" if policy.network.tokenizer.chat_template else "it has none"
+                found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
+        return found
+
     def facts(self) -> TeacherFacts:
-        """What the teachers are, to those who check them."""
+        """What start-up checks need to know of the teachers."""
         return TeacherFacts(
             contexts=self._contexts(),
             vocab_size=self.vocab_size,
@@ -109,7 +152,7 @@ class LocalBackend:
             without_distributions=frozenset(self.cross_tokenizer.keys() | self.remote.keys()),
             unknown_tokenizers={name: teacher.unknown for name, teacher in self.remote.items()},
             notes=[note for network in self._networks() for note in network.notes],
-            templates={**self.templates, **templates_of(self.remote)},
+            templates={**self._templates(), **templates_of(self.remote)},
             turn_ends=self._turn_ends(),
             reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
             own_readings=self._own_readings(),
@@ -117,7 +160,7 @@ class LocalBackend:
 
     def _networks(self) -> list[Network]:
         """Every set of weights, the student's first."""
-        return list(dict.fromkeys([self.student.network, *(v.network for v in self.policies.values())]))
+        return list(dict.fromkeys([self.student.network, *(policy.network for policy in self.policies.values())]))
 
     def _turn_ends(self) -> dict[str, str]:
         """Models with a chat template, tokenizer and generation config that disagree on the end of a turn, and how."""
@@ -131,12 +174,12 @@ class LocalBackend:
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
         """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
-        spoken = {(self.student.network, self.student.adapter): "the student"}
+        names = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
-            spoken.setdefault((policy.network, policy.adapter), who)
+            names.setdefault((policy.network, policy.adapter), who)
         found = {}
-        for (network, adapter), who in spoken.items():
+        for (network, adapter), who in names.items():
             trains = (network, adapter) == (self.student.network, self.student.adapter)
             found[who] = packing_of(Policy(network, adapter), trains=trains)
         return found
@@ -144,14 +187,14 @@ class LocalBackend:
     def student_as_teacher(self) -> LocalTeachers:
         """The student as the teacher of every prompt."""
         target = (Part("student", self.student),)
-        return self.scoring(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
+        return self.local_teachers(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
 
-    def per_model(self, names: Collection[str]) -> LocalTeachers:
-        """Models that score by themselves, whether a prompt names them or not."""
-        return self.scoring({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
+    def models_as_teachers(self, names: Collection[str]) -> LocalTeachers:
+        """Single models as teachers, by name: of prompts whose teacher is called so."""
+        return self.local_teachers({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
 
-    def single_models(self) -> Collection[str]:
-        """Every model that scores the student's tokens in process."""
+    def model_names(self) -> Collection[str]:
+        """The models in process that score the student's tokens."""
         return [name for name in self.policies if name not in self.cross_tokenizer]
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
@@ -161,15 +204,15 @@ class LocalBackend:
 
     def export(self, folder: Path) -> None:
         """Write the student where a run keeps it."""
-        export(self.student, folder)
+        export(self.student.network, self.student.adapter, folder)
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
-        here = self.scoring(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
+        here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
         return WithRemote(here, self.remote) if self.remote else here
 
-    def scoring(
+    def local_teachers(
         self,
         targets: Mapping[str, Target],
         *,
@@ -186,17 +229,17 @@ class LocalBackend:
             cross_tokenizer=cross_tokenizer,
         )
 
-    def alone(self, teacher: str) -> Alone | None:
-        """What answers as a teacher does by itself; None for several at once, who are nobody."""
+    def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
+        """A sampler of one teacher by itself; None for a mixture of teachers, which cannot generate."""
         if teacher in self.policies:
             policy = self.policies[teacher]
-            return Alone(self.sampler(policy), policy.network.tokenizer)
+            return StandaloneSampler(self.sampler(policy), policy.network.tokenizer)
         if teacher in self.remote:
-            return Alone(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
+            return StandaloneSampler(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
         return None
 
     def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
-        """A sampler of a served teacher, which is shown prompts as the student is."""
+        """A sampler of a remote teacher, which reads prompts in the student's chat template."""
         return RemoteSampler(
             teacher.model,
             teacher.client,
@@ -241,15 +284,15 @@ class LocalBackend:
         )
 
     def _heads(self) -> dict[str, TeacherHead]:
-        """Of every policy that can give distributions."""
+        """The output head of every policy that can give distributions."""
         found = {
             n: TeacherHead(policy.network.head_weight())
             for n, policy in self.policies.items()
             if n not in self.cross_tokenizer
         }
         for name, policy in self.cross_tokenizer.items():
-            if (cells := policy.cells) is not None:
-                ours, theirs = cells.student[: self.vocab_size], cells.teacher[: policy.network.vocab_size]
-                common = SharedVocabularyIds(torch.from_numpy(ours), torch.from_numpy(theirs), cells.num)
-                found[name] = TeacherHead(policy.network.head_weight(), common)
+            if (shared := policy.shared_vocabulary) is not None:
+                ours, theirs = shared.student[: self.vocab_size], shared.teacher[: policy.network.vocab_size]
+                ids = SharedVocabularyIds(torch.from_numpy(ours), torch.from_numpy(theirs), shared.num)
+                found[name] = TeacherHead(policy.network.head_weight(), ids)
         return found

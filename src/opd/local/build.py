@@ -1,45 +1,37 @@
-"""From a configuration to the embedded parts: which weights are loaded once, and who speaks through them."""
+"""From a configuration to the local backend: which weights are loaded, each once, and which policies use them."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
+from opd.config import AlignmentConfig, Config, SftConfig
 from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import ModelError
 from opd.local.backend import LocalBackend
-from opd.local.cross_tokenizer import CrossTokenizerPolicy
 from opd.local.sampler import chat_of
-from opd.local.teacher import Part, Policy, Target
-from opd.models.loading import add_adapter, add_student_adapter, load_network
+from opd.local.teacher import CrossTokenizerPolicy, Part, Policy, Target
+from opd.models.loading import load_network
+from opd.models.lora import add_adapter, add_student_adapter
 from opd.models.network import Network
 from opd.remote.client import Client
 from opd.remote.discovery import connect_all
-from opd.remote.teacher import RemoteTeacher, identities_of
-from opd.roles import INITIAL_STUDENT, OtherTemplate
+from opd.remote.teacher import RemoteTeacher
+from opd.roles import INITIAL_STUDENT
 from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.student_text import StudentSide
-from opd.text.teacher_prompt import OwnPrompt, different_renderings, same_template
+from opd.text.teacher_prompt import OwnPrompt, same_template
 from opd.text.teacher_text import TeacherSide
-from opd.text.template import clock_of, freeze
-from opd.text.tokenizer import described_token, difference, fingerprint, ids_without_rows
+from opd.text.template import freeze
+from opd.text.tokenizer import described_token, difference, ids_without_rows
 from opd.text.turn_end import turn_end
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 
 
-def prepare(compute: ComputeConfig) -> None:
-    """Process-wide settings of torch."""
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
-
-
 def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remote: bool = True) -> LocalBackend:
-    """Load the student and every teacher, each set of weights once; without `served` those behind servers are left out.
+    """Load the student and every teacher, each set of weights once; `remote=False` leaves out the teachers behind servers.
 
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
     student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
@@ -55,12 +47,11 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
         source = teacher.model or config.student
         if source not in loaded:
             loaded[source] = _load(source, config)
-        home = loaded[source]
-        # A name of our own: peft refuses some, and a teacher may be called "student".
-        adapter = f"teacher{index}" if teacher.adapter is not None else None
-        if teacher.adapter is not None and adapter is not None:
-            add_adapter(home, teacher.adapter, teacher=name, name=adapter)
-        policies[name] = Policy(home, adapter)
+        adapter = None
+        if teacher.adapter is not None:
+            adapter = f"teacher{index}"  # a name of our own: peft refuses some, and a teacher may be called "student"
+            add_adapter(loaded[source], teacher.adapter, teacher=name, name=adapter)
+        policies[name] = Policy(loaded[source], adapter)
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
             loaded[config.student] = _load(config.student, config)
@@ -69,28 +60,33 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
             add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
         policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
     cross_tokenizer = _cross_tokenizer(config, network, policies)
-    policies |= _shown_own_prompts(config, network, {n: v for n, v in policies.items() if n not in cross_tokenizer})
-    own = dict.fromkeys(
-        [network, *(policy.network for name, policy in policies.items() if name not in cross_tokenizer)]
-    )
-    vocab_size = min(n.vocab_size for n in own)
-    narrowest = min(own, key=lambda n: n.vocab_size)
+    same_tokenizer = {name: policy for name, policy in policies.items() if name not in cross_tokenizer}
+    policies |= _with_own_prompts(config, network, same_tokenizer)
+    sharing = dict.fromkeys([network, *(policy.network for policy in same_tokenizer.values())])
+    narrowest = min(sharing, key=lambda n: n.vocab_size)
+    vocab_size = narrowest.vocab_size
     _require_rows(network, vocab_size, narrowest.source)
-    for net in own:
-        net.vocab_size = vocab_size
+    for each in sharing:
+        each.vocab_size = vocab_size
     connected = _connected(config, network.tokenizer) if remote else {}
-    identities = _identities(config, network, policies, cross_tokenizer, connected)
     apart = cross_tokenizer.keys() | {name for name, teacher in config.teachers.items() if teacher.remote}
     targets = {name: _target(config, name, policies) for name in config.teachers if name not in apart}
     followed = {name: _extrapolated(config, target, policies) for name, target in targets.items()}
     return LocalBackend(
-        config, Policy(network, "student" if lora else None), policies, targets, followed, cross_tokenizer, connected, identities,
-        vocab_size, make_environment, _other_templates(config, network, policies, cross_tokenizer),
-    )  # fmt: skip
+        config,
+        Policy(network, "student" if lora else None),
+        policies,
+        targets,
+        followed,
+        cross_tokenizer,
+        connected,
+        vocab_size,
+        make_environment,
+    )
 
 
 def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
-    """The teachers behind servers; whoever closes one closes the connections of all."""
+    """The teachers behind servers, which share one client: closing one closes the connections of all."""
     if not any(teacher.url for teacher in config.teachers.values()):
         return {}
     client = Client(config.remote)
@@ -110,12 +106,12 @@ def _target(config: Config, name: str, policies: Mapping[str, Policy]) -> Target
 
 def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]) -> Target:
     """lambda log q + (1 - lambda) log pi_ref: with lambda above 1 away from the reference, past the teacher."""
-    share, reference = config.objective.extrapolation, config.objective.reference
+    weight, reference = config.objective.extrapolation, config.objective.reference
     if reference is None:
         return target
     name = INITIAL_STUDENT if reference == _INITIAL else reference
-    scaled = tuple(replace(part, weight=share * part.weight) for part in target)
-    return (*scaled, Part(name, policies[name], 1.0 - share))
+    scaled = tuple(replace(part, weight=weight * part.weight) for part in target)
+    return (*scaled, Part(name, policies[name], 1.0 - weight))
 
 
 def _load(source: str, config: Config | SftConfig) -> Network:
@@ -134,8 +130,9 @@ def build_student(config: SftConfig) -> Policy:
 
 
 def _student(config: Config | SftConfig) -> Network:
-    """What is to be trained, as it trains."""
-    prepare(config.compute)
+    """The network of the student, with its adapter where one trains."""
+    if config.compute.threads:
+        torch.set_num_threads(config.compute.threads)
     network = _load(config.student, config)
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)
@@ -147,7 +144,7 @@ def _student(config: Config | SftConfig) -> Network:
 def _cross_tokenizer(
     config: Config, student: Network, policies: Mapping[str, Policy]
 ) -> dict[str, CrossTokenizerPolicy]:
-    """The teachers that have another tokenizer. Raises ModelError where the recipe asks for what only one tokenizer gives."""
+    """The teachers with another tokenizer. Raises ModelError where the recipe needs a teacher that shares the student's."""
     found: dict[str, CrossTokenizerPolicy] = {}
     student_side = None
     for name, policy in policies.items():
@@ -168,16 +165,16 @@ def _cross_tokenizer(
         mask = config.alignment.non_canonical == "mask"
         _require_rows(network, network.vocab_size, network.source, teacher_side.end_ids)
         floor = config.objective.teacher_logprob_floor
-        cells = None
+        shared = None
         if config.objective.type == "top_k":
             tags = teacher_side.counterparts(student_side.table)
-            cells = shared_vocabulary(
+            shared = shared_vocabulary(
                 student_side.table, student_side.end_ids, teacher_side.table, teacher_side.end_ids, tags
             )
         found[name] = CrossTokenizerPolicy(
             network, policy.adapter, teacher_side, student_side, floor,
             mask_non_canonical=mask,
-            cells=cells,
+            shared_vocabulary=shared,
             own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
         )  # fmt: skip
     if not found and config.alignment != AlignmentConfig():
@@ -207,7 +204,7 @@ def _other_tokens(config: Config, name: str, student: Network, network: Network)
 
 
 def _reads_own_prompts(config: Config, name: str, student: Network, network: Network) -> bool:
-    """Whether a teacher of the student's vocabulary is shown conversations in a chat template of its own."""
+    """Whether a teacher of the student's vocabulary reads conversations in a chat template of its own."""
     return (
         name in config.teachers
         and config.teachers[name].template == "own"
@@ -216,31 +213,13 @@ def _reads_own_prompts(config: Config, name: str, student: Network, network: Net
     )
 
 
-def _shown_own_prompts(config: Config, student: Network, policies: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Those of the policies that read the student's tokens behind prompts of their own."""
+def _with_own_prompts(config: Config, student: Network, policies: Mapping[str, Policy]) -> dict[str, Policy]:
+    """Those of the policies that read the student's tokens after prompts in a chat template of their own."""
     return {
         name: replace(policy, prompts=OwnPrompt(chat_of(policy.network), chat_of(student), name=name))
         for name, policy in policies.items()
         if policy.network is not student and _reads_own_prompts(config, name, student, policy.network)
     }
-
-
-def _other_templates(
-    config: Config,
-    student: Network,
-    policies: Mapping[str, Policy],
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
-) -> dict[str, OtherTemplate]:
-    """The teachers of the student's vocabulary that render a conversation otherwise than the student."""
-    found = {}
-    for name, policy in policies.items():
-        if name in cross_tokenizer or name not in config.teachers:
-            continue
-        apart = different_renderings(student.tokenizer, policy.network.tokenizer)
-        if apart is not None:
-            none = "" if policy.network.tokenizer.chat_template else "it has none"
-            found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
-    return found
 
 
 def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] | None = None) -> None:
@@ -270,7 +249,7 @@ def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] 
 
 
 def _require_text_alone(config: Config, name: str, what: str) -> None:
-    """A teacher of another tokenizer says how probable a text is, not which of the student's tokens comes next."""
+    """Raise ModelError where a recipe needs more of a teacher with another tokenizer than the probability of a text."""
     objective = config.objective
     if objective.tail_residual:
         raise ModelError(
@@ -297,37 +276,3 @@ def _require_text_alone(config: Config, name: str, what: str) -> None:
                 f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
                 "token by token"
             )
-
-
-def _identities(
-    config: Config,
-    student: Network,
-    policies: Mapping[str, Policy],
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy],
-    remote: Mapping[str, RemoteTeacher],
-) -> dict[str, str]:
-    """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
-    named = {f"teacher '{name}'": _identity(config, name, policy) for name, policy in policies.items()}
-    named |= identities_of(remote)
-    named["the student's tokenizer"] = fingerprint(student.tokenizer)
-    for name, policy in policies.items():
-        if name in cross_tokenizer or policy.prompts is not None:
-            tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
-            named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
-    if config.trainable == "lora":
-        named["the student's base"] = student.fingerprint()
-    return named
-
-
-def _identity(config: Config, name: str, policy: Policy) -> str:
-    """What makes this teacher this teacher: its base's weights and its adapter's file."""
-    adapter = config.lora.start if name == INITIAL_STUDENT else config.teachers[name].adapter
-    base = policy.network.fingerprint()
-    if adapter is None:
-        return base
-    digest = hashlib.sha256()
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        path = Path(adapter) / file
-        if path.exists():
-            digest.update(path.read_bytes())
-    return f"{base}+{digest.hexdigest()[:32]}"

@@ -1,12 +1,13 @@
 """The learner in process: the student's trainable weights, their gradient and their optimizer."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,10 +25,11 @@ from opd.local.loss_terms import (
     vocabulary_settings,
 )
 from opd.metrics import Max, Metrics, Sum, mean_of, merge
-from opd.models.micro_batches import micro_batches
 from opd.models.network import Network
+from opd.models.packing import micro_batches
 from opd.objective import divisor
 from opd.objectives.vocabulary import TeacherHead
+from opd.records import Rollout
 
 _TENSORS = "tensors.safetensors"
 
@@ -73,18 +75,24 @@ class LocalLearner:
     @torch.no_grad()
     def score_student(self, batch: Batch) -> Batch:
         """The batch with `student_logprobs` and, where teachers gave distributions, `reverse_kl` and the baseline b*."""
-        wanted = self._objective.baseline == "score_weighted"
+        return self._scored(batch, lambda forward: {})[0]
+
+    def _scored(self, batch: Batch, measure: Callable[[Pass], Metrics]) -> tuple[Batch, Metrics]:
+        """(`score_student` of a batch, the metrics that `measure` finds in its passes)."""
+        score_weighted = self._objective.baseline == "score_weighted"
         columns: dict[str, Tensor] = {}
-        for given in self.passes(batch):
-            for name, column in student_scores(given, self._how, score_weighted=wanted).items():
-                columns.setdefault(name, column.new_zeros(len(batch.token_ids)))[given.flat] = column
-        return replace(batch, **columns)
+        found: list[Metrics] = []
+        for forward in self.passes(batch):
+            for name, column in student_scores(forward, self._how, score_weighted=score_weighted).items():
+                columns.setdefault(name, column.new_zeros(len(batch.token_ids)))[forward.flat] = column
+            found.append(measure(forward))
+        return replace(batch, **columns), merge(found)
 
     @torch.no_grad()
     def distances(self, batch: Batch) -> Metrics:
         """kl/token/TEACHER/mean and student/topk_overlap/TEACHER/mean of each teacher, and more."""
-        found = merge([agreement_metrics(g, self._how) for g in self.passes(batch)])
-        kl = self.score_student(batch).reverse_kl
+        scored, found = self._scored(batch, lambda forward: agreement_metrics(forward, self._how))
+        kl = scored.reverse_kl
         assert kl is not None
         owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
         compared = batch.scored if batch.compared is None else batch.scored & batch.compared
@@ -94,44 +102,49 @@ class LocalLearner:
         return found
 
     def stand_by(self) -> None:
-        """Make the passes that other ranks of a sharded network make, without a batch of one's own."""
+        """Without a batch, join the passes that the other ranks of a sharded network make."""
         self._network.activate(self._adapter, trainable=True)
-        for _ in self._network.rounds([]):
-            raise AssertionError("a pass out of nothing")
+        for _ in self._network.synchronised_passes([]):
+            raise AssertionError("unexpected micro-batch")
 
     def forward_backward(self, batch: Batch, *, shared: float | None = None) -> Metrics:
-        """Add the gradient of the whole batch's loss, pass by pass. shared: the divisor of the batch that it is a part of."""
+        """Add the gradient of the whole batch's loss, pass by pass.
+
+        shared: the divisor of the larger batch, where this one is a part of it.
+        """
         shared = divisor(self._objective, batch) if shared is None else shared
         found = []
-        for given in self.passes(batch, batch.used):
-            loss, metrics = self.loss_of(given, divisor=shared)
+        for forward in self.passes(batch, batch.used):
+            loss, metrics = self.loss_of(forward, divisor=shared)
             loss.backward()
             found.append(metrics | {"loss/total/sum": Sum(float(loss.detach()))})
         return merge(found)
 
     def passes(self, batch: Batch, actions: Tensor | None = None) -> Iterator[Pass]:
-        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off. actions
-        [tokens]: those that the passes are for, all unless they are given."""
+        """The student's packed forward passes over the batch, in order; with gradients unless they are switched off.
+
+        actions [tokens] bool: the actions to predict, by default `loss_mask`.
+        """
         self._network.activate(self._adapter, trainable=True)
         sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        wanted = batch.loss_mask if actions is None else actions
-        masks = [wanted[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        for micro in self._network.rounds(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
+        mask = batch.loss_mask if actions is None else actions
+        masks = [mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
+        for micro in self._network.synchronised_passes(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
             yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
 
-    def loss_of(self, given: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
+    def loss_of(self, forward: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
         """The part of the batch's loss that falls on one pass, divided by the whole batch's `divisor`, and its metrics."""
-        loss = given.hidden.sum() * 0.0
-        metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(given.micro.tree))}
+        loss = forward.hidden.sum() * 0.0
+        metrics: Metrics = {"batch/packed_tokens/sum": Sum(len(forward.micro.tree))}
         if self._objective.integrated:
-            term, more = integrated_term(given, self._how, divisor=divisor, coef=self._objective.coef)
+            term, more = integrated_term(forward, self._how, divisor=divisor, coef=self._objective.coef)
             loss, metrics = loss + term, metrics | more
-        if given.batch.advantages is not None:
-            term, more = policy_term(given, self._objective, temperature=self._temperature, divisor=divisor)
+        if forward.batch.advantages is not None:
+            term, more = policy_term(forward, self._objective, temperature=self._temperature, divisor=divisor)
             loss, metrics = loss + term, metrics | more
         if not torch.isfinite(loss):
             raise ScoreError(
-                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(given)}; the weights were left as they are. "
+                f"the loss is {float(loss.detach())} in a pass over rollouts {_names(forward)}; the weights were left as they are. "
                 "Check the student's and the teachers' weights (opd check)"
             )
         return loss, metrics
@@ -164,7 +177,7 @@ class LocalLearner:
         return values
 
     def load(self, folder: Path, values: Mapping[str, Any]) -> None:
-        """Continue from what `save` wrote."""
+        """Continue from the folder and the values of `save`."""
         self.load_state(load_file(folder / _TENSORS), values)
 
     def state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -185,7 +198,7 @@ class LocalLearner:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Raises RunError where the tensors are not those of the weights that train."""
+        """Continue from `state`. Raises RunError where the tensors do not fit the weights that train."""
         _require_same_weights({f"student/{name}": p for name, p in self._parameters.items()}, tensors)
         with torch.no_grad():
             for name, p in self._parameters.items():
@@ -215,6 +228,32 @@ def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tens
         )
 
 
+def imitation_batch(rollouts: Sequence[Rollout]) -> Batch:
+    """A batch for supervised fine-tuning on rollouts. All student turns in them are actions, whoever wrote them.
+
+    Their advantages are 1, so that the policy-gradient loss is the negative log-likelihood.
+    """
+    mask = torch.from_numpy(np.concatenate([r.loss_mask for r in rollouts]))
+    zeros = torch.zeros(len(mask))
+    return Batch(
+        rollout_ids=tuple(r.id for r in rollouts),
+        teachers=tuple(r.prompt.teacher for r in rollouts),
+        lengths=torch.tensor([len(r.token_ids) for r in rollouts]),
+        group_ids=torch.arange(len(rollouts)),
+        episodes=torch.arange(len(rollouts)),
+        rewards=torch.full((len(rollouts),), float("nan")),
+        token_ids=torch.from_numpy(np.concatenate([r.token_ids for r in rollouts]).astype(np.int64)),
+        turns=torch.zeros(len(mask), dtype=torch.long),
+        flagged=torch.zeros_like(mask),
+        loss_mask=mask,
+        distill_mask=mask,
+        reward_mask=torch.zeros_like(mask),
+        rollout_logprobs=zeros,
+        teacher_logprobs=zeros,
+        advantages=mask.float(),
+    )
+
+
 def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:
     """The rate of update 0, 1, ...: a linear warm-up to `lr`, then the schedule down to `final_lr_fraction * lr`.
 
@@ -229,6 +268,6 @@ def learning_rate(config: OptimizerConfig, update: int, steps: int) -> float:
     return config.lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * left)
 
 
-def _names(given: Pass) -> str:
-    names = [f"'{given.batch.rollout_ids[m]}'" for m in given.micro.members]
+def _names(forward: Pass) -> str:
+    names = [f"'{forward.batch.rollout_ids[m]}'" for m in forward.micro.members]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Sampling from the student in process: packed prompts, then rows that grow by a token a pass, end, and make room."""
+"""Sampling in process: packed prompts, then a KV cache with rows that grow by a token a pass, end, and make room."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,9 @@ from opd.roles import Seed
 from opd.seeds import generator_of
 from opd.text.chat import Chat
 
-_REFILL = 0.25  # waiting prompts begin once this share of the rows is free: a pass for each that ends would cost more
+_REFILL = (
+    0.25  # waiting prompts begin once this fraction of the rows is free: a pass for each that ends would cost more
+)
 
 
 class LocalSampler:
@@ -56,7 +58,7 @@ class LocalSampler:
         draws: dict[int, Tensor] = {}
 
         def take_turns(episodes: Sequence[Episode]) -> list[Taken]:
-            turn = episodes[0].turn  # episodes go in step
+            turn = episodes[0].turn  # all episodes take their turns together
             if turn not in draws:
                 draws.clear()
                 own = seed if turn == 0 else (*seed, "turn", turn)
@@ -92,40 +94,29 @@ class LocalSampler:
         """
         responses = [_Response() for _ in prompts]
         waiting = list(range(len(prompts)))[::-1]
-        rows, samples = KVCache(self._network.device), list[list[int]]()  # the samples that each row stands for
+        cache, samples = KVCache(self._network.device), list[list[int]]()  # the samples that each row stands for
         hidden = torch.empty(0)
         while waiting or samples:
             free = self._max_rows - sum(map(len, samples))
             if waiting and (not samples or free >= _REFILL * self._max_rows):
                 begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                found, sharing = self._begin(begun, prompts, rows)
+                shared: dict[tuple[int, ...], list[int]] = {}
+                for sample in begun:
+                    shared.setdefault(tuple(prompts[sample]), []).append(sample)
+                found = self._network.prefill(list(shared), cache, max_tokens=self._max_tokens)
                 hidden = found if not samples else torch.cat([hidden, found])
-                samples += sharing
+                samples += shared.values()
             owners = [row for row, members in enumerate(samples) for _ in members]
             drawn = [sample for members in samples for sample in members]
             places = [len(responses[sample].tokens) for sample in drawn]
-            tokens, logprobs = self._draw(hidden, owners, draws[drawn, places])
+            logits = self._network.logits(hidden).float() / self._temperature
+            tokens, logprobs = invert(logits, torch.tensor(owners), draws[drawn, places])
             for sample, token, logprob in zip(drawn, tokens, logprobs, strict=True):
                 responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
-            inputs = _part(rows, samples, responses)
+            inputs = _part(cache, samples, responses)
             if samples:
-                hidden = self._network.decode(inputs, rows)
+                hidden = self._network.decode(inputs, cache)
         return responses
-
-    def _begin(
-        self, begun: Sequence[int], prompts: Sequence[list[int]], rows: KVCache
-    ) -> tuple[Tensor, list[list[int]]]:
-        """Rows for the samples that begin: (the hidden states after their prompts, the samples of each new row)."""
-        sharing: dict[tuple[int, ...], list[int]] = {}
-        for sample in begun:
-            sharing.setdefault(tuple(prompts[sample]), []).append(sample)
-        hidden = self._network.prefill(list(sharing), rows, max_tokens=self._max_tokens)
-        return hidden, list(sharing.values())
-
-    def _draw(self, hidden: Tensor, owners: list[int], draws: Tensor) -> tuple[list[int], list[float]]:
-        """One token a sample from its row's distribution, and its log-probability."""
-        logits = self._network.logits(hidden).float() / self._temperature
-        return invert(logits, torch.tensor(owners), draws)
 
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:
@@ -135,7 +126,7 @@ def episode_player(network: Network, limits: EpisodesConfig, make_environment: M
 
 
 def chat_of(network: Network) -> Chat:
-    """How a network's tokenizer writes conversations, for all who read it."""
+    """The conversation format of a network's tokenizer."""
     return Chat(network.tokenizer, rows=network.vocab_size, generation_config=network.base.generation_config)
 
 
@@ -161,7 +152,7 @@ class _Response:
             self.finish = "length"
 
 
-def _part(rows: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
+def _part(cache: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
     """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
     inputs: list[int] = []
     for row in range(len(samples)):
@@ -173,12 +164,12 @@ def _part(rows: KVCache, samples: list[list[int]], responses: Sequence[_Response
         inputs.insert(row, groups[0][0])
         samples[row] = groups[0][1]
         for token, members in groups[1:]:
-            rows.copy(row)
+            cache.copy(row)
             samples.append(members)
             inputs.append(token)
     for row in reversed(range(len(samples))):
         if not samples[row]:
-            rows.drop(row)
+            cache.drop(row)
             samples[row], inputs[row] = samples[-1], inputs[-1]
             samples.pop()
             inputs.pop()

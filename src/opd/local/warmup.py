@@ -1,7 +1,7 @@
-"""A short imitation of the teachers before the first step, for a student that is far from them.
+"""A short supervised warm-up on responses of the teachers, for a student that is far from them.
 
-On its own states a student that cannot yet take a turn is told little by its teachers: what they say of its attempts is that
-they are none. Some steps on what the teachers themselves do put it where on-policy distillation works.
+A student that cannot yet take a turn learns little on its own states: its teachers find all of its attempts improbable. Some
+steps on the teachers' own responses bring it to where on-policy distillation works.
 """
 
 import contextlib
@@ -12,9 +12,8 @@ from opd.data.stream import PromptStream
 from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
 from opd.local.backend import LocalBackend
-from opd.local.learner import LocalLearner
+from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import chat_of, episode_player
-from opd.local.sft_batch import imitation_batch
 from opd.metrics import values
 from opd.records import Prompt, Rollout
 from opd.seeds import generator_of
@@ -23,11 +22,10 @@ from opd.text.chat import Chat
 
 def warm_up(backend: LocalBackend, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> None:
     """Fine-tune the student on its teachers' responses to training prompts, `warmup.steps` times a batch of
-    `sampling.prompts_per_step`; says the loss of each step and what was left out.
+    `sampling.prompts_per_step`; `say` gets a line for each step with its loss and how many responses were left out.
 
-    Prompts that the teacher's template refuses, and episodes that failed or are longer than the student's context, are not learnt
-    from, nor, of a teacher with another tokenizer or
-    template, responses that were cut or that are nothing but an end: rewritten, they would seem to end where they were cut.
+    Left out are prompts that the teacher's template refuses, and episodes that failed or are longer than the student's context. Of
+    a teacher with another tokenizer or template, so are truncated and empty responses: rewritten, they would seem to end there.
     """
     config = backend.config
     rate = config.warmup.lr or config.optimizer.lr
@@ -46,7 +44,7 @@ def warm_up(backend: LocalBackend, prompts: Mapping[str, Sequence[Prompt]], say:
     stream = PromptStream(prompts, weights, seed=seed)
     for step in range(1, config.warmup.steps + 1):
         chosen = stream.next(config.sampling.prompts_per_step)
-        rollouts = _shown(backend, chosen, step)
+        rollouts = _demonstrations(backend, chosen, step)
         missing = len(chosen) - sum(r.part == 0 for r in rollouts)
         left_out = f", {missing} responses left out" if missing else ""
         if not rollouts:
@@ -56,7 +54,7 @@ def warm_up(backend: LocalBackend, prompts: Mapping[str, Sequence[Prompt]], say:
         say(f"warm-up {step}/{config.warmup.steps}: nll/token {values(metrics)['student/nll/mean']:.4f}{left_out}")
 
 
-def _shown(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+def _demonstrations(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
     """Each prompt's own teacher's response, in the student's tokens, where it can be learnt from."""
     found: list[Rollout] = []
     limit = backend.student.network.max_context
@@ -64,10 +62,10 @@ def _shown(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[
         mine = [p for p in prompts if p.teacher == teacher]
         seed = (backend.config.seed, "warm-up", teacher, step)
         policy = backend.policies[teacher]
-        chat = chat_of(backend.home(policy))
-        rollouts = backend.sampler(policy).sample([p for p in mine if _takes(chat, p)], num_samples=1, seed=seed)
+        chat = chat_of(backend.chat_network(policy))
+        rollouts = backend.sampler(policy).sample([p for p in mine if _accepts(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
-        # a template of its own is a rendering that the student never sees
+        # a template of its own renders what the student never reads
         own = teacher in backend.cross_tokenizer or policy.prompts is not None
         found += _rewritten(backend, rollouts) if own else rollouts
     # a teacher's context may be longer than the student's
@@ -75,8 +73,8 @@ def _shown(backend: LocalBackend, prompts: Sequence[Prompt], step: int) -> list[
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]
 
 
-def _takes(chat: Chat, prompt: Prompt) -> bool:
-    """Whether a chat template takes a prompt; the student's takes all, which was checked."""
+def _accepts(chat: Chat, prompt: Prompt) -> bool:
+    """Whether a chat template accepts a prompt; start-up checks that the student's accepts all."""
     with contextlib.suppress(DataError):
         return bool(chat.encode_prompt(prompt))
     return False
@@ -87,12 +85,14 @@ def _rewritten(backend: LocalBackend, rollouts: Sequence[Rollout]) -> list[Rollo
     network = backend.student.network
     last = {(r.prompt.id, r.sample): r for r in rollouts}  # the part of an episode that holds all of its messages
     whole = [(r, last[r.prompt.id, r.sample].messages[len(r.prompt.messages) :]) for r in rollouts if r.part == 0]
-    said = {id(r.prompt): messages for r, messages in whole if not r.truncated and all(m["content"] for m in messages)}
-    usable = [r for r, _ in whole if id(r.prompt) in said]
+    written = {
+        id(r.prompt): messages for r, messages in whole if not r.truncated and all(m["content"] for m in messages)
+    }
+    usable = [r for r, _ in whole if id(r.prompt) in written]
 
     def turn(prompt: Prompt, messages: Sequence[Mapping[str, str]]) -> str | None:
-        return recorded_turn(said[id(prompt)], len(messages) - len(prompt.messages))
+        return recorded_turn(written[id(prompt)], len(messages) - len(prompt.messages))
 
-    player = episode_player(network, backend.config.episodes, lambda prompt: Replay(said[id(prompt)]))
+    player = episode_player(network, backend.config.episodes, lambda prompt: Replay(written[id(prompt)]))
     demonstrator = Demonstrator(player.chat, turn)
     return player.play([(r.prompt, r.sample) for r in usable], demonstrator.take_turns, version=0)

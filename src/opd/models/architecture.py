@@ -83,7 +83,7 @@ def length_limit(config: Any) -> Limit | None:
     if chunk is not None and (kinds is None or "chunked_attention" in kinds):
         found.append(Limit(chunk, f"its attention has chunks of {chunk} tokens"))
     found += _rope_limits(text)
-    return smallest(reversed(found))  # of equal ones the last, which says more than that it is the context
+    return smallest(reversed(found))  # of equal limits the last one, which names a cause other than the context
 
 
 def rope_limit_of(source: str) -> Limit | None:
@@ -163,6 +163,6 @@ def _modules_named(layer: torch.nn.Module) -> str | None:
 
 def _refused(source: str, why: str) -> ModelError:
     return ModelError(
-        f"model '{source}': {why}, so its passes cannot be packed; use another model (a teacher of this kind can be "
-        "served: teachers.NAME.url)"
+        f"model '{source}': {why}, so its passes cannot be packed; use another model (a teacher of this kind can run "
+        "behind a server: teachers.NAME.url)"
     )

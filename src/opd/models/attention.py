@@ -1,11 +1,18 @@
-"""Attention of packed trees and of growing rows, in place of the models' own.
+"""Attention of packed trees and of cached rows, in place of the models' own.
 
-transformers hands every attention layer of a model to a function of our choice, and passes on to it what the model was called
-with: `plan` says what the tokens of this pass see. Without a plan a model attends as it always does.
+transformers calls a function of our choice in every attention layer, with the keyword arguments of the model's forward pass. One
+of them, `plan`, says what the tokens of this pass see. Without a plan a model attends as it always does.
+
+The plan of a tree works in tiles, so that it costs what is seen and not all pairs. A tile is a stretch of consecutive nodes. Its
+keys are the nodes that any of them sees: the tile itself, and the ancestors of the branches in it. Tiles begin where branches do,
+unless several short branches fit into one. Tiles that see about as many keys are computed together, padded to the widest.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,15 +25,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opd.models.attention_tiles import TileGroup, tile_groups
-from opd.models.prefix_tree import TokenTree
-from opd.models.architecture import require_packable
 from opd.errors import ModelError
+from opd.models.architecture import require_packable
+from opd.models.packing import TokenTree
 
 _NAME = "opd"
 _TILE = 64  # nodes; a smaller tile sees less that it does not need, a larger one makes fewer, larger products
-_WIDE = 512  # keys; groups that see more keep nothing for their gradient but what they were given
-# What changes the scores, or which keys count: of it a plan knows nothing.
+_SLACK = 0.75  # a tile joins a group when it sees at least this fraction of what the group's widest tile sees
+_KEPT = 64  # trees of which the tiles are kept: an eighth of a byte for each token and key that it sees
+_WIDE = 512  # keys; groups that see more keep only their inputs for the gradient
+# Arguments that change the scores, or which keys count. A plan ignores them.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
 
 
@@ -39,8 +47,8 @@ class Plan(Protocol):
 
 
 def use_plans(model: PreTrainedModel, *, source: str) -> None:
-    """Let a model's attention be planned. Raises ModelError for an architecture that keeps its attention to itself, or has layers
-    that no plan can run."""
+    """Let a model attend as plans say. Raises ModelError for an architecture that keeps its own attention, or has layers that no
+    plan can run."""
     require_packable(model, source=source)
     model.set_attn_implementation(_NAME)
     if model.config.get_text_config()._attn_implementation != _NAME:
@@ -51,7 +59,7 @@ def use_plans(model: PreTrainedModel, *, source: str) -> None:
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend as transformers alone would: in full, with the model's own mask."""
+    """Let a model attend as in transformers: in full, with the model's own mask."""
     before = model.config.get_text_config()._attn_implementation or _NAME
     model.set_attn_implementation("eager")
     try:
@@ -76,6 +84,118 @@ AttentionInterface.register(_NAME, _attend)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles that are computed together.
+
+    starts, ends [tiles]: each is the nodes start, ..., end - 1; keys [tiles, width]: the nodes that any of them sees, in order, 0
+    behind their end; counts [tiles]: how many keys there are. All int64.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a tree, the widest group first, and the nodes' numbers in depth-first order.
+
+    enter, leave [nodes] int32: node n sees node k (k is n or an ancestor of n) where enter[k] <= enter[n] < leave[k].
+    """
+
+    groups: Sequence[TileGroup]
+    enter: np.ndarray
+    leave: np.ndarray
+
+
+@lru_cache(maxsize=_KEPT)
+def tiles_of(tree: TokenTree, *, size: int) -> Tiles:
+    """Every node of a tree in exactly one tile of at most `size` nodes. Those of the last trees are kept."""
+    breaks = np.flatnonzero(tree.parents != np.arange(len(tree)) - 1)
+    runs = [0, *breaks.tolist(), len(tree)]  # bounds of the unbroken lines of nodes, each the parent of the next
+    first_of_run = np.repeat(runs[:-1], np.diff(runs))
+    cuts = _cuts(runs, size)
+    keys = [_keys(tree.parents, first_of_run, start, end) for start, end in cuts]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(keys)), key=lambda i: -len(keys[i])):
+        if not groups or len(keys[i]) < _SLACK * len(keys[groups[-1][0]]):
+            groups.append([])
+        groups[-1].append(i)
+    found = []
+    for members in map(sorted, groups):
+        counts = np.array([len(keys[i]) for i in members])
+        padded = np.zeros((len(members), counts.max()), dtype=np.int64)
+        for row, i in zip(padded, members, strict=True):
+            row[: len(keys[i])] = keys[i]
+        starts, ends = np.array([cuts[i] for i in members]).T
+        found.append(TileGroup(starts, ends, padded, counts))
+    return Tiles(found, *_depth_first(tree.parents, runs))
+
+
+def _cuts(runs: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The tiles' (start, end), from the bounds of runs."""
+    cuts: list[tuple[int, int]] = []
+    begun = 0
+    for start, end in pairwise(runs):
+        if end - begun > size and begun < start:
+            cuts.append((begun, start))
+            begun = start
+        while end - begun > size:
+            cuts.append((begun, begun + size))
+            begun += size
+    return [*cuts, (begun, runs[-1])]
+
+
+def _keys(parents: np.ndarray, first_of_run: np.ndarray, start: int, end: int) -> np.ndarray:
+    """The nodes that a tile sees: its own, and the ancestors of each branch that begins or goes on in it."""
+    seen = np.zeros(end, dtype=bool)
+    seen[start:] = True
+    nodes = np.arange(start + 1, end)
+    for begin in [start, *nodes[first_of_run[start + 1 : end] == nodes].tolist()]:
+        node = int(parents[begin])
+        while node >= 0:
+            first = int(first_of_run[node])
+            seen[first : node + 1] = True
+            node = int(parents[first])
+    return np.flatnonzero(seen)
+
+
+def _depth_first(parents: np.ndarray, runs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(enter, leave) of each node: its number in depth-first order, and the number after its last descendant. The next node of a
+    run comes first, then the branches in their order."""
+    sizes = np.ones(len(parents), dtype=np.int64)  # of the subtrees
+    for start, end in reversed(list(pairwise(runs))):
+        sizes[start:end] = np.cumsum(sizes[start:end][::-1])[::-1]
+        if parents[start] >= 0:
+            sizes[parents[start]] += sizes[start]
+    enter = np.zeros(len(parents), dtype=np.int64)
+    free = np.zeros(
+        len(parents) + 1, dtype=np.int64
+    )  # the number of each node's next branch; at the end, of the next root
+    for start, end in pairwise(runs):
+        enter[start:end] = free[parents[start]] + np.arange(end - start)
+        free[parents[start]] += sizes[start]
+        free[start:end] = enter[start:end] + 1
+        free[start : end - 1] += sizes[start + 1 : end]
+    return enter.astype(np.int32), (enter + sizes).astype(np.int32)
+
+
+def visible_keys(tiles: Tiles, group: TileGroup, *, size: int, device: torch.device) -> Tensor:
+    """Which keys each node of a group's tiles sees, [tiles, size, width] bool. A place behind a tile's last node sees the first
+    key, so that every row sees something."""
+    enter, leave = (torch.from_numpy(a).to(device) for a in (tiles.enter, tiles.leave))
+    starts, ends, keys, counts = (
+        torch.from_numpy(a).to(device) for a in (group.starts, group.ends, group.keys, group.counts[:, None])
+    )
+    nodes = starts[:, None] + torch.arange(size, device=device)
+    nodes = torch.where(nodes < ends[:, None], nodes, keys[:, :1])  # the first key is a root, which sees itself alone
+    is_key = torch.arange(keys.shape[1], device=device) < counts
+    at, first = enter[nodes][:, :, None], enter[keys].masked_fill(~is_key, len(enter))
+    return (first[:, None] <= at).logical_and_(at < leave[keys][:, None])
+
+
 class TreePlan:
     """A token of a packed tree sees itself and its ancestors. With `keep`, `kept` has each layer's keys and values
     [tokens, key heads, size] afterwards."""
@@ -83,11 +203,13 @@ class TreePlan:
     def __init__(self, tree: TokenTree, *, device: torch.device, keep: bool = False) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._chain = bool((tree.parents == np.arange(len(tree)) - 1).all())
-        groups = [] if self._chain else tile_groups(tree, size=_TILE)
-        self._keys = [torch.from_numpy(group.keys).to(device) for group in groups]
-        self._visible = [torch.from_numpy(group.visible).to(device) for group in groups]
+        if self._chain:
+            return
+        tiles = tiles_of(tree, size=_TILE)
+        self._keys = [torch.from_numpy(group.keys).to(device) for group in tiles.groups]
+        self._visible = [visible_keys(tiles, group, size=_TILE, device=device) for group in tiles.groups]
         self._masks: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        self._places = torch.from_numpy(_places(groups, len(tree))).to(device)
+        self._places = torch.from_numpy(_places(tiles.groups, len(tree))).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         if self.kept is not None:

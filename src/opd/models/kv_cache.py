@@ -1,4 +1,4 @@
-"""The keys and values of sequences that grow by a token a pass, one row each."""
+"""The KV cache of sequences that grow by a token a pass, one row each."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,8 @@ _SPARE = 64  # places that a row gets beyond what it needs, so that buffers are 
 
 
 class KVCache:
-    """Rows of cached tokens, each at the left of its buffer; as a plan, one new token a row sees all of its row.
+    """Rows of cached tokens, each at the left of its buffer. It is also the attention plan of a pass with one new token a row,
+    which sees all of its row.
 
     Buffers [rows, key heads, places, size] grow by half when they are full. Rows are numbered from 0 without gaps.
     """
@@ -30,7 +31,7 @@ class KVCache:
 
     @property
     def num_layers(self) -> int:
-        """Of how many layers it holds keys and values."""
+        """The number of layers whose keys and values it holds."""
         return len(self._keys)
 
     def add(self, kept: Mapping[int, tuple[Tensor, Tensor]], paths: Sequence[np.ndarray]) -> None:
@@ -47,7 +48,7 @@ class KVCache:
                 buffers[layer][first : len(self), :, :longest] = nodes[where].transpose(1, 2)
 
     def copy(self, row: int) -> None:
-        """Append a row that is the same as another."""
+        """Append a copy of a row."""
         length = self.lengths[row]
         self.lengths.append(length)
         for buffers in (self._keys, self._values):
@@ -104,7 +105,7 @@ class KVCache:
             return
         rows = have[0] if have[0] >= len(self) else max(len(self), have[0] * 3 // 2)
         room = have[1] if have[1] >= places else max(places + _SPARE, have[1] * 3 // 2)
-        # zeros: what is not filled yet is hidden, but no number times 0 would not be 0
+        # zeros: places not filled yet are hidden, but nan times 0 would not be 0
         new = like.new_zeros(rows, like.shape[1], room, like.shape[2])
         if old is not None:
             new[: have[0], :, : have[1]] = old

@@ -1,6 +1,6 @@
 """The linear layers of a model: an adapter's update in one pass with its base, and products of a few rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -67,16 +67,27 @@ def merged(model: nn.Module) -> Iterator[None]:
     The copies stay for what comes next with the same weights (`fuse_adapters`); the model's own are not touched. Weights of half
     precision stay as they are: adding to them would round the update away.
     """
+    with torch.no_grad():
+        sums = [(name, layer, *_sum(layer)) for name, layer in _linear_layers(model)]
+    # Attention may turn its rows as complex numbers, whose parts must lie together; an MLP's are wide, and putting them together
+    # took 7 % of sampling.
+    forwards = [
+        (layer, partial(few_rows, weight, bias, together="mlp" not in name))
+        for name, layer, weight, bias in sums
+        if weight is not None
+    ]
+    with replaced_forwards(forwards):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Let single modules compute otherwise for a while."""
     changed: list[tuple[nn.Module, Any]] = []
     try:
-        with torch.no_grad():
-            for name, layer in _linear_layers(model):
-                weight, bias = _sum(layer)
-                if weight is not None:
-                    changed.append((layer, layer.__dict__.get("forward")))
-                    # Attention may turn its rows as complex numbers, whose parts must lie together; an MLP's are wide, and
-                    # putting them together took 7 % of sampling.
-                    layer.forward = partial(few_rows, weight, bias, together="mlp" not in name)  # type: ignore[method-assign]  # as above
+        for layer, forward in forwards:
+            changed.append((layer, layer.__dict__.get("forward")))
+            layer.forward = forward  # type: ignore[method-assign]  # as above
         yield
     finally:
         for layer, forward in changed:

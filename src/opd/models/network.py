@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
@@ -14,26 +14,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from opd.models.micro_batches import MicroBatch
-from opd.models.prefix_tree import TokenTree, pack_trees
+from opd.errors import ModelError
 from opd.models.architecture import decoder_layers, length_limit
 from opd.models.attention import Plan, TreePlan, use_plans
-from opd.models.linear import few_rows, merged
 from opd.models.kv_cache import KVCache
-from opd.errors import ModelError
+from opd.models.linear import few_rows, merged
+from opd.models.packing import MicroBatch, TokenTree, pack_trees
 from opd.roles import Limit
 from opd.text.tokenizer import described_token
 
-# of four dimensions, so that transformers makes none: a plan says it
+# of four dimensions, so that transformers makes none: the plan replaces it
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 [(_, _ONE_TOKEN)] = pack_trees([[0]], max_tokens=1)
 
 
 class Shards(Protocol):
-    """What a network needs to know once its weights lie on several ranks."""
+    """What a network needs of its weights once they lie on several ranks."""
 
     def most(self, count: int) -> int:
-        """The largest count of all ranks; all of them ask at the same place."""
+        """The largest count of all ranks; a collective call."""
         ...
 
     def head(self) -> Tensor:
@@ -41,15 +40,15 @@ class Shards(Protocol):
         ...
 
     def keep_trainable(self) -> None:
-        """What trains goes on to ask for gradients, whoever speaks: it is only asked where gradients are switched on."""
+        """Let the trainable weights require gradients again, after an adapter was activated."""
         ...
 
 
 class Network:
     """One set of weights in memory. Adapters are switched, not copied: N adapters cost one base.
 
-    `student` and every teacher that is an adapter of the student's own base share one Network; each call says which
-    adapter it speaks for (None: the bare model).
+    The student and every teacher that is an adapter on the student's base share one Network; `activate` chooses the adapter
+    (None: the bare model).
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, source: str, *, notes: Sequence[str] = ()) -> None:
@@ -93,7 +92,7 @@ class Network:
 
     @property
     def _tuner(self) -> Any:
-        """What switches adapters, once there are any."""
+        """PEFT's tuner, which switches adapters, once there are any."""
         return cast(PeftModel, self.model).base_model
 
     @property
@@ -113,7 +112,7 @@ class Network:
         return cast(Tensor, head.weight)
 
     def activate(self, adapter: str | None, *, trainable: bool = False) -> None:
-        """Speak as this adapter from now on; `trainable` says whether its weights collect gradients."""
+        """Compute with this adapter from now on; trainable: whether its weights collect gradients."""
         if self._active == (adapter, trainable):
             return
         if isinstance(self.model, PeftModel):
@@ -130,13 +129,9 @@ class Network:
             self.shards.keep_trainable()
         self._active = (adapter, trainable)
 
-    def layers(self) -> Iterator[torch.nn.Module]:
-        """The blocks of the model, those that transformers would not split over devices."""
-        return decoder_layers(self.base)
-
     def checkpoint_layers(self) -> None:
-        """From now on keep of each layer its input alone for the gradient, and compute the layer again."""
-        for layer in self.layers():
+        """Activation checkpointing: from now on keep only the input of each layer for the gradient, and compute the layer again."""
+        for layer in decoder_layers(self.base):
             # of this one module, inside of what FSDP does around its call
             layer.forward = partial(checkpointed, layer.forward)
 
@@ -144,16 +139,13 @@ class Network:
         """Keep the fingerprint: weights on several ranks cannot be read by one."""
         self._fingerprint = self.fingerprint()
 
-    def rounds(self, micros: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The packed passes to make, one after the other. A sharded network makes as many on every rank: whoever has fewer
-        makes empty ones behind them, with a gradient of zero unless gradients are switched off."""
-        if self.shards is None:
-            yield from micros
-            return
-        own = list(micros)
-        most = self.shards.most(len(own))
-        yield from own
-        for _ in range(most - len(own)):
+    def synchronised_passes(self, micros: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """The packed passes to make, one after the other. All ranks of a sharded network make the same number: a rank with fewer
+        micro-batches adds passes over one token, with a gradient of zero unless gradients are switched off."""
+        # asked before the first pass: each pass is a collective call too
+        most = len(micros) if self.shards is None else self.shards.most(len(micros))
+        yield from micros
+        for _ in range(most - len(micros)):
             hidden = self.hidden_states(_ONE_TOKEN)
             if torch.is_grad_enabled() and hidden.requires_grad:
                 ((hidden.sum() + self.head_weight()[0].sum()) * 0.0).backward()
@@ -181,26 +173,28 @@ class Network:
 
     @contextmanager
     def merged(self, adapter: str | None) -> Iterator[None]:
-        """Speak as this adapter, for passes of few tokens without gradients: its weights are added to copies of the base's."""
+        """Compute with this adapter in passes of few tokens without gradients: copies of the weights have its update added."""
         self.activate(adapter)
         with merged(self._backbone):
             yield
 
-    def prefill(self, sequences: Sequence[Sequence[int]], rows: KVCache, *, max_tokens: int) -> Tensor:
-        """Add a row for each sequence, in packed passes of at most `max_tokens` distinct tokens; returns the hidden states
-        [sequences, hidden] after the last token of each."""
+    def prefill(self, sequences: Sequence[Sequence[int]], cache: KVCache, *, max_tokens: int) -> Tensor:
+        """Add a row for each sequence to the cache, in packed passes of at most `max_tokens` distinct tokens.
+
+        Returns the hidden states [sequences, hidden] after the last token of each.
+        """
         found = []
         for _, tree in pack_trees(sequences, max_tokens=max_tokens):
             plan = TreePlan(tree, device=self.device, keep=True)
             hidden = self._run(tree.token_ids[None], tree.positions[None], plan)[0]
-            rows.add(plan.kept or {}, tree.paths)
+            cache.add(plan.kept or {}, tree.paths)
             found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
         return torch.cat(found)
 
-    def decode(self, token_ids: Sequence[int], rows: KVCache) -> Tensor:
-        """One further token for each row; returns the hidden states [rows, hidden] after it."""
-        positions = rows.begin()
-        return self._run(np.array(token_ids)[:, None], positions[:, None], rows)[:, 0]
+    def decode(self, token_ids: Sequence[int], cache: KVCache) -> Tensor:
+        """One more token for each row of the cache; returns the hidden states [rows, hidden] after it."""
+        positions = cache.begin()
+        return self._run(np.array(token_ids)[:, None], positions[:, None], cache)[:, 0]
 
     def fingerprint(self) -> str:
         """A hash of the bare model's shapes and of samples of its weights, equal in float32 and bfloat16; of a sharded network, as
@@ -219,7 +213,7 @@ class Network:
 
 
 def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One call of a layer that keeps its inputs alone for the gradient."""
+    """One call of a layer that keeps only its inputs for the gradient."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(

@@ -18,11 +18,13 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from opd.models.prefix_tree import TokenTree, pack_trees
-from opd.models.attention import own_attention
-from opd.models.network import Network, checkpointed
-from opd.models.kv_cache import KVCache
 from opd.checks.rules import PACKED_WITHIN
+from opd.models.architecture import decoder_layers
+from opd.models.attention import own_attention
+from opd.models.kv_cache import KVCache
+from opd.models.linear import replaced_forwards
+from opd.models.network import Network, checkpointed
+from opd.models.packing import TokenTree, pack_trees
 
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
@@ -39,12 +41,12 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
     """The difference between a model's packed passes, with its current adapter, and its own pass of one row, by probe.
 
     Log-probabilities by their largest difference, as a fraction of the spread (standard deviation) of the logits; gradients by
-    the norm of the difference, as a fraction of theirs. A number that is none stays one; what is too large is the last probe.
+    the norm of the difference, as a fraction of theirs. A nan stays a nan. The first probe that is too large is the last one made.
 
-    plan: whether attention asks what the tokens of a pass see; head: logits from hidden states; one sequence: a pass of one;
-    several sequences: one pass over all, which share prefixes; another order: the same pass turned round; distant positions: a
-    short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows: tokens one by
-    one, as while sampling; gradients: of the pass over all, for its inputs.
+    plan: whether attention uses the plan of a pass; head: logits from hidden states; one sequence: a pass of one; several
+    sequences: one pass over all, which share prefixes; another order: the same pass with the sequences reversed; distant
+    positions: a short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows:
+    tokens one by one, as while sampling; gradients: of the pass over all, for its inputs.
     """
     with _in_float32(network) as widened:
         probe = _Probe(network)
@@ -55,7 +57,9 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
             if not found[name] <= PACKED_WITHIN:
                 return found
         if gradients:
-            with _layer_by_layer(network) if widened else nullcontext():
+            # only the inputs of layers are kept for the gradient, so that weights of one layer at a time are widened
+            layers = decoder_layers(network.base) if widened else ()
+            with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
                 found["gradients"] = probe.gradient_gap()
         return found
 
@@ -120,9 +124,9 @@ class _Probe:
 
     def _plan_gap(self) -> float:
         """Infinite for a model that does not hand on to its attention what it was called with."""
-        rows = KVCache(self._network.device)
-        self._network.prefill(self._sequences[:1], rows, max_tokens=_TOKENS)
-        return 0.0 if rows.num_layers else math.inf
+        cache = KVCache(self._network.device)
+        self._network.prefill(self._sequences[:1], cache, max_tokens=_TOKENS)
+        return 0.0 if cache.num_layers else math.inf
 
     def _head_gap(self) -> float:
         """Logits of large random states by the model itself and by its head alone."""
@@ -170,9 +174,9 @@ class _Probe:
         if not chosen:
             return 0.0
         texts = [self._sequences[i] for i in chosen]
-        rows = KVCache(self._network.device)
-        found = [self._network.prefill([s[:-_GROWN] for s in texts], rows, max_tokens=2 * _TOKENS)]
-        found += [self._network.decode([s[step] for s in texts], rows) for step in range(-_GROWN, 0)]
+        cache = KVCache(self._network.device)
+        found = [self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)]
+        found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
         logits = torch.stack(found, dim=1) @ self._network.head_weight().T
         return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
 
@@ -240,25 +244,8 @@ def _inputs(network: Network) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _layer_by_layer(network: Network) -> Iterator[None]:
-    """Keep of each layer its input alone for the gradient: widened weights of one layer at a time."""
-    changed: list[tuple[torch.nn.Module, Callable[..., Any] | None]] = []
-    try:
-        for layer in network.layers():
-            changed.append((layer, layer.__dict__.get("forward")))
-            layer.forward = partial(checkpointed, layer.forward)
-        yield
-    finally:
-        for layer, forward in changed:
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-
-
-@contextmanager
 def _in_float32(network: Network) -> Iterator[bool]:
-    """Compute in float32, in full, whatever the weights are; gives whether they are widened for it."""
+    """Compute in full float32 for any weights; yields whether they are widened for it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     widened = any(p.dtype in _HALF for p in (*network.model.parameters(), *network.model.buffers()))
