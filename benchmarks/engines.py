@@ -27,8 +27,7 @@ from opd.distributed.group import RankTeachers
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
 from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, TopKScore, Turn
-from opd.remote.client import Client, Endpoint
-from opd.remote.endpoints import Fixed
+from opd.remote.client import Client, Endpoint, StaticDeployment
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
@@ -123,7 +122,7 @@ def measured(what: str, engines: int, slots: int, service_s: float, count: int, 
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
         client = Client(RemoteConfig(max_in_flight=2 * slots))
-        model = Fixed(Endpoint("the model", urls, "m"))
+        model = StaticDeployment(Endpoint("the model", urls, "m"))
         if what == "score":
             teacher, items = RemoteTeacher("t", model, "m", client, top=top), rollouts(count)
             teacher.score(items[: 2 * engines])  # connections are there

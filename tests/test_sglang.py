@@ -21,7 +21,6 @@ from opd.records import FailedScore, Rollout, SampledScore, TopKScore
 from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
 from opd.remote.sampler import RemoteSampler
-from opd.remote.sglang import SGLANG
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
 
@@ -46,7 +45,7 @@ def client() -> Iterator[Client]:
 
 def teacher_at(server: SglangServer, client: Client, *, top: int = 0, **options: Any) -> RemoteTeacher:
     endpoint = Endpoint("teacher 't'", (server.url,), **options)
-    return connect("t", endpoint, client, byte_tokenizer(), top=top, form=SGLANG)
+    return connect("t", endpoint, client, byte_tokenizer(), top=top, kind="sglang")
 
 
 def some_rollouts() -> list[Rollout]:
@@ -109,7 +108,7 @@ WRONG = {
     ),
     "broken off": (
         lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "weights change"}),
-        "an answer that was broken off (weights change)",
+        "an answer that was aborted (weights change)",
     ),
     "no meta_info": (lambda answer, meta: answer.pop("meta_info"), "an answer without its meta_info"),
     "a list": (lambda answer, meta: answer.update(meta_info=[]), "an answer without its meta_info"),
@@ -132,7 +131,7 @@ def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, s
     [scored] = teacher.score(items)
     assert isinstance(scored.score, FailedScore)
     assert scored.score.lost
-    assert scored.score.reason.startswith(f"teacher 't': {server.url} gives ")
+    assert scored.score.reason.startswith(f"teacher 't': {server.url} returns ")
     assert reason in scored.score.reason
 
 
@@ -163,7 +162,13 @@ def sampler_at(server: SglangServer, client: Client) -> RemoteSampler:
     player = EpisodePlayer(Chat(tokenizer), EpisodesConfig(), end_ids=(LAST,), make_environment=one_turn)
     teacher = teacher_at(server, client)
     return RemoteSampler(
-        teacher.model, client, temperature=1.0, max_new_tokens=40, context=None, player=player, form=teacher.form
+        teacher.deployment,
+        client,
+        temperature=1.0,
+        max_new_tokens=40,
+        context=None,
+        player=player,
+        protocol=teacher.protocol,
     )
 
 
@@ -193,7 +198,7 @@ def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, cli
             "a response that ended after token",
         ),
         (lambda answer, meta: meta["output_token_logprobs"][0].__setitem__(0, None), "None as a log-probability"),
-        (lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "x"}), "was broken off (x)"),
+        (lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "x"}), "was aborted (x)"),
     ],
 )
 def test_a_response_whose_parts_do_not_fit_is_lost_with_its_reason(

@@ -20,9 +20,8 @@ from opd.records import FailedScore, Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.rewards.reward import Reward
 from opd.roles import Backend, Environment, Teacher
-from opd.score_cache.cached import CachedTeacher, InMemory, Kept
+from opd.score_cache.cache import CachedTeacher, MemoryScores, ScoreStore, identities, probe
 from opd.score_cache.files import ScoreFiles
-from opd.score_cache.identity import identities, probe
 from opd.text.chat import Chat
 
 _PROBES_PER_TEACHER = 2
@@ -267,14 +266,14 @@ def _per_prompt(config: Config) -> bool:
 
 def _keeping(config: Config, backend: Backend, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
     """The teachers, which keep their scores where the recipe says."""
-    places: list[Kept] = []
+    stores: list[ScoreStore] = []
     if config.compute.score_cache:
-        places.append(InMemory(config.compute.score_cache))
+        stores.append(MemoryScores(config.compute.score_cache))
     if (folder := config.compute.score_cache_folder) is not None:
         known = identities(config, backend)
         ask = partial(
             probe, teachers, tuple(known), known=frozenset(backend.facts().cross_tokenizer), tokenizer=backend.tokenizer
         )
         # from where the command runs, whatever the process does later
-        places.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))
-    return CachedTeacher(teachers, places) if places else teachers
+        stores.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))
+    return CachedTeacher(teachers, stores) if stores else teachers

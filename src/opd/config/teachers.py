@@ -1,11 +1,14 @@
 """Teachers: where each comes from, and how those behind a server are asked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from opd.config.node import Node, NonNegative, Positive
+
+ServerKind: TypeAlias = Literal["vllm", "sglang"]
+"""The kinds of servers; each has a case in `opd.remote.discovery.protocol_of`."""
 
 
 class TeacherConfig(Node):
@@ -29,7 +32,7 @@ class TeacherConfig(Node):
     adapter: str | None = None
     url: str | list[str] | None = None
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    server: Literal["vllm", "sglang"] = "vllm"
+    server: ServerKind = "vllm"
     served_model: str | None = None
     api_key_env: str | None = None
     template: Literal["own", "student"] = "own"

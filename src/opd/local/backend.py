@@ -23,7 +23,7 @@ from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher, WithRemote, templates_of
+from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, templates_of
 from opd.roles import Alone, Limit, OtherTemplate, Teacher, TeacherFacts, smallest
 from opd.text.teacher_prompt import same_template
 from opd.text.template import clock_of
@@ -166,7 +166,7 @@ class LocalBackend:
         """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
         here = self.scoring(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
-        return WithRemote(here, self.remote) if self.remote else here
+        return LocalAndRemoteTeachers(here, self.remote) if self.remote else here
 
     def scoring(
         self,
@@ -197,13 +197,13 @@ class LocalBackend:
     def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
         """A sampler of a served teacher, which is shown prompts as the student is."""
         return RemoteSampler(
-            teacher.model,
+            teacher.deployment,
             teacher.client,
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
             context=None,
             player=episode_player(self.student.network, self.config.episodes, self.make_environment),
-            form=teacher.form,
+            protocol=teacher.protocol,
         )
 
     def _contexts(self) -> dict[str, Limit | None]:

@@ -129,12 +129,12 @@ def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, client: 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": NaN}}]}]}', "gives NaN or an infinity"),
-        (b'{"choices": -Infinity}', "gives NaN or an infinity"),
-        (b'\xef\xbb\xbf{"choices": []}', "answers what is not JSON"),  # a byte order mark
-        (b'{"choices": [], "text": "\\ud800"}', "answers what is not JSON"),  # half of a character
-        (b"[" * 100_000, "is not JSON|another form"),
-        (b"", "answers what is not JSON"),
+        (b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": NaN}}]}]}', "returns NaN or an infinity"),
+        (b'{"choices": -Infinity}', "returns NaN or an infinity"),
+        (b'\xef\xbb\xbf{"choices": []}', "returns no JSON"),  # a byte order mark
+        (b'{"choices": [], "text": "\\ud800"}', "returns no JSON"),  # half of a character
+        (b"[" * 100_000, "no JSON|another form"),
+        (b"", "returns no JSON"),
     ],
 )
 def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, client: Client, content: bytes, line: str):
@@ -198,17 +198,17 @@ def test_a_server_with_another_tokenizer_is_refused(server: ToyServer, client: C
 def test_a_server_that_does_not_answer_is_one_line(server: ToyServer, client: Client):
     url = server.url
     server.server_close()
-    with pytest.raises(ModelError, match=f"teacher 't': {url} cannot be asked.*3 attempts.*start the server"):
+    with pytest.raises(ModelError, match=f"teacher 't': {url} cannot be reached.*3 attempts.*start the server"):
         connect("t", Endpoint("teacher 't'", (url,)), client, byte_tokenizer())
 
 
-def test_servers_with_different_models_are_no_one_teacher(server: ToyServer, client: Client):
+def test_servers_with_different_models_are_not_one_teacher(server: ToyServer, client: Client):
     with serving(toy_model(7), name="other") as other, pytest.raises(ModelError, match="hold different models"):
         teacher_at(server, other, client=client)
 
 
 def test_a_model_that_the_server_does_not_hold_is_named(server: ToyServer, client: Client):
-    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; mend served_model$"):
+    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; fix served_model$"):
         teacher_at(server, client=client, model="toi")
 
 
@@ -216,8 +216,8 @@ def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(serve
     server.adapters["letters"] = server.model
     with pytest.raises(ModelError, match=r"holds 'toy', 'letters'; name one with served_model$"):
         teacher_at(server, client=client)
-    assert teacher_at(server, client=client, model="letters").model.newest().adapter
-    assert not teacher_at(server, client=client, model="toy").model.newest().adapter
+    assert teacher_at(server, client=client, model="letters").deployment.latest().adapter
+    assert not teacher_at(server, client=client, model="toy").deployment.latest().adapter
 
 
 def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores(server: ToyServer):
@@ -234,13 +234,21 @@ def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores
 @pytest.mark.parametrize(
     ("refusal", "key_env", "line"),
     [
-        ((401, {"error": "Unauthorized"}), "TOY_KEY", r"answers 401: Unauthorized; mend the key in TOY_KEY$"),
-        ((403, {}), None, r"answers 403: .*; it wants a key: name its environment variable with api_key_env$"),
-        ((404, None), None, r"answers 404: nothing; is a vLLM or SGLang server there\? it has no /v1/models$"),
-        ((400, {"message": "no"}), None, r"answers 400: no; start the server, or mend its url$"),
+        ((401, {"error": "Unauthorized"}), "TOY_KEY", r"answers 401: Unauthorized; fix the API key in TOY_KEY$"),
+        (
+            (403, {}),
+            None,
+            r"answers 403: .*; the server requires an API key: name its environment variable in api_key_env$",
+        ),
+        (
+            (404, None),
+            None,
+            r"answers 404: nothing; the server has no /v1/models: check url, and whether its kind is the one that `server` names$",
+        ),
+        ((400, {"message": "no"}), None, r"answers 400: no; start the server, or fix its url$"),
     ],
 )
-def test_what_a_server_refuses_at_the_start_says_what_to_mend(
+def test_what_a_server_refuses_at_the_start_says_what_to_fix(
     refusal: Any, key_env: str | None, line: str, server: ToyServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TOY_KEY", "wrong")
@@ -285,7 +293,7 @@ def remote_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
     return tree
 
 
-def test_a_run_with_a_served_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
+def test_a_run_with_a_remote_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
     here = toy_recipe(tmp_path / "here", objective={"type": "immediate"}, evaluation={"num_prompts": 2})
     with serving(toy_model(2)) as server:
         there = remote_recipe(tmp_path / "there", server.url)
