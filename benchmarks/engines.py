@@ -16,8 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -151,8 +153,8 @@ def measured(what: str, engines: int, slots: int, service_s: float, count: int, 
 class ReadyRank:
     """A rank whose scores are there when it is asked."""
 
-    def score(self, items: list[Rollout], who: str, names: list[str], keep_hidden: bool) -> list[ScoredRollout]:
-        return [ScoredRollout(item, self.one(item, keep_hidden)) for item in items]
+    def score(self, items: list[Rollout], teacher_of: Callable[[Any], Any]) -> list[ScoredRollout]:
+        return [ScoredRollout(item, self.one(item, teacher_of(None))) for item in items]
 
     def one(self, item: Rollout, keep_hidden: bool) -> Score:
         logprobs = np.full(TOKENS, -0.5, dtype=np.float32)
@@ -176,7 +178,7 @@ class ReadyGroup:
 
 def through_ray(count: int, *, keep_hidden: bool) -> tuple[float, float]:
     """Milliseconds a rollout to a rank and back with its score, and the MB by which this process has grown meanwhile."""
-    teachers = RankTeachers(ReadyGroup(), "teachers", keep_hidden=keep_hidden)  # type: ignore[arg-type]  # a stand-in for a group
+    teachers = RankTeachers(ReadyGroup(), lambda _: keep_hidden)  # type: ignore[arg-type]  # a stand-in for a group
     items = rollouts(count)
     teachers.score(items[:1])
     before = resident_mb()

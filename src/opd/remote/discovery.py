@@ -177,7 +177,7 @@ def _served_model(answer: Mapping[str, Any], *, wanted: str) -> _ServedModel:
 
 
 def _compare_tokens(endpoint: Endpoint, client: Client, tokenizer: Any) -> str:
-    """Why a server's tokenizer could not be compared; "" where it gives the student's tokens. Raises ModelError for other tokens."""
+    """Why a server's tokenizer could not be compared; "" where it gives the student's tokens. Raises ModelError for others."""
     text = PROBE + "".join(tokenizer.all_special_tokens)
     body = {"model": endpoint.model, "prompt": text, "add_special_tokens": False}
     [answer] = client.send([Request(endpoint, "/tokenize", body, _tokens)])

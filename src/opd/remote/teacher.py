@@ -17,9 +17,9 @@ from opd.roles import OtherTemplate, Teacher
 @dataclass(frozen=True)
 class RemoteTeacher:
     """A model behind servers with the student's tokens. identity: its name there, or its weights. context: the longest sequence
-    that it scores, in tokens. top: how many of its likeliest tokens it returns at each place (0: none). unknown: why its tokenizer could
-    not be compared with the student's, "" where it was. template: both renderings of a prompt, where its chat template may differ
-    from the student's."""
+    that it scores, in tokens. top: how many of its likeliest tokens it returns at each place (0: none). unknown: why its tokenizer
+    could not be compared with the student's, "" where it was. template: both renderings of a prompt, where its chat template may
+    differ from the student's."""
 
     name: str
     deployment: Deployment
