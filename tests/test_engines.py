@@ -1,4 +1,4 @@
-"""Engines that a run starts: they hold the student as it is, teachers take turns at them, and they leave nothing behind."""
+"""Engines that a run starts: they serve the latest student, teachers take turns on them, and they leave nothing behind."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_models_that_share_devices_take_turns_and_score_the_same(apart: dict[boo
 
 
 @pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
-def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
+def test_a_killed_engine_of_a_teacher_is_restarted(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
     tree = with_engines(tmp_path, teachers_sleep=sleep)
     tree["remote"] = {"attempts": 1, "first_wait_s": 0}
 
@@ -183,7 +183,7 @@ def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Pat
     assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart[sleep])
 
 
-def test_nobody_is_awake_beside_another():
+def test_two_groups_never_hold_the_lock_at_once():
     lock = GroupLock()
     entered = threading.Event()
 
@@ -232,7 +232,7 @@ class Playing:
     pool: Any = None
 
 
-def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_them(tmp_path: Path):
+def test_an_update_of_whole_weights_waits_for_requests_and_requests_wait_for_it(tmp_path: Path):
     versions = iter([(0, None), (1, None)])
     with patch("opd.distributed.engines.EnginePool", OneEngine):
         engines = StudentEngines(
@@ -255,7 +255,7 @@ def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_
     assert found in ([old, old, new], [old, new, new])
 
 
-def test_who_only_watches_a_server_loads_no_torch():
+def test_an_actor_that_only_watches_a_server_imports_no_torch():
     code = (
         "import sys, opd.distributed.engines; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
@@ -277,7 +277,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found.stop()
 
 
-def test_an_engine_answers_nobody_without_its_key(engine: Engine):
+def test_an_engine_refuses_requests_without_its_key(engine: Engine):
     url = engine.state().url
     with httpx2.Client(trust_env=False) as client:
         assert client.get(f"{url}/v1/models").status_code == 401
@@ -308,7 +308,7 @@ def test_an_adapter_of_another_base_is_refused_at_its_engine(tmp_path: Path):
     engine.stop()
 
 
-def test_a_server_that_answers_no_more_is_started_again(
+def test_a_server_that_does_not_answer_is_restarted(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("opd.distributed.engine._HEALTH_CHECKS", 1)
@@ -393,7 +393,7 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_what_cannot_be_made_of_the_parts_ends_all_that_was_started(tmp_path: Path):
+def test_an_error_while_parts_are_made_ends_everything_that_was_started(tmp_path: Path):
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no parts")
 

@@ -112,8 +112,8 @@ class Counted:
 def test_scores_outlive_the_teacher_and_failures_do_not(tmp_path: Path):
     items = [rollout([1, k], 1, prompt=prompt("bad" if k == 4 else "p")) for k in (2, 3, 4)]
     first, second = Counted(), Counted()
-    CachedTeacher(first, [files(tmp_path)]).score(items)
-    found = CachedTeacher(second, [files(tmp_path)]).score(items)
+    CachedTeacher(first, files(tmp_path)).score(items)
+    found = CachedTeacher(second, files(tmp_path)).score(items)
     assert (first.asked, second.asked) == ([3], [1])
     assert [s.cached for s in found] == [True, True, False]
     assert isinstance(found[2].score, FailedScore)
@@ -121,16 +121,16 @@ def test_scores_outlive_the_teacher_and_failures_do_not(tmp_path: Path):
 
 def test_memory_before_disk_holds_what_was_found_there(tmp_path: Path):
     [one, two] = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3)]
-    CachedTeacher(Counted(), [files(tmp_path)]).score([one])
+    CachedTeacher(Counted(), files(tmp_path)).score([one])
     inner, memory = Counted(), MemoryScores(10)
-    teacher = CachedTeacher(inner, [memory, files(tmp_path)])
+    teacher = CachedTeacher(CachedTeacher(inner, files(tmp_path)), memory)
     teacher.score([one, two])
     assert inner.asked == [1]
     assert len(memory.get([key_of(one), key_of(two)])) == 2
     assert len(files(tmp_path).get([key_of(one), key_of(two)])) == 2
 
 
-def test_threads_share_a_folder_and_ask_who_the_teacher_is_once(tmp_path: Path):
+def test_threads_share_a_folder_and_probe_the_teacher_once(tmp_path: Path):
     asked: list[int] = []
 
     def slowly() -> Mapping[str, np.ndarray]:
@@ -139,7 +139,7 @@ def test_threads_share_a_folder_and_ask_who_the_teacher_is_once(tmp_path: Path):
         return {"t": np.zeros(3, dtype=np.float32)}
 
     place = ScoreFiles(tmp_path, {"t": {}}, slowly, pytest.fail)
-    teacher = CachedTeacher(Counted(), [place])
+    teacher = CachedTeacher(Counted(), place)
     items = [rollout([1, k], 1, prompt=prompt("p")) for k in range(40)]
     threads = [threading.Thread(target=lambda i=i: teacher.score(items[i:] + items[:i])) for i in range(0, 40, 5)]
     for thread in threads:
@@ -225,15 +225,15 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_score_is_noticed_and_asked_for_again(damage: str, tmp_path: Path):
+def test_a_damaged_score_is_noticed_and_scored_again(damage: str, tmp_path: Path):
     items = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3, 4)]
-    CachedTeacher(Counted(), [files(tmp_path)]).score(items)
+    CachedTeacher(Counted(), files(tmp_path)).score(items)
     place = files(tmp_path)
     paths = [next(tmp_path.glob(f"*/*/{key_of(item).response[2:]}.score")) for item in items]
     DAMAGE[damage](paths[0], paths[1])
     said: list[str] = []
     inner = Counted()
-    teacher = CachedTeacher(inner, [files(tmp_path, said.append)])
+    teacher = CachedTeacher(inner, files(tmp_path, said.append))
     found = teacher.score(items)
     assert [s.cached for s in found] == [False, True, True]
     assert inner.asked == [1]
@@ -275,7 +275,7 @@ def test_a_probe_that_cannot_be_compared_is_another_teacher(says: list[float], t
     assert key in files(tmp_path).get([key])  # and hides nothing of the one that it is beside
 
 
-def test_scores_of_a_teacher_that_does_not_say_who_it_is_are_not_used(tmp_path: Path):
+def test_scores_of_a_teacher_that_fails_the_probe_are_not_used(tmp_path: Path):
     key, score = some_score(1)
     files(tmp_path).put({key: score})
     said: list[str] = []

@@ -34,7 +34,7 @@ def hits(run: Path) -> list[float]:
     return [line["batch/cached/sum"] for line in read_metrics(run)]
 
 
-def test_a_second_run_asks_nobody_and_follows_the_same_numbers_to_the_bit(tmp_path: Path):
+def test_a_second_run_calls_no_teacher_and_follows_the_same_numbers_to_the_bit(tmp_path: Path):
     one, two = (opd.train(opd.parse_config(kept_recipe(tmp_path, name))).run for name in ("one", "two"))
     assert hits(one)[0] < 16
     assert hits(two) == [16.0] * 4
@@ -146,7 +146,7 @@ def test_an_identity_names_every_model_of_a_mixture_and_what_it_is_moved_from(tm
     assert identities(*backend_of(tree))["both"] != found["both"]
 
 
-def test_a_probe_asks_those_who_are_not_known_by_their_weights(tmp_path: Path):
+def test_the_probe_calls_teachers_that_weights_do_not_identify(tmp_path: Path):
     _, backend = backend_of(toy_recipe(tmp_path))
     found = probe(
         backend.teachers(keep_hidden=False), ("even", "odd"), known={"odd"}, tokenizer=backend.tokenizer

@@ -20,7 +20,7 @@ from opd.records import FailedScore, Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.rewards.reward import Reward
 from opd.roles import Backend, Environment, Teacher
-from opd.score_cache.cache import CachedTeacher, MemoryScores, ScoreStore, identities, probe
+from opd.score_cache.cache import CachedTeacher, MemoryScores, identities, probe
 from opd.score_cache.files import ScoreFiles
 from opd.text.chat import Chat
 
@@ -265,15 +265,13 @@ def _per_prompt(config: Config) -> bool:
 
 
 def _keeping(config: Config, backend: Backend, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
-    """The teachers, which keep their scores where the recipe says."""
-    stores: list[ScoreStore] = []
-    if config.compute.score_cache:
-        stores.append(MemoryScores(config.compute.score_cache))
+    """The teachers with the score caches that the recipe asks for: memory before disk."""
+    found = teachers
     if (folder := config.compute.score_cache_folder) is not None:
         known = identities(config, backend)
         ask = partial(
             probe, teachers, tuple(known), known=frozenset(backend.facts().cross_tokenizer), tokenizer=backend.tokenizer
         )
         # from where the command runs, whatever the process does later
-        stores.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))
-    return CachedTeacher(teachers, stores) if stores else teachers
+        found = CachedTeacher(found, ScoreFiles(Path(folder).absolute(), known, ask, warn))
+    return CachedTeacher(found, MemoryScores(config.compute.score_cache)) if config.compute.score_cache else found

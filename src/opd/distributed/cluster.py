@@ -3,8 +3,6 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,29 +47,22 @@ def join(config: Config) -> None:
     address = config.cluster.address
     # "local" starts a new cluster, even where another one runs on this machine
     here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-    with _one_line_of(address):
+    try:
         if address is not None and address != "auto":
             # Ray itself waits for minutes where nothing listens
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
-    try:
-        _require_resources(config)
-    except BaseException:
-        ray.shutdown()
-        raise
-
-
-@contextmanager
-def _one_line_of(address: str | None) -> Iterator[None]:
-    """Raise RunError where the cluster cannot be joined."""
-    try:
-        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(
             f"cluster.address = '{address}': {one_line(str(error))[:200]}; start Ray there ('ray start --head'), or leave address "
             "out for one on this machine"
         ) from None
+    try:
+        _require_resources(config)
+    except BaseException:
+        ray.shutdown()
+        raise
 
 
 def _require_resources(config: Config) -> None:

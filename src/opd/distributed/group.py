@@ -33,7 +33,7 @@ class RankGroup:
         self._order = threading.Lock()
         self._met = False
         self._error: BaseException | None = None
-        self._loading = self._start(["build"] * self.size, [()] * self.size, self._actors)
+        self._loading = self._start("build", [()] * self.size)
         self._facts: RankFacts | None = None
 
     def build(self) -> None:
@@ -50,18 +50,15 @@ class RankGroup:
         """The packing errors at the first rank; none after the ranks have met, when no rank has whole weights."""
         if self._met:
             return {}
-        return self._call(["packing_errors"], [()], self._actors[:1])[0]
+        return self._call("packing_errors", [()])[0]
 
     def meet(self) -> None:
         """Join the ranks to a process group and shard the weights, once."""
         if self._met:
             return
-        self._require_alive()
-        first = self._actors[0]
-        host = ray.get(first.__ray_call__.remote(lambda rank: ray.util.get_node_ip_address()))
-        port = ray.get(first.free_port.remote())
+        [address] = self._call("free_address", [()])
         self._met = True
-        self._call(["meet"] * self.size, [(f"{host}:{port}",)] * self.size, self._actors)
+        self._call("meet", [(address,)] * self.size)
 
     def all(self, method: str, *args: Any) -> list[Any]:
         """Call every rank with the same arguments."""
@@ -70,7 +67,7 @@ class RankGroup:
     def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call every rank with its own arguments, after the weights are sharded."""
         self.meet()
-        return self._call([method] * self.size, args, self._actors)
+        return self._call(method, args)
 
     def weights(self) -> Any:
         """Ray's reference to the files of the student's folder, at the first rank; the other ranks take part in making them."""
@@ -81,13 +78,14 @@ class RankGroup:
         self._wait([done for done, _ in made])
         return made[0][1]
 
-    def _call(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
-        return self._wait(self._start(methods, args, actors))
+    def _call(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._wait(self._start(method, args))
 
-    def _start(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
+    def _start(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call the first `len(args)` ranks, usually all."""
         with self._order:  # every rank gets the calls of several threads in the same order
             self._require_alive()
-            return [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+            return [getattr(actor, method).remote(*a) for actor, a in zip(self._actors[: len(args)], args, strict=True)]
 
     def _wait(self, refs: Sequence[Any]) -> list[Any]:
         pending, ready = list(refs), []

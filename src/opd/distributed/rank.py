@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -87,11 +88,11 @@ class Rank:
         assert self._built is not None, "build() comes first"
         return self._built
 
-    def free_port(self) -> int:
-        """A port of this machine at which ranks can meet."""
+    def free_address(self) -> str:
+        """HOST:PORT of this rank, free for the process group."""
         with socket.socket() as found:
             found.bind(("", 0))
-            return int(found.getsockname()[1])
+            return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
         """As of the backend, before the weights are sharded."""

@@ -47,18 +47,24 @@ class Sampled:
     finish: Literal["end", "length"]
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one response is sampled: at most `max_tokens` tokens, up to one of `end_ids`."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    end_ids: Collection[int]
+
+
 class ServerProtocol(Protocol):
-    """How a kind of server is asked, and how its answers are read. Readers raise BadAnswer for an answer to another request."""
+    """How a kind of server is asked, and how its answers are read. Readers raise BadAnswer for an answer to another request.
 
-    @property
-    def path(self) -> str:
-        """The path of requests."""
-        ...
+    path: of requests. score_decoder: decodes the JSON of an answer with scores.
+    """
 
-    @property
-    def score_decoder(self) -> msgspec.json.Decoder[Any]:
-        """Decodes the JSON of an answer with scores."""
-        ...
+    path: str
+    score_decoder: msgspec.json.Decoder[Any]
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         """Ask for the log-probability of every token of a sequence, and for the `top` likeliest tokens at its place."""
@@ -68,20 +74,11 @@ class ServerProtocol(Protocol):
         """The scores of that sequence."""
         ...
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         """Ask for one response from the full distribution, whatever the model's generation config says."""
         ...
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
         """One response."""
         ...
 
@@ -130,16 +127,16 @@ def checked_scores(token_ids: Sequence[int], raw: RawScores, *, top: int, fix: s
     return Scores(logprobs, ids, top_k_logprobs)
 
 
-def checked_sample(
-    tokens: list[int], logprobs: Sequence[object], *, stopped: bool, max_tokens: int, end_ids: Collection[int]
-) -> Sampled:
+def checked_sample(tokens: list[int], logprobs: Sequence[object], params: SamplingParams, *, stopped: bool) -> Sampled:
     """A response whose parts agree; stopped: the server says that the response ended, and was not cut. Raises BadAnswer."""
-    if not tokens or len(tokens) > max_tokens or len(logprobs) != len(tokens):
-        raise BadAnswer(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, asked for 1 to {max_tokens}")
+    if not tokens or len(tokens) > params.max_tokens or len(logprobs) != len(tokens):
+        raise BadAnswer(
+            f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, asked for 1 to {params.max_tokens}"
+        )
     if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
         raise BadAnswer("token ids that are not whole numbers from 0")
-    ended = tokens[-1] in end_ids
-    if any(t in end_ids for t in tokens[:-1]) or stopped != ended:
+    ended = tokens[-1] in params.end_ids
+    if any(t in params.end_ids for t in tokens[:-1]) or stopped != ended:
         last = f"token {tokens[-1]}, {'an' if ended else 'no'} end token"
         raise BadAnswer(f"a response that {'ended' if stopped else 'was cut'} after {last}")
     values = [_checked_logprob(value, f"token {place}") for place, value in enumerate(logprobs)]

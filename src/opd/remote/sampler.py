@@ -7,7 +7,7 @@ from typing import Any
 from opd.episodes.player import Episode, EpisodePlayer, Taken, numbered
 from opd.records import Prompt, Rollout
 from opd.remote.client import Answer, Client, Deployment, Endpoint, Request
-from opd.remote.protocol import Sampled, ServerProtocol
+from opd.remote.protocol import Sampled, SamplingParams, ServerProtocol
 from opd.remote.vllm import VllmProtocol
 from opd.roles import Seed
 from opd.seeds import generator_of
@@ -72,15 +72,14 @@ class RemoteSampler:
         return min(self._max_new_tokens, limit - len(episode.token_ids))
 
     def _request(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Request[Sampled]:
-        body = self._protocol.sample_body(
-            endpoint,
-            episode.token_ids,
+        params = SamplingParams(
             max_tokens=room,
             temperature=self._temperature,
             seed=generator_of(*seed, "row", episode.row, "turn", episode.turn).initial_seed(),
             end_ids=self._player.end_ids,
         )
-        read = partial(self._protocol.read_sample, max_tokens=room, end_ids=self._player.end_ids)
+        body = self._protocol.sample_body(endpoint, episode.token_ids, params)
+        read = partial(self._protocol.read_sample, params=params)
         return Request(endpoint, self._protocol.path, body, read)
 
 

@@ -6,24 +6,28 @@ for every token of the prompt, null for the first's, under the model as it is: `
 `input_top_logprobs` holds the k likeliest tokens at each place, in the same form, the token itself only if it is one of them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from opd.remote.client import ANY_JSON, BadAnswer, Endpoint
-from opd.remote.protocol import FULL_DISTRIBUTION, RawScores, Sampled, Scores, checked_sample, checked_scores
+from opd.remote.protocol import (
+    FULL_DISTRIBUTION,
+    RawScores,
+    Sampled,
+    SamplingParams,
+    Scores,
+    checked_sample,
+    checked_scores,
+)
 
 _CLIPPED = 0  # the server lists the last id of its vocabulary as this id
 
 
-@dataclass(frozen=True)
 class SglangProtocol:
     """The protocol of SGLang servers (`opd.remote.protocol.ServerProtocol`)."""
 
-    path: str = "/generate"
-    score_decoder: msgspec.json.Decoder[Any] = ANY_JSON
+    path = "/generate"
+    score_decoder = ANY_JSON
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         return {
@@ -62,31 +66,22 @@ class SglangProtocol:
         )
         return checked_scores(token_ids, raw, top=top)
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         return {
             **_body(endpoint, token_ids),
             "sampling_params": {
                 **FULL_DISTRIBUTION,
-                "max_new_tokens": max_tokens,
+                "max_new_tokens": params.max_tokens,
                 "min_new_tokens": 0,
-                "temperature": temperature,
-                "sampling_seed": seed,  # has an effect with --enable-deterministic-inference only
+                "temperature": params.temperature,
+                "sampling_seed": params.seed,  # has an effect with --enable-deterministic-inference only
                 "stop": [],
-                "stop_token_ids": sorted(end_ids),
+                "stop_token_ids": sorted(params.end_ids),
                 "ignore_eos": False,  # True would ignore stop_token_ids too
             },
         }
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
         meta = _meta_info(answer)
         tokens, said, reason = answer.get("output_ids"), meta.get("output_token_logprobs"), meta.get("finish_reason")
         if not isinstance(tokens, list) or not isinstance(said, list) or not isinstance(reason, Mapping):
@@ -102,7 +97,7 @@ class SglangProtocol:
         if reason.get("type") not in ("stop", "length"):
             raise BadAnswer(f"a response that finished by '{reason.get('type')}'")
         logprobs = [value for value, *_ in said]
-        return checked_sample(tokens, logprobs, stopped=stopped, max_tokens=max_tokens, end_ids=end_ids)
+        return checked_sample(tokens, logprobs, params, stopped=stopped)
 
 
 def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,7 +28,7 @@ class RemoteTeacher:
     context: int | None = None
     top: int = 0
     unknown: str = ""
-    protocol: ServerProtocol = VllmProtocol()  # noqa: RUF009 - frozen
+    protocol: ServerProtocol = field(default_factory=VllmProtocol)
     template: OtherTemplate | None = None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:

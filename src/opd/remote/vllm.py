@@ -4,14 +4,21 @@ Written against vLLM 0.32: `prompt_logprobs` holds, for every token of the promp
 as it is (no temperature) and the k likeliest tokens; `return_token_ids` returns the sampled tokens as ids.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from opd.remote.client import BadAnswer, Endpoint
-from opd.remote.protocol import FULL_DISTRIBUTION, RawScores, Sampled, Scores, checked_sample, checked_scores
+from opd.remote.protocol import (
+    FULL_DISTRIBUTION,
+    RawScores,
+    Sampled,
+    SamplingParams,
+    Scores,
+    checked_sample,
+    checked_scores,
+)
 
 
 class _Logprob(msgspec.Struct, gc=False):
@@ -33,12 +40,11 @@ class _Scored(msgspec.Struct):
 _NO_CHOICE = "an answer without its one choice"
 
 
-@dataclass(frozen=True)
 class VllmProtocol:
     """The protocol of vLLM servers (`opd.remote.protocol.ServerProtocol`)."""
 
-    path: str = "/v1/completions"
-    score_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_Scored)  # noqa: RUF009 - it holds no state
+    path = "/v1/completions"
+    score_decoder = msgspec.json.Decoder(_Scored)
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         # a server samples at least one token
@@ -65,28 +71,19 @@ class VllmProtocol:
         )
         return checked_scores(token_ids, raw, top=top, fix=" (--max-logprobs)")
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         return {
             **_body(endpoint, token_ids),
             **FULL_DISTRIBUTION,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "stop_token_ids": sorted(end_ids),
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "seed": params.seed,
+            "stop_token_ids": sorted(params.end_ids),
             "logprobs": 0,
             "return_token_ids": True,
         }
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1:
             raise BadAnswer(_NO_CHOICE)
@@ -96,7 +93,7 @@ class VllmProtocol:
             raise BadAnswer("no token_ids or no logprobs; a vLLM server returns both")
         if reason not in ("stop", "length"):
             raise BadAnswer(f"a response that finished by '{reason}'")
-        return checked_sample(tokens, logprobs, stopped=reason == "stop", max_tokens=max_tokens, end_ids=end_ids)
+        return checked_sample(tokens, logprobs, params, stopped=reason == "stop")
 
 
 def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:

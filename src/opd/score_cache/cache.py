@@ -62,38 +62,33 @@ class MemoryScores:
 
 
 class CachedTeacher:
-    """A teacher whose scores are stored in one or several stores, searched in order. Failed scores are not stored.
+    """A teacher whose scores are stored; failed scores are not. Two of them, one around the other, search two stores in turn.
 
     A student with low entropy repeats its responses, and a large teacher takes most of a step. A cached score was computed in
     another packed pass, so it may differ from a new one in the last digits.
     """
 
-    def __init__(self, teacher: Teacher, stores: Sequence[ScoreStore]) -> None:
+    def __init__(self, teacher: Teacher, store: ScoreStore) -> None:
         self._teacher = teacher
-        self._stores = tuple(stores)
+        self._store = store
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout's score, marked as cached where an earlier call made it; equal rollouts of one call share one score."""
         keys = [key_of(r) for r in rollouts]
-        known: dict[Key, Score] = {}
-        missed = []
-        for store in self._stores:
-            missed.append([key for key in dict.fromkeys(keys) if key not in known])
-            known |= store.get(missed[-1])
-            missed[-1] = [key for key in missed[-1] if key not in known]
+        known = self._store.get(list(dict.fromkeys(keys)))
         new = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
-        scored = self._teacher.score(list(new.values())) if new else []
-        fresh = dict(zip(new, scored, strict=True))
-        made = {key: item.score for key, item in fresh.items() if not isinstance(item.score, FailedScore)}
-        for store, absent in zip(self._stores, missed, strict=True):
-            store.put({key: score for key in absent if (score := known.get(key) or made.get(key)) is not None})
+        fresh = dict(zip(new, self._teacher.score(list(new.values())) if new else [], strict=True))
+        self._store.put({k: item.score for k, item in fresh.items() if not isinstance(item.score, FailedScore)})
         found = []
         for key, rollout in zip(keys, rollouts, strict=True):
             if key in known:
                 found.append(ScoredRollout(rollout, known[key], cached=True))
             else:
-                first = fresh[key].rollout is rollout  # the one of several equal rollouts that the teacher scored
-                found.append(ScoredRollout(rollout, fresh[key].score, retries=fresh[key].retries if first else 0))
+                item = fresh[key]
+                first = item.rollout is rollout  # the one of several equal rollouts that the teacher scored
+                found.append(
+                    ScoredRollout(rollout, item.score, cached=item.cached, retries=item.retries if first else 0)
+                )
         return found
 
 

@@ -1,4 +1,4 @@
-"""Why an engine ended, by what it wrote."""
+"""Why a server ended, by its log."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ TAKEN = "(APIServer pid=7) INFO 11-23 10:00:00 [api.py:1] Loading"
         ([], 0, "its log is empty"),
     ],
 )
-def test_the_reason_is_the_last_error_or_else_the_signal(tmp_path: Path, lines: list[str], code: int, said: str):
+def test_the_reason_is_the_last_error_in_the_log_or_else_the_signal(tmp_path: Path, lines: list[str], code: int, said: str):
     log = tmp_path / "server.log"
     log.write_text("ValueError: of an earlier start\n" + "\n".join(lines))
     assert reason_of(log, len("ValueError: of an earlier start\n"), code) == said
