@@ -100,7 +100,7 @@ class Engine:
             for name in self._versions if self._plan.loads == "adapters" else ():
                 self._load_version(name)
         elif not self.awake:
-            self._retried(lambda: self._post("/wake_up"))
+            self._try_or_restart(lambda: self._post("/wake_up"))
             self.awake = True
         url = f"http://{self._host}:{self._port}"
         return EngineState(url, self._context, tuple(self._versions), self.starts)
@@ -124,9 +124,9 @@ class Engine:
             self._write(place, files)
         if self._plan.loads == "adapters" and len(self._versions) >= self._plan.max_versions:
             old = self._versions.popleft()
-            self._retried(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
+            self._try_or_restart(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
             self._drop(old)
-        if not self._retried(lambda: self._load_version(name)):
+        if not self._try_or_restart(lambda: self._load_version(name)):
             self._load_version(name)
         self._versions.append(name)
         while self._plan.loads == "weights" and len(self._versions) > 1:
@@ -142,7 +142,7 @@ class Engine:
             time.sleep(_POLL_S * (attempt + 1))
         return False
 
-    def _retried(self, call: Callable[[], None]) -> bool:
+    def _try_or_restart(self, call: Callable[[], None]) -> bool:
         """Whether the call succeeded; if the server failed meanwhile, it was restarted instead."""
         try:
             call()
