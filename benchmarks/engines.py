@@ -16,8 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -27,8 +29,7 @@ from opd.distributed.group import RankTeachers
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
 from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, TopKScore, Turn
-from opd.remote.client import Client, Endpoint
-from opd.remote.endpoints import Fixed
+from opd.remote.client import Client, Endpoint, StaticDeployment
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
@@ -123,7 +124,7 @@ def measured(what: str, engines: int, slots: int, service_s: float, count: int, 
     try:
         urls = tuple(f"http://127.0.0.1:{int(s.stdout.readline())}" for s in servers if s.stdout is not None)
         client = Client(RemoteConfig(max_in_flight=2 * slots))
-        model = Fixed(Endpoint("the model", urls, "m"))
+        model = StaticDeployment(Endpoint("the model", urls, "m"))
         if what == "score":
             teacher, items = RemoteTeacher("t", model, "m", client, top=top), rollouts(count)
             teacher.score(items[: 2 * engines])  # connections are there
@@ -152,8 +153,8 @@ def measured(what: str, engines: int, slots: int, service_s: float, count: int, 
 class ReadyRank:
     """A rank whose scores are there when it is asked."""
 
-    def score(self, items: list[Rollout], who: str, names: list[str], keep_hidden: bool) -> list[ScoredRollout]:
-        return [ScoredRollout(item, self.one(item, keep_hidden)) for item in items]
+    def score(self, items: list[Rollout], teacher_of: Callable[[Any], Any]) -> list[ScoredRollout]:
+        return [ScoredRollout(item, self.one(item, teacher_of(None))) for item in items]
 
     def one(self, item: Rollout, keep_hidden: bool) -> Score:
         logprobs = np.full(TOKENS, -0.5, dtype=np.float32)
@@ -177,7 +178,7 @@ class ReadyGroup:
 
 def through_ray(count: int, *, keep_hidden: bool) -> tuple[float, float]:
     """Milliseconds a rollout to a rank and back with its score, and the MB by which this process has grown meanwhile."""
-    teachers = RankTeachers(ReadyGroup(), "teachers", keep_hidden=keep_hidden)  # type: ignore[arg-type]  # a stand-in for a group
+    teachers = RankTeachers(ReadyGroup(), lambda _: keep_hidden)  # type: ignore[arg-type]  # a stand-in for a group
     items = rollouts(count)
     teachers.score(items[:1])
     before = resident_mb()

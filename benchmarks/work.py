@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from in_turns import PEERS
+from opd.startup import TaskData, make_parts, read_tasks
 
 import opd
 from opd.config import Config
@@ -16,7 +17,6 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.loop import Parts
-from opd.startup import TaskData, make_parts, read_tasks
 from opd.text.chat import Chat
 
 _HERE = Path(__file__).parent

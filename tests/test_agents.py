@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import prompt, toy_recipe
+from opd.startup import read_tasks
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
 from opd.episodes.tool_problems import ToolProblems
 from opd.local.build import build
 from opd.records import Message, Prompt
-from opd.startup import read_tasks
 
 
 def agents(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What answers of servers say, read for all places at once, beside a reading of one place after the other."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.remote.client import Unusable
-from opd.remote.protocol import Form, Scores
-from opd.remote.sglang import SGLANG
-from opd.remote.vllm import VLLM
+from opd.config.teachers import ServerKind
+from opd.remote.client import BadAnswer
+from opd.remote.discovery import protocol_of
+from opd.remote.protocol import Scores, ServerProtocol
+from opd.remote.sglang import SglangProtocol
+from opd.remote.vllm import VllmProtocol
 
 TOP = 3
+VLLM, SGLANG = VllmProtocol(), SglangProtocol()
 # few values, so that many are equally likely; a server in float16 rounds to a little above 0
 VALUES = st.sampled_from([0.004, 0.0, -0.5, -0.5, -1.25, -1.25, -7.0, -3, -9999.0])
 
@@ -64,21 +67,23 @@ def sglang_says(tokens: list[int], places: list[tuple[float, dict[int, float]]])
     return {"meta_info": {"input_token_logprobs": own, "input_top_logprobs": top}}
 
 
-def read(form: Form, answer: dict[str, Any], *, token_ids: list[int], top: int) -> Scores:
-    return form.read_scores(form.scores.decode(json.dumps(answer).encode()), token_ids=token_ids, top=top)
+def read(protocol: ServerProtocol, answer: dict[str, Any], *, token_ids: list[int], top: int) -> Scores:
+    return protocol.read_scores(
+        protocol.score_decoder.decode(json.dumps(answer).encode()), token_ids=token_ids, top=top
+    )
 
 
 @given(answers())
 def test_places_read_together_are_those_read_one_by_one(case: tuple[list[int], list[tuple[float, dict[int, float]]]]):
     tokens, places = case
     logprobs, ids, named = one_by_one(tokens, places)
-    for form, answer in ((VLLM, vllm_says(places)), (SGLANG, sglang_says(tokens, places))):
-        found = read(form, answer, token_ids=tokens, top=TOP)
-        assert (found.logprobs.dtype, found.ids.dtype, found.named.dtype) == (np.float32, np.int32, np.float32)
+    for protocol, answer in ((VLLM, vllm_says(places)), (SGLANG, sglang_says(tokens, places))):
+        found = read(protocol, answer, token_ids=tokens, top=TOP)
+        assert (found.logprobs.dtype, found.ids.dtype, found.top_k_logprobs.dtype) == (np.float32, np.int32, np.float32)
         np.testing.assert_array_equal(found.logprobs, np.array(logprobs, dtype=np.float32))
         np.testing.assert_array_equal(found.ids, np.array(ids, dtype=np.int32))
-        np.testing.assert_array_equal(found.named, np.array(named, dtype=np.float32))
-        assert read(form, answer, token_ids=tokens, top=0).named.shape == (len(tokens), 1)
+        np.testing.assert_array_equal(found.top_k_logprobs, np.array(named, dtype=np.float32))
+        assert read(protocol, answer, token_ids=tokens, top=0).top_k_logprobs.shape == (len(tokens), 1)
 
 
 GOOD: list[tuple[float, dict[int, float]]] = [(-1.0, {5: -1.0, 6: -0.5, 7: -2.0}), (-2.0, {6: -2.0, 1: -0.1, 2: -3.0})]
@@ -95,40 +100,47 @@ GOOD: list[tuple[float, dict[int, float]]] = [(-1.0, {5: -1.0, 6: -0.5, 7: -2.0}
 )
 def test_what_is_no_log_probability_is_named_with_its_place(value: Any, line: str, typed: str | None):
     places = [GOOD[0], (-2.0, GOOD[1][1] | {1: value})]
-    with pytest.raises(Unusable, match=line):
+    with pytest.raises(BadAnswer, match=line):
         read(SGLANG, sglang_says([4, 5, 6], places), token_ids=[4, 5, 6], top=TOP)
     at = rf"Expected `float`, {typed} - at `\$.choices\[0*\.*\].prompt_logprobs"
-    with pytest.raises(msgspec.ValidationError if typed else Unusable, match=at if typed else line):
+    with pytest.raises(msgspec.ValidationError if typed else BadAnswer, match=at if typed else line):
         read(VLLM, vllm_says(places), token_ids=[4, 5, 6], top=TOP)
 
 
 def test_numbers_that_json_does_not_have_are_none():
     answer = {"meta_info": {"input_token_logprobs": [[None, 4, None], [float("nan"), 5, None]]}}
-    with pytest.raises(Unusable, match="nan as a log-probability at place 1"):
+    with pytest.raises(BadAnswer, match="nan as a log-probability at place 1"):
         SGLANG.read_scores(answer, token_ids=[4, 5], top=0)
-    for form in (VLLM, SGLANG):
+    for protocol in (VLLM, SGLANG):
         with pytest.raises(msgspec.DecodeError):
-            form.scores.decode(json.dumps(answer).encode())
+            protocol.score_decoder.decode(json.dumps(answer).encode())
 
 
 @pytest.mark.parametrize("name", [-1, 2**31, 2**40])
 def test_ids_that_no_vocabulary_has_are_refused(name: int):
     places = [GOOD[0], (-2.0, {6: -2.0, name: -0.1, 2: -3.0})]
-    for form, answer in ((VLLM, vllm_says(places)), (SGLANG, sglang_says([4, 5, 6], places))):
-        with pytest.raises(Unusable, match="no numbers from 0"):
-            read(form, answer, token_ids=[4, 5, 6], top=TOP)
+    for protocol, answer in ((VLLM, vllm_says(places)), (SGLANG, sglang_says([4, 5, 6], places))):
+        with pytest.raises(BadAnswer, match="not whole numbers from 0"):
+            read(protocol, answer, token_ids=[4, 5, 6], top=TOP)
 
 
 def test_fewer_than_asked_for_are_named_with_their_place():
     places = [GOOD[0], (-2.0, {6: -2.0, 2: -3.0})]
-    with pytest.raises(Unusable, match=r"2 of the likeliest tokens at place 2, asked for 3 \(--max-logprobs\)"):
+    with pytest.raises(BadAnswer, match=r"2 of the likeliest tokens at place 2, asked for 3 \(--max-logprobs\)"):
         read(VLLM, vllm_says(places), token_ids=[4, 5, 6], top=TOP)
-    with pytest.raises(Unusable, match="2 of the likeliest tokens at place 2, asked for 3"):
+    with pytest.raises(BadAnswer, match="2 of the likeliest tokens at place 2, asked for 3"):
         read(SGLANG, sglang_says([4, 5, 6], places), token_ids=[4, 5, 6], top=TOP)
 
 
 def test_a_token_that_is_named_twice_is_refused():
     answer = sglang_says([4, 5, 6], GOOD)
     answer["meta_info"]["input_top_logprobs"][2].append([-0.2, 1, None])
-    with pytest.raises(Unusable, match="a token that is named twice at place 2"):
+    with pytest.raises(BadAnswer, match="one token twice at place 2"):
         read(SGLANG, answer, token_ids=[4, 5, 6], top=TOP)
+
+
+def test_every_kind_of_server_has_its_protocol_and_no_other_kind_is_taken_for_one():
+    kinds = get_args(ServerKind)
+    assert len({type(protocol_of(kind)) for kind in kinds}) == len(kinds)
+    with pytest.raises(AssertionError, match="tgi"):
+        protocol_of("tgi")  # type: ignore[arg-type]  # pyright refuses it, too

@@ -64,7 +64,7 @@ def assert_nothing_lost(run: Path, calm: Path) -> None:
         assert trained[0] == trained[1], step
 
 
-NOTICE = "warning: engine 1 of 1 of the student ended, or answered no more, and was started again\n"
+NOTICE = "warning: engine 1 of 1 of the student ended or did not answer, and was restarted\n"
 
 
 def test_a_killed_engine_is_started_again_and_the_run_goes_on(
@@ -80,7 +80,7 @@ def test_a_killed_engine_is_started_again_and_the_run_goes_on(
 def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(
     cluster: Cluster, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("ray::_Place"))).run
+    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("ray::EngineActor"))).run
     assert capsys.readouterr().err.count(NOTICE) == 1
     assert_nothing_lost(run, calm)
     assert not processes("toy_engine.py --model")  # nor did it leave its server behind
@@ -97,7 +97,9 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(cluster: Cluster, calm: 
 def test_a_lost_node_takes_its_engine_along_and_the_run_goes_on(cluster: Cluster, calm: Path, tmp_path: Path):
     def lose_the_engines_node() -> None:
         actors = ray._private.state.actors().values()  # the public list needs a dashboard
-        [place] = [a["Address"]["NodeID"] for a in actors if "_Place" in a["ActorClassName"] and a["State"] == "ALIVE"]
+        [place] = [
+            a["Address"]["NodeID"] for a in actors if "EngineActor" in a["ActorClassName"] and a["State"] == "ALIVE"
+        ]
         [node] = [n for n in cluster.list_all_nodes() if n.node_id == place]
         cluster.remove_node(node, allow_graceful=False)
 

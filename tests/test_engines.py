@@ -1,4 +1,4 @@
-"""Engines that a run starts: they hold the student as it is, teachers take turns at them, and they leave nothing behind."""
+"""Engines that a run starts: they serve the latest student, teachers take turns on them, and they leave nothing behind."""
 
 import json
 import os
@@ -25,7 +25,7 @@ import opd
 from opd.batch import Batch
 from opd.config import Config
 from opd.distributed.engine import Engine, EnginePlan, EngineState
-from opd.distributed.engines import StudentEngines, Turns
+from opd.distributed.engines import GroupLock, StudentEngines
 from opd.errors import ModelError, RunError
 from opd.logging.run_folder import read_metrics
 from opd.objective import compute_advantages
@@ -34,6 +34,8 @@ from opd.remote.sampler import RemoteSampler
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes
+
+SUPERVISOR = "opd.distributed.supervisor"
 
 
 def recipe(folder: Path, *, cluster: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def test_teachers_of_one_model_are_at_one_engine_and_say_what_servers_of_it_do(t
 
     def count(report: Any) -> None:
         seen.append(
-            len([p for p in processes(f"--model {tree['teachers']['odd']['model']}") if "keeper" not in said(p)])
+            len([p for p in processes(f"--model {tree['teachers']['odd']['model']}") if SUPERVISOR not in said(p)])
         )
 
     run = opd.train(opd.parse_config(tree), on_step=count).run
@@ -128,7 +130,7 @@ def said(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
-        return "keeper"
+        return SUPERVISOR
 
 
 def test_a_teachers_adapter_at_an_engine_says_what_it_says_at_the_ranks(tmp_path: Path):
@@ -170,7 +172,7 @@ def test_models_that_share_devices_take_turns_and_score_the_same(apart: dict[boo
 
 
 @pytest.mark.parametrize("sleep", [False, True], ids=["apart", "in turns"])
-def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
+def test_a_killed_engine_of_a_teacher_is_restarted(apart: dict[bool, Path], tmp_path: Path, sleep: bool):
     tree = with_engines(tmp_path, teachers_sleep=sleep)
     tree["remote"] = {"attempts": 1, "first_wait_s": 0}
 
@@ -181,28 +183,28 @@ def test_a_teachers_engine_that_is_killed_is_started_again(apart: dict[bool, Pat
     assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart[sleep])
 
 
-def test_nobody_is_awake_beside_another():
-    turns = Turns()
+def test_two_groups_never_hold_the_lock_at_once():
+    lock = GroupLock()
     entered = threading.Event()
 
     def wait() -> bool:
-        with turns.of(1) as woken:
+        with lock.hold(1) as woken:
             entered.set()
             return woken
 
     with ThreadPoolExecutor(1) as pool:
-        with turns.of(0) as first:
+        with lock.hold(0) as first:
             other = pool.submit(wait)
-            with turns.of(0) as second:
+            with lock.hold(0) as second:
                 assert (first, second) == (True, False)
             assert not entered.wait(0.3)
         assert other.result(timeout=10)
-    with turns.of(0) as again:
+    with lock.hold(0) as again:
         assert again
 
 
-class OnePlace:
-    """Stands in for the places of engines."""
+class OneEngine:
+    """Stands in for a pool of engines."""
 
     def __init__(self, *_: Any) -> None:
         self.loaded: list[str] = []
@@ -222,22 +224,22 @@ class Playing:
         self.started = threading.Event()
 
     def play(self, rows: Any, take: Any, *, version: int) -> Any:
-        before = list(self.places.loaded)
+        before = list(self.pool.loaded)
         self.started.set()
         time.sleep(0.3)
-        return version, before, list(self.places.loaded)
+        return version, before, list(self.pool.loaded)
 
-    places: Any = None
+    pool: Any = None
 
 
-def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_them(tmp_path: Path):
+def test_an_update_of_whole_weights_waits_for_requests_and_requests_wait_for_it(tmp_path: Path):
     versions = iter([(0, None), (1, None)])
-    with patch("opd.distributed.engines.Places", OnePlace):
+    with patch("opd.distributed.engines.EnginePool", OneEngine):
         engines = StudentEngines(
             opd.parse_config(recipe(tmp_path, cluster={"merge_adapter": True})), lambda: next(versions)
         )
     playing = Playing()
-    playing.places = engines._places
+    playing.pool = engines._pool
     sampler = RemoteSampler(engines, None, temperature=1.0, max_new_tokens=4, context=None, player=playing)  # type: ignore[arg-type]
     sampler.load_weights(None, policy_version=0)
     with ThreadPoolExecutor(3) as pool:
@@ -253,7 +255,7 @@ def test_weights_that_take_each_others_place_wait_for_who_asks_and_who_asks_for_
     assert found in ([old, old, new], [old, new, new])
 
 
-def test_who_only_watches_a_server_loads_no_torch():
+def test_an_actor_that_only_watches_a_server_imports_no_torch():
     code = (
         "import sys, opd.distributed.engines; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
@@ -269,13 +271,13 @@ def files_of(folder: str) -> dict[str, np.ndarray]:
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # what the engine is asked passes by
     base = save_toy(tmp_path / "base", 0)
-    plan = EnginePlan(tuple(ENGINE), base, "student", (), 60, holds="weights", secret="a key")
+    plan = EnginePlan(tuple(ENGINE), base, "student", (), 60, loads="weights", api_key="a key")
     found = Engine(plan, "127.0.0.1")
     yield found
     found.stop()
 
 
-def test_an_engine_answers_nobody_without_its_key(engine: Engine):
+def test_an_engine_refuses_requests_without_its_key(engine: Engine):
     url = engine.state().url
     with httpx2.Client(trust_env=False) as client:
         assert client.get(f"{url}/v1/models").status_code == 401
@@ -292,7 +294,7 @@ def test_a_version_is_loaded_once_and_survives_a_restart(engine: Engine, tmp_pat
     wait_for(lambda: not processes("toy_engine.py"))
     back = engine.state()
     assert (back.versions, back.context) == (state.versions, state.context)
-    [running] = [p for p in processes("toy_engine.py --model") if "keeper" not in said(p)]
+    [running] = [p for p in processes("toy_engine.py --model") if SUPERVISOR not in said(p)]
     assert "/student-1 " in said(running)  # from its first answer on it is that version
 
 
@@ -306,21 +308,19 @@ def test_an_adapter_of_another_base_is_refused_at_its_engine(tmp_path: Path):
     engine.stop()
 
 
-def test_a_server_that_answers_no_more_is_started_again(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr("opd.distributed.engine._PULSES", 1)
+def test_a_server_that_does_not_answer_is_restarted(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("opd.distributed.engine._HEALTH_CHECKS", 1)
     first = engine.state()
-    [hung] = [p for p in processes("toy_engine.py --model") if "keeper" not in said(p)]
+    [hung] = [p for p in processes("toy_engine.py --model") if SUPERVISOR not in said(p)]
     os.kill(hung, signal.SIGSTOP)
     assert engine.state().versions == first.versions
     assert hung not in processes("toy_engine.py --model")
 
 
-@pytest.mark.parametrize("holds", ["weights", "adapters"])
-def test_a_server_that_dies_while_it_is_given_weights_gets_them_when_it_is_back(tmp_path: Path, holds: Any):
+@pytest.mark.parametrize("loads", ["weights", "adapters"])
+def test_a_server_that_dies_while_it_is_given_weights_gets_them_when_it_is_back(tmp_path: Path, loads: Any):
     base = save_toy(tmp_path / "base", 0)
-    engine = Engine(EnginePlan(tuple(ENGINE), base, "student", (), 60, holds=holds, secret="a key"), "127.0.0.1")
+    engine = Engine(EnginePlan(tuple(ENGINE), base, "student", (), 60, loads=loads, api_key="a key"), "127.0.0.1")
     adapters = [files_of(save_adapter(tmp_path / str(seed), base, seed)) for seed in (1, 2)]
     ask = engine._ask
 
@@ -332,7 +332,7 @@ def test_a_server_that_dies_while_it_is_given_weights_gets_them_when_it_is_back(
 
     died: list[str] = []
     try:
-        if holds == "adapters":
+        if loads == "adapters":
             engine.load("student-1", adapters[0])
         with patch.object(engine, "_ask", dies):
             engine.load("student-2", adapters[1])
@@ -391,7 +391,7 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_what_cannot_be_made_of_the_parts_ends_all_that_was_started(tmp_path: Path):
+def test_an_error_while_parts_are_made_ends_everything_that_was_started(tmp_path: Path):
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no parts")
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from commands import invoke, one_line, refuse_tree
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
-
-import opd
 from opd.checks.findings import Finding
 from opd.checks.no_effect import notices, notices_of_tuning
+from opd.startup import read_tasks
+
+import opd
 from opd.config import FileTask, without_effect
 from opd.data.tasks import make_tasks, read_splits
-from opd.startup import read_tasks
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,9 @@ def test_scores_of_teachers_are_not_kept_where_there_are_none(bench: dict[str, A
 
 
 def test_a_writer_named_twice_is_refused(tree: dict[str, Any], tmp_path: Path):
-    assert "'trackio' stands 2 times; name it once" in refuse_tree(tree | {"logging": {"writers": ["trackio"] * 2}}, tmp_path)
+    assert "'trackio' stands 2 times; name it once" in refuse_tree(
+        tree | {"logging": {"writers": ["trackio"] * 2}}, tmp_path
+    )
 
 
 def test_metrics_of_a_folder_that_is_no_run_are_refused(tree: dict[str, Any], tmp_path: Path):

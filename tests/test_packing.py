@@ -9,9 +9,9 @@ import pytest
 import torch
 from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
+from opd.checks.findings import PACKED_WITHIN, packed_equals_plain
 from torch import Tensor
 
-from opd.checks.findings import PACKED_WITHIN, packed_equals_plain
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.models import architecture, attention

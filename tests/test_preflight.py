@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from factories import prompt, rollout, scored
+from opd.checks.findings import Finding
 
 from opd.checks import findings as preflight
-from opd.checks.findings import Finding
 from opd.errors import CheckError, DataError
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Limit, OwnReading

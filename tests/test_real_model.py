@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from opd.startup import read_tasks, run_checks
 
 import opd
 from opd.data.tasks import make_tasks
 from opd.evaluate import evaluate, pick
 from opd.local.build import build
 from opd.rewards.judge import Judge
-from opd.startup import read_tasks, run_checks
 
 MODEL = Path("models/smollm2-135m-instruct")
 

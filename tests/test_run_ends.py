@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import opd.collect
+import opd.sft
 import pytest
 from commands import invoke, one_line
 from factories import sft_recipe, toy_recipe, write_toml
 from run_folders import checkpoints, lines_of
 
 import opd
-import opd.collect
 import opd.logging.curves
 import opd.loop
-import opd.sft
 import opd.trainer
 from opd import checkpoint
 from opd.errors import RunError, ScoreError

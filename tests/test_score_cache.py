@@ -1,4 +1,4 @@
-"""Scores that are kept: which are asked for again, and that training does not notice."""
+"""Cached scores: which are scored again, and that training gives the same numbers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import opd
 from opd.records import FailedScore, Rollout, SampledScore, ScoredRollout, Turn
-from opd.score_cache.cached import CachedTeacher, InMemory, key_of
+from opd.score_cache.cache import CachedTeacher, MemoryScores, key_of
 
 
 class Recorder:
@@ -32,9 +32,9 @@ class Recorder:
         return SampledScore("t", np.where(item.loss_mask, -item.token_ids.astype(np.float32), 0.0))
 
 
-def test_an_equal_response_is_asked_for_once():
+def test_an_equal_response_is_scored_once():
     inner = Recorder()
-    teacher = CachedTeacher(inner, [InMemory(10)])
+    teacher = CachedTeacher(inner, MemoryScores(10))
     first, second = (rollout([1, 2, last], 1, prompt=prompt("p")) for last in (3, 4))
     again = replace(first, sample=7, reward=0.5, rollout_logprobs=first.rollout_logprobs - 1)
     one, same, other = teacher.score([first, again, second])
@@ -61,7 +61,7 @@ def test_an_equal_response_is_asked_for_once():
 )
 def test_what_a_score_depends_on_is_in_its_key(change: dict):
     inner = Recorder()
-    teacher = CachedTeacher(inner, [InMemory(10)])
+    teacher = CachedTeacher(inner, MemoryScores(10))
     item = rollout([1, 2, 3], 1, prompt=prompt("p"))
     teacher.score([item])
     teacher.score([replace(item, **change)])
@@ -87,9 +87,9 @@ def test_two_rollouts_have_one_key_just_where_nothing_that_counts_differs(one: A
     assert (key_of(first) == key_of(second)) == (one == other)
 
 
-def test_failures_are_asked_again_and_the_oldest_is_forgotten():
+def test_failures_are_scored_again_and_the_oldest_is_forgotten():
     inner = Recorder()
-    teacher = CachedTeacher(inner, [InMemory(2)])
+    teacher = CachedTeacher(inner, MemoryScores(2))
     bad = rollout([1, 9], 1, prompt=prompt("bad"))
     items = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3, 4)]
     teacher.score([bad, *items])
@@ -99,7 +99,7 @@ def test_failures_are_asked_again_and_the_oldest_is_forgotten():
 
 def test_what_was_used_last_is_forgotten_last():
     inner = Recorder()
-    teacher = CachedTeacher(inner, [InMemory(2)])
+    teacher = CachedTeacher(inner, MemoryScores(2))
     one, two, three = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3, 4)]
     teacher.score([one, two])
     teacher.score([one])

@@ -28,9 +28,8 @@ from opd.records import (
     ScoredRollout,
     TopKScore,
 )
-from opd.score_cache.cached import CachedTeacher, InMemory, Key, key_of
-from opd.score_cache.encoding import from_bytes, to_bytes
-from opd.score_cache.files import ScoreFiles
+from opd.score_cache.cache import CachedTeacher, Key, MemoryScores, key_of
+from opd.score_cache.files import ScoreFiles, from_bytes, to_bytes
 
 rng = np.random.default_rng(0)
 
@@ -78,8 +77,8 @@ def assert_same_bits(one: Any, other: Any) -> None:
 def test_a_score_of_every_kind_comes_back_to_the_bit(kind: str, tmp_path: Path):
     assert_same_bits(KINDS[kind], from_bytes(to_bytes(KINDS[kind]), teacher="t"))
     key = Key("t", "ab" * 32)
-    files(tmp_path).keep({key: KINDS[kind]})
-    assert_same_bits(KINDS[kind], files(tmp_path).find([key])[key])
+    files(tmp_path).put({key: KINDS[kind]})
+    assert_same_bits(KINDS[kind], files(tmp_path).get([key])[key])
 
 
 def files(
@@ -113,8 +112,8 @@ class Counted:
 def test_scores_outlive_the_teacher_and_failures_do_not(tmp_path: Path):
     items = [rollout([1, k], 1, prompt=prompt("bad" if k == 4 else "p")) for k in (2, 3, 4)]
     first, second = Counted(), Counted()
-    CachedTeacher(first, [files(tmp_path)]).score(items)
-    found = CachedTeacher(second, [files(tmp_path)]).score(items)
+    CachedTeacher(first, files(tmp_path)).score(items)
+    found = CachedTeacher(second, files(tmp_path)).score(items)
     assert (first.asked, second.asked) == ([3], [1])
     assert [s.cached for s in found] == [True, True, False]
     assert isinstance(found[2].score, FailedScore)
@@ -122,16 +121,16 @@ def test_scores_outlive_the_teacher_and_failures_do_not(tmp_path: Path):
 
 def test_memory_before_disk_holds_what_was_found_there(tmp_path: Path):
     [one, two] = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3)]
-    CachedTeacher(Counted(), [files(tmp_path)]).score([one])
-    inner, memory = Counted(), InMemory(10)
-    teacher = CachedTeacher(inner, [memory, files(tmp_path)])
+    CachedTeacher(Counted(), files(tmp_path)).score([one])
+    inner, memory = Counted(), MemoryScores(10)
+    teacher = CachedTeacher(CachedTeacher(inner, files(tmp_path)), memory)
     teacher.score([one, two])
     assert inner.asked == [1]
-    assert len(memory.find([key_of(one), key_of(two)])) == 2
-    assert len(files(tmp_path).find([key_of(one), key_of(two)])) == 2
+    assert len(memory.get([key_of(one), key_of(two)])) == 2
+    assert len(files(tmp_path).get([key_of(one), key_of(two)])) == 2
 
 
-def test_threads_share_a_folder_and_ask_who_the_teacher_is_once(tmp_path: Path):
+def test_threads_share_a_folder_and_probe_the_teacher_once(tmp_path: Path):
     asked: list[int] = []
 
     def slowly() -> Mapping[str, np.ndarray]:
@@ -140,7 +139,7 @@ def test_threads_share_a_folder_and_ask_who_the_teacher_is_once(tmp_path: Path):
         return {"t": np.zeros(3, dtype=np.float32)}
 
     place = ScoreFiles(tmp_path, {"t": {}}, slowly, pytest.fail)
-    teacher = CachedTeacher(Counted(), [place])
+    teacher = CachedTeacher(Counted(), place)
     items = [rollout([1, k], 1, prompt=prompt("p")) for k in range(40)]
     threads = [threading.Thread(target=lambda i=i: teacher.score(items[i:] + items[:i])) for i in range(0, 40, 5)]
     for thread in threads:
@@ -148,7 +147,7 @@ def test_threads_share_a_folder_and_ask_who_the_teacher_is_once(tmp_path: Path):
     for thread in threads:
         thread.join()
     assert asked == [1]
-    assert len(place.find([key_of(item) for item in items])) == 40
+    assert len(place.get([key_of(item) for item in items])) == 40
 
 
 WRITER = """
@@ -160,7 +159,7 @@ place = files(Path(sys.argv[1]), print)
 print("begun", flush=True)
 number = 0
 while number < int(sys.argv[2]):
-    place.keep(dict([some_score(number)]))
+    place.put(dict([some_score(number)]))
     number += 1
 print("done", flush=True)
 """
@@ -176,7 +175,7 @@ def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path):
     both = [writer(tmp_path, 300), writer(tmp_path, 300)]
     assert [process.communicate()[0].split() for process in both] == [["begun", "done"]] * 2
     wanted = dict(some_score(number) for number in range(300))
-    found = files(tmp_path).find(wanted)
+    found = files(tmp_path).get(wanted)
     assert found.keys() == wanted.keys()
     for key, score in wanted.items():
         assert_same_bits(score, found[key])
@@ -192,7 +191,7 @@ def test_a_process_that_is_killed_as_it_writes_leaves_whole_scores_alone(tmp_pat
     process.communicate()
     written = list(tmp_path.glob("*/*/*.score"))
     assert written
-    found = files(tmp_path).find([some_score(number)[0] for number in range(len(written) + 2)])  # damage would fail
+    found = files(tmp_path).get([some_score(number)[0] for number in range(len(written) + 2)])  # damage would fail
     assert len(found) == len(written)
     for number in range(len(written)):
         key, score = some_score(number)
@@ -205,7 +204,7 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path):
     old.write_bytes(b"half")
     new.write_bytes(b"half")
     os.utime(old, (time.time() - 25 * 3600,) * 2)
-    files(tmp_path).find([])
+    files(tmp_path).get([])
     assert [path.name for path in (tmp_path / "partial").iterdir()] == ["new"]
 
 
@@ -226,39 +225,41 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_score_is_noticed_and_asked_for_again(damage: str, tmp_path: Path):
+def test_a_damaged_score_is_noticed_and_scored_again(damage: str, tmp_path: Path):
     items = [rollout([1, k], 1, prompt=prompt("p")) for k in (2, 3, 4)]
-    CachedTeacher(Counted(), [files(tmp_path)]).score(items)
+    CachedTeacher(Counted(), files(tmp_path)).score(items)
     place = files(tmp_path)
     paths = [next(tmp_path.glob(f"*/*/{key_of(item).response[2:]}.score")) for item in items]
     DAMAGE[damage](paths[0], paths[1])
     said: list[str] = []
     inner = Counted()
-    teacher = CachedTeacher(inner, [files(tmp_path, said.append)])
+    teacher = CachedTeacher(inner, files(tmp_path, said.append))
     found = teacher.score(items)
     assert [s.cached for s in found] == [False, True, True]
     assert inner.asked == [1]
     assert len(said) == (2 if damage == "a folder" else 1)
-    assert said[0] == f"warning: 1 kept scores in '{tmp_path}' are damaged; their teachers are asked again"
+    assert (
+        said[0] == f"warning: 1 cached scores in '{tmp_path}' are damaged; their teachers score these responses again"
+    )
     if damage != "a folder":
-        assert len(place.find([key_of(item) for item in items])) == 3  # and it is whole again
+        assert len(place.get([key_of(item) for item in items])) == 3  # and it is whole again
 
 
 def test_another_teacher_under_the_same_name_gets_none_of_its_scores(tmp_path: Path):
     key, score = some_score(1)
     _, other = some_score(2)
-    files(tmp_path, says=[-1.0, -2.0]).keep({key: score})
-    assert key not in files(tmp_path, of="another").find([key])  # known by its weights: nothing to say
+    files(tmp_path, says=[-1.0, -2.0]).put({key: score})
+    assert key not in files(tmp_path, of="another").get([key])  # known by its weights: nothing to say
     said: list[str] = []
     strange = files(tmp_path, said.append, says=[-1.3, -2.0])
-    assert strange.find([key]) == {}
-    strange.keep({key: other})
+    assert strange.get([key]) == {}
+    strange.put({key: other})
     [line] = said
-    assert line.startswith(f"warning: teacher 't' is not what it was when its scores in '{tmp_path}' were made (a")
-    assert "0.15 nats a token away, more than 0.1" in line
+    assert line.startswith(f"warning: teacher 't' has changed since its scores in '{tmp_path}' were made (a probe")
+    assert "differs by 0.15 nats a token, more than 0.1" in line
     # rounding is no other teacher, and both are still there
-    assert_same_bits(files(tmp_path, says=[-1.1, -2.05]).find([key])[key], score)
-    assert_same_bits(files(tmp_path, says=[-1.31, -1.96]).find([key])[key], other)
+    assert_same_bits(files(tmp_path, says=[-1.1, -2.05]).get([key])[key], score)
+    assert_same_bits(files(tmp_path, says=[-1.31, -1.96]).get([key])[key], other)
 
 
 NAN = float("nan")
@@ -267,34 +268,34 @@ NAN = float("nan")
 @pytest.mark.parametrize("says", [[NAN, -2.0], [NAN, -1.0], [-1.0, NAN], [-2.0, NAN], [NAN, NAN], [-1.0]])
 def test_a_probe_that_cannot_be_compared_is_another_teacher(says: list[float], tmp_path: Path):
     key, score = some_score(1)
-    files(tmp_path).keep({key: score})
+    files(tmp_path).put({key: score})
     said: list[str] = []
-    assert files(tmp_path, said.append, says=says).find([key]) == {}
-    assert "is not what it was" in said[0]
-    assert key in files(tmp_path).find([key])  # and hides nothing of the one that it is beside
+    assert files(tmp_path, said.append, says=says).get([key]) == {}
+    assert "has changed since its scores" in said[0]
+    assert key in files(tmp_path).get([key])  # and hides nothing of the one that it is beside
 
 
-def test_scores_of_a_teacher_that_does_not_say_who_it_is_are_not_used(tmp_path: Path):
+def test_scores_of_a_teacher_that_fails_the_probe_are_not_used(tmp_path: Path):
     key, score = some_score(1)
-    files(tmp_path).keep({key: score})
+    files(tmp_path).put({key: score})
     said: list[str] = []
     silent = files(tmp_path, said.append, says="no answer")
-    silent.keep({some_score(2)[0]: score})
-    assert silent.find([key]) == {}
+    silent.put({some_score(2)[0]: score})
+    assert silent.get([key]) == {}
     assert said == [
-        f"warning: no scores of teacher 't' are kept in '{tmp_path}', for it did not score a probe text: no answer"
+        f"warning: scores of teacher 't' are not cached in '{tmp_path}': it did not score a probe text: no answer"
     ]
     assert len(list(tmp_path.glob("*/*/*.score"))) == 1
 
 
 def test_a_damaged_record_of_a_teacher_leaves_its_scores_alone_until_it_is_written_again(tmp_path: Path):
     key, score = some_score(1)
-    files(tmp_path).keep({key: score})
+    files(tmp_path).put({key: score})
     [about] = tmp_path.glob("*/teacher.json")
     about.write_text(about.read_text()[:-9])
     said: list[str] = []
-    assert key in files(tmp_path, said.append).find([key])  # it says the same, so it is the same
-    assert said == [f"warning: '{about}' is damaged; the scores beside it are left alone"]
+    assert key in files(tmp_path, said.append).get([key])  # it says the same, so it is the same
+    assert said == [f"warning: '{about}' is damaged; opd ignores the scores beside it"]
     assert json.loads(about.read_text())["probe"] == [-1.0, -2.0]
 
 
@@ -305,11 +306,11 @@ from pathlib import Path
 from test_score_files import files, some_score
 said = []
 place = files(Path(sys.argv[1]), said.append)
-place.keep(dict([some_score(0)]))
+place.put(dict([some_score(0)]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 for number in range(1, 4):
-    place.keep(dict([some_score(number)]))
-found = place.find([some_score(number)[0] for number in range(4)])
+    place.put(dict([some_score(number)]))
+found = place.get([some_score(number)[0] for number in range(4)])
 print(len(found), len(list(Path(sys.argv[1], "partial").iterdir())), *said, sep="|")
 """
 
@@ -319,8 +320,8 @@ def test_on_a_full_disk_nothing_more_is_kept_and_what_is_there_is_used(tmp_path:
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
     )
     line = (
-        f"1|0|warning: no more scores are kept in '{tmp_path}' (File too large): training goes on, and what is there is still "
-        "used; make room and start again, or delete the folder"
+        f"1|0|warning: opd stops caching scores in '{tmp_path}' (File too large). Training continues with the scores that are "
+        "there; free space and restart, or delete the folder"
     )
     assert done.stdout.splitlines() == [line]
 
@@ -333,8 +334,8 @@ def test_a_folder_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path):
 
 def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path: Path):
     place = files(tmp_path / "kept")
-    place.keep(dict([some_score(1)]))
+    place.put(dict([some_score(1)]))
     shutil.rmtree(tmp_path / "kept")
-    assert place.find([some_score(1)[0]]) == {}
-    place.keep(dict([some_score(2)]))
-    assert len(place.find([some_score(2)[0]])) == 1
+    assert place.get([some_score(1)[0]]) == {}
+    place.put(dict([some_score(2)]))
+    assert len(place.get([some_score(2)[0]])) == 1

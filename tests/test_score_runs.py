@@ -14,7 +14,7 @@ from vllm_like import serving, status
 import opd
 from opd.local.build import build
 from opd.logging.run_folder import read_metrics
-from opd.score_cache.identity import identities, probe
+from opd.score_cache.cache import identities, probe
 
 
 def kept_recipe(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def hits(run: Path) -> list[float]:
     return [line["batch/cached/sum"] for line in read_metrics(run)]
 
 
-def test_a_second_run_asks_nobody_and_follows_the_same_numbers_to_the_bit(tmp_path: Path):
+def test_a_second_run_calls_no_teacher_and_follows_the_same_numbers_to_the_bit(tmp_path: Path):
     one, two = (opd.train(opd.parse_config(kept_recipe(tmp_path, name))).run for name in ("one", "two"))
     assert hits(one)[0] < 16
     assert hits(two) == [16.0] * 4
@@ -81,7 +81,7 @@ def test_runs_share_the_scores_that_would_be_the_same(
         opd.train(opd.parse_config(tree))
     found = list((tmp_path / "kept").glob("*/teacher.json"))
     assert len(found) == (2 if shared else 4)  # two teachers a run
-    assert "is not what it was" not in capsys.readouterr().out  # the probe is not what told them apart
+    assert "has changed since its scores" not in capsys.readouterr().out  # the probe is not what told them apart
 
 
 def test_other_weights_in_process_are_another_teacher(tmp_path: Path):
@@ -104,7 +104,7 @@ def test_another_model_under_a_servers_old_name_is_noticed(tmp_path: Path, capsy
             tree["output"] = str(tmp_path / name)
             capsys.readouterr()
             runs.append(opd.train(opd.parse_config(tree)).run)
-            warned = "teacher 'odd' is not what it was" in capsys.readouterr().out
+            warned = "teacher 'odd' has changed since its scores" in capsys.readouterr().out
             assert warned == (name == "other")
     assert hits(runs[0])[0] == 0.0
     assert hits(runs[1]) == hits(runs[3]) == [16.0] * 4
@@ -121,7 +121,7 @@ def test_a_server_that_fails_the_probe_costs_its_kept_scores_alone(tmp_path: Pat
         server.faults = lambda number: status(500) if server.asked[number]["prompt"] == text else None
         run = opd.train(opd.parse_config(tree)).run
     said = capsys.readouterr().out
-    assert said.count("no scores of teacher 'odd' are kept") == 1
+    assert said.count("scores of teacher 'odd' are not cached") == 1
     assert len(list((tmp_path / "kept").glob("*/teacher.json"))) == 1
     assert not any(line.get("remote/lost/sum") for line in read_metrics(run))
 
@@ -146,7 +146,7 @@ def test_an_identity_names_every_model_of_a_mixture_and_what_it_is_moved_from(tm
     assert identities(*backend_of(tree))["both"] != found["both"]
 
 
-def test_a_probe_asks_those_who_are_not_known_by_their_weights(tmp_path: Path):
+def test_the_probe_calls_teachers_that_weights_do_not_identify(tmp_path: Path):
     _, backend = backend_of(toy_recipe(tmp_path))
     found = probe(
         backend.teachers(keep_hidden=False), ("even", "odd"), known={"odd"}, tokenizer=backend.tokenizer

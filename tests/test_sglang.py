@@ -21,7 +21,6 @@ from opd.records import FailedScore, Rollout, SampledScore, TopKScore
 from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import connect
 from opd.remote.sampler import RemoteSampler
-from opd.remote.sglang import SGLANG
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
 
@@ -46,7 +45,7 @@ def client() -> Iterator[Client]:
 
 def teacher_at(server: SglangServer, client: Client, *, top: int = 0, **options: Any) -> RemoteTeacher:
     endpoint = Endpoint("teacher 't'", (server.url,), **options)
-    return connect("t", endpoint, client, byte_tokenizer(), top=top, form=SGLANG)
+    return connect("t", endpoint, client, byte_tokenizer(), top=top, kind="sglang")
 
 
 def some_rollouts() -> list[Rollout]:
@@ -109,7 +108,7 @@ WRONG = {
     ),
     "broken off": (
         lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "weights change"}),
-        "an answer that was broken off (weights change)",
+        "an answer that was aborted (weights change)",
     ),
     "no meta_info": (lambda answer, meta: answer.pop("meta_info"), "an answer without its meta_info"),
     "a list": (lambda answer, meta: answer.update(meta_info=[]), "an answer without its meta_info"),
@@ -117,7 +116,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, server: SglangServer, client: Client):
+def test_a_bad_answer_is_retried_and_then_becomes_a_failed_score(name: str, server: SglangServer, client: Client):
     change, reason = WRONG[name]
     teacher, items = teacher_at(server, client, top=TOP), some_rollouts()[:1]
     server.faults = lambda number: changed(change) if number == 0 else None
@@ -132,11 +131,11 @@ def test_what_a_server_gets_wrong_is_asked_again_and_then_set_aside(name: str, s
     [scored] = teacher.score(items)
     assert isinstance(scored.score, FailedScore)
     assert scored.score.lost
-    assert scored.score.reason.startswith(f"teacher 't': {server.url} gives ")
+    assert scored.score.reason.startswith(f"teacher 't': {server.url} returns ")
     assert reason in scored.score.reason
 
 
-def test_a_prompt_that_is_refused_is_not_asked_again(server: SglangServer, client: Client):
+def test_a_refused_prompt_is_not_retried(server: SglangServer, client: Client):
     teacher = teacher_at(server, client)
     server.faults = lambda number: lambda handler, body: handler.say({"error": {"message": "too long"}}, 400)
     [scored] = teacher.score(some_rollouts()[:1])
@@ -144,7 +143,7 @@ def test_a_prompt_that_is_refused_is_not_asked_again(server: SglangServer, clien
     assert len(server.asked) == 1
 
 
-def test_an_adapter_is_asked_for_by_its_name(tmp_path: Path, client: Client):
+def test_requests_name_the_adapter(tmp_path: Path, client: Client):
     base = save_toy(tmp_path / "base", 7)
     item = some_rollouts()[0]
     with serving(toy_model(7), kind=SglangServer) as server:
@@ -163,11 +162,17 @@ def sampler_at(server: SglangServer, client: Client) -> RemoteSampler:
     player = EpisodePlayer(Chat(tokenizer), EpisodesConfig(), end_ids=(LAST,), make_environment=one_turn)
     teacher = teacher_at(server, client)
     return RemoteSampler(
-        teacher.model, client, temperature=1.0, max_new_tokens=40, context=None, player=player, form=teacher.form
+        teacher.deployment,
+        client,
+        temperature=1.0,
+        max_new_tokens=40,
+        context=None,
+        player=player,
+        protocol=teacher.protocol,
     )
 
 
-def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, client: Client):
+def test_sampled_logprobs_are_those_of_the_model(server: SglangServer, client: Client):
     sampler = sampler_at(server, client)
     sample = partial(sampler.sample, [prompt("a"), prompt("b", "you")], num_samples=8, seed=(1,))
     found, again = sample(), sample()
@@ -193,7 +198,7 @@ def test_what_is_sampled_has_the_logprobs_of_the_model(server: SglangServer, cli
             "a response that ended after token",
         ),
         (lambda answer, meta: meta["output_token_logprobs"][0].__setitem__(0, None), "None as a log-probability"),
-        (lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "x"}), "was broken off (x)"),
+        (lambda answer, meta: meta.update(finish_reason={"type": "abort", "message": "x"}), "was aborted (x)"),
     ],
 )
 def test_a_response_whose_parts_do_not_fit_is_lost_with_its_reason(
@@ -225,7 +230,7 @@ def test_a_run_with_a_teacher_behind_sglang_is_that_with_the_same_teacher_in_pro
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_server_that_cannot_be_asked_in_this_form_is_said_before_the_first_step(kind: str, tmp_path: Path):
+def test_a_server_of_another_kind_is_refused_before_the_first_step(kind: str, tmp_path: Path):
     tree = toy_recipe(tmp_path, objective={"type": "immediate"})
     options = {} if kind == "sglang" else {"kind": SglangServer}
     with serving(toy_model(2), **options) as server:
@@ -237,7 +242,7 @@ def test_a_server_that_cannot_be_asked_in_this_form_is_said_before_the_first_ste
     assert not Path(tree["output"]).exists()
 
 
-def test_a_server_that_is_busy_is_asked_again(server: SglangServer, client: Client):
+def test_a_request_to_a_busy_server_is_retried(server: SglangServer, client: Client):
     teacher = teacher_at(server, client)
     server.faults = lambda number: status(503) if number == 0 else None
     [scored] = teacher.score(some_rollouts()[:1])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import opd
 from opd.config import SftConfig
 from opd.errors import ConfigError, ModelError
-from opd.local.build import build
 from opd.finetune import sft
+from opd.local.build import build
 
 
 @pytest.fixture(scope="module")

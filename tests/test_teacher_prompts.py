@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
+from opd.startup import read_tasks, run_checks
 from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
 from vllm_like import serving
 
@@ -20,9 +21,8 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.records import ChunkScore, FailedScore, HiddenScore, Prompt, Rollout, SampledScore, Turn
 from opd.remote.client import Client, Endpoint
-from opd.remote.discovery import compared, connect
-from opd.score_cache.identity import identities
-from opd.startup import read_tasks, run_checks
+from opd.remote.discovery import compare_templates, connect
+from opd.score_cache.cache import identities
 from opd.text.chat import Chat
 from opd.text.teacher_prompt import OwnPrompt, different_renderings
 
@@ -337,17 +337,17 @@ def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_
         with serving(toy_model(7)) as server:
             ours = server.tokenizer
             teacher = connect("t", Endpoint("teacher 't'", (server.url,)), client, ours)
-            assert compared(teacher, ours, own=True).template is None
+            assert compare_templates(teacher, ours, own=True).template is None
             server.tokenizer = templated(CHATTY, added=None)
             with pytest.raises(ModelError, match=r"teacher 't': its chat template renders a question as 'You talk"):
-                compared(teacher, ours, own=True)
-            said = compared(teacher, ours, own=False).template
+                compare_templates(teacher, ours, own=True)
+            said = compare_templates(teacher, ours, own=False).template
             assert said is not None
             assert not said.own
             assert said.student == "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
             assert said.teacher.startswith("You talk")
             server.tokenizer.chat_template = None  # a server without one answers no conversation
-            unknown = compared(teacher, ours, own=True).template
+            unknown = compare_templates(teacher, ours, own=True).template
             assert unknown is not None
             assert unknown.unknown
     finally:

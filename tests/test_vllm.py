@@ -17,9 +17,8 @@ from opd.distributed.engine import Engine, EnginePlan
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, TopKScore
-from opd.remote.client import Client, Endpoint
+from opd.remote.client import Client, Endpoint, StaticDeployment
 from opd.remote.discovery import connect
-from opd.remote.endpoints import Fixed
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
@@ -61,7 +60,7 @@ def started(*args: str, **plan: Any) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     args = ("--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", *ADAPTED)
-    with started(*args, holds="adapters", kept=2) as found:
+    with started(*args, loads="adapters", max_versions=2) as found:
         yield found
 
 
@@ -77,7 +76,9 @@ def sampler_of(teacher: RemoteTeacher) -> RemoteSampler:
     loaded = load_tokenizer(str(MODEL))
     ends = end_token_ids(loaded.tokenizer, loaded.generation_config)
     player = EpisodePlayer(Chat(loaded.tokenizer), EpisodesConfig(), end_ids=ends, make_environment=one_turn)
-    return RemoteSampler(teacher.model, teacher.client, temperature=1.0, max_new_tokens=16, context=None, player=player)
+    return RemoteSampler(
+        teacher.deployment, teacher.client, temperature=1.0, max_new_tokens=16, context=None, player=player
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,9 @@ def test_scores_and_likeliest_tokens_are_those_of_transformers(teacher: RemoteTe
 def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: RemoteTeacher, sampled: list[Rollout]):
     engine.load("student-1", files_of(EXPERT))
     assert engine.state().versions == ("student-1",)
-    adapted = replace(teacher, model=Fixed(replace(teacher.model.newest(), model="student-1")), top=0)
+    adapted = replace(
+        teacher, deployment=StaticDeployment(replace(teacher.deployment.latest(), model="student-1")), top=0
+    )
     model = merged_model(str(MODEL), str(EXPERT))
     for scored in adapted.score(sampled[:2]):
         mask = scored.rollout.loss_mask
@@ -135,9 +138,9 @@ def test_an_adapter_that_an_engine_was_given_speaks(engine: Engine, teacher: Rem
 @pytest.mark.real
 def test_weights_that_took_the_place_of_an_engines_own_speak(teacher: RemoteTeacher, sampled: list[Rollout]):
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    with started(holds="weights", secret="a key") as engine:
-        endpoint = Endpoint("the student", (engine.state().url,), "base", secret="a key")
-        student = replace(teacher, model=Fixed(endpoint), top=0)
+    with started(loads="weights", api_key="a key") as engine:
+        endpoint = Endpoint("the student", (engine.state().url,), "base", api_key="a key")
+        student = replace(teacher, deployment=StaticDeployment(endpoint), top=0)
         prompts = [item.prompt for item in sampled[::2]]  # their beginnings are cached when they come again
         for model in (base, merged_model(str(MODEL), str(EXPERT))):
             for scored in student.score(sampled[:4]):

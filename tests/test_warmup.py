@@ -9,10 +9,10 @@ from factories import CHATML, byte_tokenizer, save_toy, sft_recipe, toy_recipe
 import opd
 from opd.config import SftConfig
 from opd.errors import ConfigError, DataError
+from opd.finetune import sft
 from opd.local import warmup
 from opd.local.build import build
 from opd.records import Prompt
-from opd.finetune import sft
 
 SHOUTING = CHATML.replace("m['role'] +", "m['role'] | upper +")
 

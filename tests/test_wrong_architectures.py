@@ -12,11 +12,11 @@ from factories import byte_tokenizer, prompt, rollout, save_adapter, sft_recipe,
 import opd
 from opd.config import SftConfig
 from opd.errors import CheckError, DataError, ModelError
+from opd.finetune import sft
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.records import FailedScore, Rollout
-from opd.finetune import sft
 
 LONGROPE = {
     "rope_parameters": {
@@ -200,6 +200,6 @@ def test_a_server_takes_no_sequence_for_which_its_rope_would_change(
     tmp_path: Path, given: tuple[str, ...], added: list[str]
 ):
     engines = pytest.importorskip("opd.distributed.engines")
-    assert engines._one_rope(save(tmp_path / "long", "llama", {**SOUND["llama"], **LONGROPE}), given) == added
-    assert engines._one_rope(save(tmp_path / "plain", "llama", SOUND["llama"]), given) == []
-    assert engines._one_rope(str(tmp_path / "nowhere"), given) == []
+    assert engines._max_model_len(save(tmp_path / "long", "llama", {**SOUND["llama"], **LONGROPE}), given) == added
+    assert engines._max_model_len(save(tmp_path / "plain", "llama", SOUND["llama"]), given) == []
+    assert engines._max_model_len(str(tmp_path / "nowhere"), given) == []

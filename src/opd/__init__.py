@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from opd.episodes.tools import Tool, ToolEnvironment
     from opd.errors import OpdError
     from opd.evaluate import Cell, ParityRow
+    from opd.finetune import SftResult, resume_sft, sft
     from opd.logging.run_folder import read_metrics, read_rollouts
     from opd.loop import StepReport
     from opd.records import Prompt, Rollout, ScoredRollout
     from opd.roles import Environment, Step
     from opd.run import Result
-    from opd.finetune import SftResult, resume_sft, sft
     from opd.trainer import Trainer, train
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ _HOMES = {
     "opd.trainer": ("Trainer", "train"),
 }
 __all__ = [
+    "STOP",
     "Callback",
     "Cell",
     "Config",
@@ -52,7 +53,6 @@ __all__ = [
     "Prompt",
     "Result",
     "Rollout",
-    "STOP",
     "ScoredRollout",
     "SftConfig",
     "SftResult",

@@ -24,16 +24,15 @@ from opd.local import build as local
 from opd.local.backend import LocalBackend
 from opd.local.learner import learning_rate
 from opd.local.warmup import warm_up
-from opd.models.lora import write_merged
 from opd.logging.console import ProgressLine
 from opd.logging.curves import draw_run
 from opd.logging.run_folder import Background, RunFolder, read_metrics
 from opd.logging.writers import Writers
 from opd.loop import Components, StepReport, train_steps
+from opd.models.lora import write_merged
 from opd.roles import Backend, Teacher
-from opd.score_cache.cached import CachedTeacher, InMemory, Kept
+from opd.score_cache.cache import CachedTeacher, MemoryScores, identities, probe
 from opd.score_cache.files import ScoreFiles
-from opd.score_cache.identity import identities, probe
 
 
 @dataclass(frozen=True)
@@ -344,15 +343,13 @@ def _per_prompt(config: Config) -> bool:
 
 
 def _keeping(config: Config, backend: Backend, teachers: Teacher, warn: Callable[[str], None]) -> Teacher:
-    """The teachers, which keep their scores where the recipe says."""
-    places: list[Kept] = []
-    if config.compute.score_cache:
-        places.append(InMemory(config.compute.score_cache))
+    """The teachers with the score caches that the recipe asks for: memory before disk."""
+    found = teachers
     if (folder := config.compute.score_cache_folder) is not None:
         known = identities(config, backend)
         ask = partial(
             probe, teachers, tuple(known), known=frozenset(backend.facts().cross_tokenizer), tokenizer=backend.tokenizer
         )
         # from where the command runs, whatever the process does later
-        places.append(ScoreFiles(Path(folder).absolute(), known, ask, warn))
-    return CachedTeacher(teachers, places) if places else teachers
+        found = CachedTeacher(found, ScoreFiles(Path(folder).absolute(), known, ask, warn))
+    return CachedTeacher(found, MemoryScores(config.compute.score_cache)) if config.compute.score_cache else found

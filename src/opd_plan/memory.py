@@ -72,7 +72,7 @@ def kept_a_token(config: Config, shape: Shape) -> int:
 
 
 def rank_memory(config: Config, work: Work, ranks: int, assumed: Assumptions) -> Mapping[str, float]:
-    """Bytes by part of one of `ranks` learner ranks; layers are spread over all (`opd.distributed.sharding`)."""
+    """Bytes by part of one of `ranks` learner ranks; layers are spread over all (`opd.distributed.rank`)."""
     student, each, lora = work.student, bytes_of(config), config.trainable == "lora"
     part = rank_share(work, ranks, max_tokens=config.compute.max_tokens)
     # Where what trains is inside the layers, what is outside stays whole on every rank.

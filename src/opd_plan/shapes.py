@@ -174,7 +174,7 @@ def _empty(source: str) -> Any:
 
 
 def _blocks(model: Any) -> list[torch.nn.Module]:
-    """The layers, as `opd.distributed.sharding` finds them."""
+    """The layers, as `opd.distributed.rank` finds them."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:

@@ -1,11 +1,14 @@
 """[teachers], [remote] and [cluster]: where models come from, how servers are asked, and where a distributed run goes."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from opd.config.node import Node, NonNegative, Positive
+
+ServerKind: TypeAlias = Literal["vllm", "sglang"]
+"""The kinds of servers; each has a case in `opd.remote.discovery.protocol_of`."""
 
 
 class TeacherConfig(Node):
@@ -34,7 +37,7 @@ class TeacherConfig(Node):
     adapter: str | None = None
     url: str | list[str] | None = None
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    server: Literal["vllm", "sglang"] = "vllm"
+    server: ServerKind = "vllm"
     served_model: str | None = None
     api_key_env: str | None = None
     template: Literal["own", "student"] = "own"

@@ -1,2 +1,1 @@
-"""The same parts on more than one machine: Ray places and supervises them, vLLM samples, FSDP2 shards the update
-(docs/distributed.md)."""
+"""The backend on a Ray cluster: Ray places the parts, vLLM samples, FSDP2 shards the update (docs/distributed.md)."""

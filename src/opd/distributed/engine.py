@@ -1,4 +1,4 @@
-"""One vLLM server on one node: started, watched, started again, and given the student's weights."""
+"""One vLLM server on one node: started, restarted when it fails, and loaded with the student's weights."""
 
 import contextlib
 import errno
@@ -6,26 +6,25 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import httpx2
 import numpy as np
 from safetensors import SafetensorError
 
-from opd.distributed.engine_log import keep, lines_of, reason
+from opd.distributed.supervisor import keep_log, lines_of, reason_of, supervised
 from opd.errors import RunError, one_line
 
 _POLL_S = 0.25
-_PULSES = 4  # times that a server is asked whether it lives
+_HEALTH_CHECKS = 4  # before a server counts as dead
 _LOG = "server.log"
-_NOT_LOADED = b"weights were not loaded"
+_NOT_LOADED = b"weights were not loaded"  # in the log of vLLM
 
 Files = Mapping[str, np.ndarray]
 """The files of a folder by name, as bytes (uint8)."""
@@ -33,12 +32,12 @@ Files = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How an engine is started: the command, what it serves and under which name, and for how long it may start.
+    """How an engine is started: the command, the model, its name at the server, and the time that it may take to start, in seconds.
 
-    teachers: who speaks through it, if not the student. adapter: is merged into the model before the start, in `dtype`. holds: what
-    `load` gives it: adapters beside its base, weights in place of its own (an adapter is merged first), or nothing. kept: how many
-    adapters it holds, for requests that began with an older one go on with it. sleeps: it can free its device and take it again.
-    secret: the key that it asks for.
+    loads: what `Engine.load` gives it: LoRA adapters beside its base, whole weights that replace its own (an adapter is merged
+    first), or nothing. max_versions: how many adapters it holds, since requests that began with an older one continue with it.
+    sleeps: it can free its device (vLLM's sleep mode). api_key: the key that it requires. adapter: is merged into the model
+    before the start, in `dtype`. teachers: those that it serves; none at an engine of the student.
     """
 
     command: Sequence[str]
@@ -46,25 +45,25 @@ class EnginePlan:
     name: str
     args: Sequence[str]
     start_s: float
-    holds: Literal["adapters", "weights", "nothing"] = "nothing"
-    kept: int = 1
+    loads: Literal["adapters", "weights", "nothing"] = "nothing"
+    max_versions: int = 1
     sleeps: bool = False
-    secret: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
     adapter: str | None = None
     dtype: str = "float32"
     teachers: tuple[str, ...] = ()
 
     @property
     def who(self) -> str:
-        """Whose it is, in errors."""
+        """Whom it serves, in errors."""
         names = " and ".join(f"'{name}'" for name in self.teachers)
         return f"teacher{'s' * (len(self.teachers) > 1)} {names}" if names else "the student"
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """A server that answers: its URL, the longest sequence that it takes, the versions that it holds, and how often it was
-    started."""
+    """A server that answers: its URL, the longest sequence that it takes, the versions of the student that it holds, and how often
+    it was started."""
 
     url: str
     context: int | None
@@ -73,69 +72,69 @@ class EngineState:
 
 
 class Engine:
-    """A vLLM server as a child of this process, with the weights that `load` was given, by version.
+    """A vLLM server as a child of this process, with the versions of the student that `load` was given.
 
-    A server that died is started again by the next `state`, with what it held. Meant to live in a Ray actor; knows nothing of Ray.
+    After a failure the next call of `state` restarts it with those versions. A Ray actor holds it; this class does not use Ray.
     """
 
     def __init__(self, plan: EnginePlan, host: str) -> None:
         self._plan = plan
         self._host = host
         self._folder: Path | None = None
-        self._detectors: subprocess.Popen[bytes] | None = None  # removes the folder when this process is gone
+        self._remover: subprocess.Popen[bytes] | None = None  # removes the folder when this process dies
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._context: int | None = None
         self._versions: deque[str] = deque()
         self.awake = False
         self.starts = 0
-        # servers of this run, which no proxy of the environment stands before
-        key = {"Authorization": f"Bearer {plan.secret}"} if plan.secret else {}
+        # no proxy stands before servers of this run
+        key = {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
         self._client = httpx2.Client(trust_env=False, headers=key, timeout=plan.start_s)
 
     def state(self) -> EngineState:
-        """Where the server is, once it answers, awake. One that died, or answers no more, is started again. Raises RunError when it
-        does not start."""
-        if not self._lives():
+        """The server's state, once it answers and is awake. A server that died or does not answer is restarted. Raises RunError
+        when it does not start."""
+        if not self._is_alive():
             self._start()
-            for name in self._versions if self._plan.holds == "adapters" else ():
-                self._show(name)
+            for name in self._versions if self._plan.loads == "adapters" else ():
+                self._load_version(name)
         elif not self.awake:
-            self._asked(lambda: self._post("/wake_up"))
+            self._try_or_restart(lambda: self._post("/wake_up"))
             self.awake = True
         url = f"http://{self._host}:{self._port}"
         return EngineState(url, self._context, tuple(self._versions), self.starts)
 
     def sleep(self) -> None:
-        """Free the device; the weights wait in main memory. `state` wakes it."""
+        """Free the device; the weights stay in main memory. `state` wakes the server."""
         if self.awake and self._plan.sleeps and self._process is not None and self._process.poll() is None:
             try:
                 self._post("/sleep?level=1&mode=wait")
             except _Unanswered:
-                self._end()  # it is started again when it is needed
+                self._end()  # `state` restarts it
         self.awake = False
 
     def load(self, name: str, files: Files) -> None:
-        """Serve a version of the student; returns once the server has it. Versions before the last few are dropped."""
+        """Load a version of the student; returns when the server has it. Old versions are unloaded."""
         self.state()
         if name in self._versions:
             return
         place = self._home / name
         with self._writes("the student", place):
             self._write(place, files)
-        if self._plan.holds == "adapters" and len(self._versions) >= self._plan.kept:
+        if self._plan.loads == "adapters" and len(self._versions) >= self._plan.max_versions:
             old = self._versions.popleft()
-            self._asked(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
+            self._try_or_restart(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
             self._drop(old)
-        if not self._asked(lambda: self._show(name)):
-            self._show(name)
+        if not self._try_or_restart(lambda: self._load_version(name)):
+            self._load_version(name)
         self._versions.append(name)
-        while self._plan.holds == "weights" and len(self._versions) > 1:
+        while self._plan.loads == "weights" and len(self._versions) > 1:
             self._drop(self._versions.popleft())
 
-    def _lives(self) -> bool:
-        """Whether the server answers, given some time: the process may outlive what computes in it."""
-        for attempt in range(_PULSES):
+    def _is_alive(self) -> bool:
+        """Whether the server answers, within some time: its process may outlive its engine core."""
+        for attempt in range(_HEALTH_CHECKS):
             if self._process is None or self._process.poll() is not None:
                 return False
             if self._answers():
@@ -143,10 +142,10 @@ class Engine:
             time.sleep(_POLL_S * (attempt + 1))
         return False
 
-    def _asked(self, ask: Callable[[], None]) -> bool:
-        """Whether the server did what it was asked; one that died meanwhile was started again instead."""
+    def _try_or_restart(self, call: Callable[[], None]) -> bool:
+        """Whether the call succeeded; if the server failed meanwhile, it was restarted instead."""
         try:
-            ask()
+            call()
         except _Unanswered:
             self._end()
             self.state()
@@ -154,13 +153,13 @@ class Engine:
         return True
 
     def stop(self) -> None:
-        """End the server and all that it started, and remove what was written for it."""
+        """End the server with its processes, and remove its folder."""
         self._end()
         self._client.close()
-        if self._detectors is not None:
-            assert self._detectors.stdin is not None
-            self._detectors.stdin.close()
-            self._detectors.wait()
+        if self._remover is not None:
+            assert self._remover.stdin is not None
+            self._remover.stdin.close()
+            self._remover.wait()
 
     @property
     def _home(self) -> Path:
@@ -172,7 +171,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _writes(self, what: str, place: Path) -> Iterator[None]:
-        """Whatever was left there is gone; a disk that takes no more is one line."""
+        """Remove what is at `place`, then write there. Raises RunError for an error of the disk."""
         shutil.rmtree(place, ignore_errors=True)
         try:
             yield
@@ -185,40 +184,40 @@ class Engine:
             ) from None
 
     def _write(self, place: Path, files: Files) -> None:
-        """A version's folder; an adapter whose engine holds weights becomes a whole model."""
+        """Write the folder of a version; where the engine loads weights, an adapter becomes a whole model."""
         place.mkdir()
         for file, content in files.items():
             (place / file).write_bytes(content.data)
-        if self._plan.holds == "weights" and (place / "adapter_config.json").exists():
+        if self._plan.loads == "weights" and (place / "adapter_config.json").exists():
             adapter = place.rename(place.with_name(f".{place.name}.adapter"))
             self._merge(adapter, place)
             shutil.rmtree(adapter)
 
     def _merge(self, adapter: Path, place: Path) -> None:
-        from opd.models.lora import write_merged  # torch and all that reads models: most engines do without
+        from opd.models.lora import write_merged  # imports torch, which most engines do not need
 
         whose = self._plan.teachers[0] if self._plan.teachers else self._plan.name
         write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=whose)
 
-    def _show(self, name: str) -> None:
-        """Let the server read a version from its folder."""
+    def _load_version(self, name: str) -> None:
+        """Let the server load a version from its folder."""
         place = str(self._home / name)
-        if self._plan.holds == "adapters":
+        if self._plan.loads == "adapters":
             self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
             return
-        # what is asked is answered first; what was computed for shared beginnings belongs to the weights before
+        # running requests end first; the prefix cache belongs to the old weights
         self._post("/pause?mode=wait&clear_cache=true")
-        said = (self._home / _LOG).stat().st_size
+        log_size = (self._home / _LOG).stat().st_size
         try:
             self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
         finally:
             self._post("/resume")
         with (self._home / _LOG).open("rb") as log:
-            log.seek(said)
-            if _NOT_LOADED in log.read():  # which vLLM takes for a success
+            log.seek(log_size)
+            if _NOT_LOADED in log.read():  # vLLM reports success all the same
                 raise RunError(
-                    f"engine of {self._plan.who} did not find all weights of '{self._plan.model}' in what it was sent, as its log "
-                    "says; this architecture cannot be reloaded: leave merge_adapter out"
+                    f"engine of {self._plan.who} did not find all weights of '{self._plan.model}' in the update, as its log says; "
+                    "vLLM cannot reload this architecture: leave merge_adapter out"
                 )
 
     def _end(self) -> None:
@@ -226,8 +225,8 @@ class Engine:
             return
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(b"ended")  # its folder stays, it may be started again
-            self._process.stdin.close()  # the keeper ends what it keeps
+            self._process.stdin.write(b"ended")  # keeps the folder for a restart
+            self._process.stdin.close()  # the supervisor ends the server
         self._process.wait()
         self._process = None
 
@@ -236,20 +235,20 @@ class Engine:
         plan = self._plan
         if shutil.which(plan.command[0]) is None:
             raise RunError(
-                f"cluster.engine_command = '{plan.command[0]}' is no command on {socket.gethostname()}; name one of an environment "
-                "that has vLLM"
+                f"cluster.engine_command = '{plan.command[0]}' is not a command on {socket.gethostname()}; name one of an "
+                "environment that has vLLM"
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))
-            self._detectors = _kept(self._folder, ["sleep", "infinity"], stdout=subprocess.DEVNULL)
+            self._remover = supervised(self._folder, ["sleep", "infinity"], stdout=subprocess.DEVNULL)
         source = self._source()  # which may take minutes
-        self._port = _free_port(self._port)  # the same one again if it can be, which its clients know
+        self._port = _free_port(self._port)  # its old port if possible, which its clients know
         command = [*plan.command, "--model", source, "--served-model-name", plan.name]
         command += ["--host", self._host, "--port", str(self._port), *plan.args]
-        with (self._folder / _LOG).open("a") as said:
-            began = said.tell()
+        with (self._folder / _LOG).open("a") as log:
+            began = log.tell()
             try:
-                self._process = _kept(self._folder, command, stdout=said, env=self._environment())
+                self._process = supervised(self._folder, command, stdout=log, env=self._environment())
             except OSError as error:
                 raise RunError(f"engine of {plan.who} cannot be started: {error}") from None
         self._wait(began)
@@ -257,13 +256,13 @@ class Engine:
         self.awake = True
 
     def _source(self) -> str:
-        """What the server reads when it starts: the weights that it was given, for who still knows its address asks it at once."""
-        if self._plan.holds == "weights" and self._versions:
+        """The model that the server starts with: the last loaded weights, since clients know its address already."""
+        if self._plan.loads == "weights" and self._versions:
             return str(self._home / self._versions[-1])
         return self._plan.model if self._plan.adapter is None else self._merged(self._plan.adapter)
 
     def _merged(self, adapter: str) -> str:
-        """The folder of the model with an adapter in its weights, written before the first start."""
+        """The folder of the model with the adapter merged, written before the first start."""
         place = self._home / "merged"
         if not place.exists():
             staging = self._home / ".merged"
@@ -274,28 +273,30 @@ class Engine:
 
     def _environment(self) -> dict[str, str]:
         found = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        found.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs that were booked
-        if self._plan.holds == "weights" or self._plan.sleeps:
-            found["VLLM_SERVER_DEV_MODE"] = "1"  # it has the paths that weights are replaced by, and sleep
-        if self._plan.secret:
-            found["VLLM_API_KEY"] = self._plan.secret
+        found.pop("OMP_NUM_THREADS", None)  # Ray sets it to the actor's CPUs
+        if self._plan.loads == "weights" or self._plan.sleeps:
+            found["VLLM_SERVER_DEV_MODE"] = "1"  # enables the paths for sleep and for new weights
+        if self._plan.api_key:
+            found["VLLM_API_KEY"] = self._plan.api_key
         return found
 
     def _wait(self, began: int) -> None:
-        """Until the server answers, and says what it takes. began: where its log begins."""
+        """Wait until the server answers, and read its context. began: where its log begins, in bytes."""
         plan, log = self._plan, self._home / _LOG
         assert self._process is not None
         end = time.monotonic() + plan.start_s
         while True:
             if self._process.poll() is None and self._answers():
-                break  # not somebody else's server at its port
+                break  # our server, not another one at its port
             if (code := self._process.poll()) is not None:
-                raise RunError(f"engine of {plan.who} ended while it started: {reason(log, began, code)}; {keep(log)}")
+                raise RunError(
+                    f"engine of {plan.who} ended while it started: {reason_of(log, began, code)}; {keep_log(log)}"
+                )
             if time.monotonic() > end:
                 self._end()
                 raise RunError(
-                    f"engine of {plan.who} did not answer in cluster.engine_start_s = {plan.start_s:g} s; last it said: "
-                    f"{(lines_of(log, began) or ['nothing'])[-1][:200]}; {keep(log)}"
+                    f"engine of {plan.who} did not answer in cluster.engine_start_s = {plan.start_s:g} s; its last log line: "
+                    f"{(lines_of(log, began) or ['none'])[-1][:200]}; {keep_log(log)}"
                 )
             time.sleep(_POLL_S)
         models = self._ask("GET", "/v1/models").json()["data"]
@@ -317,9 +318,7 @@ class Engine:
         try:
             answer = self._client.request(method, self._at(path), json=body)
         except httpx2.TransportError as error:
-            raise _Unanswered(
-                f"engine of {self._plan.who} cannot be asked for {path}: {error or type(error)}"
-            ) from None
+            raise _Unanswered(f"engine of {self._plan.who} does not answer {path}: {error or type(error)}") from None
         if answer.status_code != 200:
             refused = f"engine of {self._plan.who} refuses {path}: {answer.status_code}: {one_line(answer.text)[:200]}"
             raise _Unanswered(refused) if answer.status_code >= 500 else RunError(refused)
@@ -327,15 +326,7 @@ class Engine:
 
 
 class _Unanswered(RunError):
-    """A server that is not there, or that failed: it may answer once it is started again."""
-
-
-def _kept(
-    folder: Path, command: Sequence[str], stdout: int | IO[str], env: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
-    """A command that ends with this process, and the folder with both (`opd.distributed.supervisor`)."""
-    keeper = [sys.executable, "-m", "opd.distributed.supervisor", str(folder), *command]
-    return subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, env=env)
+    """A server that does not answer, or failed; a restart may help."""
 
 
 def _free_port(wanted: int) -> int:

@@ -1,4 +1,4 @@
-"""The ranks of the learner as Ray actors, and the roles that they play together."""
+"""The ranks of the learner as Ray actors, and the learner and the teachers that they form together."""
 
 import os
 import threading
@@ -13,80 +13,79 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from opd.batch import Batch, consecutive, split
 from opd.config import Config
-from opd.distributed.rank import Rank, RankFacts, Saved, Who
-from opd.errors import OpdError, RunError, one_line
+from opd.distributed.cluster import cause_of
+from opd.distributed.rank import Rank, RankFacts, Saved, TeacherOf
+from opd.errors import RunError, one_line
 from opd.metrics import Metrics, merge
 from opd.objective import divisor
 from opd.records import Rollout, ScoredRollout
 
 
 class RankGroup:
-    """Every rank, asked at once. When one fails or dies, none can go on: all are ended, and the error says which it was."""
+    """Calls every rank at once. When one fails or dies, all are ended, and the error names the one that failed."""
 
     def __init__(self, config: Config) -> None:
-        """They begin to load; `build` waits for them."""
+        """Starts the ranks, which begin to load; `build` waits for them."""
         cluster = config.cluster
         remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
         self.size = cluster.learner_ranks
         self._actors: list[Any] = [remote.remote(config, rank, self.size, os.getcwd()) for rank in range(self.size)]
-        self._asking = threading.Lock()
+        self._order = threading.Lock()
         self._met = False
         self._error: BaseException | None = None
-        self._loading = self._start(["build"] * self.size, [()] * self.size, self._actors)
+        self._loading = self._start("build", [()] * self.size)
         self._facts: RankFacts | None = None
 
     def build(self) -> None:
-        """Wait until every rank has loaded its models. Raises what one could not load."""
+        """Wait until every rank has loaded its models. Raises the first error of a rank."""
         self._facts = self._wait(self._loading)[0]
 
     @property
     def facts(self) -> RankFacts:
-        """What ranks say of their models."""
+        """What the ranks hold."""
         assert self._facts is not None, "build() comes first"
         return self._facts
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """Of the first rank; before the ranks meet, for one of them has whole weights only until then."""
+        """The packing errors at the first rank; none after the ranks have met, when no rank has whole weights."""
         if self._met:
             return {}
-        return self._ask(["packing_errors"], [()], self._actors[:1])[0]
+        return self._call("packing_errors", [()])[0]
 
     def meet(self) -> None:
-        """Spread the weights, once."""
+        """Join the ranks to a process group and shard the weights, once."""
         if self._met:
             return
-        self._require_alive()
-        first = self._actors[0]
-        host = ray.get(first.__ray_call__.remote(lambda rank: ray.util.get_node_ip_address()))
-        port = ray.get(first.free_port.remote())
+        [address] = self._call("free_address", [()])
         self._met = True
-        self._ask(["meet"] * self.size, [(f"{host}:{port}",)] * self.size, self._actors)
+        self._call("meet", [(address,)] * self.size)
 
     def all(self, method: str, *args: Any) -> list[Any]:
-        """Ask every rank the same."""
+        """Call every rank with the same arguments."""
         return self.each(method, [args] * self.size)
 
     def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Ask every rank about its own part, with its weights spread."""
+        """Call every rank with its own arguments, after the weights are sharded."""
         self.meet()
-        return self._ask([method] * self.size, args, self._actors)
+        return self._call(method, args)
 
     def weights(self) -> Any:
-        """Ray's reference to the files of the student's folder, which the first rank makes and the others help with."""
+        """Ray's reference to the files of the student's folder, at the first rank; the other ranks take part in making them."""
         self.meet()
-        with self._asking:
+        with self._order:
             self._require_alive()
             made = [actor.files.options(num_returns=2).remote() for actor in self._actors]
         self._wait([done for done, _ in made])
         return made[0][1]
 
-    def _ask(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
-        return self._wait(self._start(methods, args, actors))
+    def _call(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._wait(self._start(method, args))
 
-    def _start(self, methods: Sequence[str], args: Sequence[tuple[Any, ...]], actors: Sequence[Any]) -> list[Any]:
-        with self._asking:  # every rank gets what threads ask in the same order
+    def _start(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call the first `len(args)` ranks, usually all."""
+        with self._order:  # every rank gets the calls of several threads in the same order
             self._require_alive()
-            return [getattr(actor, m).remote(*a) for actor, m, a in zip(actors, methods, args, strict=True)]
+            return [getattr(actor, method).remote(*a) for actor, a in zip(self._actors[: len(args)], args, strict=True)]
 
     def _wait(self, refs: Sequence[Any]) -> list[Any]:
         pending, ready = list(refs), []
@@ -95,7 +94,7 @@ class RankGroup:
                 ready, pending = ray.wait(pending, num_returns=1)
                 ray.get(ready)
         except RayTaskError as error:
-            raise self._end(error.cause if isinstance(error.cause, OpdError) else error) from None
+            raise self._end(cause_of(error)) from None
         except RayActorError as error:
             rank = next(i for i, ref in enumerate(refs) if ref in ready)
             raise self._end(
@@ -104,8 +103,8 @@ class RankGroup:
         return ray.get(list(refs))
 
     def _end(self, error: BaseException) -> BaseException:
-        """End all ranks; the first error is the one that all who ask are told."""
-        with self._asking:
+        """End all ranks; every later call raises the first error."""
+        with self._order:
             self._error = self._error or error
         self.close()
         return self._error
@@ -122,19 +121,19 @@ class RankGroup:
 
 
 class RankTeachers:
-    """Teachers that the ranks hold; each scores its own share of the rollouts."""
+    """Teachers at the ranks; each rank scores its own part of the rollouts."""
 
-    def __init__(self, group: RankGroup, who: Who, *, keep_hidden: bool, names: Sequence[str] = ()) -> None:
+    def __init__(self, group: RankGroup, teacher_of: TeacherOf) -> None:
         self._group = group
-        self._how = (who, list(names), keep_hidden)
+        self._teacher_of = teacher_of
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given."""
         sizes = [len(r.token_ids) for r in rollouts]
         bounds = consecutive(sizes, [r.id for r in rollouts], self._group.size)
-        found = self._group.each("score", [(list(rollouts[a:b]), *self._how) for a, b in bounds])
+        found = self._group.each("score", [(list(rollouts[a:b]), self._teacher_of) for a, b in bounds])
         scored = [item for part in found for item in part]
-        # what came back is a copy: the rollouts are those that were given
+        # Ray returns copies; the rollouts stay the caller's
         return [replace(item, rollout=rollout) for item, rollout in zip(scored, rollouts, strict=True)]
 
 
@@ -144,7 +143,7 @@ class RankLearner:
     def __init__(self, group: RankGroup, config: Config) -> None:
         self.group = group
         self._config = config
-        self._changes = 0  # how often the student has changed
+        self._changes = 0  # the student's version
         self._files: tuple[int, Any] = (-1, None)
 
     def score_student(self, batch: Batch) -> Batch:
@@ -162,22 +161,22 @@ class RankLearner:
     def optim_step(self) -> Metrics:
         """Clip, step, advance the schedule, clear the gradient."""
         found = self.group.all("optim_step")[0]
-        self._changes += 1  # only now: what is asked for meanwhile is the student before
+        self._changes += 1  # only now: calls in between get the student before the step
         return found
 
     def weights(self) -> Any:
-        """Ray's reference to the student as the files of its folder; they do not pass through this process."""
+        """Ray's reference to the files of the student's folder, which do not pass through this process."""
         return self.version()[1]
 
     def version(self) -> tuple[int, Any]:
-        """How often the student has changed, and its weights."""
+        """The number of changes to the student, and its weights."""
         changes = self._changes
         if self._files[0] != changes:
             self._files = changes, self.group.weights()
         return self._files
 
     def save(self, folder: Path) -> Mapping[str, Any]:
-        """Every rank writes its part into a folder that all of them see. Raises RunError where one sees another folder."""
+        """Every rank writes its shards into a folder that all nodes share. Raises RunError where they do not share it."""
         saved: list[Saved] = self.group.all("save", str(folder.resolve()))
         here = {file.name for file in folder.iterdir()}
         for rank, found in enumerate(saved):
@@ -189,6 +188,6 @@ class RankLearner:
         return saved[0].values
 
     def load(self, folder: Path, values: Mapping[str, Any]) -> None:
-        """Continue from what any number of ranks wrote."""
+        """Continue from a checkpoint of any number of ranks."""
         self.group.all("load", str(folder.resolve()), dict(values))
         self._changes += 1

@@ -1,47 +1,50 @@
-"""One process of the learner: its part of the student's weights, and of those teachers that give whole distributions.
+"""One process of the learner (a rank): its shards of the student's weights and of those of teachers with whole distributions.
 
-All ranks are asked the same questions in the same order, each about its own part of the rollouts: a sharded network answers only
-when all of them call it.
+All ranks make the same calls in the same order, each with its own part of the rollouts: a sharded network runs only when all of
+them call it (torch's FSDP2, layer by layer).
 """
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
 from opd.batch import Batch, pack
 from opd.config import Config
-from opd.distributed.node import enter
-from opd.distributed.sharding import shard
+from opd.distributed.cluster import enter
 from opd.errors import RunError, one_line
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.learner import LocalLearner
 from opd.metrics import Metrics
+from opd.models.architecture import decoder_layers
 from opd.models.lora import export, export_files
+from opd.models.network import Network
 from opd.records import Rollout, ScoredRollout
 from opd.roles import Limit, Teacher, TeacherFacts
 
-Who = Literal["teachers", "followed", "itself", "alone"]
-"""Which teachers are asked: the prompts' own, what training follows, the student itself, single models."""
+TeacherOf: TypeAlias = Callable[[LocalBackend], Teacher]
+"""Which of a rank's teachers score, chosen from its backend."""
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What the driver needs to know of the models that ranks hold."""
+    """What the driver knows of the models that ranks hold."""
 
     teachers: TeacherFacts
     identities: Mapping[str, str]
@@ -51,7 +54,7 @@ class RankFacts:
 
 @dataclass(frozen=True)
 class Saved:
-    """The plain values that go with a checkpoint's tensors, and what a rank sees of them in its folder, on which node."""
+    """The plain values of a checkpoint, the name of the rank's node, and the files of tensors that the rank sees in its folder."""
 
     values: Mapping[str, Any]
     node: str
@@ -59,7 +62,7 @@ class Saved:
 
 
 class Rank:
-    """Builds the parts of a recipe as one process does, then spreads their weights; see `opd.distributed.group`."""
+    """Builds the parts of a recipe as the local backend does, then shards their weights (`opd.distributed.group`)."""
 
     def __init__(self, config: Config, rank: int, world: int, folder: str) -> None:
         self._config = config
@@ -70,7 +73,7 @@ class Rank:
         self._learner: LocalLearner | None = None
 
     def build(self) -> RankFacts:
-        """Load the models, into main memory whatever the device: only a part of them goes there."""
+        """Load the models into main memory: only a shard of them goes to the device."""
         enter(self._folder)
         here = self._config.compute.model_copy(update={"device": "cpu"})
         self._built = backend = build(self._config.model_copy(update={"compute": here}), remote=False)
@@ -86,21 +89,21 @@ class Rank:
         assert self._built is not None, "build() comes first"
         return self._built
 
-    def free_port(self) -> int:
-        """A port of this machine at which ranks can meet."""
+    def free_address(self) -> str:
+        """HOST:PORT of this rank, free for the process group."""
         with socket.socket() as found:
             found.bind(("", 0))
-            return int(found.getsockname()[1])
+            return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """As of the backend; asked before the weights are spread."""
+        """As of the backend, before the weights are sharded."""
         assert self._learner is None
         return self._backend.packing_errors()
 
     def meet(self, address: str) -> None:
-        """Join the other ranks, and spread every network over all of them."""
+        """Join the process group, and shard every network over its ranks."""
         device = "cuda" if torch.cuda.is_available() and self._config.compute.device in ("auto", "cuda") else "cpu"
-        os.environ["LOCAL_RANK"] = "0"  # each sees its own device alone
+        os.environ["LOCAL_RANK"] = "0"  # a rank sees only its own device
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"tcp://{address}", rank=self._rank, world_size=self._world)
         mesh = init_device_mesh(device, (self._world,))
@@ -118,19 +121,9 @@ class Rank:
         assert self._learner is not None, "meet() comes first"
         return self._learner
 
-    def score(
-        self, rollouts: Sequence[Rollout], who: Who, names: Sequence[str], keep_hidden: bool
-    ) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout], teacher_of: TeacherOf) -> list[ScoredRollout]:
         """The scores of this rank's rollouts."""
-        backend = self._backend
-        teachers: Teacher
-        if who == "itself":
-            teachers = backend.student_as_teacher()
-        elif who == "alone":
-            teachers = backend.models_as_teachers(names)
-        else:
-            teachers = backend.teachers(keep_hidden=keep_hidden, followed=who == "followed")
-        return teachers.score(rollouts)
+        return teacher_of(self._backend).score(rollouts)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
         if not scored:
@@ -160,8 +153,8 @@ class Rank:
         return self._trained.optim_step()
 
     def files(self) -> tuple[bool, dict[str, np.ndarray]]:
-        """That it is done, and the student as the files of its folder; from the first rank, the others only help."""
-        found = {name: _whole(p) for name, p in self._trained.weights().items()}
+        """True when it is done, and the files of the student's folder from the first rank; the other ranks only take part."""
+        found = {name: _full(p) for name, p in self._trained.weights().items()}
         if self._rank:
             return True, {}
         student = self._backend.student
@@ -175,14 +168,14 @@ class Rank:
         return True, {name: np.frombuffer(content, dtype=np.uint8) for name, content in files.items()}
 
     def export(self, folder: str) -> None:
-        """Write the student; the first rank does, the others only help."""
-        found = {name: _whole(p) for name, p in self._trained.weights().items()}
+        """Write the student from the first rank; the other ranks only take part."""
+        found = {name: _full(p) for name, p in self._trained.weights().items()}
         if not self._rank:
             student = self._backend.student
             export(student.network, student.adapter, Path(folder), weights=found)
 
     def save(self, folder: str) -> Saved:
-        """Write this rank's part of the weights and moments."""
+        """Write this rank's shards of the weights and the optimizer's moments."""
         tensors, values = self._trained.state()
         writer = HuggingFaceStorageWriter(path=folder, save_distributed=True)
         with _one_line_of(folder, "write the checkpoint"):
@@ -191,7 +184,7 @@ class Rank:
         return Saved(values, socket.gethostname(), files)
 
     def load(self, folder: str, values: Mapping[str, Any]) -> None:
-        """Read this rank's part of what any number of ranks wrote."""
+        """Read this rank's shards from a checkpoint of any number of ranks."""
         tensors = self._trained.blank_state(with_moments=bool(values["num_updates"]))
         with _one_line_of(folder, "read the checkpoint"):
             state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(path=folder))
@@ -200,17 +193,82 @@ class Rank:
 
 @contextmanager
 def _one_line_of(folder: str, what: str) -> Iterator[None]:
-    """Raise RunError where torch says at length that one rank could not."""
+    """Raise RunError for torch's long error about one rank."""
     try:
         yield
-    except CheckpointException as error:  # no Exception: Ray would take it for the end of this process
+    except CheckpointException as error:  # a BaseException, which Ray would take for the end of this process
         rank, (why, _) = next(iter(error.failures.items()))
         raise RunError(
             f"learner rank {rank} cannot {what} '{folder}': {one_line(str(why))[:300]}; check the disk there"
         ) from None
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, wherever its parts lie; every rank has to ask."""
+def _full(tensor: Tensor) -> Tensor:
+    """A whole tensor from its shards; all ranks call this together."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+class ShardedWeights:
+    """What a sharded network does with the other ranks (`opd.models.network.Shards`)."""
+
+    def __init__(self, network: Network, mesh: DeviceMesh, trainable: list[nn.Parameter], *, tied: bool) -> None:
+        self._network = network
+        self._mesh = mesh
+        self._trainable = trainable
+        self._tied = tied
+
+    def most(self, count: int) -> int:
+        found = torch.tensor(count, device=self._mesh.device_type)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._mesh.get_group())
+        return int(found)
+
+    def head(self) -> Tensor:
+        base = self._network.base
+        module = base.get_input_embeddings() if self._tied else base.get_output_embeddings()
+        weight = cast(Any, module).weight
+        # the gradient is the sum over the ranks' tokens
+        return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
+
+    def keep_trainable(self) -> None:
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+
+
+def shard(network: Network, mesh: DeviceMesh, trainable: list[str], *, compute_dtype: torch.dtype | None) -> None:
+    """Shard a network's layers over the ranks of a mesh: each rank keeps a shard of every weight.
+
+    trainable: the names of the parameters that train. Where all of them are in the layers, the weights outside (embeddings, head,
+    last norm) stay whole on every rank: every token reads them, and they never change. Gradients are sums over ranks, not means,
+    since losses are divided by counts of the whole batch. compute_dtype: the dtype in which layers compute, if not their own.
+    """
+    network.remember_fingerprint()
+    backbone = cast(nn.Module, network.base.base_model)
+    head, embeddings = cast(Any, network.base.get_output_embeddings()), cast(Any, network.base.get_input_embeddings())
+    tied = head.weight is embeddings.weight
+    layers = list(decoder_layers(network.base))
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    outside = {p for p in network.base.parameters() if id(p) not in inside}
+    names = set(trainable)
+    moving = {id(p) for name, p in network.model.named_parameters() if name in names}
+    whole = set() if any(id(p) in moving for p in outside) else outside
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for buffer in network.model.buffers():
+        buffer.data = buffer.data.to(device)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # Not resharded after the forward pass: the head reads the embeddings where the two are tied.
+    fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
+    if not tied and not whole:
+        fully_shard(head, mesh=mesh, mp_policy=policy)
+    elif tied and not whole:
+        head.weight = embeddings.weight
+    for module in network.model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    parameters = dict(network.model.named_parameters())
+    network.shards = ShardedWeights(network, mesh, [parameters[name] for name in trainable], tied=tied)

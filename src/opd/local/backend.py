@@ -24,8 +24,17 @@ from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher, WithRemote, identities_of, templates_of
-from opd.roles import INITIAL_STUDENT, Limit, OtherTemplate, OwnReading, StandaloneSampler, Teacher, TeacherFacts, smallest
+from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
+from opd.roles import (
+    INITIAL_STUDENT,
+    Limit,
+    OtherTemplate,
+    OwnReading,
+    StandaloneSampler,
+    Teacher,
+    TeacherFacts,
+    smallest,
+)
 from opd.text.teacher_prompt import different_renderings, same_template
 from opd.text.template import clock_of
 from opd.text.tokenizer import fingerprint
@@ -210,7 +219,7 @@ class LocalBackend:
         """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
         here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
-        return WithRemote(here, self.remote) if self.remote else here
+        return LocalAndRemoteTeachers(here, self.remote) if self.remote else here
 
     def local_teachers(
         self,
@@ -241,13 +250,13 @@ class LocalBackend:
     def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
         """A sampler of a remote teacher, which reads prompts in the student's chat template."""
         return RemoteSampler(
-            teacher.model,
+            teacher.deployment,
             teacher.client,
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
             context=None,
             player=episode_player(self.student.network, self.config.episodes, self.make_environment),
-            form=teacher.form,
+            protocol=teacher.protocol,
         )
 
     def _contexts(self) -> dict[str, Limit | None]:

@@ -1,14 +1,14 @@
-"""Requests to servers: retried with growing waits, bounded in flight, and never a secret in what they say."""
+"""HTTP requests to model servers: retried with growing waits, bounded in flight; messages never hold an API key."""
 
 import asyncio
 import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import httpx2
 import msgspec
@@ -19,18 +19,18 @@ from opd.errors import ModelError, one_line
 
 T = TypeVar("T")
 
-ANYTHING: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+ANY_JSON: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
-_AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
-_SHOWN = 200  # characters of a server's own words
+_RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
+_SHOWN = 200  # characters of a server's message
 
 
-class Unusable(Exception):
-    """An answer that came and cannot be used; asking again may help."""
+class BadAnswer(Exception):
+    """An answer that cannot be used. The request is retried."""
 
 
 class Refused(Exception):
-    """An answer that no repetition will change; `mend` is what would, where that is known."""
+    """An answer that a retry will not change; fix: what to do, where that is known."""
 
     def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ class Refused(Exception):
 
 
 class _Failed(Exception):
-    """A request that may succeed when it is made again; `wait_s` is what the server asked for."""
+    """A request that may succeed when it is retried; wait_s: the wait in seconds that the server asks for."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -47,12 +47,11 @@ class _Failed(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model at one or more servers that serve the same: who it is in messages, their addresses, its name there.
+    """One model at one or several equal servers; who: its name in messages; model: its name at the servers.
 
-    adapter: the name is that of an adapter on the model that the servers hold.
-
-    key_env: the environment variable that holds the servers' key; the key itself is read when a request is made, and kept nowhere.
-    secret: the key of servers that this run started. context: the longest sequence that they take, where they said so.
+    adapter: `model` names an adapter on the servers' base model. key_env: the environment variable that holds the API key, which is
+    read for each request and never stored. api_key: the key of servers that this run started. context: the longest sequence that
+    the servers take, in tokens, where they say so.
     """
 
     who: str
@@ -60,22 +59,22 @@ class Endpoint:
     model: str = ""
     key_env: str | None = None
     context: int | None = None
-    secret: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
     adapter: bool = False
 
     @property
     def inside(self) -> bool:
-        """Whether this run started the servers, so that no proxy stands between."""
-        return self.secret is not None
+        """Whether this run started the servers, so that requests use no proxy."""
+        return self.api_key is not None
 
     def key(self) -> str | None:
-        """The key. Raises ModelError when the variable is named and not set, or holds what no header can carry."""
+        """The API key. Raises ModelError when its variable is not set, or holds a value that no header can carry."""
         if self.key_env is None:
-            return self.secret
+            return self.api_key
         found = os.environ.get(self.key_env, "").strip()
         if not found:
             raise ModelError(
-                f"{self.who}: environment variable {self.key_env} is not set; it must hold the server's key"
+                f"{self.who}: environment variable {self.key_env} is not set; it must hold the server's API key"
             )
         if not (found.isascii() and found.isprintable()):
             raise ModelError(
@@ -84,11 +83,49 @@ class Endpoint:
         return found
 
 
+class Deployment(Protocol):
+    """A model behind servers. A user's servers stay where they are; engines of this run restart, update and sleep."""
+
+    def latest(self) -> Endpoint:
+        """Where the latest weights are served, for new work; engines of the student load them first."""
+        ...
+
+    def relocate(self) -> Endpoint | None:
+        """Where the servers are now, for requests that failed; None where servers never move."""
+        ...
+
+    def in_use(self) -> AbstractContextManager[Any]:
+        """Held while requests are made: the model stays awake, and its weights do not change."""
+        ...
+
+    def updating(self) -> AbstractContextManager[Any]:
+        """Held while weights are loaded: where they replace the weights in use, requests wait."""
+        ...
+
+
 @dataclass(frozen=True)
-class Call(Generic[T]):
-    """A request, and how its answer is read: decoded from JSON, then by `read`, which raises Unusable for one that is not what was
-    asked for. Without a body it is a GET. attempts: how often it is made, where that is not what the recipe says; timeout_s: how
-    long it waits at most, where that is less than the recipe's."""
+class StaticDeployment:
+    """Servers that stay where they are (`Deployment`)."""
+
+    endpoint: Endpoint
+
+    def latest(self) -> Endpoint:
+        return self.endpoint
+
+    def relocate(self) -> None:
+        return None
+
+    def in_use(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def updating(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Request(Generic[T]):
+    """A request; a GET without a body. The answer is decoded by `decoder`, then by `read`, which raises BadAnswer for an answer to
+    another request. attempts, timeout_s: at most so many attempts and seconds each, where the recipe allows more."""
 
     endpoint: Endpoint
     path: str
@@ -96,13 +133,13 @@ class Call(Generic[T]):
     read: Callable[[Any], T]
     attempts: int | None = None
     timeout_s: float | None = None
-    decoder: msgspec.json.Decoder[Any] = ANYTHING
+    decoder: msgspec.json.Decoder[Any] = ANY_JSON
 
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What a call brought: its value, or in words why there is none, and what to do, where that is known; retries: how often it
-    was made again."""
+    """The value that a request got, or the reason why it got none; retries: attempts after the first; fix: what to do, where that
+    is known."""
 
     value: T | None
     reason: str = ""
@@ -111,51 +148,41 @@ class Answer(Generic[T]):
 
 
 class Client:
-    """Makes calls from any thread: one event loop in a thread of its own, whose connections last as long as it does.
+    """Makes requests from any thread. One event loop in a thread of its own holds the connections.
 
-    At most `max_in_flight` calls wait for one server; those of an endpoint with several go to them in turns, and what fails at
-    one is asked of the next. Close it when nothing is to be asked any more; calls that are in flight then fail.
+    At most `max_in_flight` requests wait for one server. Requests to an endpoint with several servers take turns among them, and a
+    retry goes to the next server. `close` it at the end; requests in flight then fail.
     """
 
     def __init__(self, limits: RemoteConfig) -> None:
         self._limits = limits
         self._loop = asyncio.new_event_loop()
         self._clients: dict[bool, httpx2.AsyncClient] = {}
-        self._places: dict[str, asyncio.Semaphore] = {}
+        self._in_flight: dict[str, asyncio.Semaphore] = {}
         self._turn = 0
-        self._thread = threading.Thread(target=self._loop.run_forever, name="opd-wire", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="opd-client", daemon=True)
         self._thread.start()
 
-    def ask(self, calls: Sequence[Call[T]]) -> list[Answer[T]]:
-        """Make all calls at once; their answers in order, none of which raises but for a missing key."""
-        return self.start(calls).result()
+    def send(self, requests: Sequence[Request[T]]) -> list[Answer[T]]:
+        """Make all requests at once; the answers in order. Raises ModelError for a missing API key, and nothing else."""
+        for endpoint in dict.fromkeys(request.endpoint for request in requests):
+            endpoint.key()  # raises before any request is made
+        return asyncio.run_coroutine_threadsafe(self._gather(requests), self._loop).result()
 
-    def start(self, calls: Sequence[Call[T]]) -> "Future[list[Answer[T]]]":
-        """The same, without waiting."""
-        for endpoint in dict.fromkeys(call.endpoint for call in calls):
-            endpoint.key()  # a missing key is the user's to mend, before anything is asked
-        return asyncio.run_coroutine_threadsafe(self._gather(calls), self._loop)
-
-    def ask_again(
-        self, calls: Sequence[Call[T]], answers: Sequence[Answer[T]], again: Callable[[], Endpoint | None]
-    ) -> list[Answer[T]]:
-        """The answers, with what was lost asked once more where `again` says that the servers are by then, if they moved."""
-        found = list(answers)
-        lost = [i for i, answer in enumerate(found) if answer.value is None]
-        there = again() if lost else None
+    def send_to(self, deployment: Deployment, requests: Sequence[Request[T]]) -> list[Answer[T]]:
+        """The same, and lost requests are made once more where the servers of their deployment are by then, if they moved."""
+        answers = self.send(requests)
+        lost = [i for i, answer in enumerate(answers) if answer.value is None]
+        there = deployment.relocate() if lost else None
         if there is None:
-            return found
-        repeated = [replace(calls[i], endpoint=replace(calls[i].endpoint, urls=there.urls)) for i in lost]
-        for i, answer in zip(lost, self.ask(repeated), strict=True):
-            found[i] = replace(answer, retries=found[i].retries + 1 + answer.retries)
-        return found
-
-    def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Start a coroutine on the wire's loop, from which it may await `call`."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+            return answers
+        repeated = [replace(requests[i], endpoint=replace(requests[i].endpoint, urls=there.urls)) for i in lost]
+        for i, answer in zip(lost, self.send(repeated), strict=True):
+            answers[i] = replace(answer, retries=answers[i].retries + 1 + answer.retries)
+        return answers
 
     def close(self) -> None:
-        """Drop every connection and end the thread. A second time it does nothing."""
+        """Drop every connection and end the thread. A second call does nothing."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
@@ -171,63 +198,59 @@ class Client:
         for client in self._clients.values():
             await client.aclose()
 
-    async def _gather(self, calls: Sequence[Call[T]]) -> list[Answer[T]]:
-        return list(await asyncio.gather(*(self.call(call) for call in calls)))
+    async def _gather(self, requests: Sequence[Request[T]]) -> list[Answer[T]]:
+        return list(await asyncio.gather(*(self._retried(request) for request in requests)))
 
-    async def call(self, call: Call[T]) -> Answer[T]:
-        """Make one call until it succeeds, is refused, or has been made often enough. For use on the wire's loop (`run`)."""
-        attempts = call.attempts or self._limits.attempts
+    async def _retried(self, request: Request[T]) -> Answer[T]:
+        """Make one request until it succeeds, is refused, or has used its attempts."""
         first = self._turn
         self._turn += 1
         made = 0
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(_Failed),
-                stop=stop_after_attempt(attempts),
+                stop=stop_after_attempt(request.attempts or self._limits.attempts),
                 wait=self._wait,
                 reraise=True,
             ):
                 with attempt:
                     made = attempt.retry_state.attempt_number
-                    url = call.endpoint.urls[(first + made - 1) % len(call.endpoint.urls)]
-                    return Answer(await self._once(call, url), retries=made - 1)
+                    url = request.endpoint.urls[(first + made - 1) % len(request.endpoint.urls)]
+                    return Answer(await self._once(request, url), retries=made - 1)
         except Refused as error:
-            return Answer(None, f"{call.endpoint.who}: {error}", made - 1, error.fix)
+            return Answer(None, f"{request.endpoint.who}: {error}", made - 1, error.fix)
         except _Failed as error:
-            return Answer(None, f"{call.endpoint.who}: {error} ({made} attempts)", made - 1)
+            return Answer(None, f"{request.endpoint.who}: {error} ({made} attempts)", made - 1)
         raise AssertionError("unreachable")
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt: random below a bound that doubles, and not below what the server asked for."""
+        """Seconds before the next attempt: random below a bound that doubles, and not below what the server asks for."""
         longest = self._limits.longest_wait_s
         drawn = wait_random_exponential(multiplier=self._limits.first_wait_s, max=longest)(state)
         error = state.outcome.exception() if state.outcome else None
-        asked = error.wait_s if isinstance(error, _Failed) else 0.0
-        return min(longest, max(drawn, asked))
+        return min(longest, max(drawn, error.wait_s if isinstance(error, _Failed) else 0.0))
 
-    async def _once(self, call: Call[T], url: str) -> T:
-        client = self._client_of(call.endpoint)
-        place = self._places.setdefault(url, asyncio.Semaphore(self._limits.max_in_flight))
-        key = call.endpoint.key()
+    async def _once(self, request: Request[T], url: str) -> T:
+        client = self._client_of(request.endpoint)
+        key = request.endpoint.key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        most_s = min(call.timeout_s or self._limits.timeout_s, self._limits.timeout_s)
-        async with place:
+        timeout_s = min(request.timeout_s or self._limits.timeout_s, self._limits.timeout_s)
+        method = "GET" if request.body is None else "POST"
+        async with self._in_flight.setdefault(url, asyncio.Semaphore(self._limits.max_in_flight)):
             try:
-                # a server that sends a byte now and then must not hold a place for ever
-                async with asyncio.timeout(most_s):
-                    answer = await client.request(
-                        "GET" if call.body is None else "POST", url + call.path, json=call.body, headers=headers
-                    )
+                # httpx2's own timeout starts again with every byte that a slow server sends
+                async with asyncio.timeout(timeout_s):
+                    answer = await client.request(method, url + request.path, json=request.body, headers=headers)
             except (httpx2.TimeoutException, TimeoutError):
-                raise _Failed(f"no answer from {url} in {most_s:g} s") from None
+                raise _Failed(f"no answer from {url} in {timeout_s:g} s") from None
             except (httpx2.TransportError, httpx2.DecodingError) as error:
-                raise _Failed(f"{url} cannot be asked: {_words(error, key)}") from None
-        return _read(call, url, answer, key)
+                raise _Failed(f"{url} cannot be reached: {_message_of(error, key)}") from None
+        return _read(request, url, answer, key)
 
     def _client_of(self, endpoint: Endpoint) -> httpx2.AsyncClient:
-        """The connections to servers of this run, which no proxy of the environment stands before, or those to others."""
+        """The connections to servers of this run, which use no proxy of the environment, or those to other servers."""
         if endpoint.inside not in self._clients:
-            # the bound on what is in flight is the wire's own: a pool's would count the wait for a place as time
+            # `_in_flight` bounds the requests: a bound of the pool would count the wait for a connection towards the timeout
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self._limits.max_in_flight)
             self._clients[endpoint.inside] = httpx2.AsyncClient(
                 timeout=self._limits.timeout_s, limits=limits, trust_env=not endpoint.inside
@@ -235,36 +258,38 @@ class Client:
         return self._clients[endpoint.inside]
 
 
-def _read(call: Call[T], url: str, answer: httpx2.Response, key: str | None) -> T:
+def _read(request: Request[T], url: str, answer: httpx2.Response, key: str | None) -> T:
     if answer.status_code != 200:
-        words = f"{url} answers {answer.status_code}: {_words(_message(answer), key)}"
-        if answer.status_code in _AGAIN or answer.status_code >= 500:
-            raise _Failed(words, _retry_after(answer))
-        raise Refused(words, _fix(call, answer))
+        reason = f"{url} answers {answer.status_code}: {_message_of(_server_message(answer), key)}"
+        if answer.status_code in _RETRIED or answer.status_code >= 500:
+            raise _Failed(reason, _retry_after(answer))
+        raise Refused(reason, _fix(request, answer))
     try:
-        return call.read(call.decoder.decode(answer.content))
-    except Unusable as error:
-        raise _Failed(f"{url} gives {_words(error, key)}") from None
+        return request.read(request.decoder.decode(answer.content))
+    except BadAnswer as error:
+        raise _Failed(f"{url} returns {_message_of(error, key)}") from None
+    except msgspec.ValidationError as error:
+        raise _Failed(f"{url} returns JSON of another form ({_message_of(error, key)})") from None
     except msgspec.DecodeError as error:
-        if isinstance(error, msgspec.ValidationError):
-            raise _Failed(f"{url} gives an answer of another form ({_words(error, key)})") from None
-        if _has_no_number(answer):
-            raise _Failed(f"{url} gives NaN or an infinity, which JSON does not have") from None
-        raise _Failed(f"{url} answers what is not JSON ({_words(error, key)})") from None
+        if _has_nan(answer):
+            raise _Failed(f"{url} returns NaN or an infinity, which JSON does not have") from None
+        raise _Failed(f"{url} returns no JSON ({_message_of(error, key)})") from None
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        raise _Failed(f"{url} gives an answer of another form ({type(error).__name__}: {_words(error, key)})") from None
+        raise _Failed(
+            f"{url} returns JSON of another form ({type(error).__name__}: {_message_of(error, key)})"
+        ) from None
 
 
-def _has_no_number(answer: httpx2.Response) -> bool:
-    """Whether there is NaN or an infinity in it, which Python's own reader knows."""
+def _has_nan(answer: httpx2.Response) -> bool:
+    """Whether the answer holds NaN or an infinity, which Python's own decoder reads."""
     found: list[str] = []
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(answer.content, parse_constant=found.append)
     return bool(found)
 
 
-def _message(answer: httpx2.Response) -> str:
-    """What a server says of its refusal, wherever it says it."""
+def _server_message(answer: httpx2.Response) -> str:
+    """The message of an error, in any of the usual places."""
     try:
         found = answer.json()
         for name in ("error", "message", "detail"):
@@ -274,24 +299,29 @@ def _message(answer: httpx2.Response) -> str:
         return answer.text
 
 
-def _fix(call: Call[Any], answer: httpx2.Response) -> str:
-    """What to do about a refusal, where its number says it."""
-    if answer.status_code in (401, 403):
-        env = call.endpoint.key_env
-        return f"mend the key in {env}" if env else "it wants a key: name its environment variable with api_key_env"
-    return f"is a vLLM or SGLang server there? it has no {call.path}" if answer.status_code == 404 else ""
+def _fix(request: Request[Any], answer: httpx2.Response) -> str:
+    """What to do about a refusal, where its status code says it."""
+    match answer.status_code:
+        case 401 | 403 if env := request.endpoint.key_env:
+            return f"fix the API key in {env}"
+        case 401 | 403:
+            return "the server requires an API key: name its environment variable in api_key_env"
+        case 404:
+            return f"the server has no {request.path}: check url, and whether its kind is the one that `server` names"
+        case _:
+            return ""
 
 
 def _retry_after(answer: httpx2.Response) -> float:
-    """Seconds, where the server names them; dates are not read."""
+    """Seconds, where the server gives a number; dates are ignored."""
     try:
         return max(0.0, float(answer.headers.get("retry-after", "")))
     except ValueError:
         return 0.0
 
 
-def _words(said: object, key: str | None) -> str:
-    """Somebody else's words in one short line, without the key that they may repeat."""
+def _message_of(said: object, key: str | None) -> str:
+    """Another program's message in one short line, without the API key that it may repeat."""
     text = str(said) or ("nothing" if isinstance(said, str) else type(said).__name__)
     if key:
         text = text.replace(key, "***")

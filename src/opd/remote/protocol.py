@@ -1,149 +1,159 @@
-"""What every kind of server is asked, whatever its form, and the checks that its answers have in common. Pure functions."""
+"""What opd asks of every kind of server, and the checks that their answers share. Pure functions."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
 
-from opd.remote.client import Endpoint, Unusable
+from opd.remote.client import BadAnswer, Endpoint
 
-_ABOVE_ZERO = 1e-2  # a log-probability that rounding put above 0; more is no log-probability
+FULL_DISTRIBUTION: Mapping[str, Any] = MappingProxyType(
+    {
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "skip_special_tokens": False,
+    }
+)
+"""Sampling parameters that vLLM and SGLang share. A server may take its defaults from the model's generation config."""
+
+_MAX_LOGPROB = 1e-2  # rounding may put a log-probability this far above 0
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a sequence: the log-probability of each token given those before it [tokens], float32 nats, 0 for the first; and the ids
-    and log-probabilities that were named at each place [tokens, top + 1], the token's own first (-1 and -inf where there are
-    fewer).
+    """Of a sequence: the log-probability of each token given those before it [tokens], float32 nats, 0 for the first; and ids and
+    log-probabilities at each place [tokens, top + 1], the token's own first (-1 and -inf where there are fewer).
     """
 
     logprobs: np.ndarray
     ids: np.ndarray
-    named: np.ndarray
+    top_k_logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A response: its tokens, the end token among them where it ended, and their log-probabilities."""
+    """A response: its tokens, the end token included where it ended, and their log-probabilities in nats."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish: Literal["end", "length"]
 
 
-class Form(Protocol):
-    """How a kind of server is asked, and how its answers are read. What reads raises Unusable for an answer to something else."""
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one response is sampled: at most `max_tokens` tokens, up to one of `end_ids`."""
 
-    @property
-    def path(self) -> str:
-        """Where requests go."""
-        ...
+    max_tokens: int
+    temperature: float
+    seed: int
+    end_ids: Collection[int]
+
+
+class ServerProtocol(Protocol):
+    """How a kind of server is asked, and how its answers are read. Readers raise BadAnswer for an answer to another request.
+
+    path: of requests. score_decoder: decodes the JSON of an answer with scores.
+    """
+
+    path: str
+    score_decoder: msgspec.json.Decoder[Any]
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
-        """Ask for the log-probability of every token of a sequence, and of the `top` likeliest at its place."""
-        ...
-
-    @property
-    def scores(self) -> msgspec.json.Decoder[Any]:
-        """What reads the JSON of an answer to that."""
+        """Ask for the log-probability of every token of a sequence, and for the `top` likeliest tokens at its place."""
         ...
 
     def read_scores(self, answer: Any, *, token_ids: Sequence[int], top: int) -> Scores:
         """The scores of that sequence."""
         ...
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
-        """Ask for one response from the full distribution, whatever the model's own generation config or the server's says."""
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
+        """Ask for one response from the full distribution, whatever the model's generation config says."""
         ...
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
         """One response."""
         ...
 
 
 @dataclass(frozen=True)
-class Named:
-    """What an answer says of every token but the first, as it came: the value of each; and of all places, one after the other, how
-    many tokens are named there, their ids, and their values."""
+class RawScores:
+    """The unchecked values of an answer, for every token but the first: the log-probability of each token; and the likeliest tokens
+    of all places in one list: how many there are at each place, their ids, and their log-probabilities."""
 
-    own: Sequence[object]
-    counts: Sequence[int]
-    ids: Sequence[int]
-    values: Sequence[object]
+    logprobs: Sequence[object]
+    top_counts: Sequence[int]
+    top_ids: Sequence[int]
+    top_logprobs: Sequence[object]
 
 
-def gathered(token_ids: Sequence[int], said: Named, *, top: int, fix: str = "") -> Scores:
-    """The scores that an answer says. A token's own may be among those named at its place or not. mend: what may be done where
-    fewer than `top` were named, which raises Unusable.
+def checked_scores(token_ids: Sequence[int], raw: RawScores, *, top: int, fix: str = "") -> Scores:
+    """The scores of an answer. The likeliest tokens may include the token itself. Raises BadAnswer where there are fewer than
+    `top`; fix: what to do about that.
 
-    All places at once: a driver reads every token that served teachers score, for `top` = 20 twenty-one values each.
+    All places at once: the driver reads every token that remote teachers score, with `top` = 20 twenty-one values each.
     """
     tokens, every = np.asarray(token_ids, dtype=np.int64), np.arange(1, len(token_ids))
     logprobs = np.zeros(len(tokens), dtype=np.float32)
-    logprobs[1:] = _as_logprobs(said.own, every)
+    logprobs[1:] = _checked_logprobs(raw.logprobs, every)
     ids = np.full((len(tokens), top + 1), -1, dtype=np.int32)
-    named = np.full((len(tokens), top + 1), -np.inf, dtype=np.float32)
-    ids[1:, 0], named[1:, 0] = tokens[1:], logprobs[1:]
+    top_k_logprobs = np.full((len(tokens), top + 1), -np.inf, dtype=np.float32)
+    ids[1:, 0], top_k_logprobs[1:, 0] = tokens[1:], logprobs[1:]
     if not top:
-        return Scores(logprobs, ids, named)
-    places = np.repeat(every, said.counts)
-    values, names = _as_logprobs(said.values, places), np.array(said.ids, dtype=np.int64)
+        return Scores(logprobs, ids, top_k_logprobs)
+    places = np.repeat(every, raw.top_counts)
+    values, names = _checked_logprobs(raw.top_logprobs, places), np.array(raw.top_ids, dtype=np.int64)
     if len(names) and not 0 <= names.min() <= names.max() <= np.iinfo(np.int32).max:
-        raise Unusable("token ids that are no numbers from 0")
-    # the token may be one of the likeliest, and takes the place of none
+        raise BadAnswer("token ids that are not whole numbers from 0")
+    # the token itself does not count among the likeliest
     others = names != tokens[places]
     places, values, names = places[others], values[others], names[others]
     counts = np.bincount(places, minlength=len(tokens))
     if np.any(few := counts[1:] < top - 1):
         place = 1 + int(few.argmax())
-        raise Unusable(f"{counts[place] + 1} of the likeliest tokens at place {place}, asked for {top}{fix}")
-    order = np.lexsort((-values, places))  # by place, the likeliest first; as named where they are equally so
+        raise BadAnswer(f"{counts[place] + 1} of the likeliest tokens at place {place}, asked for {top}{fix}")
+    order = np.lexsort((-values, places))  # by place, the likeliest first; equally likely ones as the server lists them
     rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[places]
     kept = order[rank < top]
     rank = 1 + rank[rank < top]
-    ids[places[kept], rank], named[places[kept], rank] = names[kept], values[kept]
-    return Scores(logprobs, ids, named)
+    ids[places[kept], rank], top_k_logprobs[places[kept], rank] = names[kept], values[kept]
+    return Scores(logprobs, ids, top_k_logprobs)
 
 
-def response(
-    tokens: list[int], logprobs: Sequence[object], *, stopped: bool, max_tokens: int, end_ids: Collection[int]
-) -> Sampled:
-    """A response whose parts fit each other; stopped: the server says that it ended, and not that it was cut."""
-    if not tokens or len(tokens) > max_tokens or len(logprobs) != len(tokens):
-        raise Unusable(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, asked for 1 to {max_tokens}")
+def checked_sample(tokens: list[int], logprobs: Sequence[object], params: SamplingParams, *, stopped: bool) -> Sampled:
+    """A response whose parts agree; stopped: the server says that the response ended, and was not cut. Raises BadAnswer."""
+    if not tokens or len(tokens) > params.max_tokens or len(logprobs) != len(tokens):
+        raise BadAnswer(
+            f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, asked for 1 to {params.max_tokens}"
+        )
     if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
-        raise Unusable("token ids that are no numbers from 0")
-    ended = tokens[-1] in end_ids
-    if any(t in end_ids for t in tokens[:-1]) or stopped != ended:
+        raise BadAnswer("token ids that are not whole numbers from 0")
+    ended = tokens[-1] in params.end_ids
+    if any(t in params.end_ids for t in tokens[:-1]) or stopped != ended:
         last = f"token {tokens[-1]}, {'an' if ended else 'no'} end token"
-        raise Unusable(f"a response that {'ended' if stopped else 'was cut'} after {last}")
-    values = [as_logprob(value, f"token {place}") for place, value in enumerate(logprobs)]
+        raise BadAnswer(f"a response that {'ended' if stopped else 'was cut'} after {last}")
+    values = [_checked_logprob(value, f"token {place}") for place, value in enumerate(logprobs)]
     return Sampled(tokens, values, "end" if ended else "length")
 
 
-def _as_logprobs(values: Sequence[object], places: np.ndarray) -> np.ndarray:
-    """Log-probabilities in nats, at most 0, of tokens at those places. Raises Unusable for the first that is none."""
+def _checked_logprobs(values: Sequence[object], places: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats, at most 0, of tokens at those places. Raises BadAnswer for the first value that is none."""
     if set(map(type, values)) <= {float, int}:
         found = np.array(values, dtype=np.float64)
-        if not np.any(np.isnan(found) | (found > _ABOVE_ZERO)):
+        if not np.any(np.isnan(found) | (found > _MAX_LOGPROB)):
             return np.minimum(found, 0.0)
-    return np.array([as_logprob(value, f"place {place}") for value, place in zip(values, places, strict=True)])
+    return np.array([_checked_logprob(value, f"place {place}") for value, place in zip(values, places, strict=True)])
 
 
-def as_logprob(value: object, where: str) -> float:
-    """A log-probability in nats, at most 0. Raises Unusable for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > _ABOVE_ZERO:
-        raise Unusable(f"{value!r} as a log-probability at {where}")
+def _checked_logprob(value: object, where: str) -> float:
+    """A log-probability in nats, at most 0. Raises BadAnswer for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > _MAX_LOGPROB:
+        raise BadAnswer(f"{value!r} as a log-probability at {where}")
     return min(float(value), 0.0)

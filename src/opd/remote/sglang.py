@@ -1,128 +1,116 @@
-"""What an SGLang server is asked over /generate, its own interface, token ids in and out, and how its answers are read.
+"""The protocol of SGLang servers: /generate, their own interface, with token ids in and out.
 
 Written against the documentation and the source of SGLang 0.5.23. `input_token_logprobs` holds [log-probability, token id, text]
 for every token of the prompt, null for the first's, under the model as it is: `sampling_params.temperature` does not touch them.
 `logprob_start_len` = 0 asks for all of them, and the server then computes the whole prompt, whatever its prefix cache holds.
-`input_top_logprobs` holds the k most probable at each place, in the same form, the token itself among them only if it is one.
+`input_top_logprobs` holds the k likeliest tokens at each place, in the same form, the token itself only if it is one of them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
+from opd.remote.client import ANY_JSON, BadAnswer, Endpoint
+from opd.remote.protocol import (
+    FULL_DISTRIBUTION,
+    RawScores,
+    Sampled,
+    SamplingParams,
+    Scores,
+    checked_sample,
+    checked_scores,
+)
 
-from opd.remote.client import ANYTHING, Endpoint, Unusable
-from opd.remote.protocol import Named, Sampled, Scores, gathered, response
-
-_CLIPPED = 0  # what the server calls the last id of its vocabulary where it lists the prompt's tokens
+_CLIPPED = 0  # the server lists the last id of its vocabulary as this id
 
 
-@dataclass(frozen=True)
-class SglangForm:
-    """The form of an SGLang server (`opd.remote.protocol.Form`)."""
+class SglangProtocol:
+    """The protocol of SGLang servers (`opd.remote.protocol.ServerProtocol`)."""
 
-    path: str = "/generate"
-    scores: msgspec.json.Decoder[Any] = ANYTHING
+    path = "/generate"
+    score_decoder = ANY_JSON
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
         return {
-            **_asked(endpoint, token_ids),
+            **_body(endpoint, token_ids),
             "logprob_start_len": 0,
             "top_logprobs_num": top,
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         }
 
     def read_scores(self, answer: Mapping[str, Any], *, token_ids: Sequence[int], top: int) -> Scores:
-        about = _about(answer)
-        found = about.get("input_token_logprobs")
-        likeliest = about.get("input_top_logprobs") if top else [None] * len(token_ids)
+        meta = _meta_info(answer)
+        found = meta.get("input_token_logprobs")
+        likeliest = meta.get("input_top_logprobs") if top else [None] * len(token_ids)
         if not isinstance(found, list) or not isinstance(likeliest, list):
             missing = "input_top_logprobs" if isinstance(found, list) else "input_token_logprobs"
-            raise Unusable(f"no {missing}; an SGLang server gives them")
+            raise BadAnswer(f"no {missing}; an SGLang server returns them")
         for what, row in (("log-probabilities", found), ("likeliest tokens", likeliest)):
             if len(row) != len(token_ids):
-                raise Unusable(f"{what} of {len(row)} tokens, asked for {len(token_ids)}")
+                raise BadAnswer(f"{what} of {len(row)} tokens, asked for {len(token_ids)}")
         highest = max(token_ids)
         for place, token in enumerate(token_ids):
             _, said, *_ = found[place]
             if said != token and not (said == _CLIPPED and token == highest):
-                raise Unusable(f"a log-probability of token {said} at place {place}, asked for {token}")
+                raise BadAnswer(f"a log-probability of token {said} at place {place}, asked for {token}")
         entries = [entry or [] for entry in likeliest[1:]]
         for place, entry in enumerate(entries, start=1):
             if len({name for _, name, *_ in entry}) < len(entry):
-                raise Unusable(f"a token that is named twice at place {place}")
+                raise BadAnswer(f"one token twice at place {place}")
             if len(entry) < top:
-                raise Unusable(f"{len(entry)} of the likeliest tokens at place {place}, asked for {top}")
-        named = Named(
-            own=[value for value, *_ in found[1:]],
-            counts=[len(entry) for entry in entries],
-            ids=[name for entry in entries for _, name, *_ in entry],
-            values=[value for entry in entries for value, *_ in entry],
+                raise BadAnswer(f"{len(entry)} of the likeliest tokens at place {place}, asked for {top}")
+        raw = RawScores(
+            [value for value, *_ in found[1:]],
+            top_counts=[len(entry) for entry in entries],
+            top_ids=[name for entry in entries for _, name, *_ in entry],
+            top_logprobs=[value for entry in entries for value, *_ in entry],
         )
-        return gathered(token_ids, named, top=top)
+        return checked_scores(token_ids, raw, top=top)
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         return {
-            **_asked(endpoint, token_ids),
+            **_body(endpoint, token_ids),
             "sampling_params": {
-                "max_new_tokens": max_tokens,
-                "temperature": temperature,
-                "sampling_seed": seed,  # heeded with --enable-deterministic-inference alone
-                "top_p": 1.0,
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
+                **FULL_DISTRIBUTION,
+                "max_new_tokens": params.max_tokens,
                 "min_new_tokens": 0,
+                "temperature": params.temperature,
+                "sampling_seed": params.seed,  # has an effect with --enable-deterministic-inference only
                 "stop": [],
-                "stop_token_ids": sorted(end_ids),
-                "ignore_eos": False,  # which would ignore stop_token_ids too
-                "skip_special_tokens": False,
+                "stop_token_ids": sorted(params.end_ids),
+                "ignore_eos": False,  # True would ignore stop_token_ids too
             },
         }
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
-        about = _about(answer)
-        tokens, said, reason = answer.get("output_ids"), about.get("output_token_logprobs"), about.get("finish_reason")
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
+        meta = _meta_info(answer)
+        tokens, said, reason = answer.get("output_ids"), meta.get("output_token_logprobs"), meta.get("finish_reason")
         if not isinstance(tokens, list) or not isinstance(said, list) or not isinstance(reason, Mapping):
-            raise Unusable("no output_ids, no output_token_logprobs or no finish_reason; an SGLang server gives them")
+            raise BadAnswer(
+                "no output_ids, no output_token_logprobs or no finish_reason; an SGLang server returns all three"
+            )
         if [token for _, token, *_ in said] != tokens:
-            raise Unusable("log-probabilities of other tokens than those of the response")
+            raise BadAnswer("log-probabilities of other tokens than those of the response")
         stopped = reason.get("type") == "stop"
-        # a server whose logits are no numbers says so here, and ends the response with a token of its own choice
+        # a server whose logits are NaN says so here, and ends the response with an arbitrary token
         if stopped and tokens and reason.get("matched") != tokens[-1]:
-            raise Unusable(f"a response that was stopped by {reason.get('matched')!r}")
+            raise BadAnswer(f"a response that was stopped by {reason.get('matched')!r}")
         if reason.get("type") not in ("stop", "length"):
-            raise Unusable(f"a response that finished by '{reason.get('type')}'")
+            raise BadAnswer(f"a response that finished by '{reason.get('type')}'")
         logprobs = [value for value, *_ in said]
-        return response(tokens, logprobs, stopped=stopped, max_tokens=max_tokens, end_ids=end_ids)
+        return checked_sample(tokens, logprobs, params, stopped=stopped)
 
 
-SGLANG = SglangForm()
+def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:
+    body = {"input_ids": [int(i) for i in token_ids], "return_logprob": True, "stream": False}
+    # a server has one model; a request names an adapter
+    return {**body, "lora_path": endpoint.model} if endpoint.adapter else body
 
 
-def _asked(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:
-    asked = {"input_ids": [int(i) for i in token_ids], "return_logprob": True, "stream": False}
-    # a server has one model; its adapters are asked for by their names
-    return {**asked, "lora_path": endpoint.model} if endpoint.adapter else asked
-
-
-def _about(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    about = answer.get("meta_info")
-    if not isinstance(about, Mapping):
-        raise Unusable("an answer without its meta_info")
-    reason = about.get("finish_reason")
+def _meta_info(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = answer.get("meta_info")
+    if not isinstance(meta, Mapping):
+        raise BadAnswer("an answer without its meta_info")
+    reason = meta.get("finish_reason")
     if isinstance(reason, Mapping) and reason.get("type") == "abort":
-        raise Unusable(f"an answer that was broken off ({reason.get('message')})")
-    return about
+        raise BadAnswer(f"an answer that was aborted ({reason.get('message')})")
+    return meta

@@ -1,27 +1,34 @@
-"""What a vLLM server is asked over /v1/completions, token ids in and out, and how its answers are read.
+"""The protocol of vLLM servers: /v1/completions with token ids in and out.
 
-Written against vLLM 0.32: `prompt_logprobs` holds, for every token of the prompt but the first, the log-probability of that token
-under the model as it is (no temperature), beside the k most probable; `return_token_ids` gives what was sampled as ids.
+Written against vLLM 0.32: `prompt_logprobs` holds, for every token of the prompt but the first, its log-probability under the model
+as it is (no temperature) and the k likeliest tokens; `return_token_ids` returns the sampled tokens as ids.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from opd.remote.client import Endpoint, Unusable
-from opd.remote.protocol import Named, Sampled, Scores, gathered, response
+from opd.remote.client import BadAnswer, Endpoint
+from opd.remote.protocol import (
+    FULL_DISTRIBUTION,
+    RawScores,
+    Sampled,
+    SamplingParams,
+    Scores,
+    checked_sample,
+    checked_scores,
+)
 
 
-class _Named(msgspec.Struct, gc=False):
-    """A token that is named at a place; its text and its rank are not read."""
+class _Logprob(msgspec.Struct, gc=False):
+    """A token at a place; its text and its rank are ignored."""
 
     logprob: float
 
 
 class _Choice(msgspec.Struct):
-    prompt_logprobs: list[dict[int, _Named] | None] | None = None
+    prompt_logprobs: list[dict[int, _Logprob] | None] | None = None
 
 
 class _Scored(msgspec.Struct):
@@ -30,93 +37,64 @@ class _Scored(msgspec.Struct):
     choices: list[_Choice]
 
 
-_SCORED = msgspec.json.Decoder(_Scored)
 _NO_CHOICE = "an answer without its one choice"
 
 
-@dataclass(frozen=True)
-class VllmForm:
-    """The form of a vLLM server (`opd.remote.protocol.Form`)."""
+class VllmProtocol:
+    """The protocol of vLLM servers (`opd.remote.protocol.ServerProtocol`)."""
 
-    path: str = "/v1/completions"
-    scores: msgspec.json.Decoder[Any] = _SCORED
+    path = "/v1/completions"
+    score_decoder = msgspec.json.Decoder(_Scored)
 
     def score_body(self, endpoint: Endpoint, token_ids: Sequence[int], *, top: int) -> dict[str, Any]:
-        return {
-            "model": endpoint.model,
-            "prompt": [int(i) for i in token_ids],
-            "add_special_tokens": False,
-            "prompt_logprobs": top,
-            "max_tokens": 1,  # a server makes at least one
-            "temperature": 0.0,
-        }
+        # a server samples at least one token
+        return _body(endpoint, token_ids) | {"prompt_logprobs": top, "max_tokens": 1, "temperature": 0.0}
 
     def read_scores(self, answer: _Scored, *, token_ids: Sequence[int], top: int) -> Scores:
         if len(answer.choices) != 1:
-            raise Unusable(_NO_CHOICE)
+            raise BadAnswer(_NO_CHOICE)
         found = answer.choices[0].prompt_logprobs
         if found is None:
-            raise Unusable("no prompt_logprobs; a vLLM server gives them")
+            raise BadAnswer("no prompt_logprobs; a vLLM server returns them")
         if len(found) != len(token_ids):
-            raise Unusable(f"log-probabilities of {len(found)} tokens, asked for {len(token_ids)}")
+            raise BadAnswer(f"log-probabilities of {len(found)} tokens, asked for {len(token_ids)}")
         entries, own = [entry or {} for entry in found[1:]], []
         for place, (entry, token) in enumerate(zip(entries, token_ids[1:], strict=True), start=1):
             if token not in entry:
-                raise Unusable(f"no log-probability of token {token} at place {place}")
+                raise BadAnswer(f"no log-probability of token {token} at place {place}")
             own.append(entry[token].logprob)
-        named = Named(
+        raw = RawScores(
             own,
-            counts=[len(entry) for entry in entries],
-            ids=[name for entry in entries for name in entry],
-            values=[each.logprob for entry in entries for each in entry.values()],
+            top_counts=[len(entry) for entry in entries],
+            top_ids=[name for entry in entries for name in entry],
+            top_logprobs=[each.logprob for entry in entries for each in entry.values()],
         )
-        return gathered(token_ids, named, top=top, fix=" (--max-logprobs)")
+        return checked_scores(token_ids, raw, top=top, fix=" (--max-logprobs)")
 
-    def sample_body(
-        self,
-        endpoint: Endpoint,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: Collection[int],
-    ) -> dict[str, Any]:
+    def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
         return {
-            "model": endpoint.model,
-            "prompt": [int(i) for i in token_ids],
-            "add_special_tokens": False,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": sorted(end_ids),
+            **_body(endpoint, token_ids),
+            **FULL_DISTRIBUTION,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "seed": params.seed,
+            "stop_token_ids": sorted(params.end_ids),
             "logprobs": 0,
             "return_token_ids": True,
-            "skip_special_tokens": False,
         }
 
-    def read_sample(self, answer: Mapping[str, Any], *, max_tokens: int, end_ids: Collection[int]) -> Sampled:
-        choice = _choice(answer)
-        tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise BadAnswer(_NO_CHOICE)
+        tokens, reason = choices[0].get("token_ids"), choices[0].get("finish_reason")
+        logprobs = (choices[0].get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list):
-            raise Unusable("no token_ids or no logprobs; a vLLM server gives both")
+            raise BadAnswer("no token_ids or no logprobs; a vLLM server returns both")
         if reason not in ("stop", "length"):
-            raise Unusable(f"a response that finished by '{reason}'")
-        return response(tokens, logprobs, stopped=reason == "stop", max_tokens=max_tokens, end_ids=end_ids)
+            raise BadAnswer(f"a response that finished by '{reason}'")
+        return checked_sample(tokens, logprobs, params, stopped=reason == "stop")
 
 
-VLLM = VllmForm()
-
-
-def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1:
-        raise Unusable(_NO_CHOICE)
-    return choices[0]
+def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:
+    return {"model": endpoint.model, "prompt": [int(i) for i in token_ids], "add_special_tokens": False}

@@ -1,1 +1,1 @@
-"""Scores that are kept, in memory and on disk, so that no teacher is asked twice about the same response."""
+"""A cache of teachers' scores, in memory and on disk, so that no teacher scores the same response twice."""

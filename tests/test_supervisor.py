@@ -1,10 +1,10 @@
-"""Why an engine ended, by what it wrote."""
+"""Why a server ended, by its log."""
 
 from pathlib import Path
 
 import pytest
 
-from opd.distributed.engine_log import keep, reason
+from opd.distributed.supervisor import keep_log, reason_of
 
 TAKEN = "(APIServer pid=7) INFO 11-23 10:00:00 [api.py:1] Loading"
 
@@ -38,24 +38,26 @@ TAKEN = "(APIServer pid=7) INFO 11-23 10:00:00 [api.py:1] Loading"
         (
             ["WARNING 11-23 [x.py:1] slower without it: ImportError: no flash_attn", TAKEN],
             247,
-            f"SIGKILL ended it, as where main memory ends; last it said: {TAKEN}",
+            f"SIGKILL ended it, as when main memory is full; its last log line: {TAKEN}",
         ),
-        ([], 250, "SIGABRT ended it; it said nothing"),
-        ([TAKEN], 3, f"last it said: {TAKEN}"),
-        ([], 0, "it said nothing"),
+        ([], 250, "SIGABRT ended it; its log is empty"),
+        ([TAKEN], 3, f"its last log line: {TAKEN}"),
+        ([], 0, "its log is empty"),
     ],
 )
-def test_the_reason_is_the_last_error_or_else_the_signal(tmp_path: Path, lines: list[str], code: int, said: str):
+def test_the_reason_is_the_last_error_in_the_log_or_else_the_signal(
+    tmp_path: Path, lines: list[str], code: int, said: str
+):
     log = tmp_path / "server.log"
     log.write_text("ValueError: of an earlier start\n" + "\n".join(lines))
-    assert reason(log, len("ValueError: of an earlier start\n"), code) == said
+    assert reason_of(log, len("ValueError: of an earlier start\n"), code) == said
 
 
 def test_a_log_outlives_its_folder(tmp_path: Path):
     log = tmp_path / "server.log"
     log.write_text("all of it")
-    place = Path(keep(log).removeprefix("all that it said: ").rpartition(" on ")[0])
+    place = Path(keep_log(log).removeprefix("its whole log: ").rpartition(" on ")[0])
     log.unlink()
     assert place.read_text() == "all of it"
     place.unlink()
-    assert keep(log) == "its log could not be kept (No such file or directory)"
+    assert keep_log(log) == "its log could not be kept (No such file or directory)"

@@ -92,7 +92,7 @@ def above_zero(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, server: ToyServer, client: Client):
+def test_a_request_that_fails_once_is_retried_and_counted(name: str, server: ToyServer, client: Client):
     server.faults = lambda number: TRANSIENT[name] if number == 1 else None
     items = some_rollouts(3)
     found = teacher_at(server, client=client).score(items)
@@ -103,7 +103,9 @@ def test_what_a_server_gets_wrong_once_is_asked_again_and_counted(name: str, ser
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str, server: ToyServer, client: Client):
+def test_a_request_that_always_fails_becomes_a_failed_score_with_its_reason(
+    name: str, server: ToyServer, client: Client
+):
     bad = some_rollouts(3)[1]
     teacher = teacher_at(server, client=client)
     server.faults = lambda number: TRANSIENT[name] if server.asked[number]["prompt"] == bad.token_ids.tolist() else None
@@ -117,7 +119,7 @@ def test_what_a_server_always_gets_wrong_is_set_aside_with_its_reason(name: str,
     assert score.reason.endswith("(3 attempts)")
 
 
-def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, client: Client):
+def test_a_refused_request_is_not_retried(server: ToyServer, client: Client):
     teacher = teacher_at(server, client=client)
     server.faults = lambda number: status(400)
     [scored] = teacher.score(some_rollouts(1))
@@ -129,15 +131,17 @@ def test_a_request_that_is_refused_is_not_made_again(server: ToyServer, client: 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": NaN}}]}]}', "gives NaN or an infinity"),
-        (b'{"choices": -Infinity}', "gives NaN or an infinity"),
-        (b'\xef\xbb\xbf{"choices": []}', "answers what is not JSON"),  # a byte order mark
-        (b'{"choices": [], "text": "\\ud800"}', "answers what is not JSON"),  # half of a character
-        (b"[" * 100_000, "is not JSON|another form"),
-        (b"", "answers what is not JSON"),
+        (b'{"choices": [{"prompt_logprobs": [null, {"5": {"logprob": NaN}}]}]}', "returns NaN or an infinity"),
+        (b'{"choices": -Infinity}', "returns NaN or an infinity"),
+        (b'\xef\xbb\xbf{"choices": []}', "returns no JSON"),  # a byte order mark
+        (b'{"choices": [], "text": "\\ud800"}', "returns no JSON"),  # half of a character
+        (b"[" * 100_000, "no JSON|another form"),
+        (b"", "returns no JSON"),
     ],
 )
-def test_what_is_no_json_says_what_is_wrong_with_it(server: ToyServer, client: Client, content: bytes, line: str):
+def test_an_answer_that_is_not_json_says_what_is_wrong_with_it(
+    server: ToyServer, client: Client, content: bytes, line: str
+):
     teacher = teacher_at(server, client=client)
     server.faults = lambda number: lambda handler, body: handler.say_bytes(content)
     [scored] = teacher.score(some_rollouts(1))
@@ -179,7 +183,7 @@ def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(clien
         assert all(isinstance(scored.score, SampledScore) for scored in found)
 
 
-def test_what_is_longer_than_the_servers_context_fails_by_itself(client: Client):
+def test_a_rollout_longer_than_the_servers_context_fails_alone(client: Client):
     with serving(toy_model(7), context=8) as server:
         teacher = teacher_at(server, client=client)
         items = some_rollouts(4)
@@ -198,29 +202,29 @@ def test_a_server_with_another_tokenizer_is_refused(server: ToyServer, client: C
 def test_a_server_that_does_not_answer_is_one_line(server: ToyServer, client: Client):
     url = server.url
     server.server_close()
-    with pytest.raises(ModelError, match=f"teacher 't': {url} cannot be asked.*3 attempts.*start the server"):
+    with pytest.raises(ModelError, match=f"teacher 't': {url} cannot be reached.*3 attempts.*start the server"):
         connect("t", Endpoint("teacher 't'", (url,)), client, byte_tokenizer())
 
 
-def test_servers_with_different_models_are_no_one_teacher(server: ToyServer, client: Client):
+def test_servers_with_different_models_are_not_one_teacher(server: ToyServer, client: Client):
     with serving(toy_model(7), name="other") as other, pytest.raises(ModelError, match="hold different models"):
         teacher_at(server, other, client=client)
 
 
 def test_a_model_that_the_server_does_not_hold_is_named(server: ToyServer, client: Client):
-    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; mend served_model$"):
+    with pytest.raises(ModelError, match=r"holds 'toy', not 'toi'; fix served_model$"):
         teacher_at(server, client=client, model="toi")
 
 
-def test_a_server_with_an_adapter_beside_its_base_is_asked_for_one_of_them(server: ToyServer, client: Client):
+def test_a_server_with_an_adapter_beside_its_base_requires_a_name(server: ToyServer, client: Client):
     server.adapters["letters"] = server.model
     with pytest.raises(ModelError, match=r"holds 'toy', 'letters'; name one with served_model$"):
         teacher_at(server, client=client)
-    assert teacher_at(server, client=client, model="letters").model.newest().adapter
-    assert not teacher_at(server, client=client, model="toy").model.newest().adapter
+    assert teacher_at(server, client=client, model="letters").deployment.latest().adapter
+    assert not teacher_at(server, client=client, model="toy").deployment.latest().adapter
 
 
-def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores(server: ToyServer):
+def test_a_silent_server_is_given_up_sooner_at_the_start_than_for_scores(server: ToyServer):
     patient = Client(RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
     with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.remote.discovery._FIRST_S", 0.2):
         endpoint = Endpoint("teacher 't'", (f"http://127.0.0.1:{silent.getsockname()[1]}",))
@@ -234,13 +238,21 @@ def test_a_server_that_stays_silent_at_the_start_is_not_waited_for_as_for_scores
 @pytest.mark.parametrize(
     ("refusal", "key_env", "line"),
     [
-        ((401, {"error": "Unauthorized"}), "TOY_KEY", r"answers 401: Unauthorized; mend the key in TOY_KEY$"),
-        ((403, {}), None, r"answers 403: .*; it wants a key: name its environment variable with api_key_env$"),
-        ((404, None), None, r"answers 404: nothing; is a vLLM or SGLang server there\? it has no /v1/models$"),
-        ((400, {"message": "no"}), None, r"answers 400: no; start the server, or mend its url$"),
+        ((401, {"error": "Unauthorized"}), "TOY_KEY", r"answers 401: Unauthorized; fix the API key in TOY_KEY$"),
+        (
+            (403, {}),
+            None,
+            r"answers 403: .*; the server requires an API key: name its environment variable in api_key_env$",
+        ),
+        (
+            (404, None),
+            None,
+            r"answers 404: nothing; the server has no /v1/models: check url, and whether its kind is the one that `server` names$",
+        ),
+        ((400, {"message": "no"}), None, r"answers 400: no; start the server, or fix its url$"),
     ],
 )
-def test_what_a_server_refuses_at_the_start_says_what_to_mend(
+def test_a_refusal_at_the_start_says_what_to_fix(
     refusal: Any, key_env: str | None, line: str, server: ToyServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TOY_KEY", "wrong")
@@ -285,7 +297,7 @@ def remote_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
     return tree
 
 
-def test_a_run_with_a_served_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
+def test_a_run_with_a_remote_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
     here = toy_recipe(tmp_path / "here", objective={"type": "immediate"}, evaluation={"num_prompts": 2})
     with serving(toy_model(2)) as server:
         there = remote_recipe(tmp_path / "there", server.url)
@@ -330,7 +342,7 @@ def test_lost_rollouts_are_counted_and_too_many_stop_a_run_that_goes_on_where_it
     assert sum(line.get("remote/retried/sum", 0) for line in lines) > 0
 
 
-def test_a_teacher_that_stays_silent_stops_the_run_below_the_share(tmp_path: Path):
+def test_a_teacher_that_stays_silent_stops_the_run_below_the_fraction(tmp_path: Path):
     with serving(toy_model(2)) as server:
         tree = remote_recipe(tmp_path, server.url, steps=8)
         tree["remote"]["max_lost_fraction"] = 1.0
@@ -371,7 +383,9 @@ def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Pat
         ({"teachers": {"odd": {"model": "x", "served_model": "y"}}}, "served_model belongs to url"),
     ],
 )
-def test_what_a_server_cannot_give_is_refused_before_anything_is_loaded(tmp_path: Path, changes: Any, line: str):
+def test_a_recipe_that_needs_more_than_servers_give_is_refused_before_anything_is_loaded(
+    tmp_path: Path, changes: Any, line: str
+):
     tree = remote_recipe(tmp_path, "http://127.0.0.1:1")
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
