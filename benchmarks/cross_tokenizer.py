@@ -36,7 +36,7 @@ def by_opd(name: str, options: argparse.Namespace) -> dict[str, Any]:
         options.recipe, [*options.overrides, *VARIANTS[name], "compute.score_cache=0", f"output={folder}"]
     )
     if not (folder / "parity.json").exists():
-        opd.resume(folder) if folder.exists() else opd.train(config)
+        opd.Trainer(folder).resume() if folder.exists() else opd.train(config)
     [row] = [r for r in json.loads((folder / "parity.json").read_text()) if r["split"] == "held_out"]
     steps = [line["time/step_s/sum"] for line in opd.read_metrics(folder)]
     return {

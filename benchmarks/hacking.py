@@ -40,7 +40,7 @@ def run(recipe: str, folder: Path, overrides: Sequence[str]) -> list[dict[str, A
     config = opd.load_config(recipe, [*overrides, f"output={folder}"])
     lines = opd.read_metrics(folder)
     if not lines or lines[-1]["step"] < config.steps:
-        opd.resume(folder) if folder.exists() else opd.train(config)
+        opd.Trainer(folder).resume() if folder.exists() else opd.train(config)
     return opd.read_metrics(folder)
 
 

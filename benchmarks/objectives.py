@@ -49,7 +49,7 @@ def run(name: str, rate: float, seed: int, options: argparse.Namespace) -> dict[
         raise SystemExit(f"{folder} was run with other settings; remove it, or choose another --output")
     if not (folder / "parity.json").exists():
         if folder.exists():
-            opd.resume(folder)
+            opd.Trainer(folder).resume()
         else:
             opd.train(config)
     rows = json.loads((folder / "parity.json").read_text())

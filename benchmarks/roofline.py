@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from work import opd_parts
 
-from opd.loop import Parts, train_step
+from opd.loop import Components, train_step
 from opd.models.network import Network
 from opd.models.packing import micro_batches
 from opd.records import ScoredRollout
@@ -156,7 +156,7 @@ def sampling(rows: int, tokens: int, overrides: list[str]) -> str:
     )
 
 
-def _timed(parts: Parts, prompts: Sequence[Any], prefilled: list[int], network: Network, *, repeats: int) -> float:
+def _timed(parts: Components, prompts: Sequence[Any], prefilled: list[int], network: Network, *, repeats: int) -> float:
     """The median time of sampling one response a prompt; `prefilled` gets the number of distinct prompt tokens."""
     times = []
     for repeat in range(repeats + 1):

@@ -54,7 +54,7 @@ class Measure:
 
     def __call__(self, adapter: str) -> tuple[float, float]:
         """(the mean over tokens, its standard error from the responses)."""
-        from opd.collect import score_usable
+        from opd.loop import score_usable
 
         from opd.batch import pack
 

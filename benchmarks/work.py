@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from in_turns import PEERS
-from opd.startup import TaskData, make_parts, read_tasks
+from opd.data.task_data import TaskData, read_tasks
+from opd.run import make_components
 
 import opd
 from opd.config import Config
@@ -16,7 +17,7 @@ from opd.episodes.player import EpisodePlayer, one_turn
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
-from opd.loop import Parts
+from opd.loop import Components
 from opd.text.chat import Chat
 
 _HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ SHAPES = {"8x4": (8, 4), "32x1": (32, 1)}
 
 def opd_parts(
     shape: str, tokens: int, steps: int, overrides: list[str], *, endless: bool
-) -> tuple[Config, LocalBackend, TaskData, Parts]:
+) -> tuple[Config, LocalBackend, TaskData, Components]:
     """A run of opd, about to begin; with `endless` no end token ends a response."""
     prompts, group = SHAPES[shape]
     sizes = {"prompts_per_step": prompts, "group_size": group, "max_new_tokens": tokens}
@@ -33,7 +34,7 @@ def opd_parts(
     config = opd.load_config(_HERE / "work.toml", [*settings, f"steps={steps}", *overrides])
     task_data = read_tasks(config, None, None)
     backend = build(config, task_data.make_environment)
-    parts = make_parts(config, backend, task_data)
+    parts = make_components(config, backend, task_data)
     if endless:
         network = backend.student.network
         player = EpisodePlayer(Chat(network.tokenizer), config.episodes, end_ids=(), make_environment=one_turn)

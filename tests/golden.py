@@ -49,7 +49,7 @@ def curves(name: str, folder: Path) -> dict[str, list[float]]:
     changes = {"steps": 10, "sampling": sampling, "optimizer": optimizer, "compute": compute, **RUNS[name]}
     tree = toy_recipe(folder, evaluation={"num_prompts": 0}, **changes)
     tree["teachers"]["odd"] = {"adapter": save_adapter(folder / "adapter", tree["student"], 5)}
-    with patch("opd.trainer.embedded.build", wide):
+    with patch("opd.run.local.build", wide):
         lines = opd.read_metrics(opd.train(opd.parse_config(tree)).run)
     return {key: [line[key] for line in lines] for key in KEYS}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import prompt, toy_recipe
-from opd.startup import read_tasks
+from opd.data.task_data import read_tasks
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
@@ -79,7 +79,7 @@ def test_an_environment_of_ones_own_speaks_between_the_turns(tmp_path: Path):
         assert item.rollout.events.get("heard", 0) == authors.count("student") - (item.rollout.finish == "length")
         assert len(item.score.logprobs) == len(item.rollout.token_ids)  # type: ignore[union-attr]  # none failed
     with pytest.raises(opd.OpdError, match=r"callables of its own \(environment\)"):
-        opd.resume(result.run)
+        opd.Trainer(result.run).resume()
 
 
 def test_scores_and_gradients_of_several_turns_are_those_of_plain_passes(tmp_path: Path):
@@ -125,8 +125,8 @@ def test_a_killed_run_of_agents_goes_on_as_if_it_had_not_been(tmp_path: Path):
             raise Stop
 
     with pytest.raises(Stop):
-        opd.train(stopped, on_step=stop)
-    resumed = opd.resume(tmp_path / "stopped").run
+        opd.train(stopped, callbacks=[stop])
+    resumed = opd.Trainer(tmp_path / "stopped").resume().run
     drop = ("time/",)
     plain = [
         [{k: v for k, v in line.items() if not k.startswith(drop)} for line in opd.read_metrics(run)]
@@ -151,9 +151,9 @@ def test_a_warm_run_that_was_stopped_is_not_warmed_up_again(tmp_path: Path, caps
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        opd.train(opd.parse_config(tree | {"output": str(tmp_path / "again")}), on_step=stop)
+        opd.train(opd.parse_config(tree | {"output": str(tmp_path / "again")}), callbacks=[stop])
     capsys.readouterr()
-    resumed = opd.resume(tmp_path / "again").run
+    resumed = opd.Trainer(tmp_path / "again").resume().run
     assert "warm-up" not in capsys.readouterr().out
     lines = [opd.read_metrics(run) for run in (whole, resumed)]
     assert [line["kl/token/mean"] for line in lines[0]] == [line["kl/token/mean"] for line in lines[1]]
@@ -219,7 +219,7 @@ def test_an_alarm_that_stops_saves_the_run_and_is_kept(tmp_path: Path, capsys: p
     alarms = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
     assert [a["detector"] for a in alarms if a["action"] == "stop"] == ["truncation"]
     assert "detectors/truncation/value" in opd.read_metrics(result.run)[-1]
-    resumed = opd.resume(result.run)
+    resumed = opd.Trainer(result.run).resume()
     assert resumed.finished
     again = [json.loads(line) for line in (result.run / "alarms.jsonl").read_text().splitlines()]
     assert again[: len(alarms)] == alarms

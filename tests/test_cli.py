@@ -118,7 +118,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_run_goes_on_later(
         monkeypatch.setattr(target, failure)  # from the first checkpoint on
         return path
 
-    monkeypatch.setattr("opd.trainer.checkpoint.save", save_and_fill_the_disk)
+    monkeypatch.setattr("opd.checkpoint.save", save_and_fill_the_disk)
     line = one_line(invoke("train", write_toml(tmp_path / "recipe.toml", tree)))
     assert f"cannot write '{run}/{place}'" in line
     assert "No space left on device" in line
@@ -203,11 +203,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[opd.Config]:
     """The configurations with which runs are started, in place of runs."""
     found: list[opd.Config] = []
 
-    def start(config: opd.Config) -> opd.Result:
-        found.append(config)
-        return SimpleNamespace(run=Path(config.output), finished=True)  # pyright: ignore[reportReturnType]
+    def start(trainer: opd.Trainer) -> opd.Result:
+        found.append(trainer.config)
+        return SimpleNamespace(run=Path(trainer.config.output), finished=True)  # pyright: ignore[reportReturnType]
 
-    monkeypatch.setattr("opd.trainer.train", start)
+    monkeypatch.setattr("opd.Trainer.fit", start)
     return found
 
 

@@ -71,7 +71,7 @@ def test_a_killed_engine_is_started_again_and_the_run_goes_on(
     cluster: Cluster, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = opd.train(
-        opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("toy_engine.py --model"))
+        opd.parse_config(recipe(tmp_path, cluster)), callbacks=[after(2, lambda: kill("toy_engine.py --model"))]
     ).run
     assert capsys.readouterr().err.count(NOTICE) == 1
     assert_nothing_lost(run, calm)
@@ -80,7 +80,9 @@ def test_a_killed_engine_is_started_again_and_the_run_goes_on(
 def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(
     cluster: Cluster, calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lambda: kill("ray::EngineActor"))).run
+    run = opd.train(
+        opd.parse_config(recipe(tmp_path, cluster)), callbacks=[after(2, lambda: kill("ray::EngineActor"))]
+    ).run
     assert capsys.readouterr().err.count(NOTICE) == 1
     assert_nothing_lost(run, calm)
     assert not processes("toy_engine.py --model")  # nor did it leave its server behind
@@ -89,8 +91,8 @@ def test_a_killed_actor_of_an_engine_is_made_again_and_the_run_goes_on(
 def test_a_killed_rank_ends_the_run_which_goes_on_later(cluster: Cluster, calm: Path, tmp_path: Path):
     tree = recipe(tmp_path, cluster)
     with pytest.raises(RunError, match=r"learner rank 0 of 1 died .*--resume"):
-        opd.train(opd.parse_config(tree), on_step=after(2, lambda: kill("ray::Rank")))
-    assert opd.resume(tree["output"]).finished
+        opd.train(opd.parse_config(tree), callbacks=[after(2, lambda: kill("ray::Rank"))])
+    assert opd.Trainer(tree["output"]).resume().finished
     assert_nothing_lost(Path(tree["output"]), calm)
 
 
@@ -103,7 +105,7 @@ def test_a_lost_node_takes_its_engine_along_and_the_run_goes_on(cluster: Cluster
         [node] = [n for n in cluster.list_all_nodes() if n.node_id == place]
         cluster.remove_node(node, allow_graceful=False)
 
-    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), on_step=after(2, lose_the_engines_node)).run
+    run = opd.train(opd.parse_config(recipe(tmp_path, cluster)), callbacks=[after(2, lose_the_engines_node)]).run
     assert_nothing_lost(run, calm)
     cluster.add_node(num_cpus=1)
 
@@ -136,5 +138,5 @@ def test_a_killed_driver_leaves_nothing_running_and_its_run_goes_on(cluster: Clu
     while processes("toy_engine.py --model") or processes("ray::Rank"):
         assert time.monotonic() < end, "something goes on without its driver"
         time.sleep(0.2)
-    assert opd.resume(run).finished
+    assert opd.Trainer(run).resume().finished
     assert_nothing_lost(run, calm)

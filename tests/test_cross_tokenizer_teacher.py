@@ -249,7 +249,7 @@ def test_training_follows_a_foreign_teacher(tmp_path: Path):
     tree = toy_recipe(tmp_path, objective={"type": "immediate"}, steps=2)
     tree["teachers"]["odd"] = {"model": save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390))}
     reports = []
-    result = opd.train(opd.parse_config(tree), on_step=reports.append)
+    result = opd.train(opd.parse_config(tree), callbacks=[reports.append])
     assert result.finished
     values = reports[-1].values
     assert values["kl/byte/mean"] > 0

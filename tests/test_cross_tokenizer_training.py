@@ -32,7 +32,7 @@ def test_the_reverse_kl_per_byte_falls(tmp_path: Path):
     tree["teachers"] = {"even": {"model": save_cross_tokenizer(tmp_path / "merged", toy_ascii(*merges), seed=5)}}
     tree["tasks"]["second"]["teacher"] = "even"
     found: list[float] = []
-    opd.train(opd.parse_config(tree), on_step=lambda report: found.append(report.values["kl/byte/mean"]))
+    opd.train(opd.parse_config(tree), callbacks=[lambda report: found.append(report.values["kl/byte/mean"])])
     first, last = sum(found[:10]) / 10, sum(found[-20:]) / 20
     assert last < 0.88 * first, (first, last)  # 3.96 and 3.31 nats a byte when this was written
 
@@ -71,9 +71,9 @@ def test_a_changed_template_of_a_teacher_is_refused_on_resume(tmp_path: Path):
     tree["teachers"] = {"even": {"model": save_cross_tokenizer(tmp_path / "merged", toy_ascii(("a", "b")), seed=5)}}
     tree["tasks"]["second"]["teacher"] = "even"
     stop = signal.SIGINT
-    result = opd.train(opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 2 else None)
+    result = opd.train(opd.parse_config(tree), callbacks=[lambda r: signal.raise_signal(stop) if r.step == 2 else None])
     assert not result.finished
     template = tmp_path / "merged" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(CheckError, match="the tokenizer of teacher 'even' is not what this run began with"):
-        opd.resume(result.run)
+        opd.Trainer(result.run).resume()

@@ -13,7 +13,7 @@ from opd.finetune import sft
 
 
 def warnings_of(tree: dict[str, Any], **callables: Any) -> list[str]:
-    findings = opd.check(parse_config(tree), **callables)
+    findings = opd.Trainer(parse_config(tree), **callables).check()
     return [finding.detail for finding in findings if finding.name == "no effect"]
 
 

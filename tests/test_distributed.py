@@ -113,8 +113,8 @@ def test_steps_ahead_are_at_most_so_stale_and_visit_every_prompt_once(tmp_path: 
             raise Stop
 
     with pytest.raises(Stop):  # while the next steps are on their way
-        opd.train(opd.parse_config(tree), on_step=stop)
-    run = opd.resume(tree["output"]).run
+        opd.train(opd.parse_config(tree), callbacks=[stop])
+    run = opd.Trainer(tree["output"]).resume().run
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for step in range(1, 7):
@@ -186,9 +186,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(whole: Path, tmp_path: Path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        opd.train(opd.parse_config(tree), on_step=stop)
+        opd.train(opd.parse_config(tree), callbacks=[stop])
     run = Path(tree["output"])
-    assert opd.resume(run, ["cluster.learner_ranks=1"]).finished
+    assert opd.Trainer(run).resume(["cluster.learner_ranks=1"]).finished
     assert json.loads((run / "config.json").read_text())["cluster"]["learner_ranks"] == 1
     for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
@@ -205,11 +205,11 @@ def test_a_full_disk_at_a_rank_keeps_the_earlier_checkpoint_and_the_run_goes_on_
     with pytest.raises(
         opd.errors.RunError, match=r"learner rank \d cannot write the checkpoint '.*File too large.*--resume"
     ):
-        opd.train(opd.parse_config(tree), on_step=fill)
+        opd.train(opd.parse_config(tree), callbacks=[fill])
     run = Path(tree["output"])
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-000001"]
     assert not list(run.rglob("*partial*"))
-    assert opd.resume(run).finished
+    assert opd.Trainer(run).resume().finished
     for a, b in zip(read_metrics(run), read_metrics(whole), strict=True):
         assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-5)
 

@@ -116,7 +116,7 @@ def test_teachers_of_one_model_are_at_one_engine_and_say_what_servers_of_it_do(t
             len([p for p in processes(f"--model {tree['teachers']['odd']['model']}") if SUPERVISOR not in said(p)])
         )
 
-    run = opd.train(opd.parse_config(tree), on_step=count).run
+    run = opd.train(opd.parse_config(tree), callbacks=[count]).run
     assert seen == [1] * 4
     one = save_toy(tmp_path / "one", 1)
     alone = with_engines(tmp_path / "alone")
@@ -151,7 +151,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     where models take turns, not each its own way."""
     found = {}
     for together in (False, True):
-        with patch("opd.startup._per_prompt", lambda _, together=together: not together):
+        with patch("opd.run._per_prompt", lambda _, together=together: not together):
             tree = with_engines(tmp_path_factory.mktemp("apart"))
             found[together] = opd.train(opd.parse_config(tree)).run
     return found
@@ -180,7 +180,7 @@ def test_a_killed_engine_of_a_teacher_is_restarted(apart: dict[bool, Path], tmp_
         if report.step == 2:
             kill(f"toy_engine.py --model {tree['teachers']['odd']['model']}")
 
-    assert_the_same(opd.train(opd.parse_config(tree), on_step=strike).run, apart[sleep])
+    assert_the_same(opd.train(opd.parse_config(tree), callbacks=[strike]).run, apart[sleep])
 
 
 def test_two_groups_never_hold_the_lock_at_once():
@@ -371,7 +371,7 @@ def test_a_run_leaves_no_folder_and_no_process(tmp_path: Path, monkeypatch: pyte
     tree = recipe(tmp_path)
     if when == "at its end":
         seen: list[Path] = []
-        opd.train(opd.parse_config(tree), on_step=lambda _: seen.extend(place.glob("opd-engine-*")))
+        opd.train(opd.parse_config(tree), callbacks=[lambda _: seen.extend(place.glob("opd-engine-*"))])
         assert seen
     else:
         tree["cluster"]["engine_args"] = ["--slow"]
@@ -395,6 +395,6 @@ def test_an_error_while_parts_are_made_ends_everything_that_was_started(tmp_path
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no parts")
 
-    with patch("opd.trainer.make_parts", broken), pytest.raises(RuntimeError, match="no parts"):
+    with patch("opd.run.make_components", broken), pytest.raises(RuntimeError, match="no parts"):
         opd.train(opd.parse_config(recipe(tmp_path)))
     wait_for(lambda: not processes("toy_engine.py"))

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from opd.checks.masks import mask_warning
+from opd.checks.notices import mask_warning
 from test_hack_gym import SMALL, Path, ways
 
 import opd

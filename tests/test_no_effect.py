@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from commands import invoke, one_line, refuse_tree
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
-from opd.checks.findings import Finding
-from opd.checks.no_effect import notices, notices_of_tuning
-from opd.startup import read_tasks
+from opd.checks.rules import Finding
+from opd.checks.notices import notices, notices_of_tuning
+from opd.data.task_data import read_tasks
 
 import opd
 from opd.config import FileTask, without_effect

@@ -23,18 +23,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_asked_for_again(run: Path):
     table = (run / "parity.md").read_text()
-    for continued in (opd.resume, opd.evaluate_run):
-        with pytest.raises(RunError, match=r"was started with callables of its own \(reward\)"):
-            continued(run)
+    for continued in (opd.Trainer.resume, opd.Trainer.evaluate):
+        with pytest.raises(RunError, match=r"was started with reward from Python"):
+            continued(opd.Trainer(run))
     result = CliRunner().invoke(app, ["eval", str(run)])
     assert result.exit_code == 2
-    assert "opd.evaluate_run" in result.output
+    assert "opd.Trainer(" in result.output
     assert (run / "parity.md").read_text() == table
 
 
 def test_with_it_the_table_is_the_same(run: Path):
     table = (run / "parity.md").read_text()
-    rows = opd.evaluate_run(run, reward=always)
+    rows = opd.Trainer(run, reward=always).evaluate()
     assert all(row.after.accuracy == 1.0 for row in rows)
     assert (run / "parity.md").read_text() == table
 
@@ -44,7 +44,7 @@ def test_without_evaluation_prompts_there_is_nothing_to_evaluate(tmp_path: Path)
     with pytest.raises(
         RunError, match=r"say on how many prompts of each task and split, such as evaluation.num_prompts=128"
     ):
-        opd.evaluate_run(result.run)
+        opd.Trainer(result.run).evaluate()
 
 
 def test_alignment_without_another_tokenizer_is_refused(tmp_path: Path):
@@ -70,8 +70,8 @@ def test_each_callable_is_asked_for_again(tmp_path: Path):
 
     config = opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))
     run = opd.train(config, reward=always, environment=environment).run
-    with pytest.raises(RunError, match=r"callables of its own \(environment\).*opd.resume\(.*, environment=\.\.\.\)"):
-        opd.resume(run, reward=always)
-    with pytest.raises(RunError, match=r"\(reward, environment\)"):
-        opd.resume(run)
-    assert opd.resume(run, reward=always, environment=environment).finished
+    with pytest.raises(RunError, match=r"was started with environment from Python.*opd.Trainer\(.*, environment=\.\.\.\)"):
+        opd.Trainer(run, reward=always).resume()
+    with pytest.raises(RunError, match=r"with reward, environment from Python"):
+        opd.Trainer(run).resume()
+    assert opd.Trainer(run, reward=always, environment=environment).resume().finished

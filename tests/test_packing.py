@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
-from opd.checks.findings import PACKED_WITHIN, packed_equals_plain
+from opd.checks.rules import PACKED_WITHIN, packed_equals_plain
 from torch import Tensor
 
 from opd.config import ComputeConfig

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from opd.startup import read_tasks, run_checks
+from opd.checks.startup import run_checks
+from opd.data.task_data import read_tasks
 
 import opd
 from opd.data.tasks import make_tasks

@@ -328,11 +328,11 @@ def test_lost_rollouts_are_counted_and_too_many_stop_a_run_that_goes_on_where_it
         with pytest.raises(
             StalledError, match=r"step 3: 4 of 8 rollouts were lost \(teacher 'odd'.*answers 500.*--resume"
         ):
-            opd.train(opd.parse_config(tree), on_step=break_down)
+            opd.train(opd.parse_config(tree), callbacks=[break_down])
         assert begun == [1, 2]
         run = Path(tree["output"])
         server.faults = lambda number: status(503) if number % 16 == 0 else None
-        assert opd.resume(run).finished
+        assert opd.Trainer(run).resume().finished
     lines, wanted = read_metrics(run), read_metrics(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     for a, b in zip(lines, wanted, strict=True):
@@ -351,7 +351,7 @@ def test_a_teacher_that_stays_silent_stops_the_run_below_the_fraction(tmp_path: 
             server.faults = lambda number: status(500)
 
         with pytest.raises(StalledError, match="the last 3 steps lost every rollout of teacher 'odd'"):
-            opd.train(opd.parse_config(tree), on_step=break_down)
+            opd.train(opd.parse_config(tree), callbacks=[break_down])
     lines = read_metrics(Path(tree["output"]))
     assert [line.get("remote/lost/sum", 0) for line in lines] == [0, 4, 4, 4]
     assert [line.get("failed/odd/sum", 0) for line in lines] == [0, 4, 4, 4]
@@ -366,7 +366,7 @@ def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Pat
         run = opd.train(opd.parse_config(tree)).run
         server.name = "other"
         with pytest.raises(opd.errors.CheckError, match="teacher 'odd' is not what this run began with"):
-            opd.resume(run)
+            opd.Trainer(run).resume()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(copy: Path, finis
     metrics = copy / "metrics.jsonl"
     metrics.write_text("\n".join(metrics.read_text().splitlines()[:3])[:-9])  # two lines, and a third that was cut
     steps = []
-    assert opd.resume(copy, on_step=lambda report: steps.append(report.step)).finished
+    assert opd.Trainer(copy, callbacks=[lambda report: steps.append(report.step)]).resume().finished
     assert steps == [1, 2, 3, 4, 5, 6]
     assert_same_result(copy, finished)
 
@@ -63,14 +63,14 @@ def test_an_error_in_on_step_leaves_a_run_that_can_go_on(tmp_path: Path, finishe
 
     tree = recipe(tmp_path, steps=6)
     with pytest.raises(Stop):
-        opd.train(opd.parse_config(tree), on_step=fail)
-    assert opd.resume(tree["output"]).finished
+        opd.train(opd.parse_config(tree), callbacks=[fail])
+    assert opd.Trainer(tree["output"]).resume().finished
     assert lines_of(Path(tree["output"])) == lines_of(finished)
 
 
 def test_resuming_a_finished_run_does_no_further_step_and_keeps_its_results(copy: Path, finished: Path):
     steps = []
-    result = opd.resume(copy, on_step=steps.append)
+    result = opd.Trainer(copy, callbacks=[steps.append]).resume()
     assert (result.steps_done, result.finished, steps) == (6, True, [])
     assert len(result.parity) == 3
     ours, theirs = files_of(copy), files_of(finished)
@@ -135,7 +135,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     damage, reason = DAMAGES[name]
     damage(copy / "checkpoints" / "step-000006")
     steps = []
-    assert opd.resume(copy, on_step=lambda report: steps.append(report.step)).finished
+    assert opd.Trainer(copy, callbacks=[lambda report: steps.append(report.step)]).resume().finished
     assert steps == [5, 6]
     assert_same_result(copy, finished)
     said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
@@ -162,7 +162,7 @@ def test_a_kill_during_a_checkpoints_writing_leaves_the_one_before(copy: Path, f
     metrics = copy / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-40])  # and the last line was cut
     steps = []
-    assert opd.resume(copy, on_step=lambda report: steps.append(report.step)).finished
+    assert opd.Trainer(copy, callbacks=[lambda report: steps.append(report.step)]).resume().finished
     assert steps == [5, 6]
     assert_same_result(copy, finished)
 
@@ -170,7 +170,7 @@ def test_a_kill_during_a_checkpoints_writing_leaves_the_one_before(copy: Path, f
 def test_a_kill_during_the_export_leaves_a_run_that_exports_again(copy: Path, finished: Path):
     (copy / "student").rename(copy / ".student.partial")
     (copy / ".student.partial" / "adapter_model.safetensors").write_bytes(b"half")
-    assert opd.resume(copy).finished
+    assert opd.Trainer(copy).resume().finished
     assert_same_result(copy, finished)
 
 
@@ -178,7 +178,7 @@ def resumable(folder: Path) -> Path:
     """A run of its own teachers, stopped after step 3."""
     tree = recipe(folder, steps=6)
     result = opd.train(
-        opd.parse_config(tree), on_step=lambda r: signal.raise_signal(signal.SIGINT) if r.step == 3 else None
+        opd.parse_config(tree), callbacks=[lambda r: signal.raise_signal(signal.SIGINT) if r.step == 3 else None]
     )
     assert not result.finished
     return result.run
@@ -200,7 +200,7 @@ def test_a_changed_teacher_is_refused_on_resume(tmp_path: Path, which: str):
 def test_a_changed_base_of_the_student_is_refused_on_resume(tmp_path: Path):
     tree = toy_recipe(tmp_path, steps=6, evaluation={"num_prompts": 2})  # both teachers are models of their own
     stop = signal.SIGINT
-    result = opd.train(opd.parse_config(tree), on_step=lambda r: signal.raise_signal(stop) if r.step == 3 else None)
+    result = opd.train(opd.parse_config(tree), callbacks=[lambda r: signal.raise_signal(stop) if r.step == 3 else None])
     assert not result.finished
     before = files_of(result.run)
     save_toy(tmp_path / "student", 9)

@@ -22,7 +22,7 @@ from opd.logging.run_folder import RunFolder
 
 def stopped(tree: dict[str, Any], step: int = 3) -> Path:
     result = opd.train(
-        opd.parse_config(tree), on_step=lambda r: signal.raise_signal(signal.SIGINT) if r.step == step else None
+        opd.parse_config(tree), callbacks=[lambda r: signal.raise_signal(signal.SIGINT) if r.step == step else None]
     )
     assert not result.finished
     return result.run
@@ -51,7 +51,7 @@ def test_models_and_prompts_that_lie_elsewhere_are_the_same_run(tmp_path: Path):
     assert f'changed: student = "{there}/student", was "{tmp_path}/here/student"' in result.output.replace("\n", "")
     assert_same_training(there / run.name, whole)
     assert json.loads((there / run.name / "config.json").read_text())["student"] == f"{there}/student"
-    assert opd.resume(there / run.name).finished  # it knows by now
+    assert opd.Trainer(there / run.name).resume().finished  # it knows by now
 
 
 def test_a_server_may_have_another_address(tmp_path: Path):
@@ -65,14 +65,14 @@ def test_a_server_may_have_another_address(tmp_path: Path):
     with serving(toy_model(2)) as server:
         server.name = "other"
         with pytest.raises(opd.errors.CheckError, match="teacher 'odd' is not what this run began with"):
-            opd.resume(run, [f"teachers.odd.url={server.url}"])
+            opd.Trainer(run).resume([f"teachers.odd.url={server.url}"])
     assert files_of(run) == before
     with serving(toy_model(2)) as server:
-        assert opd.resume(run, [f"teachers.odd.url={server.url}"]).finished
-        assert opd.evaluate_run(run)
+        assert opd.Trainer(run).resume([f"teachers.odd.url={server.url}"]).finished
+        assert opd.Trainer(run).evaluate()
     with serving(toy_model(2)) as server:
         noted = (run / "config.json").read_bytes()
-        assert opd.evaluate_run(run, [f"teachers.odd.url={server.url}"])
+        assert opd.Trainer(run).evaluate([f"teachers.odd.url={server.url}"])
         assert (run / "config.json").read_bytes() == noted
 
 
@@ -81,7 +81,7 @@ def test_another_model_elsewhere_is_refused_and_nothing_is_written(tmp_path: Pat
     before = files_of(run)
     save_toy(tmp_path / "other", 9)
     with pytest.raises(opd.errors.CheckError, match="teacher 'even' is not what this run began with"):
-        opd.resume(run, [f"teachers.even.model={tmp_path}/other"])
+        opd.Trainer(run).resume([f"teachers.even.model={tmp_path}/other"])
     assert files_of(run) == before
 
 
@@ -90,8 +90,8 @@ def test_more_steps_at_a_constant_rate_are_those_of_a_longer_run(tmp_path: Path)
     whole = opd.train(opd.parse_config(recipe(tmp_path / "whole", steps=6, **constant))).run
     run = opd.train(opd.parse_config(recipe(tmp_path / "short", steps=4, **constant))).run
     with pytest.raises(ConfigError, match="steps = 3: step 4 of this run is done; ask for as many or more"):
-        opd.resume(run, ["steps=3"])
-    assert opd.resume(run, ["steps=6"]).finished
+        opd.Trainer(run).resume(["steps=3"])
+    assert opd.Trainer(run).resume(["steps=6"]).finished
     assert_same_training(run, whole)
 
 
@@ -122,13 +122,13 @@ def test_a_run_without_evaluation_is_evaluated_on_as_many_prompts_as_asked_for(t
     run = opd.train(opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))).run
     noted = (run / "config.json").read_bytes()
     with pytest.raises(opd.OpdError, match=r"such as evaluation.num_prompts=128"):
-        opd.evaluate_run(run)
-    rows = opd.evaluate_run(run, ["evaluation.num_prompts=3"])
+        opd.Trainer(run).evaluate()
+    rows = opd.Trainer(run).evaluate(["evaluation.num_prompts=3"])
     assert {row.after.total for row in rows} == {3}
     assert {row.before for row in rows} == {None}
     assert (run / "config.json").read_bytes() == noted
     with pytest.raises(ConfigError, match=r"optimizer.lr = 0.1: a run is evaluated as it was trained"):
-        opd.evaluate_run(run, ["optimizer.lr=0.1"])
+        opd.Trainer(run).evaluate(["optimizer.lr=0.1"])
 
 
 def test_a_second_process_is_refused_before_it_reads_anything(tmp_path: Path):
@@ -138,25 +138,25 @@ def test_a_second_process_is_refused_before_it_reads_anything(tmp_path: Path):
         RunFolder(run).locked(),
         pytest.raises(opd.OpdError, match="another process trains in run folder"),
     ):
-        opd.resume(run, ["compute.max_tokens=512"])
+        opd.Trainer(run).resume(["compute.max_tokens=512"])
 
 
 def test_a_finished_run_keeps_the_configuration_that_it_was_made_with(tmp_path: Path):
     run = opd.train(opd.parse_config(recipe(tmp_path, steps=2))).run
     noted = (run / "config.json").read_bytes()
-    assert opd.resume(run, ["compute.max_tokens=512"]).finished
+    assert opd.Trainer(run).resume(["compute.max_tokens=512"]).finished
     assert (run / "config.json").read_bytes() == noted
 
 
 def test_an_adapter_that_is_gone_says_how_to_name_its_new_place(tmp_path: Path):
     run = stopped(recipe(tmp_path, steps=6))
     (tmp_path / "adapter").rename(tmp_path / "moved")
-    for go_on in (opd.resume, opd.evaluate_run):
+    for go_on in (opd.Trainer.resume, opd.Trainer.evaluate):
         with pytest.raises(
-            opd.OpdError, match=r"is no folder here; if it has moved, say where: teachers.odd.adapter=PATH"
+            opd.OpdError, match=r"is not a folder here; if it has moved, add teachers.odd.adapter=PATH"
         ):
-            go_on(run)
-    assert opd.resume(run, [f"teachers.odd.adapter={tmp_path}/moved"]).finished
+            go_on(opd.Trainer(run))
+    assert opd.Trainer(run).resume([f"teachers.odd.adapter={tmp_path}/moved"]).finished
 
 
 def test_where_and_how_it_runs_may(tmp_path: Path):

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import opd
 from opd.cli import app
 from opd.logging.run_folder import Background, RunFolder
-from opd.trainer import _Run
+from opd.run import Run
 
 STEPS = 30
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # The slow imports once, then the `opd` command in a child of its own for each line of arguments and files to print to.
 SPAWNER = """
 import json, os, sys
-import opd.trainer
+import opd.run
 from opd.cli import main
 
 for line in sys.stdin:
@@ -153,7 +153,7 @@ def test_an_interrupt_finishes_the_step_saves_it_and_says_how_to_go_on(
     assert last == f"stopped after step {done} of {STEPS}; continue with: opd train --resume {run}"
     assert checkpoints(run) == [f"step-{done:06d}"]
     assert not (run / "student").exists()
-    assert opd.resume(run).finished
+    assert opd.Trainer(run).resume().finished
     assert_same_result(run, uninterrupted)
 
 
@@ -166,7 +166,7 @@ def test_a_signal_during_a_step_stops_behind_it(tmp_path: Path, number: signal.S
             signal.raise_signal(number)
 
     tree = recipe(tmp_path, steps=6, checkpoint={"every": 5})
-    result = opd.train(opd.parse_config(tree), on_step=interrupt)
+    result = opd.train(opd.parse_config(tree), callbacks=[interrupt])
     assert (result.steps_done, result.finished) == (3, False)
     assert checkpoints(result.run) == ["step-000003"]
     assert steps_done(result.run) == 3
@@ -185,7 +185,7 @@ def test_a_steps_rollouts_are_on_disk_when_its_callback_runs(tmp_path: Path, mon
     seen: list[int] = []
     opd.train(
         opd.parse_config(tree),
-        on_step=lambda report: seen.append(len(list(opd.read_rollouts(tree["output"], report.step)))),
+        callbacks=[lambda report: seen.append(len(list(opd.read_rollouts(tree["output"], report.step))))],
     )
     assert len(seen) == 2
     assert all(seen)
@@ -196,15 +196,15 @@ def test_a_second_interrupt_saves_the_step_that_is_whole_and_says_how_to_go_on(
 ):
     tree = recipe(tmp_path, steps=6, checkpoint={"every": 2})
 
-    record = _Run._record
+    record = Run._record
 
-    def interrupt_twice(self: _Run, report: Any, line: Any, records: Background) -> None:
+    def interrupt_twice(self: Run, report: Any, line: Any, records: Background) -> None:
         record(self, report, line, records)
         if report.step == 4:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_Run, "_record", interrupt_twice)
+    monkeypatch.setattr(Run, "_record", interrupt_twice)
     result = CliRunner().invoke(app, ["train", write_toml(tmp_path / "recipe.toml", tree)])
     assert result.exit_code == 130
     [line] = result.stderr.splitlines()

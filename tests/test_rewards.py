@@ -18,7 +18,7 @@ from run_folders import checkpoints, lines_of
 
 import opd
 from opd.errors import RewardError
-from opd.loop import rollout_metrics
+from opd.step_metrics import rollout_metrics
 from opd.metrics import values
 from opd.rewards import math_values
 from opd.rewards import verifiers as verify
@@ -251,10 +251,10 @@ def test_a_reward_that_fails_in_a_run_leaves_its_whole_steps_and_a_line_that_wor
     line = str(found.value)
     assert line.startswith("step 3: prompt '")
     assert ", sample " in line
-    advice = f"; step 2 is saved: fix it, then continue with: opd.resume('{run}', reward=...), in Python"
+    advice = f"; step 2 is saved: fix it, then continue with: opd.Trainer('{run}', reward=...).resume(), in Python"
     assert line.endswith(advice)
     assert checkpoints(run) == ["step-000002"]
-    assert opd.resume(run, reward=fair).finished
+    assert opd.Trainer(run, reward=fair).resume().finished
     assert lines_of(run) == lines_of(whole)
 
 
@@ -277,7 +277,7 @@ def test_a_reward_that_fails_on_held_out_prompts_leaves_a_step_that_is_finished_
         match=r"after step 2: prompt 'second:\d', sample 0: the reward raised RuntimeError: no; step 2 is saved",
     ):
         opd.train(opd.parse_config(tree | {"output": str(run)}), reward=failing)
-    assert opd.resume(run, reward=fair).finished
+    assert opd.Trainer(run, reward=fair).resume().finished
     assert lines_of(run) == lines_of(calm)
     assert len(list((run / "rollouts").iterdir())) == 3
 
@@ -312,7 +312,7 @@ def test_a_reward_that_fails_before_the_first_step_says_so_and_the_run_begins_ag
     )
     with pytest.raises(opd.OpdError, match=expected):
         opd.train(config, reward=failing)
-    assert opd.resume(run, reward=fair).finished
+    assert opd.Trainer(run, reward=fair).resume().finished
 
 
 def test_a_run_in_a_thread_verifies_with_math(bench: dict[str, Any], tmp_path: Path):

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import opd.collect
-import opd.sft
+import opd.finetune
 import pytest
 from commands import invoke, one_line
 from factories import sft_recipe, toy_recipe, write_toml
@@ -20,7 +19,7 @@ from run_folders import checkpoints, lines_of
 import opd
 import opd.logging.curves
 import opd.loop
-import opd.trainer
+import opd.run
 from opd import checkpoint
 from opd.errors import RunError, ScoreError
 from opd.local.learner import LocalLearner
@@ -90,19 +89,19 @@ def bug() -> None:
 FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "the rollouts' file": (RunFolder, "write_rollouts", 2, full, 3, True),  # written beside the next step
     "the metrics' file": (RunFolder, "append_metrics", 3, full, 3, True),
-    "the alarms' file": (opd.trainer.RunMonitor, "observe", 3, dead, 3, True),
-    "the console": (opd.trainer.ProgressLine, "step", 3, full, 3, True),
+    "the alarms' file": (opd.run.RunMonitor, "observe", 3, dead, 3, True),
+    "the console": (opd.run.ProgressLine, "step", 3, full, 3, True),
     "a sampler whose server dies": (LocalSampler, "sample", 5, dead, 2, True),
     "a sampler that takes no weights": (LocalSampler, "load_weights", 3, dead, 2, True),
-    "a teacher": (opd.loop, "judged", 3, dead, 2, True),
+    "a teacher": (opd.loop, "_judged", 3, dead, 2, True),
     "a backward pass": (LocalLearner, "forward_backward", 4, bug, 3, False),
     "a gradient that is no number": (
         LocalLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
     ),
     "the picture": (opd.logging.curves, "draw_curves", 1, bug, 4, True),
     "the picture's file": (opd.logging.curves, "draw_curves", 1, full, 4, True),
-    "the export": (opd.trainer, "draw_run", 1, dead, 4, True),
-    "the table": (opd.trainer.Measuring, "parity", 1, dead, 4, True),
+    "the export": (opd.run, "draw_run", 1, dead, 4, True),
+    "the table": (opd.run.Evaluator, "parity", 1, dead, 4, True),
 }  # fmt: skip
 
 
@@ -188,7 +187,7 @@ def test_a_callback_that_fails_leaves_a_note_and_the_step_that_it_saw(
         on_step(report)
 
     with pytest.raises(type(error)) as found:
-        opd.train(opd.parse_config(tree), on_step=later if kind == "an async error" else on_step)
+        opd.train(opd.parse_config(tree), callbacks=[later if kind == "an async error" else on_step])
     assert found.value is error
     said = capsys.readouterr().out.splitlines()[-1] if kind == "an exit" else error.__notes__[-1]
     compute_advantages(said, Path(tree["output"]))
@@ -207,11 +206,11 @@ def press(times: int) -> Callable[[], None]:
 
 
 PHASES: dict[str, tuple[Any, str, int, int]] = {
-    "while it samples": (opd.collect, "score_usable", 3, 2),
-    "before the update": (opd.loop, "judged", 3, 2),
+    "while it samples": (opd.loop, "score_usable", 3, 2),
+    "before the update": (opd.loop, "_judged", 3, 2),
     "while the weights move": (LocalSampler, "load_weights", 4, 3),
     "while the step is recorded": (RunFolder, "append_metrics", 3, 3),
-    "while it is measured": (opd.trainer.Measuring, "held_out", 3, 3),
+    "while it is measured": (opd.run.Evaluator, "held_out", 3, 3),
 }
 
 
@@ -277,7 +276,7 @@ def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opd.trainer.run_checks", interrupted)
+    monkeypatch.setattr("opd.run.run_checks", interrupted)
     result = train(tree, tmp_path)
     monkeypatch.undo()
     assert (result.exit_code, result.stderr) == (130, "opd: stopped; run the same command again\n")
@@ -309,7 +308,7 @@ def test_ctrl_c_before_the_first_step_says_that_none_is_saved(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opd.trainer.Measuring.before", interrupted)
+    monkeypatch.setattr("opd.run.Evaluator.before", interrupted)
     result = train(tree, tmp_path)
     monkeypatch.undo()
     [line] = result.stderr.splitlines()
@@ -336,7 +335,7 @@ def test_fine_tuning_that_ends_early_is_continued_as_its_line_says(
     tree, calm = tuned
     run = tmp_path / "expert"
     action = {"once": press(1), "twice": press(2), "a full disk": full, "a bug": bug}[how]
-    monkeypatch.setattr("opd.finetune.imitation_batch", at(3, action, opd.sft.imitation_batch))
+    monkeypatch.setattr("opd.finetune.imitation_batch", at(3, action, opd.finetune.imitation_batch))
     result = invoke("sft", write_toml(tmp_path / "sft.toml", tree | {"output": str(run)}))
     monkeypatch.undo()
     step = 3 if how == "once" else 2
@@ -376,7 +375,7 @@ def test_each_command_continues_its_own_runs(tuned: tuple[dict[str, Any], Path],
     assert "give a recipe, or --resume RUN" in one_line(invoke("sft"))
     assert invoke("sft", "--resume", expert).exit_code == 0
     with pytest.raises(RunError, match="not of 'opd train'"):
-        opd.resume(expert)
+        opd.Trainer(expert).resume()
     assert opd.resume_sft(expert)
 
 
@@ -399,7 +398,7 @@ def test_a_run_folder_in_the_way_is_continued_with_what_fits_it(
 def test_a_run_without_a_checkpoint_is_not_evaluated_and_continued_first(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("opd.trainer.Measuring.before", at(1, bug, opd.trainer.Measuring.before))
+    monkeypatch.setattr("opd.run.Evaluator.before", at(1, bug, opd.run.Evaluator.before))
     train(tree, tmp_path)
     monkeypatch.undo()
     run = Path(tree["output"])

@@ -117,7 +117,7 @@ def test_training_with_kept_scores_follows_the_same_numbers(tmp_path: Path):
         tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 1}
         tree["evaluation"] = {"num_prompts": 0}
         lines: list[dict[str, float]] = []
-        opd.train(opd.parse_config(tree), on_step=lambda report, lines=lines: lines.append(dict(report.values)))
+        opd.train(opd.parse_config(tree), callbacks=[lambda report, lines=lines: lines.append(dict(report.values))])
         found.append(lines)
     plain, cached = found
     assert sum(line["batch/cached/sum"] for line in cached) > 0

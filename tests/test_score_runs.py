@@ -53,9 +53,9 @@ def test_a_resumed_run_finds_its_scores_and_gives_the_same_losses(tmp_path: Path
             raise Stop
 
     with pytest.raises(Stop):
-        opd.train(opd.parse_config(tree), on_step=stop)
+        opd.train(opd.parse_config(tree), callbacks=[stop])
     shutil.rmtree(Path(tree["output"]) / "checkpoints" / "step-000005")  # as if the run had been killed there
-    opd.resume(tree["output"])  # from step 4: the fifth is done again
+    opd.Trainer(tree["output"]).resume()  # from step 4: the fifth is done again
     assert hits(Path(tree["output"]))[4] == 16.0
     assert hits(whole)[4] < 16.0
     assert losses(Path(tree["output"])) == losses(whole)

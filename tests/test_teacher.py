@@ -20,7 +20,7 @@ from opd.data.tasks import make_tasks
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.teacher import LocalTeachers, Part, Policy
-from opd.loop import Parts, train_step
+from opd.loop import Components, train_step
 from opd.models import packing
 from opd.models.loading import load_network
 from opd.models.lora import add_adapter
@@ -272,7 +272,7 @@ def test_a_step_counts_failed_scores_and_trains_on_the_others(tmp_path: Path):
     backend = build(config)
     lower_context(backend.policies["even"].network, 8)  # shorter than any prompt
     prompts = {name: task.prompts("train") for name, task in make_tasks(config.tasks).items()}
-    parts = Parts(
+    parts = Components(
         PromptStream(prompts, dict.fromkeys(prompts, 1.0), seed=0),
         backend.sampler(),
         backend.teachers(keep_hidden=True),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
-from opd.startup import read_tasks, run_checks
+from opd.checks.startup import run_checks
+from opd.data.task_data import read_tasks
 from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
 from vllm_like import serving
 
@@ -328,7 +329,7 @@ def test_a_run_is_not_continued_with_another_template_of_its_teacher(tmp_path: P
     opd.train(config)
     templated(CHATTY.replace("in full", "briefly")).save_pretrained(tmp_path / "theirs")
     with pytest.raises(opd.OpdError, match=r"the tokenizer of teacher 'even' is not what this run began with"):
-        opd.resume(tmp_path / "run", ["steps=3"])
+        opd.Trainer(tmp_path / "run").resume(["steps=3"])
 
 
 def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_path: Path):

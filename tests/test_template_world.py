@@ -87,7 +87,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped_with_a_clock_in_both_te
     assert kept.template_time is not None
     assert abs((datetime.now() - kept.template_time).total_seconds()) < 300
     time.sleep(1.1)
-    opd.resume(tmp_path / "run", ["steps=4"])
+    opd.Trainer(tmp_path / "run").resume(["steps=4"])
     assert len(prompts_of(tmp_path / "run")) == 1
     tree = recipe(tmp_path, student, teacher, steps=4, template_time=kept.template_time, output=str(tmp_path / "whole"))
     opd.train(opd.parse_config(tree))
@@ -101,7 +101,7 @@ def test_an_evaluation_of_a_run_reads_the_clock_of_the_run(tmp_path: Path, monke
     opd.train(opd.parse_config(recipe(tmp_path, student, student, steps=2)))
     first = (tmp_path / "run" / "parity.json").read_text()
     time.sleep(1.1)
-    opd.evaluate_run(tmp_path / "run")
+    opd.Trainer(tmp_path / "run").evaluate()
     assert (tmp_path / "run" / "parity.json").read_text() == first
 
 
@@ -109,7 +109,7 @@ def test_the_clock_of_a_run_does_not_change_when_it_goes_on(tmp_path: Path):
     student = save_templated(tmp_path / "mine", templated(CLOCK + PLAIN))
     opd.train(opd.parse_config(recipe(tmp_path, student, student, steps=2)))
     with pytest.raises(ConfigError, match=r"template_time = .*: a run that goes on keeps what it learns from"):
-        opd.resume(tmp_path / "run", ["template_time=2020-01-01T00:00:00"])
+        opd.Trainer(tmp_path / "run").resume(["template_time=2020-01-01T00:00:00"])
 
 
 def test_a_run_without_a_clock_keeps_no_moment(tmp_path: Path):
@@ -170,10 +170,13 @@ def test_fine_tuning_reads_one_moment(tmp_path: Path):
 def test_a_moment_that_no_template_reads_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = opd.parse_config(toy_recipe(tmp_path, steps=2, template_time=MOMENT, objective={"type": "immediate"}))
     assert any(
-        "template_time = " in f.detail and "no chat template reads the clock" in f.detail for f in opd.check(config)
+        "template_time = " in f.detail and "no chat template reads the clock" in f.detail
+        for f in opd.Trainer(config).check()
     )
     student = save_templated(tmp_path / "reads", templated(CLOCK + PLAIN))
-    assert not any("template_time" in f.detail for f in opd.check(config.model_copy(update={"student": student})))
+    assert not any(
+        "template_time" in f.detail for f in opd.Trainer(config.model_copy(update={"student": student})).check()
+    )
     tasks = {"answers": {"type": "file", "path": str(tmp_path / "first.jsonl"), "teacher": "-"}}
     tree = sft_recipe(tmp_path / "sft", config.student, template_time=MOMENT, steps=2, tasks=tasks)
     opd.sft(SftConfig(**tree))

@@ -295,7 +295,7 @@ def test_fine_tuning_learns_from_solutions_and_is_examined_by_the_game(tmp_path:
     student = save_toy(tmp_path / "student", max_context=2048)
     game = config(size=2, held_out_size=1).model_dump()
     recipe = sft_recipe(tmp_path, student, tasks={"guess": game}, steps=2, evaluation={"num_prompts": 1})
-    cells = opd.sft(parse_config(recipe, kind=SftConfig))
+    cells = opd.sft(parse_config(recipe, kind=SftConfig)).accuracy
     assert {key: cell.accuracy is not None for key, cell in cells.items()} == {
         ("guess", "train"): True,
         ("guess", "held_out"): True,

@@ -326,7 +326,7 @@ def test_sft_scores_every_token_of_the_answer_and_its_end(tmp_path: Path):
 
 def test_opd_check_passes_on_a_sound_recipe_without_writing(mixed: Run, tmp_path: Path):
     tree = mixed.tree | {"output": str(tmp_path / "never")}
-    findings = opd.check(opd.parse_config(tree))
+    findings = opd.Trainer(opd.parse_config(tree)).check()
     assert len(findings) >= 7
     assert [f for f in findings if not f.passed] == []
     names = " ".join(f.name for f in findings)
@@ -337,7 +337,7 @@ def test_opd_check_passes_on_a_sound_recipe_without_writing(mixed: Run, tmp_path
 def test_opd_check_finds_a_teacher_that_lost_its_weights(tmp_path: Path):
     tree = toy_recipe(tmp_path)
     tree["teachers"]["odd"]["model"] = save_toy(tmp_path / "empty", 2, scale=0.0)
-    failed = [f.name for f in opd.check(opd.parse_config(tree)) if not f.passed]
+    failed = [f.name for f in opd.Trainer(opd.parse_config(tree)).check() if not f.passed]
     assert failed == ["teacher 'odd' is not uniform"]
     with pytest.raises(opd.OpdError, match="teacher 'odd' is not uniform"):
         opd.train(opd.parse_config(tree))
@@ -347,7 +347,7 @@ def test_evaluating_a_run_writes_its_parity_table_anew(mixed: Run, tmp_path: Pat
     copy = shutil.copytree(mixed.path, tmp_path / "copy")
     for name in ("parity.json", "parity.md"):
         (copy / name).write_text("gone")
-    rows = opd.evaluate_run(copy, reward=reward_of)
+    rows = opd.Trainer(copy, reward=reward_of).evaluate()
     assert rows == list(mixed.result.parity)
     for name in ("parity.json", "parity.md", "metrics.jsonl", "before.json"):
         assert (copy / name).read_bytes() == (mixed.path / name).read_bytes(), name
@@ -357,7 +357,7 @@ def test_evaluating_a_run_leaves_the_metrics_of_steps_after_its_checkpoint(mixed
     copy = shutil.copytree(mixed.path, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / "step-000040")  # as of a run that goes on, or was killed
     before = (copy / "metrics.jsonl").read_bytes()
-    opd.evaluate_run(copy, reward=reward_of)
+    opd.Trainer(copy, reward=reward_of).evaluate()
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
@@ -365,7 +365,7 @@ def test_evaluating_a_folder_without_a_checkpoint_is_refused(mixed: Run, tmp_pat
     copy = shutil.copytree(mixed.path, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
     before = {p: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     with pytest.raises(opd.OpdError, match="no checkpoint"):
-        opd.evaluate_run(copy, reward=reward_of)
+        opd.Trainer(copy, reward=reward_of).evaluate()
     assert {p: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
 
 

@@ -67,7 +67,7 @@ def test_several_teachers_on_one_prompt_from_a_recipe_to_the_table(tmp_path: Pat
     assert "| both |" not in (result.run / "parity.md").read_text()
     assert json.loads((result.run / "parity.json").read_text())[0]["teacher_alone"] is None
     assert "kl/token/both/mean" in opd.read_metrics(result.run)[0]
-    again = opd.evaluate_run(result.run)
+    again = opd.Trainer(result.run).evaluate()
     assert again[0].after == row.after
 
 
@@ -136,10 +136,10 @@ def test_a_part_of_a_mixture_and_a_reference_are_checked_by_themselves(tmp_path:
     tree["teachers"]["broken"] = {"model": broken}
     tree["teachers"]["both"] = {"weights": {"even": 3.0, "broken": 1.0}}
     tree["tasks"]["first"]["teacher"] = "both"
-    failed = [f.name for f in opd.check(opd.parse_config(tree)) if not f.passed]
+    failed = [f.name for f in opd.Trainer(opd.parse_config(tree)).check() if not f.passed]
     assert failed == ["teacher 'broken' is not uniform"]
     del tree["teachers"]["both"], tree["teachers"]["even"]
     tree["tasks"]["first"]["teacher"] = "odd"
     tree["objective"] = {"extrapolation": 1.5, "reference": "broken"}
-    failed = [f.name for f in opd.check(opd.parse_config(tree)) if not f.passed]
+    failed = [f.name for f in opd.Trainer(opd.parse_config(tree)).check() if not f.passed]
     assert failed == ["teacher 'broken' is not uniform"]

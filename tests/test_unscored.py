@@ -134,7 +134,7 @@ def recipe(folder: Path, **changes: Any) -> opd.Config:
 
 
 def test_a_step_without_any_rollout_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.trainer.run_checks", lambda config, backend, task_data: [])  # they would play episodes too
+    monkeypatch.setattr("opd.run.run_checks", lambda config, backend, task_data: [])  # they would play episodes too
     run = opd.train(recipe(tmp_path, steps=4), environment=down((2,), 2)).run
     lines = opd.read_metrics(run)
     assert [line.get("update/skipped/sum", 0.0) for line in lines] == [0.0, 1.0, 0.0, 0.0]
@@ -149,7 +149,7 @@ def test_a_step_without_any_rollout_is_skipped_and_counted(tmp_path: Path, monke
 
 
 def test_a_run_of_which_nothing_comes_any_more_stops_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("opd.trainer.run_checks", lambda config, backend, task_data: [])
+    monkeypatch.setattr("opd.run.run_checks", lambda config, backend, task_data: [])
     with pytest.raises(RunError, match=r"no rollout of the last 3 steps can be trained on \(.*the server is down\)"):
         opd.train(recipe(tmp_path, steps=9), environment=down((2, 3, 4), 2))
 

@@ -81,7 +81,7 @@ def test_a_model_whose_numbers_alone_are_wrong_is_refused_before_anything_is_sam
     with pytest.raises(CheckError, match=line):
         opd.train(config)
     assert not (tmp_path / "run").exists()
-    findings = opd.check(config)
+    findings = opd.Trainer(config).check()
     assert [f.name for f in findings if not f.passed] == [f"packed logits equal plain logits ({name})"]
 
 
@@ -100,7 +100,7 @@ def test_evaluation_checks_the_packing_too(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         CheckError, match=r"packed logits equal plain logits \(the student\)' failed: .* carry state across"
     ):
-        opd.evaluate_run(tmp_path / "run")
+        opd.Trainer(tmp_path / "run").evaluate()
 
 
 def test_every_model_is_checked_with_its_adapter_and_none_twice(tmp_path: Path):
@@ -136,14 +136,14 @@ def test_a_recipe_that_needs_more_than_the_limit_is_refused_by_its_cause_and_the
     model = save(tmp_path / kind, kind, options)
     name = "the student" if who == "student" else "teacher 'even'"
     with pytest.raises(DataError) as caught:
-        opd.check(recipe(tmp_path, who, model, sampling={"max_new_tokens": 50}))
+        opd.Trainer(recipe(tmp_path, who, model, sampling={"max_new_tokens": 50})).check()
     line = str(caught.value)
     assert line.startswith("prompt 'first:0': ")
     assert line.endswith(
         f"+ sampling.max_new_tokens = 50 exceed the limit of {name} (64: {cause}); shorten the prompt or lower "
         "sampling.max_new_tokens"
     )
-    assert all(f.passed for f in opd.check(recipe(tmp_path, who, model, sampling={"max_new_tokens": 20})))
+    assert all(f.passed for f in opd.Trainer(recipe(tmp_path, who, model, sampling={"max_new_tokens": 20})).check())
 
 
 def of_length(name: str, tokens: int) -> Rollout:

@@ -45,7 +45,7 @@ def train(tree: dict[str, Any]) -> Run:
         rewarded.append((prompt, response))
         return reward_of(prompt, response)
 
-    result = opd.train(opd.parse_config(tree), reward=reward, on_step=reports.append)
+    result = opd.train(opd.parse_config(tree), reward=reward, callbacks=[reports.append])
     assert result.finished
     assert result.steps_done == tree["steps"]
     return Run(tree, result, reports, rewarded)

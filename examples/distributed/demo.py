@@ -51,7 +51,7 @@ def main() -> None:
         places = [f"cluster.address={cluster.address}", f"teachers.matrix.url={url}"]
         config = opd.load_config(RECIPE, [*places, *sys.argv[1:]])
         begun = (Path(config.output) / "config.json").exists()
-        result = opd.resume(config.output, [*places, *sys.argv[1:]]) if begun else opd.train(config)
+        result = opd.Trainer(config.output).resume([*places, *sys.argv[1:]]) if begun else opd.train(config)
     print(f"done: {result.run}")
 
 
