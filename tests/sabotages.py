@@ -1,6 +1,6 @@
 """What each claim of the theory has to notice: replacements of the objects that it names, by something wrong.
 
-A sabotage takes the place of an object wherever `opd` refers to it. Add one for each object that a claim comes to name.
+A sabotage takes the place of an object wherever `opd` or `opd_theory` refers to it. Add one for each object that a claim names.
 """
 
 import importlib
@@ -23,7 +23,7 @@ Make: TypeAlias = Callable[[Any], Callable[..., Any]]  # the original -> what ta
 
 @dataclass
 class Sabotage:
-    """`target` is "module:name" or "module:Class.name" in `opd`; `calls` counts how often what took its place was called."""
+    """`target` is "module:name" or "module:Class.name", in `opd` unless it names `opd_theory`; `calls` counts calls of the replacement."""
 
     target: str
     make: Make
@@ -32,7 +32,7 @@ class Sabotage:
     def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
         module, name = self.target.split(":")
-        owner: Any = importlib.import_module(f"opd.{module}")
+        owner: Any = importlib.import_module(f"opd.{module}" if not module.startswith("opd_theory.") else module)
         *outer, name = name.split(".")
         for part in outer:
             owner = getattr(owner, part)
@@ -43,7 +43,7 @@ class Sabotage:
         else:
             wrong = self._counted(original)
         monkeypatch.setattr(owner, name, wrong)
-        for other in [m for key, m in sys.modules.items() if key == "opd" or key.startswith("opd.")]:
+        for other in [m for key, m in sys.modules.items() if key.partition(".")[0] in ("opd", "opd_theory")]:
             for alias, value in list(vars(other).items()):
                 if value is original:
                     monkeypatch.setattr(other, alias, wrong)
@@ -131,7 +131,7 @@ def one_chunk(ours, theirs):
     return alignment.Chunks(0 * found.student, 0 * found.teacher, found.ends[-1:])
 
 
-ADV, BASE, TREE, EST = "objectives.advantages:", "objectives.baselines:", "theory.tree:Policy.", "theory.estimators:"
+ADV, BASE, TREE, EST = "objectives.advantages:", "objectives.baselines:", "opd_theory.tree:Policy.", "opd_theory.estimators:"
 VOCABULARY_LOSS = "objectives.vocabulary:vocabulary_loss"
 
 TO_GO_DOUBLED = Sabotage(ADV + "log_ratio_to_go", scaled(2.0))
@@ -205,7 +205,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
             BASE + "leave_one_out", lambda f: lambda *args, per="step": f(*args, per="prompt")
         ),
         "the true value of a step later": Sabotage(
-            "theory.horizon:Chain.future", lambda f: lambda *args: f(*args).roll(-1, 0)
+            "opd_theory.horizon:Chain.future", lambda f: lambda *args: f(*args).roll(-1, 0)
         ),
     },
     "reversal": {
@@ -240,7 +240,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
             ADV + "future_kl", lambda f: lambda kl, m, *rest: f(torch.cat([kl[:, :-1], 0 * kl[:, -1:]], 1), m, *rest)
         ),
         "samples of another student": Sabotage(
-            "theory.training_claims:Students.sample",
+            "opd_theory.training_claims:Students.sample",
             lambda f: lambda self, *rest: f(replace(self, tables=0 * self.tables), *rest),
         ),
     },
@@ -258,7 +258,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         "a to-go without its discount": Sabotage(ADV + "log_ratio_to_go", first_arguments(2)),
         "a to-go without what comes later": TO_GO_WITHOUT_LATER,
     },
-    "supports": {
+    "top_k_tails": {
         "twice the loss": Sabotage(VOCABULARY_LOSS, loss_scaled(2.0)),
         "half of the tokens": Sabotage(
             VOCABULARY_LOSS, lambda f: lambda s, h, t, w, how, **kw: f(s, h, t, w, replace(how, top_k=how.top_k // 2), **kw)
@@ -268,18 +268,18 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     },
     "biased_head": {
         "a tail with the + 1": Sabotage(
-            "theory.top_k_claims:sampled_tail", instead(top_k_claims.head_by_autodiff)
+            "opd_theory.top_k_claims:sampled_tail", instead(top_k_claims.head_by_autodiff)
         ),
-        "half of the tail": Sabotage("theory.top_k_claims:sampled_tail", scaled(0.5)),
+        "half of the tail": Sabotage("opd_theory.top_k_claims:sampled_tail", scaled(0.5)),
         "a head without the + 1": Sabotage(
-            "theory.top_k_claims:head_by_autodiff", instead(top_k_claims.sampled_tail)
+            "opd_theory.top_k_claims:head_by_autodiff", instead(top_k_claims.sampled_tail)
         ),
         "no residual": Sabotage(VOCABULARY_LOSS, how_changed(tail_residual=False)),
     },
     "k_estimators": {
-        "k1 is k2": Sabotage("theory.top_k_claims:k1", instead(top_k_claims.k2)),
-        "k2 without its half": Sabotage("theory.top_k_claims:k2", scaled(2.0)),
-        "k3 of the inverse ratio": Sabotage("theory.top_k_claims:k3", lambda f: lambda r: f(-r)),
+        "k1 is k2": Sabotage("opd_theory.top_k_claims:k1", instead(top_k_claims.k2)),
+        "k2 without its half": Sabotage("opd_theory.top_k_claims:k2", scaled(2.0)),
+        "k3 of the inverse ratio": Sabotage("opd_theory.top_k_claims:k3", lambda f: lambda r: f(-r)),
         "the reverse KL is the forward one": Sabotage("objectives.divergences:reverse_kl", instead(_FORWARD)),
         "the forward KL is the reverse one": Sabotage("objectives.divergences:forward_kl", instead(_REVERSE)),
     },
@@ -320,20 +320,20 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         ),
         "half of the immediate log ratio": IMMEDIATE_HALVED,
         "an exact term of half the size": Sabotage(
-            "theory.training_claims:Students.ascend",
+            "opd_theory.training_claims:Students.ascend",
             lambda f: lambda self, walks, a, rates, *, exact: f(self, walks, a, rates * (0.5 if exact else 1.0), exact=exact),
         ),
     },
     "reading": {
-        "an encoding in letters": Sabotage("theory.byte_claims:ToyTokenizer.encode", lambda f: lambda self, text: list(text)),
+        "an encoding in letters": Sabotage("opd_theory.byte_claims:ToyTokenizer.encode", lambda f: lambda self, text: list(text)),
         "a marginal of one tokenisation": Sabotage(
-            "theory.byte_claims:TokenModel._covers", lambda f: lambda self, text: iter([tuple(text)])
+            "opd_theory.byte_claims:TokenModel._covers", lambda f: lambda self, text: iter([tuple(text)])
         ),
         "a prefix that ends with a token": Sabotage(
-            "theory.byte_claims:TokenModel.prefix_marginal", lambda f: lambda self, text: self.logprob(self.tokenizer.encode(text))
+            "opd_theory.byte_claims:TokenModel.prefix_marginal", lambda f: lambda self, text: self.logprob(self.tokenizer.encode(text))
         ),
         "conversion by the teacher's own encoding": Sabotage(
-            "theory.byte_claims:converted", instead(lambda text, student, teacher: teacher.encode(text))
+            "opd_theory.byte_claims:converted", instead(lambda text, student, teacher: teacher.encode(text))
         ),
     },
     "credit": {
@@ -341,9 +341,9 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         "a to-go of wrong scale": TO_GO_HALVED,
         "a to-go without what comes later": TO_GO_WITHOUT_LATER,
         "all of log q less all of log pi": Sabotage(
-            "theory.byte_claims:whole_teacher", instead(lambda path: path.log_ratio.sum().expand(len(path.chunks)))
+            "opd_theory.byte_claims:whole_teacher", instead(lambda path: path.log_ratio.sum().expand(len(path.chunks)))
         ),
-        "half of what is shared evenly": Sabotage("theory.byte_claims:shared_evenly", scaled(0.5)),
+        "half of what is shared evenly": Sabotage("opd_theory.byte_claims:shared_evenly", scaled(0.5)),
     },
     "comparison": {
         "a cell for each token": Sabotage(

@@ -22,7 +22,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "convergence": {"horizon": 4, "steps": 80, "seeds": 3},
     "theorem_3": {"aliased": 2, "tabular": 3, "starts": 1},
     "branch_law": {"horizons": (32,)},
-    "supports": {"vocab": 64, "steps": 200, "sizes": (4, 8, 16)},
+    "top_k_tails": {"vocab": 64, "steps": 200, "sizes": (4, 8, 16)},
     "k_estimators": {"instances": 2},
     "several_teachers": {"instances": 2},
     "extrapolation": {"scales": (1.5, 0.5)},

@@ -78,7 +78,7 @@ def test_an_environment_of_ones_own_speaks_between_the_turns(tmp_path: Path):
         assert authors[-1] == "student"
         assert item.rollout.events.get("heard", 0) == authors.count("student") - (item.rollout.finish == "length")
         assert len(item.score.logprobs) == len(item.rollout.token_ids)  # type: ignore[union-attr]  # none failed
-    with pytest.raises(opd.OpdError, match=r"callables of its own \(environment\)"):
+    with pytest.raises(opd.OpdError, match=r"was started with environment from Python"):
         opd.Trainer(result.run).resume()
 
 

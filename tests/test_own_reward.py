@@ -42,7 +42,7 @@ def test_with_it_the_table_is_the_same(run: Path):
 def test_without_evaluation_prompts_there_is_nothing_to_evaluate(tmp_path: Path):
     result = opd.train(opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})))
     with pytest.raises(
-        RunError, match=r"say on how many prompts of each task and split, such as evaluation.num_prompts=128"
+        RunError, match=r"set how many prompts of each task and split to evaluate, such as evaluation.num_prompts=128"
     ):
         opd.Trainer(result.run).evaluate()
 

@@ -137,7 +137,7 @@ def evaluate(
     """Evaluate a student and its teachers, and print the parity table."""
     with _one_line():
         overrides = _split([str(source), *(keys or [])])[1]
-        is_run = (source / "config.json").is_file()
+        is_run = not source.is_file() and source.suffix != ".toml"
         if is_run and student is not None:
             raise ConfigError(f"--student belongs to a recipe, got the run '{source}'; its own student is evaluated")
         if not is_run and step is not None:

@@ -67,7 +67,7 @@ class Trainer:
         Callbacks(callbacks)  # a wrong one is refused before anything is loaded
         self._if_exists = if_exists
         self._folder: RunFolder | None = None
-        if isinstance(config, str | Path) and (Path(config) / "config.json").is_file():
+        if isinstance(config, str | Path) and not is_recipe(config):
             self._folder = RunFolder.open(config)
             if teachers:
                 raise ConfigError(
@@ -87,9 +87,10 @@ class Trainer:
             raise RunError(f"'{self._folder.path}' is a run already; continue it with Trainer(...).resume()")
         if (folder.path / "config.json").is_file():
             if self._if_exists == "resume":
-                require_resumable(folder.config(), self.config)
-                self._folder = folder
-                return self.resume()
+                with folder.locked():
+                    before = folder.config()
+                    require_resumable(before, self.config)
+                    return self._continue(folder, self.config.model_copy(update={"template_time": before.template_time}))
             if self._if_exists == "overwrite":
                 folder.remove()
         require_installed(self.config.logging.writers)
@@ -105,11 +106,7 @@ class Trainer:
         """
         folder = self._existing()
         with folder.locked():  # before anything is read, which another process may be changing
-            folder.require_own_code(self._own_code())
-            config = resumed_config(folder.config(), overrides, allow_changes=allow_changes)
-            _require_adapters(config, folder)
-            require_installed(config.logging.writers)
-            return self._run(config, folder).go(resume=True)
+            return self._continue(folder, resumed_config(folder.config(), overrides, allow_changes=allow_changes))
 
     def evaluate(self, overrides: Sequence[str] = (), *, step: int | None = None) -> list[ParityRow]:
         """The parity table of the run's student in its newest checkpoint, or in that of `step`; written to the run folder.
@@ -154,6 +151,12 @@ class Trainer:
         with closing(make_backend(self.config.started(), task_data)) as backend:
             return run_checks(self.config, backend, task_data)
 
+    def _continue(self, folder: RunFolder, config: Config) -> Result:
+        folder.require_own_code(self._own_code())
+        _require_adapters(config, folder)
+        require_installed(config.logging.writers)
+        return self._run(config, folder).go(resume=True)
+
     def _existing(self) -> RunFolder:
         return self._folder or RunFolder.open(self.config.output)
 
@@ -173,6 +176,11 @@ class Trainer:
             "environment": self._environment is not None,
         }
         return [name for name, present in given.items() if present]
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether a path names a recipe, and not the folder of a run."""
+    return Path(path).is_file() or Path(path).suffix == ".toml"
 
 
 def train(config: Recipe, **kwargs: Any) -> Result:

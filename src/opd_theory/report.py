@@ -36,7 +36,7 @@ CLAIMS: tuple[Callable[[], Claim], ...] = (
     training_claims.convergence,
     training_claims.theorem_3,
     law_claims.branch_law,
-    top_k_claims.top_ks,
+    top_k_claims.top_k_tails,
     top_k_claims.biased_head,
     top_k_claims.k_estimators,
     mask_claims.mask_law,

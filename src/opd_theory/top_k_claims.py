@@ -40,7 +40,7 @@ def _descend(loss: Loss, start: Tensor, *, steps: int) -> Tensor:
     return settle(lambda z: -_slope(loss, z), start, rate=_RATE, steps=steps)
 
 
-def top_ks(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] = (8, 16, 32)) -> Claim:
+def top_k_tails(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] = (8, 16, 32)) -> Claim:
     """Gradient descent on one state's logits with each form of the KL; the full KL at the end is reported. Each loss and its slope
     are compared with the formula written out, at the start and at the end."""
     student, teacher = _pair(0, vocab)

@@ -164,7 +164,7 @@ class RunFolder:
         """Keep which settings changed after which step, one line each: (key, value before, value after)."""
         with explain_io(self.path / _CHANGES), (self.path / _CHANGES).open("a", encoding="utf-8") as file:
             for key, before, after in changes:
-                file.write(json.dumps({"after_step": step, "key": key, "before": before, "after": after}) + "\n")
+                file.write(json.dumps({"after_step": step, "key": key, "before": before, "now": after}) + "\n")
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with explain_io(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
