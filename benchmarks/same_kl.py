@@ -54,9 +54,8 @@ class Measure:
 
     def __call__(self, adapter: str) -> tuple[float, float]:
         """(the mean over tokens, its standard error from the responses)."""
-        from opd.loop import score_usable
-
         from opd.batch import pack
+        from opd.loop import score_usable
 
         self._load(Path(adapter) / "adapter_model.safetensors")
         sampled = self.parts.judge(self.parts.sampler.sample(self.prompts, num_samples=1, seed=(0, "held out")))

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from in_turns import PEERS
-from opd.data.task_data import TaskData, read_tasks
-from opd.run import make_components
 
 import opd
 from opd.config import Config
+from opd.data.task_data import TaskData, read_tasks
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.loop import Components
+from opd.run import make_components
 from opd.text.chat import Chat
 
 _HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ Make: TypeAlias = Callable[[Any], Callable[..., Any]]  # the original -> what ta
 
 @dataclass
 class Sabotage:
-    """`target` is "module:name" or "module:Class.name", in `opd` unless it names `opd_theory`; `calls` counts calls of the replacement."""
+    """`target` is "module:name" or "module:Class.name", in `opd` unless it names `opd_theory`; `calls` counts its calls."""
 
     target: str
     make: Make
@@ -131,7 +131,12 @@ def one_chunk(ours, theirs):
     return alignment.Chunks(0 * found.student, 0 * found.teacher, found.ends[-1:])
 
 
-ADV, BASE, TREE, EST = "objectives.advantages:", "objectives.baselines:", "opd_theory.tree:Policy.", "opd_theory.estimators:"
+ADV, BASE, TREE, EST = (
+    "objectives.advantages:",
+    "objectives.baselines:",
+    "opd_theory.tree:Policy.",
+    "opd_theory.estimators:",
+)
 VOCABULARY_LOSS = "objectives.vocabulary:vocabulary_loss"
 
 TO_GO_DOUBLED = Sabotage(ADV + "log_ratio_to_go", scaled(2.0))
@@ -330,7 +335,8 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
             "opd_theory.byte_claims:TokenModel._covers", lambda f: lambda self, text: iter([tuple(text)])
         ),
         "a prefix that ends with a token": Sabotage(
-            "opd_theory.byte_claims:TokenModel.prefix_marginal", lambda f: lambda self, text: self.logprob(self.tokenizer.encode(text))
+            "opd_theory.byte_claims:TokenModel.prefix_marginal",
+            lambda f: lambda self, text: self.logprob(self.tokenizer.encode(text)),
         ),
         "conversion by the teacher's own encoding": Sabotage(
             "opd_theory.byte_claims:converted", instead(lambda text, student, teacher: teacher.encode(text))

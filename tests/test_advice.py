@@ -25,7 +25,7 @@ def test_a_new_run_begins_where_a_finished_one_is_as_the_line_says(
     }
     tree["optimizer"] = {"lr": 1e-3, "warmup_steps": 1}
     run = opd.train(opd.parse_config(tree)).run
-    line = one_line(invoke("train", "--resume", run, "sampling.group_size=2"))
+    line = one_line(invoke("train", "--resume", run, "seed=7"))
     advised = re.search(r"once this one is done, (\S+) = 'RUN/student' begins where it is", line)
     assert advised
     recipe = write_toml(tmp_path / "recipe.toml", tree | {"output": str(tmp_path / "next")})

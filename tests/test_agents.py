@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import prompt, toy_recipe
-from opd.data.task_data import read_tasks
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
+from opd.data.task_data import read_tasks
 from opd.episodes.tool_problems import ToolProblems
 from opd.local.build import build
 from opd.records import Message, Prompt

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from factories import prompt, rollout, scored
-from opd.loop import score_usable
 
+from opd.loop import score_usable
 from opd.records import FailedScore, Rollout, ScoredRollout
 
 

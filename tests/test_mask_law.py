@@ -10,12 +10,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from opd.checks.notices import mask_warning
 from test_hack_gym import SMALL, Path, ways
 
 import opd
 import opd.objective
 from opd.batch import pack
+from opd.checks.notices import mask_warning
 from opd.config import Config
 from opd.objective import compute_advantages, divisor
 from opd.objectives.losses import reinforce

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from commands import invoke, one_line, refuse_tree
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
-from opd.checks.rules import Finding
-from opd.checks.notices import notices, notices_of_tuning
-from opd.data.task_data import read_tasks
 
 import opd
+from opd.checks.notices import notices, notices_of_tuning
+from opd.checks.rules import Finding
 from opd.config import FileTask, without_effect
+from opd.data.task_data import read_tasks
 from opd.data.tasks import make_tasks, read_splits
 
 

@@ -70,7 +70,9 @@ def test_each_callable_is_asked_for_again(tmp_path: Path):
 
     config = opd.parse_config(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0}))
     run = opd.train(config, reward=always, environment=environment).run
-    with pytest.raises(RunError, match=r"was started with environment from Python.*opd.Trainer\(.*, environment=\.\.\.\)"):
+    with pytest.raises(
+        RunError, match=r"was started with environment from Python.*opd.Trainer\(.*, environment=\.\.\.\)"
+    ):
         opd.Trainer(run, reward=always).resume()
     with pytest.raises(RunError, match=r"with reward, environment from Python"):
         opd.Trainer(run).resume()

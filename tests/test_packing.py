@@ -9,9 +9,9 @@ import pytest
 import torch
 from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
-from opd.checks.rules import PACKED_WITHIN, packed_equals_plain
 from torch import Tensor
 
+from opd.checks.rules import packed_equals_plain
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.models import architecture, attention
@@ -21,7 +21,7 @@ from opd.models.loading import load_network
 from opd.models.lora import add_adapter
 from opd.models.network import Network
 from opd.models.packing import pack_trees
-from opd.models.packing_check import packed_gaps
+from opd.models.packing_check import PACKED_WITHIN, packed_gaps
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {"max_position_embeddings": 64}

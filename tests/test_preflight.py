@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from factories import prompt, rollout, scored
-from opd.checks.rules import Finding
 
 from opd.checks import rules
+from opd.checks.rules import Finding
+from opd.data.task_data import require_teachers
 from opd.errors import CheckError, DataError
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Limit, OwnReading
@@ -64,18 +65,16 @@ def test_require_names_the_first_check_that_failed():
         rules.require(findings)
 
 
-# --- teachers_exist ---
+# --- require_teachers ---
 
 
 def test_prompts_whose_teachers_are_there_pass():
-    found = rules.teachers_exist([prompt(teacher="even"), prompt(teacher="odd")], ["even", "odd", "spare"])
-    assert found.passed
-    assert found.detail == "2 prompts, 3 teachers"
+    assert require_teachers([prompt(teacher="even"), prompt(teacher="odd")], ["even", "odd", "spare"]) is None
 
 
 def test_a_prompt_with_a_wrong_teacher_is_named():
     with pytest.raises(DataError) as caught:
-        rules.teachers_exist([prompt("a", teacher="even"), prompt("b", teacher="evne")], {"odd": 1, "even": 2})
+        require_teachers([prompt("a", teacher="even"), prompt("b", teacher="evne")], {"odd": 1, "even": 2})
     assert str(caught.value) == ("prompt 'b': teacher 'evne' is not in [teachers] (even, odd); did you mean 'even'?")
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from opd.checks.startup import run_checks
-from opd.data.task_data import read_tasks
 
 import opd
+from opd.checks.startup import run_checks
+from opd.data.task_data import read_tasks
 from opd.data.tasks import make_tasks
 from opd.evaluate import evaluate, pick
 from opd.local.build import build

@@ -95,19 +95,19 @@ def test_more_steps_at_a_constant_rate_are_those_of_a_longer_run(tmp_path: Path)
     assert_same_training(run, whole)
 
 
-KEEPS = "a run that goes on keeps what it learns from"
+KEEPS = "a run that continues keeps what it learns from"
+ON_REQUEST = "this changes what the run learns from here on; add --allow-changes"
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("optimizer.lr=0.1", rf"^optimizer.lr = 0.1: {KEEPS}"),
-        ("steps=9", "^steps = 9: with optimizer.schedule = 'cosine' the rate of the steps that are done depends on it"),
+        ("optimizer.lr=0.1", rf"^optimizer.lr = 0.1: {ON_REQUEST}"),
         ("seed=2", KEEPS),
         ("compute.dtype=bfloat16", rf'^compute.dtype = "bfloat16": {KEEPS}'),
         ("sampling.group_size=3", KEEPS),
         ("tasks.first.weight=2.0", KEEPS),
-        ("evaluation.num_prompts=2", KEEPS),  # the table's rows would not be those of the student before
+        ("evaluation.num_prompts=2", ON_REQUEST),  # the table's rows would not be those of the student before
         ("teachers.evn.model=x", r"this run has no teacher 'evn' \(even, odd\); did you mean 'even'\?"),
         ("output=elsewhere", "a run is where its folder is; move the folder"),
     ],
@@ -152,9 +152,7 @@ def test_an_adapter_that_is_gone_says_how_to_name_its_new_place(tmp_path: Path):
     run = stopped(recipe(tmp_path, steps=6))
     (tmp_path / "adapter").rename(tmp_path / "moved")
     for go_on in (opd.Trainer.resume, opd.Trainer.evaluate):
-        with pytest.raises(
-            opd.OpdError, match=r"is not a folder here; if it has moved, add teachers.odd.adapter=PATH"
-        ):
+        with pytest.raises(opd.OpdError, match=r"is not a folder here; if it has moved, add teachers.odd.adapter=PATH"):
             go_on(opd.Trainer(run))
     assert opd.Trainer(run).resume([f"teachers.odd.adapter={tmp_path}/moved"]).finished
 

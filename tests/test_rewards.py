@@ -18,13 +18,13 @@ from run_folders import checkpoints, lines_of
 
 import opd
 from opd.errors import RewardError
-from opd.step_metrics import rollout_metrics
 from opd.metrics import values
 from opd.rewards import math_values
 from opd.rewards import verifiers as verify
 from opd.rewards.judge import Judge
 from opd.rewards.reward import TimedOut, number_of, rewards_of
 from opd.rewards.time_limit import Bounded
+from opd.step_metrics import rollout_metrics
 
 ROLLOUTS = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}"), sample=k) for i in range(2) for k in range(2)]
 

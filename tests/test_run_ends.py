@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import opd.finetune
 import pytest
 from commands import invoke, one_line
 from factories import sft_recipe, toy_recipe, write_toml
 from run_folders import checkpoints, lines_of
 
 import opd
+import opd.finetune
 import opd.logging.curves
 import opd.loop
 import opd.run
@@ -403,6 +403,6 @@ def test_a_run_without_a_checkpoint_is_not_evaluated_and_continued_first(
     monkeypatch.undo()
     run = Path(tree["output"])
     line = one_line(invoke("eval", run))
-    assert "has no checkpoint to evaluate; continue it with: " in line
+    assert "has no checkpoint yet; continue it with: " in line
     compute_advantages(line.replace("continue it with", "continue with"), run)
     assert invoke("eval", run).exit_code == 0

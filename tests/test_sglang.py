@@ -236,7 +236,8 @@ def test_a_server_of_another_kind_is_refused_before_the_first_step(kind: str, tm
     with serving(toy_model(2), **options) as server:
         tree["teachers"]["odd"] = {"url": server.url, "server": kind}
         with pytest.raises(
-            opd.errors.OpdError, match=r"teacher 'odd'.* could score no rollout: .*answers 404: Not Found"
+            opd.errors.OpdError,
+            match=r"teacher 'odd' can score what the student writes' failed: .*answers 404: Not Found",
         ):
             opd.train(opd.parse_config(tree))
     assert not Path(tree["output"]).exists()

@@ -17,6 +17,7 @@ import opd
 from opd.config.detectors import DetectorsConfig
 from opd.metrics import values
 from opd.records import FailedScore, Message, ScoredRollout
+from opd.rewards.reward import TIMEOUTS
 from opd.step_metrics import METRICS, PLACEHOLDERS, declared, matches, reference, sampling_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ def with_servers() -> list[ScoredRollout]:
     """Two rollouts: requests for the first were repeated, and a server lost the second."""
     first, second = (rollout([1, 2, 3], 2, prompt=prompt(name)) for name in ("a", "b"))
     lost = ScoredRollout(second, FailedScore("t", "the server is gone", lost=True))
-    return [scored(replace(first, events={"retried": 2}), [-1.0]), lost]
+    return [scored(replace(first, events={"retried": 2, TIMEOUTS: 1}), [-1.0]), lost]
 
 
 def test_every_metric_that_a_toy_run_writes_is_declared(emitted: dict[str, str]):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
-from opd.checks.startup import run_checks
-from opd.data.task_data import read_tasks
 from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
 from vllm_like import serving
 
 import opd
 from opd.align import compare
+from opd.checks.startup import run_checks
 from opd.config import RemoteConfig
+from opd.data.task_data import read_tasks
 from opd.errors import ConfigError, ModelError
 from opd.local.backend import LocalBackend
 from opd.local.build import build

@@ -108,7 +108,7 @@ def test_an_evaluation_of_a_run_reads_the_clock_of_the_run(tmp_path: Path, monke
 def test_the_clock_of_a_run_does_not_change_when_it_goes_on(tmp_path: Path):
     student = save_templated(tmp_path / "mine", templated(CLOCK + PLAIN))
     opd.train(opd.parse_config(recipe(tmp_path, student, student, steps=2)))
-    with pytest.raises(ConfigError, match=r"template_time = .*: a run that goes on keeps what it learns from"):
+    with pytest.raises(ConfigError, match=r"template_time = .*: a run that continues keeps what it learns from"):
         opd.Trainer(tmp_path / "run").resume(["template_time=2020-01-01T00:00:00"])
 
 

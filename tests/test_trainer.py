@@ -146,7 +146,7 @@ def test_a_cell_can_be_run_again(tmp_path: Path):
         opd.train(tree)
     assert opd.train({**tree, "steps": 3}, if_exists="resume").steps_done == 3
     with pytest.raises(opd.OpdError, match="this changes what the run learns"):
-        opd.train({**tree, "optimizer": {"lr": 0.5}}, if_exists="resume")
+        opd.train({**tree, "optimizer": {**tree["optimizer"], "lr": 0.5}}, if_exists="resume")
     again = opd.train(tree, if_exists="overwrite")
     assert again.steps_done == 2
     (first.run / "notes.txt").write_text("mine")

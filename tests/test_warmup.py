@@ -93,7 +93,7 @@ def test_training_does_not_replay_demonstrations(tmp_path: Path):
 
 
 def test_a_demonstration_is_not_evaluated_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert sft(demonstrated(tmp_path, 2)) == {}
+    assert sft(demonstrated(tmp_path, 2)).accuracy == {}
     assert "answers train: 1 prompts with a demonstration are not evaluated" in capsys.readouterr().out
 
 

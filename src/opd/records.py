@@ -141,8 +141,8 @@ class TopKScore:
     """The teacher's log-probabilities on a few ids before each action, the sampled one among them; the rest of its distribution is
     one bucket.
 
-    `logprobs` [tokens] is as in `SampledScore`. ids, top_k_logprobs [actions, support]: int32, and nats; -1 and -inf where there are
-    fewer.
+    `logprobs` [tokens] is as in `SampledScore`. ids [actions, k] int32, top_k_logprobs [actions, k] nats;
+    -1 and -inf where there are fewer.
     """
 
     teacher: str

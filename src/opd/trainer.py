@@ -67,15 +67,20 @@ class Trainer:
         Callbacks(callbacks)  # a wrong one is refused before anything is loaded
         self._if_exists = if_exists
         self._folder: RunFolder | None = None
+        self._config: Config | None = None
         if isinstance(config, str | Path) and not is_recipe(config):
             self._folder = RunFolder.open(config)
             if teachers:
                 raise ConfigError(
                     "teachers belongs to a new run; where a run's teachers are now is said by resume(overrides)"
                 )
-            self.config = self._folder.config()
         else:
-            self.config = _configured(config, teachers or {}, python=self._passed is not None)
+            self._config = _configured(config, teachers or {}, python=self._passed is not None)
+
+    @property
+    def config(self) -> Config:
+        """The recipe, or that of the run."""
+        return self._config if self._config is not None else self._existing().config()
 
     def fit(self) -> Result:
         """Train, from a fresh run folder to the parity table.
@@ -90,7 +95,9 @@ class Trainer:
                 with folder.locked():
                     before = folder.config()
                     require_resumable(before, self.config)
-                    return self._continue(folder, self.config.model_copy(update={"template_time": before.template_time}))
+                    return self._continue(
+                        folder, self.config.model_copy(update={"template_time": before.template_time})
+                    )
             if self._if_exists == "overwrite":
                 folder.remove()
         require_installed(self.config.logging.writers)
@@ -212,8 +219,8 @@ def _teacher(name: str, given: Any) -> dict[str, Any]:
         return dict(given)
     if not isinstance(given, str | Path):
         raise ConfigError(
-            f"teachers['{name}'] is {type(given).__name__}, expected a model (hub id, folder, GGUF file), a folder with an adapter, "
-            "a URL, or a dict of settings"
+            f"teachers['{name}'] is {type(given).__name__}, expected a model (hub id, folder, GGUF file), an adapter's "
+            "folder, a URL, or a dict of settings"
         )
     text = str(given)
     if text.startswith(("http://", "https://")):

@@ -80,7 +80,8 @@ def _assumptions(config: Config, work: Work, assumed: Assumptions) -> str:
         f"device: {d.name}, {rate:g} TFLOPS ({_DTYPES[each.computed]}, dense), {d.memory_gib:g} GiB at {d.memory_gb_s:g} GB/s; "
         f"{d.link_gb_s:g} GB/s one way among the {assumed.gpus_per_node} of a node, {assumed.network_gb_s:g} GB/s for each GPU "
         f"between nodes (--network), {d.host_gb_s:g} GB/s to the host",
-        f"reached: {assumed.matmul_fraction:.0%} of TFLOPS, {assumed.memory_fraction:.0%} of memory bandwidth, {assumed.link_fraction:.0%} "
+        f"reached: {assumed.matmul_fraction:.0%} of TFLOPS, {assumed.memory_fraction:.0%} of memory bandwidth, "
+        f"{assumed.link_fraction:.0%} "
         f"of links; {assumed.step_ms:g} ms more for each pass of an engine, {assumed.collective_us:g} us for each collective, "
         f"{assumed.disk_gb_s:g} GB/s for files",
         f"memory: {assumed.reserve_gib:g} GiB of each device for contexts and fragments; unless its engine_args say otherwise an "

@@ -156,7 +156,7 @@ def _pools(config: Config, asked: Mapping[str, float], shape: Callable[[str], Sh
 
 
 def _in_flight(config: Config, rollouts: int) -> int:
-    """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.loop.collect`); games
+    """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.loop`); games
     are hosted, so many at once."""
     if config.cluster.teachers_sleep or not all(teacher.remote for teacher in config.teachers.values()):
         hosted = any(task.type in _TURNS for task in config.tasks.values())

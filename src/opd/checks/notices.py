@@ -1,14 +1,14 @@
 """Notices before the first step: keys and data without effect, and objectives that reward what they should not."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from opd.checks.rules import Finding
 from opd.config import Config, FileTask, PythonTask, SftConfig, TaskConfig, changed, without_effect
+from opd.data.task_data import PromptSets, has_verdict
 from opd.objectives.mask_law import largest_kl
 from opd.records import Prompt
 
-PromptSets = Mapping[str, Mapping[str, Sequence[Prompt]]]
 REWARD = "reward"
 """The name of the finding that says what becomes of rewards."""
 _NO_EFFECT = "no effect"
@@ -23,17 +23,6 @@ _TRAIN_ON_IT = (
     "reward.coef = 0, so nothing trains on it; to train on it set reward.coef above 0, with sampling.group_size of 2 or "
     "more (or reward.baseline = 'none')"
 )
-
-
-def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
-    """Whether the task itself says what a response to this prompt is worth."""
-    return not isinstance(task, FileTask | PythonTask) or (prompt.answer is not None and task.verifier != "none")
-
-
-def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
-    """Whether the task says what a response is worth in the held-out reward: its grader where it has one, else its verifier."""
-    graded = isinstance(task, FileTask | PythonTask) and task.grader is not None and prompt.answer is not None
-    return graded or has_verdict(prompt, task)
 
 
 def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: bool) -> list[Finding]:

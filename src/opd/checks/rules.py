@@ -1,22 +1,20 @@
 """Checks before the first step. Each returns a `Finding`, or raises the error that says which record is wrong."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 
-from opd.config import nearest
 from opd.errors import CheckError, DataError
+from opd.models.packing_check import PACKED_WITHIN
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Limit, OtherTemplate, OwnReading, Teacher
 from opd.text.alignment import total
 from opd.text.alignment_report import describe
 
 _NEAR_OVERLAP, _NEAR_KL = 0.6, 1.0  # nats a token
-# Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2 (docs/log.md).
-PACKED_WITHIN = 1e-3
 _PACKING_CAUSES = {
     "plan": "this model does not pass the arguments of a forward pass on to its attention",
     "head": "this model scales, caps or shifts its logits after the output head",
@@ -46,17 +44,6 @@ def require(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if not finding.passed:
             raise CheckError(f"start-up check '{finding.name}' failed: {finding.detail}")
-
-
-def teachers_exist(prompts: Sequence[Prompt], teachers: Collection[str]) -> Finding:
-    """Every prompt names a teacher of the recipe. Raises DataError for the first that does not."""
-    for prompt in prompts:
-        if prompt.teacher not in teachers:
-            hint = nearest(prompt.teacher, list(teachers))
-            raise DataError(
-                f"prompt '{prompt.id}': teacher '{prompt.teacher}' is not in [teachers] ({', '.join(sorted(teachers))}){hint}"
-            )
-    return Finding("every prompt's teacher exists", True, f"{len(prompts)} prompts, {len(teachers)} teachers")
 
 
 def tools_are_answered(prompts: Sequence[Prompt], make_environment: Callable[[Prompt], object]) -> list[Finding]:
@@ -276,7 +263,7 @@ def loaded_whole(notes: Sequence[str]) -> list[Finding]:
 
 
 def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
-    """Packed passes of a model equal its own forward pass, one row at a time, in float32 (`opd.models.packing_check.packed_gaps`)."""
+    """Packed passes of a model equal its own forward pass, one row at a time, in float32 (`opd.models.packing_check`)."""
     wrong = next((probe for probe, gap in gaps.items() if not gap <= PACKED_WITHIN), None)
     worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
     detail = f"largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"

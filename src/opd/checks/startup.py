@@ -7,7 +7,7 @@ from opd.checks import rules
 from opd.checks.notices import clock_unread, notices
 from opd.checks.rules import Finding
 from opd.config import Config
-from opd.data.task_data import TaskData
+from opd.data.task_data import TaskData, require_teachers
 from opd.data.tasks import SPLITS
 from opd.records import FailedScore, Rollout
 from opd.roles import Backend
@@ -19,7 +19,9 @@ _PROBES_PER_TEACHER = 2
 def run_checks(config: Config, backend: Backend, task_data: TaskData) -> list[Finding]:
     """Every start-up check, on the real weights: see `opd.checks.rules`."""
     every = [p for splits in task_data.prompts.values() for split in SPLITS for p in splits[split]]
-    findings = [rules.teachers_exist(every, config.teachers)]
+    require_teachers(every, config.teachers)
+    detail = f"{len(every)} prompts, {len(config.teachers)} teachers"
+    findings = [Finding("every prompt's teacher exists", True, detail)]
     findings += notices(
         config, task_data.prompts, reward=bool(task_data.own_reward), environment=task_data.own_environment
     )

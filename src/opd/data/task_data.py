@@ -1,13 +1,11 @@
 """What the tasks of a recipe give to a run: prompts, rewards and environments."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from opd.checks import rules
-from opd.checks.notices import PromptSets, has_grade, has_verdict
-from opd.config import Config, TaskConfig
+from opd.config import Config, FileTask, PythonTask, TaskConfig, nearest
 from opd.data.tasks import SPLITS, PythonPrompts, make_tasks, read_splits
 from opd.episodes.player import MakeEnvironment
 from opd.errors import DataError
@@ -15,6 +13,9 @@ from opd.records import Prompt
 from opd.rewards.judge import Judge
 from opd.rewards.reward import Reward
 from opd.roles import Environment
+
+PromptSets: TypeAlias = Mapping[str, Mapping[str, Sequence[Prompt]]]
+"""Prompts by task and split."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_tasks(
     prompts = read_splits(tasks)
     for splits in prompts.values():
         for split in SPLITS:
-            rules.teachers_exist(splits[split], config.teachers)
+            require_teachers(splits[split], config.teachers)
 
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
     inner = {part for teacher in config.teachers.values() for part in teacher.weights or ()}
@@ -107,6 +108,27 @@ def read_tasks(
         else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
         own_code=reward is not None,
     )
+
+
+def require_teachers(prompts: Sequence[Prompt], teachers: Collection[str]) -> None:
+    """Raise DataError for the first prompt whose teacher is not in the recipe."""
+    for prompt in prompts:
+        if prompt.teacher not in teachers:
+            hint = nearest(prompt.teacher, list(teachers))
+            raise DataError(
+                f"prompt '{prompt.id}': teacher '{prompt.teacher}' is not in [teachers] ({', '.join(sorted(teachers))}){hint}"
+            )
+
+
+def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
+    """Whether the task itself says what a response to this prompt is worth."""
+    return not isinstance(task, FileTask | PythonTask) or (prompt.answer is not None and task.verifier != "none")
+
+
+def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
+    """Whether the task says what a response is worth in the held-out reward: its grader where it has one, else its verifier."""
+    graded = isinstance(task, FileTask | PythonTask) and task.grader is not None and prompt.answer is not None
+    return graded or has_verdict(prompt, task)
 
 
 def _with_default_teacher(config: Config) -> dict[str, TaskConfig]:

@@ -82,8 +82,8 @@ class RunFolder:
         if missing:
             arguments = ", ".join(f"{name}=..." for name in missing)
             raise RunError(
-                f"run '{self.path}' was started with {', '.join(missing)} from Python, which it cannot store; continue it from Python: "
-                f"opd.Trainer('{self.path}', {arguments}).resume(), and evaluate it in the same way"
+                f"run '{self.path}' was started with {', '.join(missing)} from Python, which it cannot store; continue it from "
+                f"Python: opd.Trainer('{self.path}', {arguments}).resume(), and evaluate it in the same way"
             )
 
     def how_to_resume(self) -> str:

@@ -1,6 +1,6 @@
 """The text of a response after its thoughts.
 
-A thought stands between two tags of one spelling, the table of which is `opd.text.special_tags.THOUGHTS`; capital letters do not matter.
+A thought stands between two tags of one spelling (`opd.text.special_tags.THOUGHTS`); capital letters do not matter.
 """
 
 import re

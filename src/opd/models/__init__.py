@@ -1,0 +1,1 @@
+"""Models: loading, adapters, packed passes, attention and the KV cache."""
