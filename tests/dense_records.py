@@ -72,7 +72,7 @@ class Episode:
 
     @property
     def seen(self) -> list[Action]:
-        """The actions of the parts that have a score or that an reward acts on; others say of the episode alone what it is."""
+        """The actions of the parts that have a score or that a reward acts on; others say of the episode alone what it is."""
         rows = {a.row for a in self.used if a.scored or a.judged}
         return [a for a in self.used if a.row in rows]
 

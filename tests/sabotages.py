@@ -151,7 +151,7 @@ FUTURE_OF_WRONG_SIGN = Sabotage(ADV + "future_kl", scaled(-1.0))
 OWN_SAMPLE = Sabotage(BASE + "leave_one_out", instead(with_its_own_sample))
 EXACT_HALVED = Sabotage(EST + "exact_gradients", scaled(0.5))
 SCORES_DOUBLED = Sabotage(EST + "trajectory_gradients", scaled(2.0))
-OUTCOME_HALVED = Sabotage(ADV + "reward", scaled(0.5))
+REWARD_HALVED = Sabotage(ADV + "reward_advantages", scaled(0.5))
 NEGATIVE_REINFORCE = Sabotage("objectives.losses:reinforce", scaled(-1.0))
 
 SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
@@ -290,13 +290,13 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     },
     "mask_law": {
         "half of the immediate log ratio": IMMEDIATE_HALVED,
-        "half of the reward": OUTCOME_HALVED,
+        "half of the reward": REWARD_HALVED,
         "the KL baseline of the wrong sign": Sabotage(BASE + "negative_kl", scaled(-1.0)),
     },
     "tilt_law": {
-        "half of the reward": OUTCOME_HALVED,
+        "half of the reward": REWARD_HALVED,
         "half of the immediate log ratio": IMMEDIATE_HALVED,
-        "an reward that is not counted": Sabotage(ADV + "reward", scaled(0.0)),
+        "a reward that is not counted": Sabotage(ADV + "reward_advantages", scaled(0.0)),
     },
     "several_teachers": {
         "teachers of equal weight": Sabotage(VOCABULARY_LOSS, teachers_changed(lambda t: t._replace(weight=0.5))),
@@ -343,7 +343,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         ),
     },
     "credit": {
-        "all in one chunk": Sabotage("text.align:align", instead(one_chunk)),
+        "all in one chunk": Sabotage("text.chunks:align", instead(one_chunk)),
         "a to-go of wrong scale": TO_GO_HALVED,
         "a to-go without what comes later": TO_GO_WITHOUT_LATER,
         "all of log q less all of log pi": Sabotage(
@@ -353,9 +353,9 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     },
     "comparison": {
         "a cell for each token": Sabotage(
-            "text.cells:shared_vocabulary", lambda f: lambda *args: replace(f(*args), student=f(*args).student[::-1].copy())
+            "text.shared_vocabulary:shared_vocabulary", lambda f: lambda *args: replace(f(*args), student=f(*args).student[::-1].copy())
         ),
-        "all in one chunk": Sabotage("text.align:align", instead(one_chunk)),
+        "all in one chunk": Sabotage("text.chunks:align", instead(one_chunk)),
         "no chunks": Sabotage(ADV + "log_ratio_to_go", first_arguments(3)),
         "half of the comparison": Sabotage(VOCABULARY_LOSS, loss_scaled(0.5)),
     },
@@ -363,7 +363,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
         hack: {
             "a to-go without what comes later": TO_GO_WITHOUT_LATER,
             "KL-to-go without its future": KL_TO_GO_IS_IMMEDIATE,
-            "half of the reward": OUTCOME_HALVED,
+            "half of the reward": REWARD_HALVED,
         }
         for hack in ("quick_answer", "attractor", "loop", "early_end", "parser_exploit")
     },

@@ -157,7 +157,7 @@ def test_a_masked_response_keeps_its_outcome():
     assert torch.equal(found.train_mask, batch.loss_mask)
     assert not found.padded(found.distill_mask)[1].any()
     assert found.advantages is not None
-    # -1 against the 0 of the prompt's other sample, on two actions; three responses are distilled, four have an reward
+    # -1 against the 0 of the prompt's other sample, on two actions; three responses are distilled, four have a reward
     assert found.padded(found.advantages)[1].sum() == pytest.approx(-2.0 * 3 / 4)
 
 

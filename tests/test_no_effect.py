@@ -81,7 +81,7 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"optimizer.schedule": "constant", "optimizer.final_lr_fraction": 0.1},
         ["optimizer.final_lr_fraction = 0.1: with optimizer.schedule = 'constant'"],
     ),
-    "an reward's keys without one": (
+    "a reward's keys without one": (
         {"reward.baseline": "grpo", "reward.format_error": -2.0},
         ["reward.baseline = \"grpo\": reward.coef = 0", "reward.format_error = -2.0: reward.coef = 0"],
     ),

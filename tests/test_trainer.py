@@ -34,6 +34,7 @@ def test_prompts_and_a_reward_of_ones_own_train_without_a_recipe_file(tmp_path: 
         return 1.0
 
     trainer = opd.Trainer(tree_without_tasks(tmp_path), prompts=iter(as_messages(RECORDS)), reward=reward)
+    assert all(finding.passed for finding in trainer.check())
     result = trainer.fit()
     assert result.finished
     assert set(seen) <= {(r["question"], r["solution"], r["level"]) for r in RECORDS}

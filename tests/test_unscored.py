@@ -1,4 +1,4 @@
-"""Rollouts without a score: an reward still acts on them, steps without any are skipped and counted, and all of it is shown."""
+"""Rollouts without a score: a reward still acts on them, steps without any are skipped and counted, and all of it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import replace

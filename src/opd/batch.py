@@ -35,7 +35,7 @@ class Batch:
     for the parts of one episode, which follow each other in order; turns [tokens]: which of its episode's student turns an action
     belongs to; flagged [tokens]: where format errors lie;
     token_ids, rollout_logprobs, teacher_logprobs [tokens]; loss_mask [tokens]: the actions. distill_mask: those that the
-    distillation term acts on (all, unless `opd.objective` leaves some out); reward_mask: those that an reward acts on.
+    distillation term acts on (all, unless `opd.objective` leaves some out); reward_mask: those that a reward acts on.
     teacher_parts: of each rollout, or None when teachers gave sampled scores. compared [tokens]: the actions before which those
     parts have a state; None: all.
     top_k_ids, logprobs_at [tokens, support]: of teachers that gave their likeliest tokens, as in `TopKScore` (-1 and -inf
@@ -89,7 +89,7 @@ class Batch:
 
     @property
     def used(self) -> Tensor:
-        """The actions of rollouts that have a score or that an reward acts on, [tokens] bool; the others say of their episode
+        """The actions of rollouts that have a score or that a reward acts on, [tokens] bool; the others say of their episode
         alone what it is."""
         rows = self.any_of(self.scored | self.reward_mask)
         return self.loss_mask & torch.repeat_interleave(rows, self.lengths)
@@ -147,7 +147,7 @@ class Batch:
 
 
 def trainable(scored: Sequence[ScoredRollout], *, unscored: bool = False) -> list[ScoredRollout]:
-    """The rollouts with actions and a score; `unscored`: those too that no teacher could score and an reward acts on, for they
+    """The rollouts with actions and a score; `unscored`: those too that no teacher could score and a reward acts on, for they
     have a verdict. One whose episode failed is never among them."""
     faulty = {(s.rollout.prompt.id, s.rollout.sample) for s in scored if s.rollout.flags}
 

@@ -57,7 +57,7 @@ def _normalizer(objective: ObjectiveConfig, batch: Batch, mask: Tensor) -> float
 
 
 def _masked(config: Config, batch: Batch) -> tuple[Batch, Metrics]:
-    """Leave out of the distillation term what has no score, and what the recipe masks of episodes with format errors; an reward
+    """Leave out of the distillation term what has no score, and what the recipe masks of episodes with format errors; a reward
     acts on every episode that has one."""
     kept = batch.scored
     metrics: Metrics = {}

@@ -1,6 +1,6 @@
 """`Trainer`: what a user of the Python API, and the command line, does with a recipe or a run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -57,7 +57,9 @@ class Trainer:
         callbacks: Sequence[EveryCallback] = (),
         if_exists: OnExists = "error",
     ) -> None:
-        self._passed = PythonPrompts(prompts, held_out_prompts) if prompts is not None else None
+        self._passed = None
+        if prompts is not None:
+            self._passed = PythonPrompts(_kept(prompts), None if held_out_prompts is None else _kept(held_out_prompts))
         if held_out_prompts is not None and prompts is None:
             raise ConfigError("held_out_prompts belongs to prompts; pass prompts too")
         if if_exists not in ("error", "resume", "overwrite"):
@@ -226,6 +228,11 @@ def _teacher(name: str, given: Any) -> dict[str, Any]:
     if text.startswith(("http://", "https://")):
         return {"url": text}
     return {"adapter" if (Path(text) / "adapter_config.json").is_file() else "model": text}
+
+
+def _kept(records: Iterable[Any]) -> Iterable[Any]:
+    """The records; those of an iterator as a list, because a trainer may read them several times."""
+    return list(records) if isinstance(records, Iterator) else records
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Trial:
         )
 
     def held(self, *names: str) -> bool:
-        """Whether each arm hacks at most as often as the teacher, with an reward no lower than at the start."""
+        """Whether each arm hacks at most as often as the teacher, with a reward no lower than at the start."""
         return all(
             a.hack <= self.start.hack + 1e-9 and a.reward >= self.start.reward - 1e-9
             for a in (self.arms[name] for name in names)
@@ -116,7 +116,7 @@ def rest_by_law(hack: Hack, arm: Arm) -> float | None:
     actions taken; log q is the mean over the row's states, and after action a, k_a is P(kept), F_a the kept log ratios to come,
     U_a the mean reward. Without masks pi ~ q exp(discount F + coef U), the branch law and the tilt law in one. With masks and
     no reward, an action that is always masked (k = 0) makes m = 0, so that pi = q elsewhere and it gets the rest: the mask law.
-    Exact terms have the P(kept) of the state in place of k_a. A KL baseline has the law of the exact term without an reward.
+    Exact terms have the P(kept) of the state in place of k_a. A KL baseline has the law of the exact term without a reward.
 
     `share` is the normaliser of the distillation part over that of the reward's: 1 without masks and with a constant, else what
     of all episodes (or tokens) is kept, which the settled student itself decides. The more is kept the more the reward weighs, so
@@ -246,7 +246,7 @@ def attractor() -> Claim:
     return trial.claim(
         "b", "a format error in which the teacher is certain", "docs/objectives.md, masks",
         "future terms and the uncentred mask collapse; a centred mask ends where exact does, above the teacher's rate; to-go with "
-        f"an uncentred mask collapses in spite of an reward whose difference, times coef, is {paid:.1f}: less than the KL of a "
+        f"an uncentred mask collapses in spite of a reward whose difference, times coef, is {paid:.1f}: less than the KL of a "
         "response; it ends at 0.998, with a constant normaliser at 0.493; all safeguards with a centred mask hold",
         trial.collapsed(TO_GO, KL_TO_GO, MASK_UNCENTRED, TO_GO_UNCENTRED)
         and paid < -trial.start.opd_reward

@@ -333,7 +333,7 @@ def follow(hack: Hack, arm: Arm, *, rate: float = 1.0, steps: int = 400) -> Tens
         kept = normalizers(hack, arm, policy)[0]
         if arm.masked:
             most = (counts(policy.chances * keep) / taken).amax(-1, keepdim=True)
-            # beside an reward, which acts on everything, no step is larger than without this
+            # beside a reward, which acts on everything, no step is larger than without this
             scale = taken * (most.clamp(min=min(kept, 1.0)) if arm.reward_coef > 0 else most)
         return kept * expected_gradient(hack, arm, policy) / scale.clamp(min=1e-300)
 

@@ -204,10 +204,10 @@ _CASES: dict[str, tuple[Choice, float]] = {
 
 
 def mask_law() -> Claim:
-    """An uncentred advantage behind a mask rewards errors; an reward stops that from starts with few of them.
+    """An uncentred advantage behind a mask rewards errors; a reward stops that from starts with few of them.
 
     Dies when a normaliser counts other episodes, when masked episodes stay in the distillation term or leave the reward, when the
-    KL baseline has another sign, and when an reward is not centred by the others of its group.
+    KL baseline has another sign, and when a reward is not centred by the others of its group.
     """
     found = {name: trained_end(choice, start) for name, (choice, start) in _CASES.items()}
     laws = {name: choice.end(start) for name, (choice, start) in _CASES.items()}
@@ -222,7 +222,7 @@ def mask_law() -> Claim:
     return Claim(
         "12", "masking errors with an uncentred sampled advantage rewards them", "docs/safeguards.md, the trap",
         "P(error) where training's functions come to rest: 0.241 behind a mask (the teacher's: 0.02), 0.026 with the KL baseline; "
-        "0.176 beside an reward of 0.1 (0.161 with a constant normaliser); KL 2 beside an reward of 2.5 ends at 0 from 0.02 and "
+        "0.176 beside a reward of 0.1 (0.161 with a constant normaliser); KL 2 beside a reward of 2.5 ends at 0 from 0.02 and "
         "at 0.756 from 0.5 and 0.8 (at 0 with a constant); each by the law of `opd.objectives.mask_law`",
         f"{shown}; laws met to {gap:.0e}, means over all batches of 3 to {mean_gap:.0e}",
         gap < 1e-3 and mean_gap < 1e-9 and _as_written(found),
@@ -236,7 +236,7 @@ def _as_written(found: dict[str, float]) -> bool:
 
 
 def tilt_law() -> Claim:
-    """Distillation and an reward together: the optimum is q exp(alpha R), here with the example of the mask law.
+    """Distillation and a reward together: the optimum is q exp(alpha R), here with the example of the mask law.
 
     Dies when the reward's share of a batch is another one, its baseline is wrong or the immediate advantage is.
     """

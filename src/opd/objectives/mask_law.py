@@ -1,4 +1,4 @@
-"""The course of P(error) when errors are masked and an reward is added to the distillation term.
+"""The course of P(error) when errors are masked and a reward is added to the distillation term.
 
 A student of one choice: an error with probability p, else a response without one, which a mask keeps; x = 1 - p. In large batches
 training moves the logit of p by
@@ -29,7 +29,7 @@ _GRID = 1000
 
 
 def reward_pull(error: float, baseline: RewardBaseline = "leave_one_out", group_size: int = 4) -> float:
-    """How fast an reward of weight 1 moves the logit of P(error) down: -E[A d log pi / d logit] in groups of `group_size`.
+    """How fast a reward of weight 1 moves the logit of P(error) down: -E[A d log pi / d logit] in groups of `group_size`.
 
     p (1 - p) for "leave_one_out" and "none", (n - 1) / n of it for "group_mean"; for "grpo", which divides by the group's standard
     deviation, E[sqrt(k (n - k))] / n over the number k of errors of a group, whatever the rewards differ by.

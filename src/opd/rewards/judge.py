@@ -19,7 +19,7 @@ class Judge:
     response of the last one.
 
     checks: by task; they need the tokenizer that the rollouts were sampled with. own: the tasks in which `reward` takes the place
-    of an reward that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
+    of a reward that an environment gave. own_code: `reward` is the user's, and gets a response as it was sampled; a verifier gets
     it behind the thinking tag that the prompt has opened.
     """
 
