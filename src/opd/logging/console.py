@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
@@ -46,6 +47,11 @@ def summary(values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def _shows_bars(console: Console) -> bool:
+    """Whether rich can draw a progress bar: in a terminal, and in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 class ProgressLine:
     """Prints the progress of a run, and sampled responses."""
 
@@ -53,7 +59,7 @@ class ProgressLine:
         self._console = console or Console()
         self._total = total
         self._progress: Progress | None = None
-        if self._console.is_terminal:
+        if _shows_bars(self._console):
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn())
             self._progress = Progress(
                 *columns,
