@@ -1,6 +1,6 @@
 """A student learns from a teacher with another tokenizer: opd beside TRL's GOLD, the same prompts, samples and steps.
 
-    .venv/bin/python benchmarks/foreign.py recipes/sums.toml --output runs/foreign
+    .venv/bin/python benchmarks/cross_tokenizer.py recipes/sums.toml --output runs/foreign
 
 Needs trl (`pip install trl==1.16.0`, into an environment of its own that has opd too); without it only opd's runs are done. Both
 train a LoRA adapter of the recipe's size at the recipe's rate and schedule, sampling at temperature 1; both are then judged by the

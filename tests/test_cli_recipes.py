@@ -85,7 +85,6 @@ def test_a_value_out_of_range_is_refused_by_its_key(recipe: str, tmp_path: Path,
         (["objective.normalizer=constant"], "go together"),
         (["objective.constant=3"], "go together"),
         (["reward.coef=1", "sampling.group_size=1"], "sampling.group_size >= 2"),
-        (["optimizer.warmup_steps=2"], "leaves nothing of steps = 2"),
         (["tasks.first.teacher=evn"], "did you mean 'even'?"),
         (["optimizer.betas=[0.9, 1.0]"], "betas must lie in [0, 1), got [0.9, 1.0]"),
         (["tasks.first.type=csv"], "must be 'file', 'python', 'reasoning_gym', 'textarena' or 'tools', got 'csv'"),
@@ -231,3 +230,12 @@ def test_a_prompt_longer_than_the_context_is_refused_by_its_id(tree: dict[str, A
     line = refuse_tree(tree, tmp_path)
     name = "the student" if who == "student" else "teacher 'even'"
     assert f"prompt 'first:long': 119 tokens + sampling.max_new_tokens = 6 exceed the context of {name} (100)" in line
+
+
+def test_a_run_shorter_than_its_warm_up_says_how_far_the_rate_comes(tmp_path: Path):
+    tree = toy_recipe(tmp_path, evaluation={"num_prompts": 0}) | {"optimizer": {"lr": 1e-3, "warmup_steps": 5}}
+    result = invoke("train", write_toml(tmp_path / "recipe.toml", tree), "--steps", "3")
+    assert result.exit_code == 0, result.output
+    assert "warmup_steps = 5 is not below steps = 3: the learning rate rises to 50% of optimizer.lr" in result.output
+    rates = [line["optim/lr/max"] for line in opd.read_metrics(tree["output"])]
+    assert rates == pytest.approx([1e-3 / 6, 2e-3 / 6, 3e-3 / 6])

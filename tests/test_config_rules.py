@@ -151,10 +151,6 @@ def test_a_task_without_a_type_is_told_so():
             "reward.baseline = 'grpo' compares the samples of one prompt",
         ),
         (
-            {"steps": 5},
-            "optimizer.warmup_steps = 5 leaves nothing of steps = 5; lower it",
-        ),
-        (
             {"tasks": {"words": {"type": "file", "path": "w", "teacher": "evn"}}},
             "tasks.words.teacher = 'evn' is no teacher of [teachers] (even, odd); did you mean 'even'?",
         ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from opd.checkpoint import Saver, explain_io, identities_of
 from opd.checks import rules
-from opd.checks.notices import clock_unread, notices_of_tuning
+from opd.checks.notices import clock_unread, notices_of_tuning, warmup_warning
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
 from opd.data.stream import PromptStream
 from opd.data.tasks import SPLITS, make_tasks, read_splits
@@ -100,6 +100,8 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
             unread = clock_unread(config, reads_clock=bool(clock_of(student.network.tokenizer)))
             for finding in notices_of_tuning(config, prompts) + unread:
                 line.say(f"warning: {finding.name}: {finding.detail}")
+            if (warning := warmup_warning(config)) is not None:
+                line.say(warning)
             for note in school.notes:
                 line.say(f"warning: {note}")
         with saver.explained(line.say):

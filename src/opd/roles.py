@@ -1,4 +1,4 @@
-"""The roles that a training step is written in; embedded and distributed parts implement the same protocols."""
+"""The roles of a training step: the local and the Ray backend implement the same protocols."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

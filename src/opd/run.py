@@ -11,7 +11,7 @@ from pathlib import Path
 from opd.callbacks import Callbacks
 from opd.checkpoint import Saver, explain_io, identities_of
 from opd.checks import rules
-from opd.checks.notices import REWARD, discount_warning, mask_warning
+from opd.checks.notices import REWARD, discount_warning, mask_warning, warmup_warning
 from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
 from opd.data.stream import PromptStream
@@ -166,7 +166,7 @@ class Run:
             return result
 
     def _train_and_evaluate(self, line: ProgressLine, restored: int | None) -> Result:
-        for warning in (discount_warning(self.config), mask_warning(self.config)):
+        for warning in (warmup_warning(self.config), discount_warning(self.config), mask_warning(self.config)):
             if warning is not None:
                 line.say(warning)
         before = self.evaluator.before(line, restored=restored is not None)

@@ -181,6 +181,17 @@ def _content(prompt: Prompt) -> str:
     return json.dumps([[dict(m) for m in prompt.messages], list(prompt.tools)], sort_keys=True, default=dict)
 
 
+def warmup_warning(config: Config | SftConfig) -> str | None:
+    """One line where a run ends before its learning rate has reached `optimizer.lr`; else None."""
+    warmup = config.optimizer.warmup_steps
+    if warmup < config.steps:
+        return None
+    return (
+        f"warning: optimizer.warmup_steps = {warmup} is not below steps = {config.steps}: the learning rate rises to "
+        f"{config.steps / (warmup + 1):.0%} of optimizer.lr and never reaches it"
+    )
+
+
 def discount_warning(config: Config) -> str | None:
     """One line where the discount of a recipe favours short or empty branches; else None."""
     discount = config.objective.discount

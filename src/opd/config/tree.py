@@ -261,10 +261,6 @@ class RunNode(Node):
             )
         if self.trainable == "full" and self.lora.start is not None:
             raise ValueError("lora.start is for an adapter, and trainable = 'full' has none; drop one")
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
-            raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; lower it"
-            )
         return self
 
 
