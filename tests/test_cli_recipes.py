@@ -9,7 +9,9 @@ from commands import bench as bench
 from commands import invoke, refuse, refuse_tree
 from commands import recipe as recipe
 from commands import tree as tree
-from factories import save_toy, sft_recipe, write_toml
+from factories import save_toy, sft_recipe, toy_recipe, write_toml
+
+import opd
 
 # What a recipe says
 
