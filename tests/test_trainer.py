@@ -57,6 +57,8 @@ def test_a_run_with_prompts_from_python_asks_for_them_again(tmp_path: Path):
     result = opd.train(tree_without_tasks(tmp_path), prompts=as_messages(RECORDS))
     with pytest.raises(opd.OpdError, match=r"started with prompts from Python.*prompts=\.\.\.\)\.resume\(\)"):
         opd.Trainer(result.run).resume()
+    assert invoke("export", result.run).exit_code == 0  # no prompts are needed to write a student
+    assert (result.run / "export" / "adapter_config.json").is_file()
     more = opd.Trainer(result.run, prompts=as_messages(RECORDS)).resume(["steps=3"])
     assert more.steps_done == 3
     with pytest.raises(opd.OpdError, match="training prompts"):

@@ -17,6 +17,7 @@ from opd.config import Config, config_changes, dump_config
 from opd.data.stream import PromptStream
 from opd.data.task_data import TaskData
 from opd.detectors.monitor import RunMonitor
+from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import ConfigError, one_line
 from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
@@ -82,7 +83,7 @@ class Run:
         self.task_data = task_data
         started = config.started()
         self.say: Callable[[str], None] = partial(print, flush=True)  # until there is a progress line to say it above
-        self.backend = make_backend(started, task_data)
+        self.backend = make_backend(started, task_data.make_environment)
         # the run keeps its start time where a template reads the clock
         self.config = started if self.backend.facts().reads_clock else config
         try:
@@ -134,21 +135,6 @@ class Run:
         with closing(self.backend), ProgressLine(self.config.steps) as line:
             rules.require(packing_findings(self.backend))
             return self.evaluator.parity({}, line, keep=False)
-
-    def export(self, folder: Path, step: int | None, *, merged: bool, dtype: str | None) -> None:
-        """Write the student of the newest checkpoint, or of `step`, to a folder (`Trainer.export`)."""
-        lora = self.config.trainable == "lora"
-        if dtype is not None and lora and not merged:
-            raise ConfigError(f"dtype = '{dtype}' belongs to merged: an adapter is written in float32")
-        with closing(self.backend), explain_io(folder), tempfile.TemporaryDirectory(prefix="opd-export-") as place:
-            self._restore(self.say, step)
-            if not (lora and merged) and dtype is None:
-                self.backend.export(folder)
-                return
-            plain = Path(place) / "student"
-            self.backend.export(plain)
-            base, adapter = (self.config.student, plain) if lora else (str(plain), None)
-            write_merged(base, adapter, folder, dtype=dtype or "float32", whose="the student")
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:
         restored = self._restore(line.say) if resume else None
@@ -300,17 +286,48 @@ class Run:
         return {**self.backend.identities, **self._prompt_identities}
 
 
-def make_backend(config: Config, task_data: TaskData) -> Backend:
+def export_student(
+    config: Config, folder: RunFolder, target: Path, step: int | None, *, merged: bool, dtype: str | None
+) -> None:
+    """Write the student of a run's newest checkpoint, or of `step`, to a folder (`Trainer.export`). No prompts are read."""
+    lora = config.trainable == "lora"
+    if dtype is not None and lora and not merged:
+        raise ConfigError(f"dtype = '{dtype}' belongs to merged: an adapter is written in float32")
+    with (
+        closing(make_backend(config.started())) as backend,
+        explain_io(target),
+        tempfile.TemporaryDirectory(prefix="opd-export-") as place,
+    ):
+        saver = Saver(
+            folder.checkpoints,
+            backend.learner(),
+            lambda: backend.identities,
+            steps=config.steps,
+            every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            how_to_resume=folder.how_to_resume,
+        )
+        saver.restore(partial(print, flush=True), step)
+        if not (lora and merged) and dtype is None:
+            backend.export(target)
+            return
+        plain = Path(place) / "student"
+        backend.export(plain)
+        base, adapter = (config.student, plain) if lora else (str(plain), None)
+        write_merged(base, adapter, target, dtype=dtype or "float32", whose="the student")
+
+
+def make_backend(config: Config, make_environment: MakeEnvironment = one_turn) -> Backend:
     """The backend that a recipe names: this process, or a Ray cluster."""
     if config.backend == "local":
-        return local.build(config, task_data.make_environment)
+        return local.build(config, make_environment)
     try:
         from opd.distributed.backend import build
     except ImportError as error:
         raise ConfigError(
             f"backend = 'ray' needs more packages ({error.name} is missing): pip install 'opd[distributed]'"
         ) from None
-    return build(config, task_data.make_environment)
+    return build(config, make_environment)
 
 
 def make_components(

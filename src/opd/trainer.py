@@ -18,7 +18,7 @@ from opd.logging.run_folder import RunFolder
 from opd.logging.writers import require_installed
 from opd.loop import StepReport
 from opd.rewards.reward import Reward
-from opd.run import Result, Run, make_backend
+from opd.run import Result, Run, export_student, make_backend
 
 Recipe: TypeAlias = "str | Path | Mapping[str, Any] | Config"
 OnExists: TypeAlias = Literal["error", "resume", "overwrite"]
@@ -150,14 +150,13 @@ class Trainer:
         if dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"dtype = '{dtype}', expected 'float32' or 'bfloat16'")
         _require_checkpoint(folder)
-        folder.require_own_code(self._own_code())
-        self._run(folder.config(), folder).export(target, step, merged=merged, dtype=dtype)
+        export_student(folder.config(), folder, target, step, merged=merged, dtype=dtype)
         return target
 
     def check(self) -> list[Finding]:
         """Every start-up check, with its figures; raises for a record that no run could use."""
         task_data = self._task_data(self.config)
-        with closing(make_backend(self.config.started(), task_data)) as backend:
+        with closing(make_backend(self.config.started(), task_data.make_environment)) as backend:
             return run_checks(self.config, backend, task_data)
 
     def _continue(self, folder: RunFolder, config: Config) -> Result:

@@ -38,7 +38,7 @@ _OWN_CODE = "own_code.txt"
 _CHANGES = "changes.jsonl"
 _WRITTEN = frozenset(
     ("config.json", "metrics.jsonl", "rollouts", "checkpoints", "alarms.jsonl", "before.json", "parity.json", "parity.md",
-     "curves.png", "student", "tensorboard", "trackio", _OWN_CODE, _CHANGES, ".lock")
+     "curves.png", "student", "export", "tensorboard", "trackio", _OWN_CODE, _CHANGES, ".lock")
 )  # fmt: skip
 _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
 _PLAIN = ("sample", "part", "reward", "finish", "policy_version")  # fields of a rollout that JSON holds as they are
