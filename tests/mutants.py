@@ -68,6 +68,7 @@ MODULES: dict[str, list[str]] = {
         "unscored",
         "chunks",
         "neutral",
+        "shared_vocabulary",
     ],
     "batch": [
         "compute_advantages",
