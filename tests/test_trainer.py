@@ -120,6 +120,7 @@ def test_stop_ends_the_run_as_an_interrupt_does(tmp_path: Path):
         ({"mine": float("nan")}, "expected a finite number"),
         ({"no name": 1.0}, "expected a name such as"),
         ({3: 1.0}, "expected a name such as"),
+        ({"step": 7.0}, "which the step already has"),
         ("stop", "returned str, expected a mapping of metrics, opd.STOP or None"),
     ],
     ids=str,
@@ -269,3 +270,39 @@ def test_the_learning_rate_changes_on_request_and_the_folder_says_so(tmp_path: P
     changes = [json.loads(text) for text in (run / "changes.jsonl").read_text().splitlines()]
     assert ("optimizer.lr", 1e-5, 2) in [(c["key"], c["now"], c["after_step"]) for c in changes]
     assert "belongs to --resume" in one_line(invoke("train", write_toml(tmp_path / "r.toml", tree), "--allow-changes"))
+
+
+def test_overwriting_deletes_only_runs_and_only_once_the_new_one_is_checked(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})
+    run = opd.train(tree).run
+    before = (run / "metrics.jsonl").read_bytes()
+    for broken in ({"student": "/nowhere"}, {"lora": {**tree.get("lora", {}), "start": str(run / "student")}}):
+        with pytest.raises(opd.OpdError):
+            opd.train({**tree, **broken}, if_exists="overwrite")
+        assert (run / "metrics.jsonl").read_bytes() == before
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "config.json").write_text('{"model": "mine"}')
+    (other / "checkpoints" / "epoch1.pt").write_text("weights")
+    with pytest.raises(opd.OpdError):
+        opd.train({**tree, "output": str(other)}, if_exists="overwrite")
+    assert (other / "checkpoints" / "epoch1.pt").read_text() == "weights"
+
+
+class StopAtCheckpoint(opd.Callback):
+    def on_checkpoint(self, step: int, folder: Path) -> Any:
+        return opd.STOP
+
+
+def test_stop_from_a_checkpoint_ends_the_run_there(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=4, checkpoint={"every": 2}, evaluation={"num_prompts": 0})
+    assert opd.train(tree, callbacks=iter([StopAtCheckpoint()])).steps_done == 2
+
+
+def test_prompts_for_a_run_of_files_or_for_two_tasks_are_refused(tmp_path: Path):
+    run = opd.train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})).run
+    with pytest.raises(opd.OpdError, match="trains on the tasks of its recipe; prompts belongs to a new run"):
+        opd.Trainer(run, prompts=as_messages(RECORDS)).resume(["steps=3"])
+    two = tree_without_tasks(tmp_path) | {"tasks": {"a": {"type": "python"}, "b": {"type": "python"}}}
+    with pytest.raises(opd.OpdError, match=r"several tasks \(a, b\)"):
+        opd.Trainer(two, prompts=as_messages(RECORDS))

@@ -114,7 +114,7 @@ class Callbacks:
 def _metric(name: Any, value: Any, *, known: Sequence[str] | set[str]) -> float:
     if not isinstance(name, str) or not _METRIC.fullmatch(name):
         raise CallbackError(f"a callback's metric is named {name!r}, expected a name such as 'mine/length'")
-    if name in known:
+    if name in known or name == "step":
         raise CallbackError(f"a callback's metric is named '{name}', which the step already has; choose another name")
     try:
         number = float(value)

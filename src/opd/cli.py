@@ -154,7 +154,7 @@ def evaluate(
         config = load_config(_announced(str(source)), [*overrides, *chosen])
         from opd.trainer import Trainer
 
-        Trainer(config).evaluate()
+        Trainer(config).evaluate_untrained()
 
 
 @app.command()

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from opd.checkpoint import Saver
@@ -37,12 +37,13 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.stop and number == signal.SIGINT
-        if not self.stop:
-            # not through the console, which the signal may have interrupted
-            text = f"\nfinishing step {self._saver.done + 1}; press Ctrl-C again to stop without it\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
+        first, again = not self.stop, self.stop and number == signal.SIGINT
         self.stop = True
         self._repeated += again
+        if first:
+            text = f"\nfinishing step {self._saver.done + 1}; press Ctrl-C again to stop without it\n"
+            # not through the console, which the signal may have interrupted; the terminal may be gone
+            with suppress(OSError, ValueError):
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
         if again and (self._saver.learner.whole or self._repeated > 1):
             raise KeyboardInterrupt

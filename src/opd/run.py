@@ -106,8 +106,8 @@ class Run:
         self.evaluator = Evaluator(self.config, folder, self.backend, self.components, task_data)
         self._warned_of_silence = False
 
-    def go(self, *, resume: bool) -> Result:
-        """Train to the end. resume: in a folder that is there, and locked."""
+    def go(self, *, resume: bool, replace: bool = False) -> Result:
+        """Train to the end. resume: in a folder that is there, and locked; replace: in place of a run that is there."""
         with closing(self.backend), ProgressLine(self.config.steps) as line:
             self.say = line.say
             line.say("checking the recipe on the real models")
@@ -118,7 +118,9 @@ class Run:
                     line.say(f"{'warning: ' if finding.warning else ''}{finding.name}: {finding.detail}")
             if resume:
                 return self._train(line, resume=True)
-            # Only now, so that a refused recipe leaves nothing behind.
+            # Only now, so that a refused recipe leaves nothing behind, and deletes nothing.
+            if replace:
+                self.folder.remove()
             RunFolder.create(self.folder.path, self.config, own_code=self.own_code)
             with self.folder.locked():
                 return self._train(line, resume=False)
@@ -210,7 +212,7 @@ class Run:
             try:
                 if pending is not None:
                     values, alarmed = self._measured(saver.done, pending, monitor)
-                    stopped = alarmed and saver.done < config.steps
+                    stopped = (alarmed or self.callbacks.stop) and saver.done < config.steps
                     self._append(saver.done, values)
                     writers.write(saver.done, values)
                 with closing(train_steps(config, components, start=saver.done)) as reports:
@@ -224,6 +226,7 @@ class Run:
                         if saver.due or stopped:
                             records.wait()  # a checkpoint says that everything before it is on disk
                             self.callbacks.on_checkpoint(saver.done, saver.save())
+                            stopped |= self.callbacks.stop and saver.done < config.steps
                         if stopped:
                             break
             except BaseException:

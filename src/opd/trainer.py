@@ -65,8 +65,8 @@ class Trainer:
         if if_exists not in ("error", "resume", "overwrite"):
             raise ConfigError(f"if_exists = {if_exists!r}, expected 'error', 'resume' or 'overwrite'")
         self._reward, self._environment = reward, environment
-        self._callbacks = callbacks
-        Callbacks(callbacks)  # a wrong one is refused before anything is loaded
+        self._callbacks = tuple(callbacks)
+        Callbacks(self._callbacks)  # a wrong one is refused before anything is loaded
         self._if_exists = if_exists
         self._folder: RunFolder | None = None
         self._config: Config | None = None
@@ -96,12 +96,15 @@ class Trainer:
             if self._if_exists == "resume":
                 with folder.locked():
                     before = folder.config()
-                    require_resumable(before, self.config)
-                    return self._continue(
-                        folder, self.config.model_copy(update={"template_time": before.template_time})
-                    )
+                    kept = {"template_time": before.template_time, "output": before.output}
+                    config = self.config.model_copy(update=kept)
+                    require_resumable(before, config)
+                    return self._continue(folder, config)
             if self._if_exists == "overwrite":
-                folder.remove()
+                folder.require_removable()
+                _require_outside(self.config, folder.path)
+                require_installed(self.config.logging.writers)
+                return self._run(self.config, folder, own_code=self._own_code()).go(resume=False, replace=True)
         require_installed(self.config.logging.writers)
         RunFolder.require_absent(self.config.output)
         return self._run(self.config, folder, own_code=self._own_code()).go(resume=False)
@@ -127,14 +130,18 @@ class Trainer:
         if not (folder.path / "config.json").is_file():
             if overrides or step is not None:
                 raise RunError(f"'{folder.path}' is no run folder: overrides and step belong to a run")
-            _require_evaluation(self.config, f"the recipe of '{self.config.student}'")
-            return self._run(self.config, folder).evaluate_untrained()
+            return self.evaluate_untrained()
         folder.require_own_code(self._own_code())
         config = resumed_config(folder.config(), overrides, evaluation=True)
         _require_adapters(config, folder)
         _require_evaluation(config, f"run '{folder.path}'")
         _require_checkpoint(folder)
         return self._run(config, folder).evaluate(step)
+
+    def evaluate_untrained(self) -> list[ParityRow]:
+        """The parity table of the recipe's student as it is, whatever its run folder holds; nothing is written."""
+        _require_evaluation(self.config, f"the recipe of '{self.config.student}'")
+        return self._run(self.config, RunFolder(Path(self.config.output))).evaluate_untrained()
 
     def export(
         self, output: str | Path, *, step: int | None = None, merged: bool = False, dtype: str | None = None
@@ -161,6 +168,8 @@ class Trainer:
 
     def _continue(self, folder: RunFolder, config: Config) -> Result:
         folder.require_own_code(self._own_code())
+        if self._passed is not None and not _python_tasks(config):
+            raise ConfigError(f"run '{folder.path}' trains on the tasks of its recipe; prompts belongs to a new run")
         _require_adapters(config, folder)
         require_installed(config.logging.writers)
         return self._run(config, folder).go(resume=True)
@@ -210,8 +219,25 @@ def _configured(config: Recipe, teachers: Mapping[str, Any], *, python: bool) ->
         tree["teachers"] = {**tree.get("teachers", {}), **{name: _teacher(name, t) for name, t in teachers.items()}}
     if python:
         own = {name: task for name, task in tree.get("tasks", {}).items() if task.get("type") == "python"}
+        if len(own) > 1:
+            raise ConfigError(
+                f"{source}: prompts would belong to several tasks ({', '.join(own)}); keep one of type 'python'"
+            )
         tree["tasks"] = own or {"prompts": {"type": "python"}}
     return parse_config(tree, source=source)
+
+
+def _python_tasks(config: Config) -> list[str]:
+    return [name for name, task in config.tasks.items() if task.type == "python"]
+
+
+def _require_outside(config: Config, folder: Path) -> None:
+    """Raise RunError when the run folder that is to be replaced holds what the new run begins with."""
+    paths = [config.student, config.lora.start, *(t.source for t in config.teachers.values())]
+    paths += [getattr(task, key, None) for task in config.tasks.values() for key in ("path", "held_out_path")]
+    for path in paths:
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise RunError(f"'{path}' lies in run folder '{folder}', which would be deleted; choose another output")
 
 
 def _teacher(name: str, given: Any) -> dict[str, Any]:

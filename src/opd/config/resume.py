@@ -85,7 +85,10 @@ def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
             f"a run is evaluated as it was trained; only {_MEASURED[0]}, and where and how it runs, may change: {_LIST}"
         )
     if any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
-        return "this changes what the run learns from here on; add --allow-changes (allow_changes=True) to do so"
+        return (
+            "this changes what the run learns from here on; add --allow-changes to `opd train --resume`, or call "
+            "Trainer(run).resume(..., allow_changes=True)"
+        )
     return (
         f"a run that continues keeps what it learns from; start a new one ({_where_it_is(config)}). What "
         f"may change is where and how it runs: {_LIST}"

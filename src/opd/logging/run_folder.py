@@ -111,13 +111,21 @@ class RunFolder:
                 other = f"continue it with: {RunFolder(place).how_to_resume()}; or {other}"
             raise RunError(f"run folder '{path}' exists and is not empty; {other}")
 
-    def remove(self) -> None:
-        """Delete the run folder. Raises RunError for a folder that holds what opd did not write, or in which a process trains."""
-        others = sorted(path.name for path in self.path.iterdir() if path.name not in _WRITTEN)
+    def require_removable(self) -> None:
+        """Raise RunError for a folder that is no run of opd, or that holds what opd did not write."""
+        self.config()
+        if self.path.is_symlink():
+            raise RunError(f"run folder '{self.path}' is a symbolic link; name the folder itself")
+        written = _WRITTEN | {f".{name}.partial" for name in _WRITTEN}
+        others = sorted(path.name for path in self.path.iterdir() if path.name not in written)
         if others:
             raise RunError(
                 f"run folder '{self.path}' holds '{others[0]}', which opd did not write; move it, or choose another output"
             )
+
+    def remove(self) -> None:
+        """Delete the run folder. Raises RunError when it is not removable, or when a process trains in it."""
+        self.require_removable()
         with self.locked():
             shutil.rmtree(self.path)
 
