@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from commands import invoke, one_line
 from factories import toy_recipe, write_toml
 
 import opd
+from opd.interrupts import Interrupts
 
 RECORDS = [{"question": f"say {word}", "solution": word, "level": n} for n, word in enumerate("abcdef")]
 
@@ -306,3 +310,20 @@ def test_prompts_for_a_run_of_files_or_for_two_tasks_are_refused(tmp_path: Path)
     two = tree_without_tasks(tmp_path) | {"tasks": {"a": {"type": "python"}, "b": {"type": "python"}}}
     with pytest.raises(opd.OpdError, match=r"several tasks \(a, b\)"):
         opd.Trainer(two, prompts=as_messages(RECORDS))
+
+
+def test_evaluating_a_recipe_leaves_its_run_alone(run: Path, tmp_path: Path):
+    tree = json.loads((run / "config.json").read_text()) | {"output": str(run)}
+    recipe = write_toml(tmp_path / "recipe.toml", without_nothing(tree))
+    written = (run / "parity.json").stat().st_mtime_ns
+    assert invoke("eval", recipe).exit_code == 0
+    assert (run / "parity.json").stat().st_mtime_ns == written
+
+
+def test_a_signal_without_a_terminal_still_stops_after_the_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "__stderr__", SimpleNamespace(fileno=lambda: -1))
+    saver = SimpleNamespace(done=3, learner=SimpleNamespace(whole=True))
+    interrupts = Interrupts(saver)  # pyright: ignore[reportArgumentType]
+    with interrupts.handled():
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.stop
