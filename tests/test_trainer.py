@@ -139,7 +139,11 @@ def test_a_wrong_answer_of_a_callback_saves_first(tmp_path: Path, answer: Any, m
 
 @pytest.mark.parametrize(
     ("callback", "message"),
-    [(opd.Callback, "the class Callback"), (3, "holds int"), (lambda: None, "expected \\(report\\)")],
+    [
+        (opd.Callback, "the class Callback"),
+        (3, "a callback is int, expected a function"),
+        (lambda: None, "expected \\(report\\)"),
+    ],
     ids=["a class", "a number", "no argument"],
 )
 def test_what_is_no_callback_is_refused_before_anything_is_loaded(tmp_path: Path, callback: Any, message: str):

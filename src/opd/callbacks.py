@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
+from opd.data.task_data import require_callable
 from opd.errors import CallbackError
 from opd.rewards.reward import Raised, awaited
 
@@ -128,13 +129,4 @@ def _metric(name: Any, value: Any, *, known: Sequence[str] | set[str]) -> float:
 def _require_function(given: Any) -> None:
     if inspect.isclass(given) and issubclass(given, Callback):
         raise CallbackError(f"callbacks holds the class {given.__name__}, expected an object: write {given.__name__}()")
-    if not callable(given):
-        raise CallbackError(
-            f"callbacks holds {type(given).__name__}, expected opd.Callback objects or functions of a step's report"
-        )
-    try:
-        inspect.signature(given).bind("report")
-    except TypeError as error:
-        raise CallbackError(f"a callback takes {inspect.signature(given)}, expected (report): {error}") from None
-    except ValueError:  # some builtins have no signature
-        return
+    require_callable("a callback", given, "report")
