@@ -23,7 +23,7 @@ from opd_plan.search import DoesNotFit, Plan, own_plan
 from opd_plan.shapes import read_shape
 from opd_plan.work import work_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # Laws

@@ -26,7 +26,7 @@ from opd_plan.search import DoesNotFit
 from opd_plan.shapes import adapter_parameters, read_shape
 from opd_plan.work import work_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples/distributed/shapes"
 
 

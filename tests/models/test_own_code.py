@@ -14,7 +14,7 @@ from commands import invoke, place_of, refuse_tree
 from commands import tree as tree
 from factories import save_toy, sft_recipe, write_toml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _CODE = (
     "from pathlib import Path\n"
     "Path({ran!r}).write_text('run')\n"

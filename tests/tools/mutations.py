@@ -1,4 +1,4 @@
-"""Small faults in the source of a module, one at a time: what `tests/mutants.py` tries the tests on."""
+"""Small faults in the source of a module, one at a time: what `mutants.py` tries the tests on."""
 
 import ast
 from collections import Counter

@@ -1,6 +1,6 @@
 """Do the tests notice small faults? Each mutant of a module runs in a fork of one process that has imported everything.
 
-    python tests/mutants.py [--module NAME ...] [--sample N --seed S] [--jobs J] [--results FILE] [--again] [--list]
+    python tests/tools/mutants.py [--module NAME ...] [--sample N --seed S] [--jobs J] [--results FILE] [--again] [--list]
 
 A test that fails kills a mutant. What is left is listed; `mutants_equivalent.txt` names those that no test can kill, and why.
 Results are kept line by line, and a second call goes on where the first one ended (`--again`: the survivors once more).
@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 from mutations import Mutant, mutants
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
 _VOCABULARY = [
@@ -390,7 +390,8 @@ def report(done: dict[str, dict[str, Any]], known: set[str]) -> float:
 
 
 def run(name: str, options: argparse.Namespace, done: dict[str, dict[str, Any]]) -> None:
-    files = [str(ROOT / "tests" / f"test_{test}.py") for test in MODULES[name]]
+    files = [str(path) for test in MODULES[name] for path in (ROOT / "tests").glob(f"*/test_{test}.py")]
+    assert len(files) == len(MODULES[name]), files
     arguments = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
     pytest.main([*arguments, *files], plugins=[Faults(name, options, done)])
 

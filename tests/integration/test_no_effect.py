@@ -65,7 +65,7 @@ def test_a_sound_recipe_has_no_such_key(tree: dict[str, Any]):
     assert no_effect(tree) == []
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_recipes_that_come_with_opd_have_no_such_key(recipe: Path):
     kind = opd.SftConfig if recipe.stem.startswith("expert") else opd.Config
     assert without_effect(opd.load_config(recipe, kind=kind)) == []

@@ -13,7 +13,7 @@ STEPS = 10
 
 
 def _one_file():
-    path = Path(__file__).parent.parent / "examples" / "opd_in_one_file.py"
+    path = Path(__file__).parents[2] / "examples" / "opd_in_one_file.py"
     spec = importlib.util.spec_from_file_location("opd_in_one_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

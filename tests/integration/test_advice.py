@@ -45,7 +45,7 @@ def test_an_evaluation_that_a_line_advises_works(tree: dict[str, Any], tmp_path:
 def test_the_extras_that_lines_advise_to_install_exist():
     text = "".join(p.read_text() for p in Path(opd.__file__).parent.rglob("*.py"))
     named = set(re.findall(r"pip install 'opd\[(\w+)\]'", text))
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     extras = set(re.findall(r"^(\w+) = \[", project.split("[project.optional-dependencies]")[1], re.MULTILINE))
     assert named
     assert named <= extras

@@ -20,7 +20,7 @@ from opd.records import FailedScore, Message, ScoredRollout
 from opd.rewards.reward import TIMEOUTS
 from opd.step_metrics import METRICS, PLACEHOLDERS, declared, matches, reference, sampling_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Detectors that measure after two steps, in runs that are short.
 EAGER = {name: {"memory": 2} for name in DetectorsConfig.model_fields if name != "rearm_steps"}
 REWARDED = {"reward": {"coef": 1.0}, "sampling": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 4}}

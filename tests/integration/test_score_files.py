@@ -152,7 +152,7 @@ def test_threads_share_a_folder_and_probe_the_teacher_once(tmp_path: Path):
 
 WRITER = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/integration"]
 from pathlib import Path
 from test_score_files import files, some_score
 place = files(Path(sys.argv[1]), print)
@@ -301,7 +301,7 @@ def test_a_damaged_record_of_a_teacher_leaves_its_scores_alone_until_it_is_writt
 
 FULL = """
 import resource, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/integration"]
 from pathlib import Path
 from test_score_files import files, some_score
 said = []

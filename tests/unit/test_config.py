@@ -24,7 +24,7 @@ from opd.config import (
 )
 from opd.errors import ConfigError
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 
 
 def recipe_file(folder: Path, text: str | None = None) -> Path:
