@@ -16,8 +16,8 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "unit"), str(TESTS / "models")]
+for room in ("", "unit", "models"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
 with atheris.instrument_imports(include=["opd.text"]):
     importlib.import_module("opd.text.alignment")  # what `check_response` calls
     from opd.text.student_text import StudentSide

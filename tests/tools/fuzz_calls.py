@@ -15,8 +15,8 @@ from pathlib import Path
 
 import atheris
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "unit"), str(TESTS / "models")]
+for room in ("", "unit", "models"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
 with atheris.instrument_imports(include=["opd.text.tool_calls", "opd.text.tool_schemas", "opd.rewards.format_checks"]):
     importlib.import_module("opd.text.tool_calls")
     importlib.import_module("opd.rewards.format_checks")
