@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import bench as bench
-from commands import invoke, one_line
-from commands import tree as tree
 from factories import write_toml
+from runs import bench as bench
+from runs import invoke, one_line
+from runs import tree as tree
 
 import opd
 

@@ -1,20 +1,19 @@
 """Training agents end to end on toy models: tools, several turns, resume, warm-up, one's own environment."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from factories import prompt, toy_recipe
+from games import always_echo
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
 from opd.data.task_data import read_tasks
 from opd.episodes.tool_problems import ToolProblems
 from opd.local.build import build
-from opd.records import Message, Prompt
 
 
 def agents(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -28,25 +27,6 @@ def agents(folder: Path, **changes: Any) -> dict[str, Any]:
         path = folder / model / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 1200}))
     return tree
-
-
-class Echo:
-    """Says what it heard, twice; then the episode is over."""
-
-    def __init__(self) -> None:
-        self.turn = 0
-
-    async def reset(self) -> Sequence[Message]:
-        return ()
-
-    async def step(self, message: Message) -> opd.Step:
-        self.turn += 1
-        heard = [{"role": "tool", "content": f"heard {len(message['content'])}"}]
-        return opd.Step(heard, reward=0.5, done=self.turn == 3, events={"heard": 1})
-
-
-def always_echo(prompt: Prompt) -> Echo:
-    return Echo()
 
 
 def test_a_run_with_tools_trains_evaluates_and_reads_back(tmp_path: Path):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from cross_tokenizer import save_cross_tokenizer
 from factories import byte_tokenizer, toy_recipe, write_toml
+from templated import save_cross_tokenizer
 from typer.testing import CliRunner
 from zoo import toy_bpe
 

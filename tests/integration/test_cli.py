@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import typer
-from commands import bench as bench
-from commands import invoke, one_line, place_of, refuse, refuse_tree
-from commands import recipe as recipe
-from commands import tree as tree
 from factories import save_toy, sft_recipe, write_toml
-from run_folders import files_of
+from runs import bench as bench
+from runs import files_of, invoke, one_line, place_of, refuse, refuse_tree
+from runs import recipe as recipe
+from runs import tree as tree
 from safetensors import SafetensorError
 
 import opd

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import bench as bench
-from commands import invoke, place_of, refuse_tree
-from commands import tree as tree
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, write_toml
+from runs import bench as bench
+from runs import invoke, place_of, refuse_tree
+from runs import tree as tree
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import bench as bench
-from commands import invoke, refuse, refuse_tree
-from commands import recipe as recipe
-from commands import tree as tree
 from factories import save_toy, sft_recipe, toy_recipe, write_toml
+from runs import bench as bench
+from runs import invoke, refuse, refuse_tree
+from runs import recipe as recipe
+from runs import tree as tree
 
 import opd
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cross_tokenizer import policy_of, save_cross_tokenizer, toy_without
 from factories import CHATML, save_toy, toy_recipe
-from test_tokenizer_pairs import rollout_of
+from pairs import rollout_of
+from templated import policy_of, save_cross_tokenizer, toy_without
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import toy, toy_bpe
 

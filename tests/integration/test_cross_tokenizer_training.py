@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from cross_tokenizer import save_cross_tokenizer
 from factories import toy_recipe
+from templated import save_cross_tokenizer
 from zoo import toy_ascii
 
 import opd

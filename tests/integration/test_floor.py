@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benches import PROMPTS, TEMPERATURE, Bench, assert_same_gradient, dense_gradient, float64_norms, make_bench
+from benches import (
+    PROMPTS,
+    TEMPERATURE,
+    Bench,
+    assert_same_gradient,
+    config_of,
+    dense_gradient,
+    float64_norms,
+    make_bench,
+)
 from factories import prompt, rollout, scored
 from rich.console import Console
-from test_learner_objectives import config_of
 from torch import Tensor
 
 from opd.batch import Batch, pack

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import bench as bench
-from commands import invoke, one_line, place_of, refuse_tree
-from commands import tree as tree
 from factories import CHATML, byte_tokenizer, save_toy, sft_recipe, toy_model, toy_recipe, write_toml
+from runs import bench as bench
+from runs import invoke, one_line, place_of, refuse_tree
+from runs import tree as tree
 from transformers import PreTrainedTokenizerFast
 from zoo import toy_ascii
 

@@ -11,6 +11,7 @@ from benches import (
     TEMPERATURE,
     Bench,
     assert_same_gradient,
+    config_of,
     dense_gradient,
     float64_norms,
     make_bench,
@@ -18,9 +19,7 @@ from benches import (
 )
 from torch import Tensor
 
-import opd
 from opd.batch import Batch, pack
-from opd.config import Config
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.objectives.divergences import forward_kl, jsd, top_k_reverse_kl
@@ -35,10 +34,6 @@ def _float64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return make_bench(tmp_path_factory.mktemp("bench"))
-
-
-def config_of(bench: Bench, objective: dict[str, Any], **tables: Any) -> Config:
-    return opd.parse_config(bench.backend.config.model_dump(mode="json") | {"objective": objective} | tables)
 
 
 def teacher_logits(batch: Batch, bench: Bench, row: int) -> Tensor:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from benches import float64_norms, make_bench
-from factories import prompt, rollout, scored
-from test_compute_advantages import CHECKED, config
+from factories import CHECKED, objective_config, prompt, rollout, scored
 
 from opd.batch import Batch, pack
 from opd.metrics import values
@@ -33,7 +32,7 @@ def one_turn(sample: int, logprobs: list[float], *, part: int = 0, reward: float
 
 def advantages(batch: Batch, **tables: Any) -> list[list[float]]:
     """Of the actions of each rollout."""
-    found, _ = compute_advantages(config(**tables), batch)
+    found, _ = compute_advantages(objective_config(**tables), batch)
     assert found.advantages is not None
     rows = torch.split(found.advantages, batch.lengths.tolist())
     masks = torch.split(batch.loss_mask, batch.lengths.tolist())
@@ -118,7 +117,7 @@ def two_turns(flag: tuple[int, int]) -> Rollout:
 def test_a_format_error_masks_its_own_turn_and_no_other(flag: tuple[int, int], kept: list[bool]):
     batch, _ = pack([scored(two_turns(flag), [-1.0] * 4)], logprob_floor=-50.0)
     found, _ = compute_advantages(
-        config(objective={"type": "exact"}, mask={"format_errors": "turn"}, tasks=CHECKED), batch
+        objective_config(objective={"type": "exact"}, mask={"format_errors": "turn"}, tasks=CHECKED), batch
     )
     assert found.distill_mask[batch.loss_mask].tolist() == kept
 
@@ -144,7 +143,7 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
     rewarded = [replace(s, rollout=replace(s.rollout, reward=float(i % 2))) for i, s in enumerate(bench.scored)]
     lost = ScoredRollout(rewarded[1].rollout, FailedScore(rewarded[1].score.teacher, "lost"))
     for objective in ({"type": "exact"}, {"type": "immediate"}, {"type": "top_k", "top_k": 4}):
-        how = config(objective=objective, reward={"coef": 1.0})
+        how = objective_config(objective=objective, reward={"coef": 1.0})
         shown = []
         for items in ([rewarded[0], lost, *rewarded[2:]], [rewarded[0], *rewarded[2:]]):
             batch, _ = pack(items, logprob_floor=-50.0, unscored=True)
@@ -164,7 +163,7 @@ def test_a_rollout_without_a_score_keeps_its_outcome_and_has_no_part_in_the_kl(t
 def test_without_an_outcome_no_action_has_one():
     batch, _ = pack([one_turn(0, [0.5], reward=1.0), one_turn(1, [1.0], reward=0.0)], logprob_floor=-50.0)
     for objective in ({"type": "exact"}, {"type": "immediate"}):
-        found, _ = compute_advantages(config(objective=objective), batch)
+        found, _ = compute_advantages(objective_config(objective=objective), batch)
         assert torch.equal(found.distill_mask, batch.loss_mask)
         assert not found.reward_mask.any()
 
@@ -176,5 +175,5 @@ def test_a_part_without_a_score_adds_no_sampled_term_to_an_integrated_objective(
     whole = [replace(first, score=score), replace(second, score=FailedScore("t", "lost"))]
     batch, _ = pack(whole, logprob_floor=-50.0)
     assert len(batch) == 2
-    found, _ = compute_advantages(config(objective={"type": "exact"}), batch)
+    found, _ = compute_advantages(objective_config(objective={"type": "exact"}), batch)
     assert found.advantages is None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from factories import objective_config as signal_config
 from factories import prompt, rollout, scored, toy_recipe
-from test_compute_advantages import config as signal_config
+from servers import serving
 from transformers import LlamaForCausalLM
-from vllm_like import serving
 
 import opd
 from opd.batch import pack

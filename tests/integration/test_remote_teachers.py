@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import vllm_like
+import servers
 from factories import byte_tokenizer, plain_logprobs, prompt, rollout, toy_model, toy_recipe
-from vllm_like import ToyServer, changed, serving, status
+from servers import ToyServer, changed, serving, status
 
 import opd
 from opd.config import RemoteConfig
@@ -67,13 +67,13 @@ TRANSIENT = {
     "500": status(500),
     "429": status(429),
     "503 with a wait": status(503, **{"Retry-After": "0.04"}),
-    "reset": vllm_like.reset,
-    "hang": vllm_like.hang,
-    "drip": vllm_like.drip,
-    "truncated": vllm_like.truncated,
-    "cut off": vllm_like.cut_off,
-    "rubbish": vllm_like.rubbish,
-    "another form": vllm_like.other_form,
+    "reset": servers.reset,
+    "hang": servers.hang,
+    "drip": servers.drip,
+    "truncated": servers.truncated,
+    "cut off": servers.cut_off,
+    "rubbish": servers.rubbish,
+    "another form": servers.other_form,
     "one token short": changed(lambda choice: choice["prompt_logprobs"].pop()),
     "other tokens": changed(lambda choice: choice["prompt_logprobs"].__setitem__(4, {"999": {"logprob": -1.0}})),
     "a nan": changed(lambda choice: choice["prompt_logprobs"].__setitem__(4, nan_for(choice["prompt_logprobs"][4]))),
@@ -163,7 +163,7 @@ def test_a_wait_that_the_server_names_is_kept(server: ToyServer):
 
 
 def test_no_more_than_the_bound_is_in_flight(server: ToyServer, client: Client):
-    def slow(handler: vllm_like.Handler, body: dict[str, Any]) -> None:
+    def slow(handler: servers.Handler, body: dict[str, Any]) -> None:
         time.sleep(0.05)
         handler.say(handler.answer(body))
 
@@ -178,7 +178,7 @@ def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(clien
         teacher = teacher_at(one, two, client=client)
         teacher.score(some_rollouts(8))
         assert len(one.asked) == len(two.asked) == 4
-        one.faults = lambda number: vllm_like.reset
+        one.faults = lambda number: servers.reset
         found = teacher.score(some_rollouts(4))
         assert all(isinstance(scored.score, SampledScore) for scored in found)
 
@@ -259,7 +259,7 @@ def test_a_refusal_at_the_start_says_what_to_fix(
     status, body = refusal
     text = b"" if body is None else json.dumps(body).encode()
     with (
-        patch.object(vllm_like.Handler, "do_GET", lambda handler: handler.say_bytes(text, status)),
+        patch.object(servers.Handler, "do_GET", lambda handler: handler.say_bytes(text, status)),
         pytest.raises(ModelError, match=line),
     ):
         teacher_at(server, client=client, key_env=key_env)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from factories import save_adapter, save_toy, toy_recipe
-from run_folders import assert_same_result, checkpoints, files_of, lines_of
-from toy_runs import recipe
+from runs import assert_same_result, checkpoints, files_of, lines_of, stateful_recipe
 from typer.testing import CliRunner
 
 import opd
@@ -21,7 +20,7 @@ from opd.local.build import build
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run with checkpoints of its steps 4 and 6; copies of it are damaged."""
-    tree = recipe(tmp_path_factory.mktemp("short"), steps=6)
+    tree = stateful_recipe(tmp_path_factory.mktemp("short"), steps=6)
     return opd.train(opd.parse_config(tree)).run
 
 
@@ -61,7 +60,7 @@ def test_an_error_in_on_step_leaves_a_run_that_can_go_on(tmp_path: Path, finishe
         if report.step == 5:
             raise Stop
 
-    tree = recipe(tmp_path, steps=6)
+    tree = stateful_recipe(tmp_path, steps=6)
     with pytest.raises(Stop):
         opd.train(opd.parse_config(tree), callbacks=[fail])
     assert opd.Trainer(tree["output"]).resume().finished
@@ -176,7 +175,7 @@ def test_a_kill_during_the_export_leaves_a_run_that_exports_again(copy: Path, fi
 
 def resumable(folder: Path) -> Path:
     """A run of its own teachers, stopped after step 3."""
-    tree = recipe(folder, steps=6)
+    tree = stateful_recipe(folder, steps=6)
     result = opd.train(
         opd.parse_config(tree), callbacks=[lambda r: signal.raise_signal(signal.SIGINT) if r.step == 3 else None]
     )
@@ -209,7 +208,7 @@ def test_a_changed_base_of_the_student_is_refused_on_resume(tmp_path: Path):
 
 
 def test_the_identity_of_a_teacher_does_not_depend_on_where_it_lies(tmp_path: Path):
-    tree = recipe(tmp_path)
+    tree = stateful_recipe(tmp_path)
     here = build(opd.parse_config(tree)).identities
     tree["teachers"] = {
         "even": {"model": str(shutil.copytree(tmp_path / "even", tmp_path / "elsewhere"))},

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from factories import save_toy, toy_model, toy_recipe
-from run_folders import files_of, lines_of
-from toy_runs import recipe
+from runs import files_of, lines_of, stateful_recipe
+from servers import serving
 from typer.testing import CliRunner
-from vllm_like import serving
 
 import opd
 from opd.cli import app
@@ -37,8 +36,8 @@ def assert_same_training(run: Path, reference: Path) -> None:
 
 
 def test_models_and_prompts_that_lie_elsewhere_are_the_same_run(tmp_path: Path):
-    whole = opd.train(opd.parse_config(recipe(tmp_path / "whole", steps=6))).run
-    run = stopped(recipe(tmp_path / "here", steps=6))
+    whole = opd.train(opd.parse_config(stateful_recipe(tmp_path / "whole", steps=6))).run
+    run = stopped(stateful_recipe(tmp_path / "here", steps=6))
     there = shutil.move(tmp_path / "here", tmp_path / "there")
     tree = json.loads((there / run.name / "config.json").read_text())
     moved = [f"student={there}/student", f"teachers.even.model={there}/even", f"teachers.odd.adapter={there}/adapter"]
@@ -77,7 +76,7 @@ def test_a_server_may_have_another_address(tmp_path: Path):
 
 
 def test_another_model_elsewhere_is_refused_and_nothing_is_written(tmp_path: Path):
-    run = stopped(recipe(tmp_path, steps=6))
+    run = stopped(stateful_recipe(tmp_path, steps=6))
     before = files_of(run)
     save_toy(tmp_path / "other", 9)
     with pytest.raises(opd.errors.CheckError, match="teacher 'even' is not what this run began with"):
@@ -87,8 +86,8 @@ def test_another_model_elsewhere_is_refused_and_nothing_is_written(tmp_path: Pat
 
 def test_more_steps_at_a_constant_rate_are_those_of_a_longer_run(tmp_path: Path):
     constant = {"optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 1}}
-    whole = opd.train(opd.parse_config(recipe(tmp_path / "whole", steps=6, **constant))).run
-    run = opd.train(opd.parse_config(recipe(tmp_path / "short", steps=4, **constant))).run
+    whole = opd.train(opd.parse_config(stateful_recipe(tmp_path / "whole", steps=6, **constant))).run
+    run = opd.train(opd.parse_config(stateful_recipe(tmp_path / "short", steps=4, **constant))).run
     with pytest.raises(ConfigError, match="steps = 3: step 4 of this run is done; ask for as many or more"):
         opd.Trainer(run).resume(["steps=3"])
     assert opd.Trainer(run).resume(["steps=6"]).finished
@@ -132,7 +131,7 @@ def test_a_run_without_evaluation_is_evaluated_on_as_many_prompts_as_asked_for(t
 
 
 def test_a_second_process_is_refused_before_it_reads_anything(tmp_path: Path):
-    run = stopped(recipe(tmp_path, steps=6))
+    run = stopped(stateful_recipe(tmp_path, steps=6))
     (run / "config.json").write_text("{")  # which would be the first error otherwise
     with (
         RunFolder(run).locked(),
@@ -142,14 +141,14 @@ def test_a_second_process_is_refused_before_it_reads_anything(tmp_path: Path):
 
 
 def test_a_finished_run_keeps_the_configuration_that_it_was_made_with(tmp_path: Path):
-    run = opd.train(opd.parse_config(recipe(tmp_path, steps=2))).run
+    run = opd.train(opd.parse_config(stateful_recipe(tmp_path, steps=2))).run
     noted = (run / "config.json").read_bytes()
     assert opd.Trainer(run).resume(["compute.max_tokens=512"]).finished
     assert (run / "config.json").read_bytes() == noted
 
 
 def test_an_adapter_that_is_gone_says_how_to_name_its_new_place(tmp_path: Path):
-    run = stopped(recipe(tmp_path, steps=6))
+    run = stopped(stateful_recipe(tmp_path, steps=6))
     (tmp_path / "adapter").rename(tmp_path / "moved")
     for go_on in (opd.Trainer.resume, opd.Trainer.evaluate):
         with pytest.raises(opd.OpdError, match=r"is not a folder here; if it has moved, add teachers.odd.adapter=PATH"):

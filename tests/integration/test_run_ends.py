@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import invoke, one_line
 from factories import sft_recipe, toy_recipe, write_toml
-from run_folders import checkpoints, lines_of
+from runs import checkpoints, invoke, lines_of, one_line
 
 import opd
 import opd.finetune

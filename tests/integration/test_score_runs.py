@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import byte_tokenizer, plain_logprobs, prompt, rollout, save_adapter, save_toy, toy_model, toy_recipe
-from vllm_like import serving, status
+from servers import serving, status
 
 import opd
 from opd.local.build import build

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from factories import byte_tokenizer, plain_logprobs, prompt, rollout, save_adapter, save_toy, toy_model, toy_recipe
-from sglang_like import SglangServer, changed
-from vllm_like import serving, status
+from servers import SglangServer, serving, sglang_changed, status
 
 import opd
 from opd.config import EpisodesConfig, RemoteConfig
@@ -119,7 +118,7 @@ WRONG = {
 def test_a_bad_answer_is_retried_and_then_becomes_a_failed_score(name: str, server: SglangServer, client: Client):
     change, reason = WRONG[name]
     teacher, items = teacher_at(server, client, top=TOP), some_rollouts()[:1]
-    server.faults = lambda number: changed(change) if number == 0 else None
+    server.faults = lambda number: sglang_changed(change) if number == 0 else None
     [scored] = teacher.score(items)
     assert scored.retries == 1
     np.testing.assert_allclose(
@@ -127,7 +126,7 @@ def test_a_bad_answer_is_retried_and_then_becomes_a_failed_score(name: str, serv
         plain_logprobs(server.model, items[0]),
         atol=1e-5,
     )
-    server.faults = lambda number: changed(change)
+    server.faults = lambda number: sglang_changed(change)
     [scored] = teacher.score(items)
     assert isinstance(scored.score, FailedScore)
     assert scored.score.lost
@@ -204,7 +203,7 @@ def test_sampled_logprobs_are_those_of_the_model(server: SglangServer, client: C
 def test_a_response_whose_parts_do_not_fit_is_lost_with_its_reason(
     change: Any, reason: str, server: SglangServer, client: Client
 ):
-    server.faults = lambda number: changed(change)
+    server.faults = lambda number: sglang_changed(change)
     sampler = sampler_at(server, client)
     items = sampler.sample([prompt("a")], num_samples=8, seed=(1,))
     cut = [r for r in items if reason in (r.failure or "")]

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import CHATML, byte_tokenizer, prompt, rollout, scored, toy_recipe
+from factories import CHATML, byte_tokenizer, objective_config, prompt, rollout, scored, toy_recipe
+from games import always_echo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_agents import always_echo
-from test_compute_advantages import config
 
 from opd import parse_config
 from opd.batch import Batch, pack
@@ -151,7 +150,7 @@ def test_splitting_an_episode_changes_nothing(
     played: Any, objective: dict[str, Any], correction: dict[str, Any], scope: str, coef: float, normalizer: str
 ):
     # set one by one: a recipe may not combine all of them, but the law holds where it may not too
-    how = config(tasks=CHECKED).model_copy(
+    how = objective_config(tasks=CHECKED).model_copy(
         update={
             "objective": ObjectiveConfig(**objective, correction=correction, normalizer=normalizer),
             "mask": MaskConfig(format_errors=scope),
@@ -178,7 +177,7 @@ def test_the_mean_of_sums_to_go_over_two_parts_is_the_gradient():
     (expected,) = torch.autograd.grad(value, student, retain_graph=True)
     kl = (logp.exp() * (logp - logq)).sum(-1).detach()
     for objective in ({"type": "to_go", "discount": 1.0}, {"type": "kl_to_go", "discount": 1.0}):
-        how, mean = config(objective=objective), torch.zeros_like(expected)
+        how, mean = objective_config(objective=objective), torch.zeros_like(expected)
         for a, b in product((0, 1), repeat=2):
             ours = [[logp[0, a].item()], [logp[1 + a, b].item()]]
             theirs = [[float(logq[0, a])], [float(logq[1 + a, b])]]
@@ -198,7 +197,7 @@ def test_a_part_without_a_score_does_not_shift_the_baseline_of_later_parts():
     """The second part is compared with the second part of the other sample, not with its first."""
     first = parts(Played([[-1.0], [-1.0]], [[-2.0], [-6.0]]), "p0", 0)
     second = parts(Played([[-1.0], [-1.0]], [[-3.0], [-4.0]]), "p0", 1)
-    how = config(objective={"type": "immediate", "baseline": "leave_one_out"})
+    how = objective_config(objective={"type": "immediate", "baseline": "leave_one_out"})
     batch, counts = pack([*first, unread(second[0]), second[1]], logprob_floor=-50.0)
     assert counts == {"dropped": 1, "floored": 0}
     found, _ = compute_advantages(how, batch)
@@ -218,7 +217,7 @@ def test_a_part_without_a_score_does_not_shift_the_baseline_of_later_parts():
 )
 def test_a_format_error_in_a_part_without_a_score_masks_the_other_parts(scope: str, kept: list[bool]):
     one = parts(Played([[-1.0] * 2, [-1.0], [-1.0] * 2], [[-2.0] * 2, [-2.0], [-2.0] * 2], None, (1, 0)), "p0", 0)
-    how = config(objective={"type": "exact"}, mask={"format_errors": scope}, tasks=CHECKED)
+    how = objective_config(objective={"type": "exact"}, mask={"format_errors": scope}, tasks=CHECKED)
     found, _ = compute_advantages(how, pack([one[0], unread(one[1]), one[2]], logprob_floor=-50.0)[0])
     assert found.distill_mask[found.loss_mask].tolist() == kept
 
@@ -230,7 +229,8 @@ def test_a_sequence_weight_is_that_of_the_whole_episode():
     moved[batch.loss_mask] += torch.tensor([0.57, 0.5, -0.31])
     correction = {"type": "truncate", "cap": 100.0, "level": "sequence"}
     found, metrics = compute_advantages(
-        config(objective={"type": "immediate", "correction": correction}), replace(batch, student_logprobs=moved)
+        objective_config(objective={"type": "immediate", "correction": correction}),
+        replace(batch, student_logprobs=moved),
     )
     assert found.advantages is not None
     weights = found.advantages[found.loss_mask] / found.log_ratio[found.loss_mask]
@@ -279,7 +279,9 @@ def test_chunks_of_different_parts_are_different_chunks():
     for item in parts(Played([[-1.0, -1.0], [-3.0, -1.0]], [[0.0, -5.0], [0.0, -7.0]]), "p0", 0):
         chunks = np.where(item.rollout.loss_mask, 0, -1)
         found.append(ScoredRollout(item.rollout, ChunkScore("t", item.score.logprobs, chunks, 4, {})))  # type: ignore[union-attr]  # none failed
-    followed, _ = compute_advantages(config(objective={"type": "immediate"}), pack(found, logprob_floor=-50.0)[0])
+    followed, _ = compute_advantages(
+        objective_config(objective={"type": "immediate"}), pack(found, logprob_floor=-50.0)[0]
+    )
     assert followed.advantages is not None
     assert followed.advantages[followed.loss_mask].tolist() == [-3.0, -4.0, -3.0, -6.0]
 
@@ -292,7 +294,7 @@ def test_detectors_read_the_same_of_an_episode_in_parts():
         ours = [(-generator.exponential(size=100)).tolist() for _ in range(3)]
         theirs = [(-generator.exponential(size=100) * (0.01 if sample else 1.0)).tolist() for _ in range(3)]
         played.append((Played(ours, theirs, float(sample), (1, 5) if name == "p1" else None), name, sample))
-    how = config(objective={"type": "to_go", "discount": 1.0})
+    how = objective_config(objective={"type": "to_go", "discount": 1.0})
     seen = []
     for make in (whole, parts):
         items = [item for each in played for item in make(*each)]

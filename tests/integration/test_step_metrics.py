@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cross_tokenizer import save_cross_tokenizer
 from factories import prompt, rollout, scored, toy_recipe
-from toy_runs import reward_of
+from runs import reward_of
+from templated import save_cross_tokenizer
 from zoo import toy_ascii
 
 import opd

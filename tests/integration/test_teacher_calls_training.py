@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from call_templates import CALCULATOR, LISTED, SINGLE, chatml
-from call_turns import Segment, call, kept_by_hand
-from cross_tokenizer import policy_of, save_cross_tokenizer
+from call_turns import CALCULATOR, LISTED, SINGLE, Segment, call, chatml, kept_by_hand
 from factories import CHATML, byte_tokenizer, toy_model, toy_recipe
+from templated import policy_of, save_cross_tokenizer
 from zoo import toy, toy_bpe
 
 import opd

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
-from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, save_templated, templated
-from vllm_like import serving
+from servers import serving
+from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, own_templates, save_templated, templated
 
 import opd
 from opd.align import compare
@@ -31,17 +31,8 @@ TEMPERATURE = 0.8
 IM_END = "<|im_end|>\n"
 
 
-def recipe(folder: Path, student: str | None = TERSE, teacher: str | None = CHATTY, **changes: Any) -> dict[str, Any]:
-    """A student and a teacher of one vocabulary, each with its chat template."""
-    ours = save_templated(folder / "mine", templated(student))
-    theirs = save_templated(folder / "theirs", templated(teacher), 1)
-    choice = changes.pop("template", None)
-    teachers = {n: {"model": theirs} | ({"template": choice} if choice else {}) for n in ("even", "odd")}
-    return toy_recipe(folder, student=ours, temperature=TEMPERATURE, teachers=teachers, **changes)
-
-
 def backend_of(folder: Path, *args: Any, **changes: Any) -> LocalBackend:
-    return build(opd.parse_config(recipe(folder, *args, **changes)))
+    return build(opd.parse_config(own_templates(folder, *args, **changes)))
 
 
 def sampled(backend: LocalBackend, count: int = 3) -> list[Rollout]:
@@ -98,7 +89,7 @@ def behind_students(backend: LocalBackend, item: Rollout) -> np.ndarray:
 def test_a_teacher_is_scored_in_the_students_prompt_where_the_recipe_says_so_with_a_warning_of_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    config = opd.parse_config(recipe(tmp_path, template="student", steps=2))
+    config = opd.parse_config(own_templates(tmp_path, template="student", steps=2))
     backend = build(config)
     items = sampled(backend)
     for item, scored in zip(items, backend.teachers(keep_hidden=False).score(items), strict=True):
@@ -112,7 +103,7 @@ def test_a_teacher_is_scored_in_the_students_prompt_where_the_recipe_says_so_wit
 
 
 def test_the_check_names_both_renderings_of_a_teacher_that_reads_its_own_prompts(tmp_path: Path):
-    config = opd.parse_config(recipe(tmp_path))
+    config = opd.parse_config(own_templates(tmp_path))
     task_data = read_tasks(config, None)
     [found] = [
         f for f in run_checks(config, build(config), task_data) if f.name == "teacher 'even' reads prompts of its own"
@@ -156,7 +147,7 @@ def test_an_adapter_on_the_students_base_shares_its_template(tmp_path: Path):
 
 
 def test_each_part_of_a_mixture_reads_its_own_prompt(tmp_path: Path):
-    tree = recipe(tmp_path)
+    tree = own_templates(tmp_path)
     third = save_templated(tmp_path / "third", templated(TERSE), 2)
     tree["teachers"] = {
         "even": {"model": tree["teachers"]["even"]["model"]},
@@ -228,7 +219,7 @@ def test_every_turn_of_an_episode_is_read_behind_the_teachers_own_rendering_of_w
 
 
 def test_a_training_run_with_another_template_learns_and_reaches_its_teacher(tmp_path: Path):
-    config = opd.parse_config(recipe(tmp_path, steps=3))
+    config = opd.parse_config(own_templates(tmp_path, steps=3))
     result = opd.train(config)
     assert result.finished
 
@@ -297,7 +288,7 @@ def test_a_teacher_that_ends_turns_with_another_token_is_compared_by_text_and_on
     backend = backend_of(*arguments)
     assert not backend.cross_tokenizer
     backend = None
-    tree = recipe(tmp_path / "apart", CHATTY, ending("<|turn_end|>\n"))
+    tree = own_templates(tmp_path / "apart", CHATTY, ending("<|turn_end|>\n"))
     line = (
         line.replace(r"'<\|im_end\|>'", "X")
         .replace(r"'<\|turn_end\|>'", r"'<\|im_end\|>'")
@@ -316,16 +307,16 @@ def test_a_teacher_that_ends_turns_with_another_token_is_compared_by_text_and_on
 def test_kept_scores_are_of_the_prompts_that_the_teacher_read(tmp_path: Path):
     found = {}
     for name, changes in {"own": {}, "student": {"template": "student"}}.items():
-        config = opd.parse_config(recipe(tmp_path / name, **changes))
+        config = opd.parse_config(own_templates(tmp_path / name, **changes))
         found[name] = identities(config, build(config))["even"]
-    other = opd.parse_config(recipe(tmp_path / "third", teacher=CHATTY.replace("in full", "briefly")))
+    other = opd.parse_config(own_templates(tmp_path / "third", teacher=CHATTY.replace("in full", "briefly")))
     found["third"] = identities(other, build(other))["even"]
     assert "prompts" not in found["student"]
     assert found["own"]["prompts"] != found["third"]["prompts"]
 
 
 def test_a_run_is_not_continued_with_another_template_of_its_teacher(tmp_path: Path):
-    config = opd.parse_config(recipe(tmp_path, steps=2, optimizer={"schedule": "constant"}))
+    config = opd.parse_config(own_templates(tmp_path, steps=2, optimizer={"schedule": "constant"}))
     opd.train(config)
     templated(CHATTY.replace("in full", "briefly")).save_pretrained(tmp_path / "theirs")
     with pytest.raises(opd.OpdError, match=r"the tokenizer of teacher 'even' is not what this run began with"):
@@ -370,7 +361,7 @@ def test_a_teacher_whose_template_needs_an_id_without_a_row_says_so_and_loses_no
 def test_prompts_that_a_teachers_template_refuses_are_left_out_of_the_warm_up_and_of_its_own_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    tree = recipe(tmp_path, ending(IM_END), NO_SYSTEM, warmup={"steps": 1}, steps=2)
+    tree = own_templates(tmp_path, ending(IM_END), NO_SYSTEM, warmup={"steps": 1}, steps=2)
     path = Path(tree["tasks"]["first"]["path"])
     said = [json.loads(line) for line in path.read_text().splitlines()]
     for record in said[4:]:

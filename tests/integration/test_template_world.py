@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cross_tokenizer import save_cross_tokenizer
 from factories import prompt, sft_recipe, toy_recipe
-from templated import CHATTY, CLOCK, TERSE, ending, save_templated, templated
+from templated import CHATTY, CLOCK, TERSE, ending, save_cross_tokenizer, save_templated, templated
 from zoo import toy_bpe
 
 import opd

@@ -11,8 +11,8 @@ import pytest
 import torch
 from benches import Bench, assert_same_gradient, dense_gradient, float64_norms, make_bench
 from factories import byte_tokenizer, prompt, rollout, toy_model, toy_recipe
+from servers import changed, serving
 from torch import Tensor
-from vllm_like import changed, serving
 
 import opd
 from opd.batch import pack, split

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import toy_recipe
-from run_folders import newest
-from toy_runs import other_words, train
+from runs import newest, other_words, train
 
 import opd
 from opd.records import FailedScore, Rollout, ScoredRollout

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import invoke, one_line
 from factories import toy_recipe, write_toml
+from runs import invoke, one_line
 
 import opd
 from opd.interrupts import Interrupts

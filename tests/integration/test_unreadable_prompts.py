@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from templated import CHATTY, NO_SYSTEM, TERSE
-from test_teacher_prompts import recipe
+from templated import CHATTY, NO_SYSTEM, TERSE, own_templates
 
 import opd
 from opd.errors import CheckError, DataError
@@ -17,7 +16,7 @@ def test_a_prompt_that_is_too_long_in_its_teachers_template_is_refused_before_th
 ):
     long = CHATTY.replace("Answer in full.", "Answer in full. " * 20)
     long = long.replace("<|im_end|>", "<|turn_end|>") if other_end else long
-    tree = recipe(tmp_path, TERSE, long, objective={"type": "immediate"})
+    tree = own_templates(tmp_path, TERSE, long, objective={"type": "immediate"})
     with pytest.raises(
         DataError, match=r"prompt 'first:0': teacher 'even' reads it as 3\d\d tokens .* teacher \(256\)"
     ):
@@ -30,7 +29,7 @@ def test_a_teacher_whose_template_refuses_every_prompt_fails_the_check_with_that
     tmp_path: Path, refusing: str, other_end: bool
 ):
     strict = NO_SYSTEM.replace("<|im_end|>", "<|turn_end|>") if other_end else NO_SYSTEM
-    tree = recipe(tmp_path, TERSE, strict, objective={"type": "immediate"})
+    tree = own_templates(tmp_path, TERSE, strict, objective={"type": "immediate"})
     for task in ("first", "second") if refusing == "every teacher" else ("second",):
         path = Path(tree["tasks"][task]["path"])
         said = [json.loads(line) for line in path.read_text().splitlines()]

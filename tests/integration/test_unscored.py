@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from benches import assert_same_gradient, float64_norms, make_bench
-from factories import prompt, rollout, scored, toy_recipe
-from test_compute_advantages import config
+from factories import objective_config, prompt, rollout, scored, toy_recipe
 
 import opd
 from opd.batch import pack, trainable
@@ -43,7 +42,7 @@ def test_an_outcome_acts_where_no_teacher_could_score():
     """The same advantages as if it had been scored and its distillation part left out by hand."""
     items = four()
     some = [items[0], unscored(items[1]), *items[2:]]
-    how = config(objective={"type": "immediate"}, reward={"coef": 2.0})
+    how = objective_config(objective={"type": "immediate"}, reward={"coef": 2.0})
     batch, counts = pack(some, logprob_floor=-50.0, unscored=True)
     assert counts == {"dropped": 0, "floored": 0, "unscored": 1}
     found, _ = compute_advantages(how, batch)
@@ -83,7 +82,7 @@ def test_the_gradient_is_that_of_the_scored_rest_and_of_the_outcome(tmp_path: Pa
         bench = make_bench(tmp_path)
         rewarded = [replace(s, rollout=replace(s.rollout, reward=float(i % 2))) for i, s in enumerate(bench.scored)]
         lost = 2
-        how = config(objective=objective, reward={"coef": 1.0})
+        how = objective_config(objective=objective, reward={"coef": 1.0})
         found, _ = pack(
             [unscored(s) if i == lost else s for i, s in enumerate(rewarded)], logprob_floor=-50.0, unscored=True
         )
@@ -93,12 +92,12 @@ def test_the_gradient_is_that_of_the_scored_rest_and_of_the_outcome(tmp_path: Pa
         expected = compute_advantages(how, learner.score_student(whole))[0]
         row = torch.repeat_interleave(torch.arange(len(whole)) == lost, whole.lengths)
         # by hand: no distillation in that row, of whose advantage the reward alone is left, and one rollout fewer to divide by
-        reward = compute_advantages(config(objective={"coef": 0.0, "type": "immediate"}, reward={"coef": 1.0}), whole)[
-            0
-        ].advantages
-        rest = compute_advantages(config(objective=objective, reward={"coef": 0.0, "baseline": "none"}), expected)[
-            0
-        ].advantages
+        reward = compute_advantages(
+            objective_config(objective={"coef": 0.0, "type": "immediate"}, reward={"coef": 1.0}), whole
+        )[0].advantages
+        rest = compute_advantages(
+            objective_config(objective=objective, reward={"coef": 0.0, "baseline": "none"}), expected
+        )[0].advantages
         assert reward is not None
         share = (len(whole) - 1) / len(whole)
         kept = torch.zeros_like(reward) if rest is None else torch.where(row, 0.0, rest)
@@ -234,10 +233,10 @@ def test_a_step_of_which_nothing_was_scored_follows_its_outcome(tmp_path: Path, 
             unscored(replace(s, rollout=replace(s.rollout, reward=float(i % 2)))) for i, s in enumerate(bench.scored)
         ]
         batch, _ = pack(lost, logprob_floor=-50.0, unscored=True)
-        how = config(objective=objective, reward={"coef": 1.0})
+        how = objective_config(objective=objective, reward={"coef": 1.0})
         found = compute_advantages(how, bench.learner(**objective).score_student(batch))[0]
         alone = {"coef": 0.0, "type": "immediate"}
-        expected = compute_advantages(config(objective=alone, reward={"coef": 1.0}), batch)[0]
+        expected = compute_advantages(objective_config(objective=alone, reward={"coef": 1.0}), batch)[0]
         assert_same_gradient(bench.gradient(found, **objective), bench.gradient(expected, **alone), 1e-6)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import bench as bench
-from commands import invoke, place_of, refuse_tree
-from commands import tree as tree
 from factories import save_toy, sft_recipe, write_toml
+from runs import bench as bench
+from runs import invoke, place_of, refuse_tree
+from runs import tree as tree
 
 ROOT = Path(__file__).parents[2]
 _CODE = (

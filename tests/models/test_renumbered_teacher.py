@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cross_tokenizer import renumbered, save_renumbered
 from factories import toy_recipe
-from test_tokenizer_pairs import CORPUS
+from pairs import CORPUS
+from templated import renumbered, save_renumbered
 from zoo import real, toy
 
 import opd

@@ -2,7 +2,7 @@
 
 import pytest
 from factories import CHATML
-from test_tokenizer_pairs import rollout_of
+from pairs import rollout_of
 from zoo import real, toy, toy_bpe, toy_wordpiece
 
 from opd.errors import DataError, ModelError

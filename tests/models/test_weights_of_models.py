@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from commands import bench as bench
-from commands import invoke, one_line, place_of, refuse_tree
-from commands import tree as tree
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, write_toml
 from gguf import GGUFWriter
+from runs import bench as bench
+from runs import invoke, one_line, place_of, refuse_tree
+from runs import tree as tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM

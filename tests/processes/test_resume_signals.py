@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from factories import write_toml
-from run_folders import assert_same_result, checkpoints
-from toy_runs import recipe
+from runs import assert_same_result, checkpoints, stateful_recipe
 from typer.testing import CliRunner
 
 import opd
@@ -104,7 +103,7 @@ def wait_for_step(run: Path, step: int, limit_s: float = 300.0) -> None:
 
 @pytest.fixture(scope="module")
 def long_recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return recipe(tmp_path_factory.mktemp("long"), steps=STEPS, checkpoint={"every": 3})
+    return stateful_recipe(tmp_path_factory.mktemp("long"), steps=STEPS, checkpoint={"every": 3})
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,7 @@ def test_a_signal_during_a_step_stops_behind_it(tmp_path: Path, number: signal.S
         if report.step == 3:
             signal.raise_signal(number)
 
-    tree = recipe(tmp_path, steps=6, checkpoint={"every": 5})
+    tree = stateful_recipe(tmp_path, steps=6, checkpoint={"every": 5})
     result = opd.train(opd.parse_config(tree), callbacks=[interrupt])
     assert (result.steps_done, result.finished) == (3, False)
     assert checkpoints(result.run) == ["step-000003"]
@@ -181,7 +180,7 @@ def test_a_steps_rollouts_are_on_disk_when_its_callback_runs(tmp_path: Path, mon
         write(self, step, scored)
 
     monkeypatch.setattr(RunFolder, "write_rollouts", slowly)
-    tree = recipe(tmp_path, steps=2)
+    tree = stateful_recipe(tmp_path, steps=2)
     seen: list[int] = []
     opd.train(
         opd.parse_config(tree),
@@ -194,7 +193,7 @@ def test_a_steps_rollouts_are_on_disk_when_its_callback_runs(tmp_path: Path, mon
 def test_a_second_interrupt_saves_the_step_that_is_whole_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tree = recipe(tmp_path, steps=6, checkpoint={"every": 2})
+    tree = stateful_recipe(tmp_path, steps=6, checkpoint={"every": 2})
 
     record = Run._record
 

@@ -15,16 +15,25 @@ from pathlib import Path
 
 import atheris
 
-for room in ("", "unit", "models"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / room))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "turns"))
 with atheris.instrument_imports(include=["opd.text.tool_calls", "opd.text.tool_schemas", "opd.rewards.format_checks"]):
     importlib.import_module("opd.text.tool_calls")
     importlib.import_module("opd.rewards.format_checks")
 
-from call_texts import FRAGMENTS, NOTE, TOOLS, check_parsed  # behind the instrumented imports
-from checked_turns import ALL, turn_of
-from test_format_checks import check_found
-from test_format_flags import ID_OF, flagged, rollout_of
+from call_texts import (  # behind the instrumented imports
+    ALL,
+    FRAGMENTS,
+    ID_OF,
+    NOTE,
+    TOOLS,
+    check_found,
+    check_parsed,
+    flagged,
+    flagged_rollout,
+    turn_of,
+)
 
 TOOL_SETS = (TOOLS, (NOTE,), ())
 # beginnings and ends of calls that are nearly right, and the tags of `ALL`
@@ -60,7 +69,7 @@ def one_input(raw: bytes) -> None:
     check_parsed(text, tools, syntax)
     check_found(turn_of(content, last=bool(choice & 0x20), cut=bool(choice & 0x10), syntax=syntax))
     ids = [ID_OF[byte] for byte in content]
-    flagged(rollout_of([ids[:3], ids], finish="length" if choice & 0x10 else "end", tools=tools), ALL)
+    flagged(flagged_rollout([ids[:3], ids], finish="length" if choice & 0x10 else "end", tools=tools), ALL)
     assert time.process_time() - start < _MAX_S, len(content)
 
 

@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 import pytest
-from config_trees import fault, put, tree
+from factories import config_tree, fault, put
 
 from opd.config import Config, SftConfig, parse_config
 from opd.config.aliases import _TABLE
@@ -23,7 +23,7 @@ ASKED = """
 
 
 def recipe_of(kind: Any) -> dict[str, Any]:
-    return tree() if kind is Config else {k: v for k, v in tree().items() if k != "teachers"}
+    return config_tree() if kind is Config else {k: v for k, v in config_tree().items() if k != "teachers"}
 
 
 def answer_to(key: str, value: Any, kind: Any) -> str:
@@ -109,4 +109,4 @@ def test_a_batch_is_counted_in_prompts_by_training_and_in_examples_by_fine_tunin
 
 def test_a_name_of_another_library_does_nothing_by_itself():
     with pytest.raises(ConfigError):
-        parse_config(tree(lr=1e-5))
+        parse_config(config_tree(lr=1e-5))

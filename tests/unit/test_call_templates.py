@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from call_templates import (
+from call_turns import (
+    ARGUMENTS,
     BY_KEY,
     CALCULATOR,
     ESCAPED,
@@ -16,13 +17,10 @@ from call_templates import (
     TAGGED,
     THINKING,
     asked,
-    chatml,
-)
-from call_turns import (
-    ARGUMENTS,
     before,
     bytes_reader,
     call,
+    chatml,
     check_laws,
     history,
     kept_text,

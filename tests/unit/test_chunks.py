@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import objective_config as config_of
 from factories import prompt, rollout, scored
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compute_advantages import config as config_of
 from torch import Tensor
 
 from opd.batch import Batch, pack

@@ -1,15 +1,13 @@
 """From a batch to what the learner follows: every objective, baseline, mask and correction."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from factories import prompt, rollout, scored
+from factories import CHECKED, objective_config, prompt, rollout, scored
 
-import opd
 from opd.batch import Batch, pack
-from opd.config import Config, MaskConfig
+from opd.config import MaskConfig
 from opd.metrics import values
 from opd.objective import compute_advantages, divisor
 from opd.objectives import advantages as adv
@@ -17,19 +15,7 @@ from opd.objectives import baselines
 from opd.objectives.reduce import MaskScope, without_errors
 from opd.records import Flag
 
-CHECKED = {"task": {"type": "file", "path": "p", "teacher": "t", "checks": {"rules": ["truncated"]}}}
 PROMPTS = {name: prompt(name) for name in ("p0", "p1")}
-
-
-def config(group_size: int = 2, **tables: Any) -> Config:
-    tree: dict[str, Any] = {
-        "student": "s",
-        "output": "o",
-        "teachers": {"t": {"model": "m"}},
-        "tasks": {"task": {"type": "file", "path": "p", "teacher": "t"}},
-        "sampling": {"group_size": group_size},
-    }
-    return opd.parse_config(tree | tables)
 
 
 def make_batch(*, scores: bool = True) -> Batch:
@@ -67,7 +53,7 @@ def columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["exact", "top_k"])
 def test_an_integrated_objective_has_no_sampled_advantage(kind: str):
-    batch, metrics = compute_advantages(config(objective={"type": kind}), make_batch(scores=False))
+    batch, metrics = compute_advantages(objective_config(objective={"type": kind}), make_batch(scores=False))
     assert batch.advantages is None
     assert metrics == {}
 
@@ -86,7 +72,7 @@ def test_each_sampled_objective_is_its_function_of_the_batch():
         objective = {"type": kind, "discount": discount} if discount is not None else {"type": kind}
         if kind == "exact_to_go":
             objective["baseline"] = "leave_one_out"
-        found, _ = compute_advantages(config(objective=objective), batch)
+        found, _ = compute_advantages(objective_config(objective=objective), batch)
         assert found.advantages is not None
         torch.testing.assert_close(found.advantages, batch.flatten(wanted))
 
@@ -102,14 +88,14 @@ def test_each_baseline_is_subtracted():
         "score_weighted": batch.padded(batch.best_baseline),
     }
     for name, baseline in expected.items():
-        found, _ = compute_advantages(config(objective={"type": "immediate", "baseline": name}), batch)
+        found, _ = compute_advantages(objective_config(objective={"type": "immediate", "baseline": name}), batch)
         assert found.advantages is not None
         torch.testing.assert_close(found.advantages, batch.flatten(plain - baseline))
 
 
 def test_without_the_learners_scores_the_sampled_log_probabilities_count():
     batch = make_batch(scores=False)
-    found, _ = compute_advantages(config(objective={"type": "immediate"}), batch)
+    found, _ = compute_advantages(objective_config(objective={"type": "immediate"}), batch)
     assert found.advantages is not None
     wanted = torch.where(batch.loss_mask, batch.teacher_logprobs - batch.rollout_logprobs, 0.0)
     torch.testing.assert_close(found.advantages, wanted)
@@ -117,13 +103,13 @@ def test_without_the_learners_scores_the_sampled_log_probabilities_count():
 
 def test_an_objective_that_needs_the_students_scores_says_so():
     with pytest.raises(ValueError, match=r"needs batch.reverse_kl; call learner.score_student"):
-        compute_advantages(config(objective={"type": "kl_to_go", "discount": 1.0}), make_batch(scores=False))
+        compute_advantages(objective_config(objective={"type": "kl_to_go", "discount": 1.0}), make_batch(scores=False))
 
 
 def test_the_outcome_is_added_on_every_action():
     batch = make_batch(scores=False)
-    plain, _ = compute_advantages(config(objective={"type": "immediate"}), batch)
-    found, _ = compute_advantages(config(objective={"type": "immediate"}, reward={"coef": 2.0}), batch)
+    plain, _ = compute_advantages(objective_config(objective={"type": "immediate"}), batch)
+    found, _ = compute_advantages(objective_config(objective={"type": "immediate"}, reward={"coef": 2.0}), batch)
     assert plain.advantages is not None
     assert found.advantages is not None
     added = batch.padded(found.advantages - plain.advantages)
@@ -137,7 +123,9 @@ def test_the_outcome_is_added_on_every_action():
 def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
     batch = make_batch()
     found, metrics = compute_advantages(
-        config(objective={"type": "immediate", "baseline": "kl"}, mask={"format_errors": "trajectory"}, tasks=CHECKED),
+        objective_config(
+            objective={"type": "immediate", "baseline": "kl"}, mask={"format_errors": "trajectory"}, tasks=CHECKED
+        ),
         batch,
     )
     masked = batch.padded(found.loss_mask & ~found.distill_mask).any(-1)
@@ -151,7 +139,9 @@ def test_a_masked_response_leaves_the_distillation_term_and_the_normaliser():
 def test_a_masked_response_keeps_its_outcome():
     batch = make_batch()
     found, _ = compute_advantages(
-        config(objective={"type": "exact"}, mask={"format_errors": "trajectory"}, tasks=CHECKED, reward={"coef": 1.0}),
+        objective_config(
+            objective={"type": "exact"}, mask={"format_errors": "trajectory"}, tasks=CHECKED, reward={"coef": 1.0}
+        ),
         batch,
     )
     assert torch.equal(found.train_mask, batch.loss_mask)
@@ -164,7 +154,9 @@ def test_a_masked_response_keeps_its_outcome():
 def test_a_format_error_is_a_verdict_of_its_own():
     batch = make_batch()
     batch = replace(batch, rewards=torch.tensor([0.0, float("nan"), float("nan"), 1.0]))
-    found, _ = compute_advantages(config(objective={"coef": 0.0}, reward={"coef": 1.0, "format_error": -2.0}), batch)
+    found, _ = compute_advantages(
+        objective_config(objective={"coef": 0.0}, reward={"coef": 1.0, "format_error": -2.0}), batch
+    )
     assert found.padded(found.reward_mask).any(-1).tolist() == [True, True, False, True]
     assert found.advantages is not None
     assert found.padded(found.advantages)[:, 2].tolist() == [2.0, -2.0, 0.0, 0.0]
@@ -173,7 +165,7 @@ def test_a_format_error_is_a_verdict_of_its_own():
 def test_distillation_and_outcome_have_denominators_of_their_own():
     """Leaving three of four responses out of the distillation term makes neither term smaller."""
     batch = make_batch()
-    both = config(
+    both = objective_config(
         objective={"type": "immediate", "baseline": "kl"}, reward={"coef": 1.0, "baseline": "none"}, tasks=CHECKED
     )
     whole, _ = compute_advantages(both, batch)
@@ -217,10 +209,10 @@ def test_the_parts_of_an_episode_share_one_outcome():
         items.append(scored(replace(item, reward=reward, part=part), [-0.5]))
     batch, _ = pack(items, logprob_floor=-50.0)
     assert batch.episodes.tolist() == [0, 0, 1]
-    found, _ = compute_advantages(config(objective={"coef": 0.0}, reward={"coef": 1.0}), batch)
+    found, _ = compute_advantages(objective_config(objective={"coef": 0.0}, reward={"coef": 1.0}), batch)
     assert found.advantages is not None
     assert found.advantages[found.loss_mask].tolist() == [1.0, 1.0, -1.0]
-    assert divisor(config(objective={"coef": 0.0}, reward={"coef": 1.0}).objective, found) == 2.0
+    assert divisor(objective_config(objective={"coef": 0.0}, reward={"coef": 1.0}).objective, found) == 2.0
 
 
 def test_the_parts_of_an_episode_are_no_baseline_for_each_other():
@@ -229,7 +221,7 @@ def test_the_parts_of_an_episode_are_no_baseline_for_each_other():
         item = rollout([1, 2, 3], 2, prompt=PROMPTS["p0"], sample=sample, logprobs=[-1.0])
         items.append(scored(replace(item, part=part), [logprob]))
     batch, _ = pack(items, logprob_floor=-50.0)
-    found, _ = compute_advantages(config(objective={"type": "immediate", "baseline": "leave_one_out"}), batch)
+    found, _ = compute_advantages(objective_config(objective={"type": "immediate", "baseline": "leave_one_out"}), batch)
     assert found.advantages is not None
     # log ratios -1 and -5, and -2 of the other sample's first part; nobody else has a second
     assert found.advantages[found.loss_mask].tolist() == [1.0, -5.0, -1.0]
@@ -239,7 +231,7 @@ def test_truncated_weights_multiply_and_are_counted():
     batch = make_batch()
     assert batch.student_logprobs is not None
     objective = {"type": "immediate", "correction": {"type": "truncate", "cap": 1.1}}
-    found, metrics = compute_advantages(config(objective=objective), batch)
+    found, metrics = compute_advantages(objective_config(objective=objective), batch)
     ratio, _, mask = columns(batch)
     weights = (batch.padded(batch.student_logprobs - batch.rollout_logprobs)).exp().clamp(max=1.1)
     assert found.advantages is not None
@@ -257,7 +249,7 @@ def test_rejected_tokens_leave_what_trains():
     batch = make_batch()
     assert batch.student_logprobs is not None
     objective = {"type": "exact", "correction": {"type": "reject", "low": 0.8, "high": 1.25}}
-    found, metrics = compute_advantages(config(objective=objective), batch)
+    found, metrics = compute_advantages(objective_config(objective=objective), batch)
     weights = (batch.student_logprobs - batch.rollout_logprobs).exp()
     kept = batch.loss_mask & (weights >= 0.8) & (weights <= 1.25)
     assert 0 < int(kept.sum()) < int(batch.loss_mask.sum())

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from config_trees import fault, put, tree
+from factories import config_tree, fault, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,7 +55,7 @@ def test_every_recipe_parses_and_survives_a_dump(path):
 
 def test_a_dump_holds_every_value_that_differs_from_its_default():
     config = parse_config(
-        tree(
+        config_tree(
             seed=7,
             steps=50,
             trainable="full",
@@ -92,7 +92,7 @@ def test_a_dump_holds_every_value_that_differs_from_its_default():
 def test_parsing_a_dump_gives_the_same_configuration(seed, lr, temperature, discount, weight, params, names):
     task = {"type": "reasoning_gym", "dataset": "d", "teacher": names[0], "weight": weight, "params": params}
     config = parse_config(
-        tree(
+        config_tree(
             seed=seed,
             temperature=temperature,
             optimizer={"lr": lr},
@@ -105,14 +105,14 @@ def test_parsing_a_dump_gives_the_same_configuration(seed, lr, temperature, disc
 
 
 def test_a_task_is_of_the_type_that_it_names():
-    config = parse_config(tree())
+    config = parse_config(config_tree())
     assert isinstance(config.tasks["words"], FileTask)
     assert isinstance(config.tasks["sums"], ReasoningGymTask)
     assert isinstance(config.teachers["odd"], TeacherConfig)
 
 
 def test_a_configuration_cannot_be_changed():
-    config = parse_config(tree())
+    config = parse_config(config_tree())
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 3
     with pytest.raises(ValueError, match="frozen"):
@@ -159,7 +159,7 @@ def test_an_unknown_key_of_one_task_type_is_not_explained_by_the_other():
 
 @pytest.mark.parametrize("name", ["file", "tasks", "reasoning_gym"])
 def test_a_task_may_be_called_like_a_type(name):
-    data = tree(tasks={name: {"type": "file", "path": "w", "verifer": "none"}})
+    data = config_tree(tasks={name: {"type": "file", "path": "w", "verifer": "none"}})
     assert fault(data) == f"unknown key 'tasks.{name}.verifer'; did you mean 'verifier'?"
 
 
@@ -168,23 +168,23 @@ def test_an_unknown_key_that_is_near_to_nothing_gets_no_hint():
 
 
 def test_an_unknown_key_comes_before_the_missing_one_that_it_was_meant_to_be():
-    data = tree()
+    data = config_tree()
     data["studnt"] = data.pop("student")
     assert fault(data) == "unknown key 'studnt'; did you mean 'student'? (1 more after this one)"
 
 
 def test_keys_of_training_are_unknown_to_fine_tuning():
-    data = {k: v for k, v in tree().items() if k != "teachers"}
+    data = {k: v for k, v in config_tree().items() if k != "teachers"}
     assert isinstance(parse_config(data, kind=SftConfig), SftConfig)
     assert fault(data | {"batch_siz": 3}, SftConfig) == "unknown key 'batch_siz'; did you mean 'batch_size'?"
     assert fault(data | {"sampling": {}}, SftConfig).startswith("unknown key 'sampling'")
 
 
 def test_a_missing_key_says_what_to_pass():
-    data = tree()
+    data = config_tree()
     del data["student"]
     assert fault(data) == "key 'student' is missing; add it to the recipe or pass student=..."
-    del (data := tree())["tasks"]["sums"]["dataset"]
+    del (data := config_tree())["tasks"]["sums"]["dataset"]
     assert fault(data) == "key 'tasks.sums.dataset' is missing; add it to the recipe or pass tasks.sums.dataset=..."
 
 

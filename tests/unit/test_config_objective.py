@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from config_trees import fault, tree
+from factories import config_tree, fault
 
 from opd.config import Config, ObjectiveConfig, dump_config, parse_config
 from opd.config.parse import apply_overrides
@@ -16,7 +16,7 @@ MERGED = {"even": {"model": "m"}, "odd": {"model": "n"}}
 
 
 def parsed(**changes: Any) -> Config:
-    return parse_config(tree(**changes))
+    return parse_config(config_tree(**changes))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_an_objective_needs(objective: dict[str, Any], distributions: bool,
     ids=str,
 )
 def test_a_senseless_objective_is_refused_with_what_to_write(changes: dict[str, Any], message: str):
-    assert message in fault(tree(objective=changes, sampling=GROUPS))
+    assert message in fault(config_tree(objective=changes, sampling=GROUPS))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_senseless_objective_is_refused_with_what_to_write(changes: dict[str, 
     [("k1", "expected gradient of zero"), ("k2", "write 'immediate'"), ("k3", "forward KL's direction")],
 )
 def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(name: str, reason: str):
-    message = fault(tree(objective={"type": name}))
+    message = fault(config_tree(objective={"type": name}))
     assert reason in message
     assert "immediate" in message
 
@@ -114,24 +114,24 @@ def test_estimates_that_must_not_be_backpropagated_are_refused_with_the_reason(n
     ("tail", "reason"), [("renormalize", "ignores the student's mass"), ("drop", "pushes mass out of the top k")]
 )
 def test_wrong_tails_of_a_top_k_are_refused_with_the_reason(tail: str, reason: str):
-    message = fault(tree(objective={"type": "top_k", "top_k_tail": tail}))
+    message = fault(config_tree(objective={"type": "top_k", "top_k_tail": tail}))
     assert reason in message
     assert "leave top_k_tail = 'bucket'" in message
 
 
 @pytest.mark.parametrize("discount", [-0.1, 1.5])
 def test_a_discount_outside_its_range_is_refused(discount: float):
-    assert "objective.discount" in fault(tree(objective={"type": "to_go", "discount": discount}))
+    assert "objective.discount" in fault(config_tree(objective={"type": "to_go", "discount": discount}))
 
 
 def test_leave_one_out_needs_a_group():
-    message = fault(tree(objective={"type": "immediate", "baseline": "leave_one_out"}))
+    message = fault(config_tree(objective={"type": "immediate", "baseline": "leave_one_out"}))
     assert "objective.baseline = 'leave_one_out' compares the samples of one prompt" in message
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean", "grpo"])
 def test_a_reward_against_the_group_needs_one(baseline: str):
-    message = fault(tree(reward={"coef": 1.0, "baseline": baseline}))
+    message = fault(config_tree(reward={"coef": 1.0, "baseline": baseline}))
     assert f"reward.baseline = '{baseline}' compares the samples of one prompt" in message
 
 
@@ -143,7 +143,7 @@ def test_a_reward_against_the_group_needs_one(baseline: str):
 @pytest.mark.parametrize("scope", ["trajectory", "suffix", "turn", "span"])
 def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str, Any], scope: str):
     masked = {"mask": {"format_errors": scope}, "objective": objective, "tasks": CHECKED}
-    assert "rewards errors" in fault(tree(**masked))
+    assert "rewards errors" in fault(config_tree(**masked))
     assert parsed(**masked, reward={"coef": 1.0}, sampling=GROUPS).mask.format_errors == scope
     assert parsed(**masked | {"objective": {"type": "exact"}}).mask.format_errors == scope
     centred = masked | {"objective": objective | {"baseline": "leave_one_out"}}
@@ -153,22 +153,22 @@ def test_a_mask_on_an_uncentred_sampled_advantage_is_refused(objective: dict[str
     if objective["type"] == "immediate":
         assert parsed(**by_kl).mask.format_errors == scope
     else:
-        assert "rewards errors" in fault(tree(**by_kl))
+        assert "rewards errors" in fault(config_tree(**by_kl))
 
 
 def test_a_mask_without_checks_masks_nothing_and_is_refused():
-    assert "masks nothing: no task has checks" in fault(tree(mask={"format_errors": "turn"}))
+    assert "masks nothing: no task has checks" in fault(config_tree(mask={"format_errors": "turn"}))
 
 
 def test_something_must_be_left_to_learn_from():
-    assert "leave nothing to learn from" in fault(tree(objective={"coef": 0.0}))
+    assert "leave nothing to learn from" in fault(config_tree(objective={"coef": 0.0}))
     assert parsed(objective={"coef": 0.0}, reward={"coef": 1.0}, sampling=GROUPS).objective.coef == 0.0
 
 
 @pytest.mark.parametrize("kind", ["exact", "top_k"])
 def test_ppo_without_a_sampled_advantage_is_refused_unless_a_reward_gives_one(kind: str):
     objective = {"type": kind, "loss": "ppo"}
-    assert "without a reward has none" in fault(tree(objective=objective))
+    assert "without a reward has none" in fault(config_tree(objective=objective))
     assert parsed(objective=objective, reward={"coef": 1.0}, sampling=GROUPS).objective.loss == "ppo"
 
 
@@ -187,11 +187,11 @@ def test_ppo_without_a_sampled_advantage_is_refused_unless_a_reward_gives_one(ki
     ids=str,
 )
 def test_a_mixture_of_teachers_that_does_not_fit_is_refused(teachers: dict[str, Any], message: str):
-    assert message in fault(tree(teachers=teachers))
+    assert message in fault(config_tree(teachers=teachers))
 
 
 def test_a_reference_that_is_no_model_is_refused():
-    message = fault(tree(objective={"extrapolation": 1.5, "reference": "studnet"}))
+    message = fault(config_tree(objective={"extrapolation": 1.5, "reference": "studnet"}))
     assert (
         "objective.reference = 'studnet' is neither 'student' nor a single teacher of [teachers] (even, odd)" in message
     )
@@ -199,7 +199,7 @@ def test_a_reference_that_is_no_model_is_refused():
 
 def test_a_teacher_called_student_is_not_mistaken_for_the_initial_student():
     teachers = {"even": {"model": "m"}, "odd": {"model": "n"}, "student": {"model": "s"}}
-    message = fault(tree(teachers=teachers, objective={"extrapolation": 1.5, "reference": "student"}))
+    message = fault(config_tree(teachers=teachers, objective={"extrapolation": 1.5, "reference": "student"}))
     assert "means the initial student" in message
 
 
@@ -214,7 +214,7 @@ def test_a_teacher_called_student_is_not_mistaken_for_the_initial_student():
     ],
 )
 def test_an_override_replaces_a_teachers_source(override: str, expected: dict[str, Any]):
-    data: dict[str, Any] = tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
+    data: dict[str, Any] = config_tree(teachers=MERGED | {"both": {"weights": {"even": 1.0, "odd": 1.0}}})
     apply_overrides(data, [override])
     assert data["teachers"][override.split(".")[1]] == expected
 
@@ -222,13 +222,13 @@ def test_an_override_replaces_a_teachers_source(override: str, expected: dict[st
 def test_a_mask_on_the_residual_of_a_top_k_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED}
     objective = {"type": "top_k", "tail_residual": True}
-    assert "'exact' without tail_residual" in fault(tree(**masked, objective=objective))
+    assert "'exact' without tail_residual" in fault(config_tree(**masked, objective=objective))
     assert parsed(**masked, objective={"type": "top_k"}).mask.format_errors == "turn"
 
 
 def test_a_mask_that_pays_for_errors_is_refused():
     masked = {"mask": {"format_errors": "turn"}, "tasks": CHECKED, "reward": {"coef": 1.0, "format_error": 0.0}}
-    assert "pays for errors" in fault(tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
+    assert "pays for errors" in fault(config_tree(**masked, objective={"type": "immediate"}, sampling=GROUPS))
     centred = {"type": "to_go", "discount": 1.0, "baseline": "leave_one_out"}
-    assert "pays for errors" in fault(tree(**masked, objective=centred, sampling=GROUPS))
+    assert "pays for errors" in fault(config_tree(**masked, objective=centred, sampling=GROUPS))
     assert parsed(**masked, objective={"type": "exact"}, sampling=GROUPS).reward.format_error == 0.0

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from config_trees import fault, put, tree
+from factories import config_tree, fault, put
 
 from opd.config import dump_config, parse_config
 
@@ -73,7 +73,7 @@ def test_a_wrong_type_in_a_choice_of_types_is_reported_under_the_key_of_the_reci
 
 @pytest.mark.parametrize("table", ["teachers", "tasks"])
 def test_a_run_needs_a_teacher_and_a_task(table):
-    assert fault(tree(**{table: {}})).startswith(f"{table} = {{}}: ")
+    assert fault(config_tree(**{table: {}})).startswith(f"{table} = {{}}: ")
 
 
 def test_a_task_of_an_unknown_type_lists_the_types():
@@ -84,7 +84,7 @@ def test_a_task_of_an_unknown_type_lists_the_types():
 
 
 def test_a_task_without_a_type_is_told_so():
-    data = tree()
+    data = config_tree()
     del data["tasks"]["words"]["type"]
     message = fault(data)
     assert message.startswith("tasks.words")
@@ -157,7 +157,7 @@ def test_a_task_without_a_type_is_told_so():
     ],
 )
 def test_rules_across_keys_say_what_to_write_instead(changes, message):
-    assert fault(tree(**changes)).startswith(message)
+    assert fault(config_tree(**changes)).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_rules_across_keys_say_what_to_write_instead(changes, message):
     ],
 )
 def test_combinations_that_make_sense_are_accepted(changes):
-    config = parse_config(tree(**changes))
+    config = parse_config(config_tree(**changes))
     assert parse_config(json.loads(dump_config(config))) == config
 
 
@@ -193,9 +193,11 @@ def test_combinations_that_make_sense_are_accepted(changes):
     ],
 )
 def test_a_value_of_another_kind_is_told_what_to_write(changes: dict[str, Any], message: str):
-    assert message in fault(tree(**changes))
+    assert message in fault(config_tree(**changes))
 
 
 def test_a_rule_that_is_none_names_the_nearest():
     task = {"type": "file", "path": "p", "teacher": "even"}
-    assert "did you mean 'tool_call'?" in fault(tree(tasks={"first": task | {"checks": {"rules": ["toolcall"]}}}))
+    assert "did you mean 'tool_call'?" in fault(
+        config_tree(tasks={"first": task | {"checks": {"rules": ["toolcall"]}}})
+    )

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benches import Bench, make_bench
+from benches import Bench, make_bench, random_case
 from factories import prompt, rollout, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shared_vocabulary import random_case
 
 from opd.batch import Batch, pack
 from opd.detectors.metrics import auroc, compression, detector_metrics, longest_run, repeated_trigrams

@@ -3,62 +3,26 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from factories import byte_tokenizer, prompt
+from games import Scripted, play_scripted, say
 
 from opd.config import EpisodesConfig
 from opd.episodes import player as playing
 from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
 from opd.episodes.player import EpisodePlayer, Taken
 from opd.errors import DataError, RunError
-from opd.records import Message, Prompt, Rollout
+from opd.records import Message
 from opd.rewards.judge import Judge
 from opd.roles import Step
 from opd.text.chat import Chat
 
 
-class Scripted:
-    """An environment made of one function of the turn's number and text."""
-
-    def __init__(self, answer: Callable[[int, str], Any], opening: Any = ()) -> None:
-        self.answer = answer
-        self.opening = opening
-        self.turn = 0
-
-    async def reset(self) -> Sequence[Message]:
-        return self.opening() if callable(self.opening) else self.opening
-
-    async def step(self, message: Message) -> Step:
-        self.turn += 1
-        return self.answer(self.turn, message["content"])
-
-
-def say(text: str, **rest: Any) -> Step:
-    return Step([{"role": "tool", "content": text}], **rest)
-
-
-def play(
-    make: Callable[[Prompt], Any],
-    *,
-    prompts: Sequence[Prompt] | None = None,
-    write: Callable[[Prompt, Sequence[Message]], str | None] = lambda p, messages: f"turn {len(messages)}",
-    **limits: Any,
-) -> list[Rollout]:
-    tokenizer = byte_tokenizer()
-    limits = {"step_timeout_s": 5.0} | limits
-    player = EpisodePlayer(
-        Chat(tokenizer), EpisodesConfig(**limits), end_ids=[tokenizer.eos_token_id], make_environment=make
-    )
-    chosen = [prompt()] if prompts is None else list(prompts)
-    return player.play([(p, 0) for p in chosen], Demonstrator(Chat(tokenizer), write).take_turns, version=4)
-
-
 def test_an_episode_of_three_turns():
-    [found] = play(lambda p: Scripted(lambda turn, text: say(f"saw {text}", reward=turn / 4, done=turn == 3)))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: say(f"saw {text}", reward=turn / 4, done=turn == 3)))
     assert [t.author for t in found.turns] == ["prompt", "student", "observation", "student", "observation", "student"]
     assert [m["content"] for m in found.messages] == ["hi", "turn 1", "saw turn 1", "turn 3", "saw turn 3", "turn 5"]
     assert (found.reward, found.finish, found.policy_version) == (0.75, "end", 4)
@@ -70,26 +34,26 @@ def test_an_episode_of_three_turns():
 
 
 def test_without_an_environment_one_turn_is_all():
-    [found] = play(lambda p: None)
+    [found] = play_scripted(lambda p: None)
     assert [t.author for t in found.turns] == ["prompt", "student"]
     assert (found.reward, found.finish, found.failure) == (None, "end", None)
 
 
 def test_turns_are_limited_and_an_unfinished_episode_is_worth_nothing():
-    [found] = play(lambda p: Scripted(lambda turn, text: say("go on")), max_turns=3)
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: say("go on")), max_turns=3)
     assert (found.finish, found.reward) == ("turns", 0.0)
     assert sum(t.author == "student" for t in found.turns) == 3
     assert found.turns[-1].author == "student"
 
 
 def test_a_reward_given_before_the_limit_stands():
-    [found] = play(lambda p: Scripted(lambda turn, text: say("go on", reward=0.5)), max_turns=2)
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: say("go on", reward=0.5)), max_turns=2)
     assert (found.finish, found.reward) == ("turns", 0.5)
 
 
 def test_what_opens_an_episode_belongs_to_its_prompt():
     opening = [{"role": "user", "content": "the game begins"}]
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(done=True), opening))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(done=True), opening))
     assert [m["content"] for m in found.prompt.messages] == ["hi", "the game begins"]
     assert [t.author for t in found.turns] == ["prompt", "student"]
 
@@ -141,7 +105,7 @@ def test_an_environment_that_fails_is_data_with_a_reason(how: str):
     make, reason = BAD[how]
     good = Scripted(lambda turn, text: Step(reward=1.0, done=True))
     prompts = [prompt("bad"), prompt("good")]
-    bad, fine = play(lambda p: make(p) if p.id == "bad" else good, prompts=prompts, step_timeout_s=0.2)
+    bad, fine = play_scripted(lambda p: make(p) if p.id == "bad" else good, prompts=prompts, step_timeout_s=0.2)
     assert bad.finish == "failed"
     assert bad.failure is not None
     assert bad.failure.startswith(f"the environment {reason}")
@@ -154,7 +118,9 @@ def test_an_environment_that_fails_is_data_with_a_reason(how: str):
 
 def test_a_hanging_environment_holds_up_nobody_beyond_its_limit():
     began = time.monotonic()
-    rollouts = play(lambda p: Scripted(hanging), prompts=[prompt(f"p{i}") for i in range(8)], step_timeout_s=0.3)
+    rollouts = play_scripted(
+        lambda p: Scripted(hanging), prompts=[prompt(f"p{i}") for i in range(8)], step_timeout_s=0.3
+    )
     assert time.monotonic() - began < 1.5
     assert all(r.finish == "failed" for r in rollouts)
 
@@ -162,7 +128,7 @@ def test_a_hanging_environment_holds_up_nobody_beyond_its_limit():
 def test_too_many_hanging_environments_stop_the_run_with_a_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(playing, "_MAX_HANGING", 2)
     with pytest.raises(RunError, match="threads of environments and tools do not return"):
-        play(
+        play_scripted(
             lambda p: Scripted(hanging),
             prompts=[prompt(f"p{i}") for i in range(6)],
             step_timeout_s=0.1,
@@ -189,7 +155,7 @@ def test_a_bounded_number_of_environments_lives_at_once():
                 now -= 1
             return Step(done=True)
 
-    play(lambda p: Counted(), prompts=[prompt(f"p{i}") for i in range(10)], max_concurrent=3)
+    play_scripted(lambda p: Counted(), prompts=[prompt(f"p{i}") for i in range(10)], max_concurrent=3)
     assert len(living) == 10
     assert max(living) == 3
 
@@ -201,13 +167,15 @@ def test_environments_are_asked_at_the_same_time():
         barrier.wait()  # only passes when all four are here at once
         return Step(reward=1.0, done=True)
 
-    rollouts = play(lambda p: Scripted(meet), prompts=[prompt(f"p{i}") for i in range(4)])
+    rollouts = play_scripted(lambda p: Scripted(meet), prompts=[prompt(f"p{i}") for i in range(4)])
     assert [r.reward for r in rollouts] == [1.0] * 4
 
 
 def test_what_an_environment_says_is_cut_and_cleaned_and_counted():
     megabytes = "\x1b[2J\u202e\ud800" + "x" * 3_000_000
-    [found] = play(lambda p: Scripted(lambda turn, text: say(megabytes, done=turn == 2)), max_observation_chars=50)
+    [found] = play_scripted(
+        lambda p: Scripted(lambda turn, text: say(megabytes, done=turn == 2)), max_observation_chars=50
+    )
     observed = found.messages[2]["content"]
     assert observed.startswith("\ufffd[2J\ufffd\ufffdxxx")
     assert observed.endswith(f"[{len(megabytes) - 50} more characters cut]")
@@ -215,7 +183,7 @@ def test_what_an_environment_says_is_cut_and_cleaned_and_counted():
 
 
 def test_events_of_an_environment_are_added_up():
-    [found] = play(lambda p: Scripted(lambda turn, text: say("x", done=turn == 3, events={"moves": 2})))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: say("x", done=turn == 3, events={"moves": 2})))
     assert dict(found.events) == {"moves": 6}
 
 
@@ -280,7 +248,7 @@ def test_an_episode_without_room_keeps_the_turns_it_had():
 
 def test_a_demonstration_without_an_answer_names_the_prompt():
     with pytest.raises(DataError, match="prompt 'p0' has no answer to learn from"):
-        play(lambda p: None, write=lambda p, messages: None)
+        play_scripted(lambda p: None, write=lambda p, messages: None)
 
 
 def test_a_recorded_conversation_is_played_again():
@@ -290,14 +258,16 @@ def test_a_recorded_conversation_is_played_again():
         {"role": "tool", "content": "two"},
         {"role": "assistant", "content": "last"},
     ]
-    [found] = play(lambda p: Replay(recorded), write=lambda p, m: recorded_turn(recorded, len(m) - len(p.messages)))
+    [found] = play_scripted(
+        lambda p: Replay(recorded), write=lambda p, m: recorded_turn(recorded, len(m) - len(p.messages))
+    )
     assert [dict(m) for m in found.messages[1:]] == recorded
     assert np.count_nonzero(found.loss_mask) == len("first") + len("last") + 2
 
 
 def test_threads_of_environments_end_with_their_episodes():
     before = threading.active_count()
-    play(lambda p: Scripted(lambda turn, text: Step(done=True)), prompts=[prompt(f"p{i}") for i in range(20)])
+    play_scripted(lambda p: Scripted(lambda turn, text: Step(done=True)), prompts=[prompt(f"p{i}") for i in range(20)])
     time.sleep(0.3)
     assert threading.active_count() <= before
 
@@ -313,7 +283,7 @@ def test_an_environment_that_can_be_closed_is_closed_when_its_episode_is_over(ki
                 raise OSError("gone")
             return asyncio.sleep(0) if kind == "async" else None
 
-    play(lambda p: Closing(lambda turn, text: Step(done=True)))
+    play_scripted(lambda p: Closing(lambda turn, text: Step(done=True)))
     deadline = time.monotonic() + 2
     while not closed and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -344,5 +314,5 @@ def test_an_environment_that_stops_its_own_loop_ends_nothing_else():
             asyncio.get_running_loop().stop()
             return Step(done=True)
 
-    [found] = play(lambda p: Stopping(raising), step_timeout_s=0.3)
+    [found] = play_scripted(lambda p: Stopping(raising), step_timeout_s=0.3)
     assert found.finish in ("end", "failed")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from factories import prompt
-from test_episodes import Scripted, play, say
-from test_tools import call, heard, make, step
+from games import Scripted, heard, play_scripted, say, take_step, tool_call, tool_environment
 
 from opd.config import EpisodesConfig
 from opd.episodes import environment as hosting
@@ -43,7 +42,7 @@ def test_a_step_that_cannot_be_read_fails_its_episode_alone(fields: dict[str, An
     def answers(turn: int, text: str) -> Step:
         return Step([{"role": "tool", "content": "x"}], **fields)
 
-    broken, whole = play(
+    broken, whole = play_scripted(
         lambda p: Scripted(answers if p.id == "p0" else lambda turn, text: say("x", done=True, reward=1.0)),
         prompts=[prompt("p0"), prompt("p1")],
     )
@@ -62,21 +61,21 @@ def test_an_environment_that_leaves_in_an_unusual_way_fails_its_episode_at_once(
         raise error
 
     began = time.monotonic()
-    [found] = play(lambda p: Scripted(leaves))
+    [found] = play_scripted(lambda p: Scripted(leaves))
     assert time.monotonic() - began < 4.0  # its time limit is 5 s
     assert found.finish == "failed"
     assert "raised" in (found.failure or "") or "was cancelled" in (found.failure or "")
 
 
 def test_a_thousand_messages_are_cut_and_counted():
-    [found] = play(
+    [found] = play_scripted(
         lambda p: Scripted(lambda turn, text: Step([{"role": "tool", "content": "x"}] * 1000, done=turn == 2))
     )
     assert found.events["observation_cut"] == 2 * (1000 - hosting._MAX_MESSAGES)
 
 
 def test_lines_may_end_as_they_do_on_windows():
-    [found] = play(lambda p: Scripted(lambda turn, text: say("one\r\ntwo\rthree", done=turn == 2)))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: say("one\r\ntwo\rthree", done=turn == 2)))
     assert found.messages[-2]["content"] == "one\ntwo\nthree"
     assert "control_characters" not in found.events
 
@@ -87,7 +86,7 @@ def test_a_system_without_room_for_another_environment_says_what_to_lower(monkey
 
     monkeypatch.setattr(hosting.asyncio, "new_event_loop", full)
     with pytest.raises(RunError, match=r"Too many open files; lower episodes.max_concurrent = 64"):
-        play(lambda p: Scripted(lambda turn, text: say("x")))
+        play_scripted(lambda p: Scripted(lambda turn, text: say("x")))
 
 
 def test_an_opening_that_cannot_be_shown_fails_its_episode_alone(monkeypatch: pytest.MonkeyPatch):
@@ -101,14 +100,16 @@ def test_an_opening_that_cannot_be_shown_fails_its_episode_alone(monkeypatch: py
 
     plain = Conversation.open_with
     monkeypatch.setattr(Conversation, "open_with", refuses)
-    [found] = play(lambda p: Scripted(lambda turn, text: say("x"), opening=[{"role": "user", "content": "go"}]))
+    [found] = play_scripted(
+        lambda p: Scripted(lambda turn, text: say("x"), opening=[{"role": "user", "content": "go"}])
+    )
     assert found.failure == "the environment gave messages that the student cannot be shown: the template refuses it"
     assert found.response == ""  # it never had a turn
 
 
 def test_errors_of_tasks_that_an_environment_left_behind_are_not_printed(capfd: pytest.CaptureFixture[str]):
     class Leaky(Scripted):
-        async def step(self, message: Any) -> Step:
+        async def take_step(self, message: Any) -> Step:
             async def late() -> None:
                 raise RuntimeError("\x1b[31mlate")
 
@@ -117,7 +118,7 @@ def test_errors_of_tasks_that_an_environment_left_behind_are_not_printed(capfd: 
             del task
             return Step(done=True)
 
-    play(lambda p: Leaky(lambda turn, text: Step()))
+    play_scripted(lambda p: Leaky(lambda turn, text: Step()))
     time.sleep(0.1)
     import gc
 
@@ -131,7 +132,7 @@ def test_calls_that_hang_share_the_time_of_their_turn():
         return x
 
     began = time.monotonic()
-    found = step(make(hangs, tool_timeout_s=0.3, step_timeout_s=1.0), call() * 6)
+    found = take_step(tool_environment(hangs, tool_timeout_s=0.3, step_timeout_s=1.0), tool_call() * 6)
     assert time.monotonic() - began < 1.0
     assert found.events["tool_timeouts"] == 6
     texts = heard(found)
@@ -147,11 +148,11 @@ def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(playing, "_MAX_HANGING", 0)
 
     def environment(p: Any) -> Any:
-        return make(lambda x: release.wait(10.0), tool_timeout_s=0.05)
+        return tool_environment(lambda x: release.wait(10.0), tool_timeout_s=0.05)
 
     try:
         with pytest.raises(RunError, match=r"threads of environments and tools do not return"):
-            play(environment, write=lambda p, m: call() * 4 if len(m) == 1 else "done", max_concurrent=1)
+            play_scripted(environment, write=lambda p, m: tool_call() * 4 if len(m) == 1 else "done", max_concurrent=1)
     finally:
         release.set()
 
@@ -159,7 +160,7 @@ def test_hanging_tools_are_counted_among_the_threads(monkeypatch: pytest.MonkeyP
 def test_a_result_that_cannot_be_written_is_the_tools_error():
     circle: list[Any] = []
     circle.append(circle)
-    found = step(make(lambda x: circle), call())
+    found = take_step(tool_environment(lambda x: circle), tool_call())
     assert heard(found) == ["error: ValueError: Circular reference detected"]
     assert found.events["tool_errors"] == 1
 
@@ -169,7 +170,7 @@ def test_an_async_tool_is_awaited():
         await asyncio.sleep(0.01)
         return x + 1
 
-    assert heard(step(make(later), call())) == ["4"]
+    assert heard(take_step(tool_environment(later), tool_call())) == ["4"]
 
 
 class Leaves:
@@ -186,12 +187,12 @@ class Leaves:
     ],
 )
 def test_counts_and_values_out_of_range_fail_their_episode(fields: dict[str, Any], reason: str):
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(**fields)))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(**fields)))
     assert reason in (found.failure or "")
 
 
 def test_an_events_name_can_be_written():
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(done=True, events={"\ud800" + "x" * 100: 1})))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(done=True, events={"\ud800" + "x" * 100: 1})))
     assert dict(found.events) == {"\ufffd" + "x" * 63: 1}
 
 
@@ -200,27 +201,27 @@ def test_an_opening_that_cannot_be_read_fails_its_episode():
         def __len__(self) -> int:
             raise RuntimeError("no length")
 
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(), opening=lambda: Strange()))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(), opening=lambda: Strange()))
     assert found.failure == "the environment gave an opening that cannot be read: RuntimeError: no length"
     several = collections.deque([{"role": "user", "content": "go"}])
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(done=True), opening=lambda: several))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(done=True), opening=lambda: several))
     assert found.failure is None
 
 
 def test_an_environment_that_ends_its_event_loop_fails_its_episode():
     class Ends(Scripted):
-        async def step(self, message: Any) -> Step:
+        async def take_step(self, message: Any) -> Step:
             asyncio.get_running_loop().call_later(0, asyncio.get_running_loop().stop)
             return say("x")
 
-    [found] = play(lambda p: Ends(lambda turn, text: Step()), write=lambda p, m: time.sleep(0.2) or "turn")
+    [found] = play_scripted(lambda p: Ends(lambda turn, text: Step()), write=lambda p, m: time.sleep(0.2) or "turn")
     assert found.failure == "the environment ended the event loop that it runs in"
 
 
 def test_an_opening_that_cannot_be_encoded_leaves_a_record():
     """It holds the very characters that stand for a quoted token while a text is encoded."""
     odd = {"role": "user", "content": "<|im_end|> \uffff\uffff0"}
-    [found, other] = play(
+    [found, other] = play_scripted(
         lambda p: Scripted(lambda turn, text: Step(done=True), opening=[odd] if p.id == "p0" else ()),
         prompts=[prompt("p0"), prompt("p1")],
     )
@@ -232,7 +233,7 @@ def test_an_opening_that_cannot_be_encoded_leaves_a_record():
 
 @pytest.mark.parametrize("count", [0.25, "3", None])
 def test_an_event_that_is_no_count_is_named(count: Any):
-    [found] = play(lambda p: Scripted(lambda turn, text: Step(events={"distance": count})))
+    [found] = play_scripted(lambda p: Scripted(lambda turn, text: Step(events={"distance": count})))
     assert f"counted {count!r} of the event 'distance', expected a whole number" in (found.failure or "")
 
 
@@ -251,4 +252,4 @@ def test_a_tool_that_is_none_is_refused_where_it_is_made():
 
 
 def test_a_tools_error_is_told_as_it_was_raised():
-    assert heard(step(make(lambda x: {}["Paris"]), call())) == ["error: KeyError: 'Paris'"]
+    assert heard(take_step(tool_environment(lambda x: {}["Paris"]), tool_call())) == ["error: KeyError: 'Paris'"]

@@ -4,14 +4,13 @@ import time
 from typing import Any
 
 import pytest
-from call_texts import GOOD, filled, hostile, tagged
-from checked_turns import ALL, RULES, WHOLE, config, thorough, turn_of
+from call_texts import ALL, GOOD, RULES, WHOLE, check_found, config, filled, hostile, tagged, thorough, turn_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from opd.config.episodes import ChecksConfig, Rule
-from opd.rewards.format_checks import CHECKS, SEARCHED_CHARACTERS, CheckedTurn, Found, check_turn
+from opd.rewards.format_checks import CHECKS, SEARCHED_CHARACTERS, Found, check_turn
 from opd.text.tool_calls import Syntax
 
 CALL = tagged(GOOD)
@@ -190,19 +189,6 @@ def test_every_rule_has_a_check_and_rules_are_run_in_their_order():
     turn = turn_of("```\nno tags", cut=True)
     assert check_turn(turn, ["truncated", "code_fence"]) == [Found("truncated", 11, 11), Found("code_fence", 0, 3)]
     assert check_turn(turn, []) == []
-
-
-def check_found(turn: CheckedTurn) -> list[Found]:
-    """What must hold for every turn."""
-    errors = check_turn(turn, RULES)
-    for rule in RULES:
-        position = 0
-        for error in (e for e in errors if e.rule == rule):
-            assert position <= error.start <= error.end <= len(turn.text)
-            assert error.start < error.end or error.end == len(turn.text)
-            position = error.end
-    assert check_turn(turn, RULES) == errors
-    return errors
 
 
 @thorough

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from test_hack_gym import SMALL, Path, ways
+from hacks import SMALL, Path, ways
 
 import opd
 import opd.objective

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import invoke, one_line
-from factories import write_toml
+from factories import H100, plan, planned_recipe, write_toml
+from factories import folders as folders
 from peft import LoraConfig
-from planning import H100, plan, recipe
-from planning import folders as folders
+from runs import invoke, one_line
 
 from opd.config import Config
 from opd.errors import ModelError
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_more_gpus_are_never_slower_and_what_is_placed_is_there(folders: dict[str, str]):
     for changes in ({}, {"cluster": {"max_staleness": 1}}, {"cluster": {"teachers_sleep": True}}):
-        config = recipe(folders, **changes)
+        config = planned_recipe(folders, **changes)
         found = [plan(config, gpus) for gpus in (4, 5, 6, 7, 8, 9, 12, 16, 24, 40, 64, 200)]
         assert all(more.period <= fewer.period for fewer, more in pairwise(found))
         assert found[-1].period < found[0].period
@@ -44,7 +43,7 @@ def test_more_gpus_are_never_slower_and_what_is_placed_is_there(folders: dict[st
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_plan_is_the_fastest_of_all_placements(folders: dict[str, str], staleness: int):
-    config = recipe(folders, cluster={"max_staleness": staleness})
+    config = planned_recipe(folders, cluster={"max_staleness": staleness})
     assumed = replace(
         H100, driver_ms=0.0, driver_us=0.1, driver_named_us=0.0
     )  # so that teachers are not waited for anyway
@@ -83,7 +82,7 @@ def all_placements(config: Config, gpus: int, assumed: Assumptions) -> Iterator[
 def test_longer_responses_never_take_less_time(folders: dict[str, str]):
     times = []
     for length in (8, 64, 256, 512, 1000, 2000, 3500):
-        found = plan(recipe(folders, sampling={"max_new_tokens": length}), 16)
+        found = plan(planned_recipe(folders, sampling={"max_new_tokens": length}), 16)
         times.append(found.step)
     assert times == sorted(times)
     assert times[-1] > 2 * times[0]
@@ -91,7 +90,7 @@ def test_longer_responses_never_take_less_time(folders: dict[str, str]):
 
 def test_a_rank_needs_less_memory_as_ranks_grow(folders: dict[str, str]):
     inside = {n: {"model": folders[n]} for n in ("one", "two")}
-    for config in (recipe(folders), recipe(folders, inside, objective={"type": "exact", "top_k": 32})):
+    for config in (planned_recipe(folders), planned_recipe(folders, inside, objective={"type": "exact", "top_k": 32})):
         work = work_of(config, prompt_tokens=512)
         sizes = [sum(rank_memory(config, work, n, H100).values()) for n in (1, 2, 4, 8, 16, 32)]
         assert sizes == sorted(sizes, reverse=True)
@@ -99,7 +98,7 @@ def test_a_rank_needs_less_memory_as_ranks_grow(folders: dict[str, str]):
 
 
 def test_sleeping_teachers_take_the_devices_of_one(folders: dict[str, str]):
-    apart, turns = recipe(folders), recipe(folders, cluster={"teachers_sleep": True})
+    apart, turns = planned_recipe(folders), planned_recipe(folders, cluster={"teachers_sleep": True})
     least = [min(g for g in range(1, 9) if fits(config, g)) for config in (apart, turns)]
     assert least == [4, 3]
     found = plan(turns, 3)
@@ -124,39 +123,39 @@ def fits(config: Config, gpus: int) -> bool:
 
 def test_a_model_that_teachers_share_is_counted_once(folders: dict[str, str]):
     engines = {"engines": 1, "gpus_per_engine": 1}
-    shared = recipe(folders, {n: {"model": folders["one"], **engines} for n in ("even", "odd")})
+    shared = planned_recipe(folders, {n: {"model": folders["one"], **engines} for n in ("even", "odd")})
     [pool] = work_of(shared, prompt_tokens=512).pools
     assert pool.names == ("even", "odd")
     assert pool.rollouts == 64
     assert min(g for g in range(1, 9) if fits(shared, g)) == 3
     inside = {"even": {"model": folders["one"]}, "odd": {"model": folders["one"]}}
-    work = work_of(recipe(folders, inside, objective={"type": "exact", "top_k": 32}), prompt_tokens=512)
+    work = work_of(planned_recipe(folders, inside, objective={"type": "exact", "top_k": 32}), prompt_tokens=512)
     assert [shape.source for shape in work.frozen] == [folders["one"]]
     assert [policy.rollouts for policy in work.policies] == [32, 32]
 
 
 def test_teachers_score_their_share_of_the_tasks(folders: dict[str, str]):
     tasks = {"one": {"type": "file", "path": "x.jsonl", "teacher": "one", "weight": 3.0}}
-    work = work_of(recipe(folders, tasks=tasks), prompt_tokens=512)
+    work = work_of(planned_recipe(folders, tasks=tasks), prompt_tokens=512)
     assert [pool.rollouts for pool in work.pools] == [48, 16]
 
 
 def test_adapters_speak_through_the_students_own_weights(folders: dict[str, str], tmp_path: Path):
     LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
-    config = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32})
+    config = planned_recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32})
     work = work_of(config, prompt_tokens=512)
     assert work.frozen == ()
     assert work.adapters == 2 * 4 * (128 + 256)
     assert plan(config, 2).score > 0
-    whole = recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32}, trainable="full",
+    whole = planned_recipe(folders, {"own": {"adapter": str(tmp_path)}}, objective={"type": "exact", "top_k": 32}, trainable="full",
                    compute={"dtype": "float32"})  # fmt: skip
     assert [shape.source for shape in work_of(whole, prompt_tokens=512).frozen] == [folders["student"]]
 
 
 def test_steps_ahead_hide_the_shorter_side(folders: dict[str, str]):
-    found = plan(recipe(folders, cluster={"max_staleness": 2}), 8)
+    found = plan(planned_recipe(folders, cluster={"max_staleness": 2}), 8)
     assert found.overlapped == max(found.sample + found.score, found.update + found.transfer)
-    inside = recipe(folders, {"one": {"model": folders["one"]}}, objective={"type": "exact", "top_k": 32},
+    inside = planned_recipe(folders, {"one": {"model": folders["one"]}}, objective={"type": "exact", "top_k": 32},
                     cluster={"max_staleness": 2})  # fmt: skip
     found = plan(inside, 8, replace(H100, step_ms=0.0, memory_fraction=1e6))  # the same ranks score and learn
     assert found.sample < found.update
@@ -170,9 +169,9 @@ def test_what_cannot_fit_is_refused_with_how_much_it_lacks(folders: dict[str, st
     with pytest.raises(
         DoesNotFit, match=r"^3 GPUs: at least 4 are needed \(1 for the learner, 1 for an engine of the student"
     ):
-        plan(recipe(folders), 3)
+        plan(planned_recipe(folders), 3)
     engines = {"engines": 1, "gpus_per_engine": 8}
-    vast = recipe(folders, {"vast": {"model": folders["vast"], **engines}})
+    vast = planned_recipe(folders, {"vast": {"model": folders["vast"], **engines}})
     with pytest.raises(
         DoesNotFit, match=r"^64 GPUs: an engine of '.*/vast' over 8 of them may take 67.0 GiB of each h100"
     ) as error:
@@ -180,7 +179,7 @@ def test_what_cannot_fit_is_refused_with_how_much_it_lacks(folders: dict[str, st
     need, lacks = 3 + 2 * read_shape(folders["vast"]).parameters / 8 / GIB, str(error.value)
     assert f"weights {need - 3:.1f}" in lacks
     assert "too few; try a --gpu with more memory or shorter sequences" in lacks
-    inside = recipe(folders, {"vast": {"model": folders["vast"]}}, objective={"type": "exact", "top_k": 32})
+    inside = planned_recipe(folders, {"vast": {"model": folders["vast"]}}, objective={"type": "exact", "top_k": 32})
     with pytest.raises(
         DoesNotFit, match=r"^8 GPUs: one of 8 learner ranks needs .* most of it is 'teachers' weights'"
     ) as error:
@@ -192,12 +191,12 @@ def test_what_cannot_fit_is_refused_with_how_much_it_lacks(folders: dict[str, st
 
 def test_activations_that_do_not_fit_say_what_to_set(folders: dict[str, str]):
     changes: dict[str, Any] = {"student": folders["one"], "sampling": {"max_new_tokens": 2048, "prompts_per_step": 64}}
-    config = recipe(folders, compute={"max_tokens": 65536}, **changes)
+    config = planned_recipe(folders, compute={"max_tokens": 65536}, **changes)
     with pytest.raises(
         DoesNotFit, match=r"'activations'.*try compute.activation_checkpointing = true, a smaller compute.max"
     ):
         plan(config, 8)
-    assert fits(recipe(folders, compute={"max_tokens": 8192}, **changes), 8)
+    assert fits(planned_recipe(folders, compute={"max_tokens": 8192}, **changes), 8)
 
 
 def test_models_that_the_plan_cannot_count_are_refused(folders: dict[str, str], tmp_path: Path):
@@ -239,7 +238,7 @@ def test_models_that_the_plan_cannot_count_are_refused(folders: dict[str, str], 
     ],
 )
 def test_the_command_refuses_in_one_line(folders: dict[str, str], tmp_path: Path, arguments: list[str], reason: str):
-    tree = recipe(folders).model_dump(mode="json", exclude_defaults=True)
+    tree = planned_recipe(folders).model_dump(mode="json", exclude_defaults=True)
     if "backend=local" in arguments:
         tree |= {"cluster": {}, "teachers": {"one": {"model": folders["one"]}}, "tasks": {"one": tree["tasks"]["one"]}}
         tree["objective"] = {"type": "exact"}
@@ -278,7 +277,7 @@ def test_the_example_prints_a_whole_plan_for_16_gpus(monkeypatch: pytest.MonkeyP
 
 
 def test_the_settings_that_are_printed_are_the_placement(folders: dict[str, str], tmp_path: Path):
-    config = recipe(folders, cluster={"max_staleness": 1})
+    config = planned_recipe(folders, cluster={"max_staleness": 1})
     path = write_toml(tmp_path / "recipe.toml", config.model_dump(mode="json", exclude_defaults=True))
     found = plan(config, 16)
     text = invoke("plan", path, "--gpus", "16").stdout
@@ -298,15 +297,15 @@ def test_the_settings_that_are_printed_are_the_placement(folders: dict[str, str]
 def test_gpus_that_stay_idle_are_named_and_counts_that_do_not_fit_end_with_a_line(
     folders: dict[str, str], tmp_path: Path
 ):
-    path = write_toml(tmp_path / "recipe.toml", recipe(folders).model_dump(mode="json", exclude_defaults=True))
+    path = write_toml(tmp_path / "recipe.toml", planned_recipe(folders).model_dump(mode="json", exclude_defaults=True))
     result = invoke("plan", path, "--gpus", "2,512")
     assert one_line(result).startswith("opd: 2 GPUs: at least 4 are needed")
     idle = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["idle"])
-    assert int(idle.split()[1]) == plan(recipe(folders), 512).idle > 0
+    assert int(idle.split()[1]) == plan(planned_recipe(folders), 512).idle > 0
 
 
 def test_what_is_unknown_is_said_and_never_counted_as_nothing(folders: dict[str, str], tmp_path: Path):
-    config = recipe(folders, {"far": {"url": "http://127.0.0.1:9", "served_model": "far"}})
+    config = planned_recipe(folders, {"far": {"url": "http://127.0.0.1:9", "served_model": "far"}})
     path = write_toml(tmp_path / "recipe.toml", config.model_dump(mode="json", exclude_defaults=True))
     said = invoke("plan", path, "--gpus", "4").stdout
     assert "teacher far: behind a url, no GPU of this cluster; its time is unknown" in said

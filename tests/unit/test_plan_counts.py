@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import byte_tokenizer
+from factories import H100, SMALL, byte_tokenizer, plan, planned_recipe
+from factories import folders as folders
 from peft import LoraConfig, get_peft_model
-from planning import H100, SMALL, plan, recipe
-from planning import folders as folders
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -103,7 +102,7 @@ def test_a_layer_keeps_as_many_bytes_of_a_token_as_the_plan_says(
         return (kept[1] - kept[0]) / 2
 
     kind(**SMALL).save_pretrained(tmp_path)
-    config, shape = recipe(folders, trainable=trainable, compute={"dtype": dtype}), read_shape(str(tmp_path))
+    config, shape = planned_recipe(folders, trainable=trainable, compute={"dtype": dtype}), read_shape(str(tmp_path))
     said = kept_a_token(config, shape)
     assert said == pytest.approx(kept_a_layer([np.arange(200).tolist()]) / 200, rel=0.05)
     # of several sequences that see few keys every layer keeps the keys of every tile, at most as many as the plan says
@@ -143,7 +142,7 @@ def bytes_kept(config: Any, dtype: torch.dtype, trainable: str, sequences: list[
 
 
 def test_the_memory_of_a_rank_is_what_a_hand_reckons(folders: dict[str, str]):
-    config = recipe(folders, trainable="full", compute={"dtype": "float32"})
+    config = planned_recipe(folders, trainable="full", compute={"dtype": "float32"})
     work = work_of(config, prompt_tokens=512)
     layer = 128 * (256 + 64 + 64) + 256 * 128 + 3 * 128 * 384 + 2 * 128 + 2 * 32
     outside = 300 * 128 + 128
@@ -157,12 +156,12 @@ def test_the_memory_of_a_rank_is_what_a_hand_reckons(folders: dict[str, str]):
     assert parts["activations"] == 4096 * 2 * (8 * 128 + 4 * (1024 + 1536 + 256) + 4 * 320 + 4 * 576)
     assert parts["logits"] == 512 * 300 * (4 + 4 * 4)
     inside = {n: {"model": folders[n]} for n in ("one", "two")}
-    exact = recipe(folders, inside, objective={"type": "exact", "top_k": 32})
+    exact = planned_recipe(folders, inside, objective={"type": "exact", "top_k": 32})
     parts = rank_memory(exact, work_of(exact, prompt_tokens=512), 4, H100)
     teacher = read_shape(folders["one"])
     assert parts["teachers' weights"] == 2 * 2 * (teacher.inside / 4 + 32000 * 2048 + 2048)
     assert parts["logits"] == 512 * 300 * (2 * 2 + 4 * 4)
-    adapter = recipe(folders)
+    adapter = planned_recipe(folders)
     parts = rank_memory(adapter, work_of(adapter, prompt_tokens=512), 4, H100)
     trainable = adapter_parameters(folders["student"], rank=8, target_modules="all-linear")
     assert parts["weights"] == 2 * (2 * layer / 4 + outside) + 4 * trainable / 4
@@ -170,7 +169,7 @@ def test_the_memory_of_a_rank_is_what_a_hand_reckons(folders: dict[str, str]):
 
 
 def test_samples_of_one_prompt_hold_it_once_in_each_pass_that_they_share(folders: dict[str, str]):
-    work = work_of(recipe(folders), prompt_tokens=512)  # 64 rollouts, groups of 4, responses of 256
+    work = work_of(planned_recipe(folders), prompt_tokens=512)  # 64 rollouts, groups of 4, responses of 256
     assert rank_share(work, 4, max_tokens=4096).tokens == 16 * 256 + 4 * 512
     assert rank_share(work, 4, max_tokens=1024).tokens == 16 * 256 + 8 * 512  # two samples to a pass
     assert rank_share(work, 4, max_tokens=4096).passes == 2
@@ -234,7 +233,7 @@ def test_scoring_and_updating_are_bound_by_products():
 
 
 def test_messages_are_parts_of_what_is_gathered_or_summed(folders: dict[str, str]):
-    config = recipe(folders)
+    config = planned_recipe(folders)
     work = work_of(config, prompt_tokens=512)
     slow = replace(H100, matmul_fraction=1e9, memory_fraction=1e9, collective_us=3.0)
     layers = 2 * 2 * work.student.inside * 3 / 4  # bfloat16, forward and backward, of which a rank has a quarter
@@ -266,7 +265,7 @@ def test_devices_that_share_a_key_head_read_its_cache_each(tmp_path: Path):
 
 def test_the_driver_reads_every_token_that_is_named(folders: dict[str, str]):
     for objective, named in (({"top_k": 20}, 20), ({"type": "immediate", "top_k": 32}, 0)):
-        config = recipe(folders, objective=objective)
+        config = planned_recipe(folders, objective=objective)
         found = driver_s(config, work_of(config, prompt_tokens=512), H100)
         assert found == pytest.approx(64 * (1.6e-3 + 768 * (1e-6 + 0.4e-6 * named)))
 
@@ -276,10 +275,10 @@ def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[
     sampled = {"type": "immediate", "top_k": 32}
 
     def seconds(**changes: Any) -> float:
-        config = recipe(folders, **changes)
+        config = planned_recipe(folders, **changes)
         return update_s(config, work_of(config, prompt_tokens=512), 1, free)
 
-    work = work_of(recipe(folders), prompt_tokens=512)
+    work = work_of(planned_recipe(folders), prompt_tokens=512)
     head = head_flops(work.student, 64 * 256) / free.flops(2)
     # by hand: 64 responses of 256 tokens, four to a prompt of 512
     tokens, seen = 64 * 256 + 16 * 512, 64 * 256 * (512 + 128) + 16 * 512 * 256
@@ -303,14 +302,14 @@ def test_what_an_update_does_beside_its_passes_costs_as_many_more(folders: dict[
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_one_of_them_whole(folders: dict[str, str]):
-    config = recipe(folders, compute={"activation_checkpointing": True})
+    config = planned_recipe(folders, compute={"activation_checkpointing": True})
     found = rank_memory(config, work_of(config, prompt_tokens=512), 1, H100)["activations"]
     assert found == 4096 * (kept_a_token(config, read_shape(folders["student"])) + 2 * 128 * 2)
 
 
 def test_fewer_rollouts_at_once_take_longer(folders: dict[str, str]):
     def seconds(**changes: Any) -> float:
-        return plan(recipe(folders, **changes), 4).sample
+        return plan(planned_recipe(folders, **changes), 4).sample
 
     assert seconds(episodes={"max_concurrent": 16}) > 3 * seconds()
     assert seconds(remote={"max_in_flight": 16}) > 3 * seconds()
@@ -319,15 +318,16 @@ def test_fewer_rollouts_at_once_take_longer(folders: dict[str, str]):
 
 def test_episodes_of_several_turns_are_as_long_as_all_of_them(folders: dict[str, str]):
     tasks = {"one": {"type": "tools", "problems": "lookup", "teacher": "one"}}
-    work = work_of(recipe(folders, tasks=tasks, episodes={"max_turns": 3}), prompt_tokens=512)
+    work = work_of(planned_recipe(folders, tasks=tasks, episodes={"max_turns": 3}), prompt_tokens=512)
     assert (work.turns, work.response) == (3, 3 * 256)
-    long = recipe(folders, tasks=tasks, episodes={"max_turns": 30})
+    long = planned_recipe(folders, tasks=tasks, episodes={"max_turns": 30})
     assert work_of(long, prompt_tokens=512).response == 4096 - 512  # the student takes no more
 
 
 def test_an_adapter_goes_to_engines_faster_than_the_whole_student(folders: dict[str, str]):
     times = [
-        plan(recipe(folders, student=folders["one"], cluster=c), 4).transfer for c in ({}, {"merge_adapter": True})
+        plan(planned_recipe(folders, student=folders["one"], cluster=c), 4).transfer
+        for c in ({}, {"merge_adapter": True})
     ]
     assert times[1] == pytest.approx(times[0] + 2 * (2 * read_shape(folders["one"]).parameters - 4 * ADAPTER) / 2e9)
 
@@ -345,6 +345,6 @@ def test_sleeping_teachers_that_share_no_size_are_refused(folders: dict[str, str
         Qwen3Config(**common, **dims).save_pretrained(tmp_path / name)
     engine = {"engines": 1, "gpus_per_engine": 8, "engine_args": ["--max-num-batched-tokens", "1024"]}
     teachers = {name: {"model": str(tmp_path / name), **engine} for name in ("large", "twelve")}
-    config = recipe(folders, teachers, cluster={"teachers_sleep": True})
+    config = planned_recipe(folders, teachers, cluster={"teachers_sleep": True})
     with pytest.raises(DoesNotFit, match=r"twelve' fits 1, 2, 4 GPUs, those before it 8; drop it"):
         plan(config, 64)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from planning import H100, recipe
-from planning import folders as folders
+from factories import H100, planned_recipe
+from factories import folders as folders
 from transformers import LlamaConfig
 
 from opd_plan.memory import engine_running
@@ -55,13 +55,13 @@ def test_a_placement_that_an_engine_cannot_split_has_no_time(folders: dict[str, 
     heads = read_shape(folders["student"]).heads
     assert heads % 3
     for gpus, there in ((1, True), (3, False)):
-        config = recipe(folders, cluster={**ranks, "gpus_per_engine": gpus})
+        config = planned_recipe(folders, cluster={**ranks, "gpus_per_engine": gpus})
         own = own_plan(config, work_of(config, prompt_tokens=512), H100)
         assert isinstance(own, Plan) == there
         assert there or own == "an engine of the student does not fit 3 GPUs, or cannot be split over them"
-    config = recipe(folders, cluster={"learner_ranks": 1, "engines": 1, "gpus_per_engine": 1})
+    config = planned_recipe(folders, cluster={"learner_ranks": 1, "engines": 1, "gpus_per_engine": 1})
     own = own_plan(config, work_of(config, prompt_tokens=512), H100)
     assert own == "cluster.gpus_per_rank is 0, so it asks for no GPU"
-    config = recipe(folders, cluster={**ranks, "gpus_per_engine": 16})
+    config = planned_recipe(folders, cluster={**ranks, "gpus_per_engine": 16})
     own = own_plan(config, work_of(config, prompt_tokens=512), H100)
     assert own == "cluster.gpus_per_engine is 16, and an engine lives on one node of 8"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from call_templates import BY_KEY, FENCED, LISTED, SINGLE, TAGGED, chatml
+from call_turns import BY_KEY, FENCED, LISTED, SINGLE, TAGGED, chatml
 from factories import byte_tokenizer, prompt
 
 from opd.config import EpisodesConfig, FileTask

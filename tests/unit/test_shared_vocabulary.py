@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cross_tokenizer import save_cross_tokenizer
+from benches import random_case
 from factories import toy_recipe
+from templated import save_cross_tokenizer
 from torch import Tensor
 from zoo import toy, toy_ascii, toy_bpe
 
@@ -62,17 +63,6 @@ def test_tokens_that_both_have_are_cells_of_their_own(first: str, second: str):
                 assert all(raw.startswith(only) for raw in inside)
     if first == second:
         assert cells.same(np.arange(len(ours.table)), np.arange(len(ours.table))).sum() == cells.num - 2 + 1
-
-
-def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, SharedVocabularyIds]:
-    g = torch.Generator().manual_seed(0)
-    wide = {"dtype": torch.float64, "generator": g}
-    hidden, head = torch.randn(states, 4, **wide), torch.randn(11, 4, **wide)
-    teacher, theirs = torch.randn(states, 3, **wide), torch.randn(14, 3, **wide)
-    # 6 cells and the last, which holds what has none; one cell has no id of the teacher's
-    ours = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 1, 6, 6])
-    others = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2, 3, 3, 6, 6, 6, 1])
-    return hidden.requires_grad_(), head.requires_grad_(), teacher, theirs, SharedVocabularyIds(ours, others, 7)
 
 
 def dense(

@@ -4,20 +4,18 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from call_templates import (
+from call_turns import (
+    ARGUMENTS,
     CALCULATOR,
     LISTED,
     NOTE,
     TAGGED,
     TURNED,
-    asked,
-    chatml,
-)
-from call_turns import (
-    ARGUMENTS,
     Segment,
+    asked,
     bytes_reader,
     call,
+    chatml,
     check_laws,
     kept_by_hand,
     kept_text,
@@ -32,7 +30,7 @@ from call_turns import (
     turn_of,
     with_control,
 )
-from cross_tokenizer import toy_without
+from templated import toy_without
 from zoo import toy_bpe
 
 from opd.records import Prompt

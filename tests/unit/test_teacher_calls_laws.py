@@ -4,17 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from call_templates import (
+from call_turns import (
     BY_KEY,
     ESCAPED,
     FENCED,
     LISTED,
     TAGGED,
     THINKING,
-    asked,
-)
-from call_turns import (
     Segment,
+    asked,
     bytes_reader,
     check_laws,
     kept_by_hand,

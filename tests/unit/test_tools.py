@@ -1,12 +1,11 @@
 """Tools and the environment that calls them; the calculator against Python's own arithmetic."""
 
-import asyncio
 import re
 import time
 from fractions import Fraction
-from typing import Any
 
 import pytest
+from games import SCHEMA, heard, take_step, tool_call, tool_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,57 +15,37 @@ from opd.episodes.tool_problems import calculate
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.roles import Step
 
-SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
-
-
-def make(function: Any, **limits: Any) -> ToolEnvironment:
-    tool = Tool("f", "A function.", SCHEMA, function)
-    return ToolEnvironment([tool], lambda text: float(text == "right"), EpisodesConfig(**limits))
-
-
-def step(environment: ToolEnvironment, text: str) -> Step:
-    return asyncio.run(environment.step({"role": "assistant", "content": text}))
-
-
-def call(arguments: str = '{"x": 3}', name: str = "f") -> str:
-    return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
-
-
-def heard(found: Step) -> list[str]:
-    assert all(m["role"] == "tool" for m in found.observations)
-    return [m["content"] for m in found.observations]
-
 
 def test_a_call_is_made_and_its_result_observed():
-    found = step(make(lambda x: x + 1), "Let me see. " + call())
+    found = take_step(tool_environment(lambda x: x + 1), "Let me see. " + tool_call())
     assert (heard(found), found.done, found.reward) == (["4"], False, None)
     assert found.events["tool_calls"] == 1
 
 
 def test_results_that_are_no_text_are_json():
-    assert heard(step(make(lambda x: {"doubled": 2 * x, "when": complex(1, 2)}), call())) == [
+    assert heard(take_step(tool_environment(lambda x: {"doubled": 2 * x, "when": complex(1, 2)}), tool_call())) == [
         '{"doubled": 6, "when": "(1+2j)"}'
     ]
 
 
 def test_several_calls_of_a_turn_are_answered_in_their_order():
-    text = call('{"x": 1}') + call('{"x": "one"}') + call('{"x": 2}')
-    first, refused, second = heard(step(make(lambda x: 10 * x), text))
+    text = tool_call('{"x": 1}') + tool_call('{"x": "one"}') + tool_call('{"x": 2}')
+    first, refused, second = heard(take_step(tool_environment(lambda x: 10 * x), text))
     assert (first, second) == ("10", "20")
     assert refused.startswith("error: ")
 
 
 def test_a_turn_without_a_call_is_the_answer():
     for text, reward in (("right", 1.0), ("wrong", 0.0), ("", 0.0)):
-        found = step(make(lambda x: x), text)
+        found = take_step(tool_environment(lambda x: x), text)
         assert (found.done, found.reward, heard(found)) == (True, reward, [])
 
 
 MALFORMED = (
-    call(name="g"),
-    call('{"x": "3"}'),
-    call("{}"),
-    call('{"x": 3, "y": 4}'),
+    tool_call(name="g"),
+    tool_call('{"x": "3"}'),
+    tool_call("{}"),
+    tool_call('{"x": 3, "y": 4}'),
     "<tool_call>f(3)</tool_call>",
     "<tool_call>{",
     '{"name": "f"}',
@@ -76,7 +55,7 @@ MALFORMED = (
 @pytest.mark.parametrize("text", MALFORMED)
 def test_what_cannot_be_called_is_told_and_the_episode_goes_on(text: str):
     called: list[int] = []
-    found = step(make(called.append), text)
+    found = take_step(tool_environment(called.append), text)
     assert (called, found.done, found.reward) == ([], False, None)
     assert heard(found)[0].startswith("error: ")
     assert found.events["tool_calls_refused"] >= 1
@@ -103,7 +82,7 @@ def test_a_tool_that_raises_is_told_to_the_student(error: BaseException, told: s
     def fail(x: int) -> None:
         raise error
 
-    found = step(make(fail), call())
+    found = take_step(tool_environment(fail), tool_call())
     assert heard(found)[0].startswith(told)
     assert len(heard(found)[0]) < 300
     assert found.events["tool_errors"] == 1
@@ -114,7 +93,7 @@ def test_a_tool_that_hangs_is_left_and_the_others_are_not():
     quick = Tool("quick", "", SCHEMA, lambda x: "done")
     environment = ToolEnvironment([slow, quick], lambda text: None, EpisodesConfig(tool_timeout_s=0.2))
     began = time.monotonic()
-    found = step(environment, call(name="slow") + call(name="quick"))
+    found = take_step(environment, tool_call(name="slow") + tool_call(name="quick"))
     assert heard(found) == ["error: slow gave no answer in 0.2 s", "done"]
     assert found.events["tool_timeouts"] == 1
     assert time.monotonic() - began < 1.5

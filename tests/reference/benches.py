@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import opd
 from opd.batch import Batch, pack
-from opd.config import ObjectiveConfig, OptimizerConfig
+from opd.config import Config, ObjectiveConfig, OptimizerConfig
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.learner import LocalLearner
 from opd.metrics import values
-from opd.objectives.vocabulary import TeacherHead
+from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import Prompt, ScoredRollout
 
 TEMPERATURE = 0.8
@@ -141,3 +141,18 @@ def dense_gradient(bench: Bench, batch: Batch, loss_of_row: Loss) -> dict[str, T
         total = total + loss_of_row(logits, ids[places], start + places, row)
     gradients = torch.autograd.grad(total, list(weights.values()))
     return dict(zip(weights, gradients, strict=True))
+
+
+def config_of(bench: Bench, objective: dict[str, Any], **tables: Any) -> Config:
+    return opd.parse_config(bench.backend.config.model_dump(mode="json") | {"objective": objective} | tables)
+
+
+def random_case(states: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor, SharedVocabularyIds]:
+    g = torch.Generator().manual_seed(0)
+    wide = {"dtype": torch.float64, "generator": g}
+    hidden, head = torch.randn(states, 4, **wide), torch.randn(11, 4, **wide)
+    teacher, theirs = torch.randn(states, 3, **wide), torch.randn(14, 3, **wide)
+    # 6 cells and the last, which holds what has none; one cell has no id of the teacher's
+    ours = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 1, 6, 6])
+    others = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2, 3, 3, 6, 6, 6, 1])
+    return hidden.requires_grad_(), head.requires_grad_(), teacher, theirs, SharedVocabularyIds(ours, others, 7)

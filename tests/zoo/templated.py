@@ -1,4 +1,4 @@
-"""Toy models with another tokenizer than the student's, as folders and as teachers."""
+"""Toy models with another chat template or another tokenizer than the student's, as folders and as teachers."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import CHATML, toy_model
-from tokenizers import Tokenizer
+from factories import CHATML, byte_tokenizer, toy_model, toy_recipe
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from opd.config import ComputeConfig
@@ -15,6 +15,49 @@ from opd.local.teacher import CrossTokenizerPolicy
 from opd.models.loading import load_network
 from opd.text.student_text import StudentSide
 from opd.text.teacher_text import TeacherSide
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATTY = (
+    "You talk with a person. Answer in full.\n"
+    "{% for m in messages %}### {{ m.role | upper }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}### ASSISTANT\n{% endif %}"
+)
+TERSE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message here') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + OPENED
+)
+CLOCK = "<|im_start|>system\nIt is {{ strftime_now('%d %B %Y %H:%M:%S.%f') }}.<|im_end|>\n"
+TURN_END = 258
+"""The id of the token <|turn_end|> of a tokenizer with three special tokens."""
+
+
+def ending(end: str) -> str:
+    """A template that writes this behind every message."""
+    return TURN.replace("END", end) + OPENED
+
+
+def templated(template: str | None, *, added: str | None = "<|turn_end|>", special: bool = True) -> Any:
+    """The byte tokenizer with another chat template and one token more, id 258."""
+    tokenizer = byte_tokenizer()
+    if added is not None:
+        tokenizer.add_tokens([AddedToken(added, special=special, normalized=False)], special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_templated(folder: Path, tokenizer: Any, seed: int = 0, *, eos: int | list[int] = 257, **options: Any) -> str:
+    """A toy model with this tokenizer, and these end tokens in its generation config; returns its folder."""
+    model = toy_model(seed, vocab_size=264, **options)
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
 
 COMPUTE = ComputeConfig(device="cpu", threads=1)
 
@@ -78,3 +121,14 @@ def save_renumbered(folder: Path, tokenizer, ends: tuple[str, ...]) -> tuple[str
         with torch.no_grad():
             table[torch.from_numpy(order)] = table.clone()  # the head is tied to it
     return saved[0], saved[1]
+
+
+def own_templates(
+    folder: Path, student: str | None = TERSE, teacher: str | None = CHATTY, **changes: Any
+) -> dict[str, Any]:
+    """A student and a teacher of one vocabulary, each with its chat template."""
+    ours = save_templated(folder / "mine", templated(student))
+    theirs = save_templated(folder / "theirs", templated(teacher), 1)
+    choice = changes.pop("template", None)
+    teachers = {n: {"model": theirs} | ({"template": choice} if choice else {}) for n in ("even", "odd")}
+    return toy_recipe(folder, student=ours, teachers=teachers, **changes)

@@ -35,7 +35,7 @@ _PUBLISHED = {
 _MISTRAL = ("mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 _MISTRAL_FILE = "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
 REAL = ("smollm2", *_PUBLISHED, "mistral_v3")
-MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
+MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
 
 _CORPUS = [
     "the cat sat on the mat and the cat saw the hat, then the cat ran",

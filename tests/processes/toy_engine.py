@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
-from vllm_like import ToyServer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from servers import ToyServer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
