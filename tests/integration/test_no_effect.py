@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
-from runs import invoke, one_line, refuse_tree
+from toy_runs import invoke, one_line, refuse_tree
 
 import opd
 from opd.checks.notices import notices, notices_of_tuning

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_toml
-from runs import checkpoints, invoke, lines_of, one_line
+from toy_runs import checkpoints, invoke, lines_of, one_line
 
 import opd
 import opd.finetune

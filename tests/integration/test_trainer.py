@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from factories import save_toy, toy_recipe, write_toml
-from runs import invoke, one_line
+from toy_runs import invoke, one_line
 from transformers import PreTrainedTokenizerBase
 
 import opd

@@ -11,7 +11,7 @@ import pytest
 from factories import H100, plan, planned_recipe, write_toml
 from factories import folders as folders
 from peft import LoraConfig
-from runs import invoke, one_line
+from toy_runs import invoke, one_line
 
 from opd.config import Config
 from opd.errors import ModelError
