@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ from opd.metrics import merge
 from opd.models.loading import gguf_folder, load_tokenizer
 from opd.models.lora import adapter_config
 from opd.records import ScoredRollout
-from opd.remote.client import Client, Deployment
-from opd.remote.discovery import connect_all, connect_started
-from opd.remote.protocol import ServerProtocol
+from opd.remote.client import Client
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
+from opd.remote.teacher import (
+    LocalAndRemoteTeachers,
+    RemoteTeacher,
+    connect_all,
+    connect_started,
+    identities_of,
+    with_servers,
+)
 from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
 from opd.text.template import freeze
@@ -98,34 +103,18 @@ class RayBackend:
 
     def facts(self) -> TeacherFacts:
         """What the teachers are."""
-        inside = self._group.facts.teachers
-        return replace(
-            inside,
-            contexts={
-                **inside.contexts,
-                **{n: None if t.context is None else Limit(t.context) for n, t in self.remote.items()},
-            },
-            without_distributions=inside.without_distributions | self.remote.keys(),
-            unknown_tokenizers={n: t.unknown for n, t in self.remote.items()},
-            templates={**inside.templates, **templates_of(self.remote)},
-        )
+        return with_servers(self._group.facts.teachers, self.remote)
 
     def sampler(self) -> Sampler:
         """A sampler of the student at its engines."""
         limit = self._group.facts.student_context
-        return self._sampler_of(self.engines, None if limit is None else limit.tokens)
-
-    def _sampler_of(
-        self, deployment: Deployment, context: int | None = None, protocol: ServerProtocol | None = None
-    ) -> RemoteSampler:
         return RemoteSampler(
-            deployment,
+            self.engines,
             self.client,
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
-            context=context,
+            context=None if limit is None else limit.tokens,
             player=self.player,
-            protocol=protocol,
         )
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
@@ -149,8 +138,7 @@ class RayBackend:
         """A sampler of a teacher behind a server; None for a teacher at the ranks, which do not sample."""
         if teacher not in self.remote:
             return None
-        found = self.remote[teacher]
-        return StandaloneSampler(self._sampler_of(found.deployment, protocol=found.protocol), self.tokenizer)
+        return StandaloneSampler(self.remote[teacher].sampler(self.config, self.player), self.tokenizer)
 
     def learner(self) -> RankLearner:
         """The learner on all ranks, which shard their weights at its first call."""

@@ -23,8 +23,7 @@ from opd.models.network import Network
 from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
-from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
+from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, with_servers
 from opd.roles import (
     INITIAL_STUDENT,
     Limit,
@@ -154,18 +153,19 @@ class LocalBackend:
 
     def facts(self) -> TeacherFacts:
         """What start-up checks need to know of the teachers."""
-        return TeacherFacts(
+        facts = TeacherFacts(
             contexts=self._contexts(),
             vocab_size=self.vocab_size,
             cross_tokenizer={name: policy.network.vocab_size for name, policy in self.cross_tokenizer.items()},
-            without_distributions=frozenset(self.cross_tokenizer.keys() | self.remote.keys()),
-            unknown_tokenizers={name: teacher.unknown for name, teacher in self.remote.items()},
+            without_distributions=frozenset(self.cross_tokenizer),
+            unknown_tokenizers={},
             notes=[note for network in self._networks() for note in network.notes],
-            templates={**self._templates(), **templates_of(self.remote)},
+            templates=self._templates(),
             turn_ends=self._turn_ends(),
             reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
             own_readings=self._own_readings(),
         )
+        return with_servers(facts, self.remote)
 
     def _networks(self) -> list[Network]:
         """Every set of weights, the student's first."""
@@ -244,29 +244,17 @@ class LocalBackend:
             policy = self.policies[teacher]
             return StandaloneSampler(self.sampler(policy), policy.network.tokenizer)
         if teacher in self.remote:
-            return StandaloneSampler(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
+            # it reads prompts in the student's chat template
+            player = episode_player(self.student.network, self.config.episodes, self.make_environment)
+            return StandaloneSampler(self.remote[teacher].sampler(self.config, player), self.tokenizer)
         return None
-
-    def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
-        """A sampler of a remote teacher, which reads prompts in the student's chat template."""
-        return RemoteSampler(
-            teacher.deployment,
-            teacher.client,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.sampling.max_new_tokens,
-            context=None,
-            player=episode_player(self.student.network, self.config.episodes, self.make_environment),
-            protocol=teacher.protocol,
-        )
 
     def _contexts(self) -> dict[str, Limit | None]:
         """The longest sequence that each target can score, None where nothing limits it; but for what `_own_readings` has."""
-        limits = {
+        return {
             n: smallest(p.policy.network.limit for p in target if p.policy.prompts is None)
             for n, target in self.followed.items()
         }
-        remote = {n: None if teacher.context is None else Limit(teacher.context) for n, teacher in self.remote.items()}
-        return limits | remote
 
     def _own_readings(self) -> dict[str, list[OwnReading]]:
         """The models that read a prompt otherwise than the student. How many tokens of another tokenizer a response has is known

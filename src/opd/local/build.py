@@ -16,8 +16,7 @@ from opd.models.loading import load_network
 from opd.models.lora import add_adapter, add_student_adapter
 from opd.models.network import Network
 from opd.remote.client import Client
-from opd.remote.discovery import connect_all
-from opd.remote.teacher import RemoteTeacher
+from opd.remote.teacher import RemoteTeacher, connect_all
 from opd.roles import INITIAL_STUDENT
 from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.student_text import StudentSide

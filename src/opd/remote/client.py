@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx2
 import msgspec
@@ -83,43 +83,34 @@ class Endpoint:
         return found
 
 
-class Deployment(Protocol):
-    """A model behind servers. A user's servers stay where they are; engines of this run restart, update and sleep."""
+class Deployment:
+    """A model behind servers. Engines of this run restart, load new weights and sleep; a user's servers stay as they are."""
 
     def latest(self) -> Endpoint:
         """Where the latest weights are served, for new work; engines of the student load them first."""
-        ...
+        raise NotImplementedError
 
     def relocate(self) -> Endpoint | None:
         """Where the servers are now, for requests that failed; None where servers never move."""
-        ...
+        return None
 
     def in_use(self) -> AbstractContextManager[Any]:
         """Held while requests are made: the model stays awake, and its weights do not change."""
-        ...
+        return nullcontext()
 
     def updating(self) -> AbstractContextManager[Any]:
         """Held while weights are loaded: where they replace the weights in use, requests wait."""
-        ...
+        return nullcontext()
 
 
 @dataclass(frozen=True)
-class StaticDeployment:
-    """Servers that stay where they are (`Deployment`)."""
+class StaticDeployment(Deployment):
+    """Servers that stay where they are."""
 
     endpoint: Endpoint
 
     def latest(self) -> Endpoint:
         return self.endpoint
-
-    def relocate(self) -> None:
-        return None
-
-    def in_use(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def updating(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 @dataclass(frozen=True)
