@@ -4,9 +4,9 @@ Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 """
 
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,6 @@ from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.objective import compute_advantages
-from opd.prefetch import Prefetch
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
 from opd.roles import Learner, Sampler, Seed, Teacher
@@ -89,6 +88,48 @@ class _Clock:
         return times
 
 
+class _Prefetch:
+    """Collects steps `first` ... `last` in order; step n once step n - ahead - 1 is done.
+
+    With `ahead` = 0 a step is collected when it is taken, by the thread that takes it. `take` raises what collecting raised, and no
+    later step is collected then. Leaving the context waits for the step that is being collected, and drops it.
+    """
+
+    def __init__(self, make: Callable[[int], Collected], *, first: int, last: int, ahead: int) -> None:
+        self._make = make
+        self._next = first
+        self._last = last
+        self._ahead = ahead
+        self._failed = False
+        self._made: deque[Future[Collected]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="opd-ahead")
+        self.done(first - 1)
+
+    def take(self, step: int) -> Collected:
+        return self._made.popleft().result() if self._ahead else self._make(step)
+
+    def done(self, step: int) -> None:
+        """The update of this step is there for the steps that follow."""
+        while self._ahead and self._next <= min(step + 1 + self._ahead, self._last):
+            self._made.append(self._pool.submit(self._collect, self._next))
+            self._next += 1
+
+    def _collect(self, step: int) -> Collected:
+        if self._failed:
+            raise CancelledError
+        try:
+            return self._make(step)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def __enter__(self) -> "_Prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def train_steps(config: Config, components: Components, *, start: int) -> Generator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
@@ -102,10 +143,10 @@ def train_steps(config: Config, components: Components, *, start: int) -> Genera
     silent: Counter[str] = Counter()
     staleness = config.cluster.max_staleness
     make = partial(collect, config, components)
-    with Prefetch(make, first=start + 1, last=config.steps, ahead=staleness) as prefetch:
+    with _Prefetch(make, first=start + 1, last=config.steps, ahead=staleness) as prefetch:
         for step in range(start + 1, config.steps + 1):
             clock = _Clock()
-            collected = prefetch.take()
+            collected = prefetch.take(step)
             # a thread that works ahead takes none of this thread's time
             (clock.aside if staleness else clock.phases).update(collected.phases)
             report = update(config, components, step, collected, clock)

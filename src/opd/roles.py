@@ -1,19 +1,32 @@
 """The roles of a training step: the local and the Ray backend implement the same protocols."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
+import torch
+
 from opd.batch import Batch
 from opd.metrics import Metrics
 from opd.records import Message, Prompt, Rollout, ScoredRollout
 
 Seed: TypeAlias = tuple[int | str, ...]
+"""A place in a run, such as (run's seed, "sample", step), to which random numbers belong."""
 
 INITIAL_STUDENT = "the initial student"
 """The name of the student as it was before the first step, among those who score (`Backend.identities`)."""
+
+
+def generator_of(*parts: int | str) -> torch.Generator:
+    """A generator for one purpose, such as (run's seed, "sample", step).
+
+    The parts are hashed: torch reads only the low 32 bits of a seed, so sums and products of parts would coincide.
+    """
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 @dataclass(frozen=True)

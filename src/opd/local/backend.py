@@ -100,21 +100,14 @@ class LocalBackend:
 
     @property
     def tokenizer(self) -> Any:
-        """The student's."""
         return self.student.network.tokenizer
 
     @property
     def student_context(self) -> Limit | None:
-        """The longest sequence that the student takes."""
         return self.student.network.limit
 
-    @property
-    def identities(self) -> Mapping[str, str]:
-        """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
-        return self._identities
-
     @cached_property
-    def _identities(self) -> dict[str, str]:
+    def identities(self) -> Mapping[str, str]:
         named = {f"teacher '{name}'": self._identity(name, policy) for name, policy in self.policies.items()}
         named |= identities_of(self.remote)
         named["the student's tokenizer"] = fingerprint(self.tokenizer)
@@ -152,7 +145,6 @@ class LocalBackend:
         return found
 
     def facts(self) -> TeacherFacts:
-        """What start-up checks need to know of the teachers."""
         facts = TeacherFacts(
             contexts=self._contexts(),
             vocab_size=self.vocab_size,
@@ -182,7 +174,6 @@ class LocalBackend:
         return found
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
         names = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
@@ -194,29 +185,23 @@ class LocalBackend:
         return found
 
     def student_as_teacher(self) -> LocalTeachers:
-        """The student as the teacher of every prompt."""
         target = (Part("student", self.student),)
         return self.local_teachers(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
 
     def models_as_teachers(self, names: Collection[str]) -> LocalTeachers:
-        """Single models as teachers, by name: of prompts whose teacher is called so."""
         return self.local_teachers({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
 
     def model_names(self) -> Collection[str]:
-        """The models in process that score the student's tokens."""
         return [name for name in self.policies if name not in self.cross_tokenizer]
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
-        """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
         batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
         return distances_of(self.learner().distances(batch), batch.teachers)
 
     def export(self, folder: Path) -> None:
-        """Write the student where a run keeps it."""
         export(self.student.network, self.student.adapter, folder)
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
-        """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
         here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
         return LocalAndRemoteTeachers(here, self.remote) if self.remote else here
@@ -235,7 +220,7 @@ class LocalBackend:
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
-            cross_tokenizer=cross_tokenizer,
+            cross_tokenizer=cross_tokenizer or {},
         )
 
     def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:

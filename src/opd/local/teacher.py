@@ -5,7 +5,7 @@ its score comes back in chunks. Both read tokens in the same packed passes (`rea
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -136,6 +136,7 @@ def read_logprobs(
     return found
 
 
+@dataclass(frozen=True)
 class LocalTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
@@ -144,40 +145,31 @@ class LocalTeachers:
     and score in chunks.
     """
 
-    def __init__(
-        self,
-        targets: Mapping[str, Target],
-        *,
-        vocab_size: int,
-        temperature: float,
-        max_tokens: int,
-        keep_hidden: bool,
-        cross_tokenizer: Mapping[str, CrossTokenizerPolicy] | None = None,
-    ) -> None:
-        self._targets = dict(targets)
-        self._cross_tokenizer = dict(cross_tokenizer or {})
-        self._vocab_size = vocab_size
-        self._temperature = temperature
-        self._max_tokens = max_tokens
-        self._keep_hidden = keep_hidden
+    targets: Mapping[str, Target]
+    _: KW_ONLY
+    vocab_size: int
+    temperature: float
+    max_tokens: int
+    keep_hidden: bool
+    cross_tokenizer: Mapping[str, CrossTokenizerPolicy] = field(default_factory=dict)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; a `FailedScore` says why there is none."""
         scores: dict[int, Score] = {}
         # All teachers, in their order: the ranks of a sharded teacher ask it together, whether they have rollouts for it or not.
-        for teacher in (*self._targets, *self._cross_tokenizer):
+        for teacher in (*self.targets, *self.cross_tokenizer):
             places = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
             found = self._scores_of(teacher, [rollouts[i] for i in places])
             scores.update(zip(places, found, strict=True))
         return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
     def _scores_of(self, teacher: str, rollouts: Sequence[Rollout]) -> list[Score]:
-        if teacher in self._cross_tokenizer:
-            policy = self._cross_tokenizer[teacher]
+        if teacher in self.cross_tokenizer:
+            policy = self.cross_tokenizer[teacher]
             return score_cross_tokenizer(
-                teacher, policy, rollouts, temperature=self._temperature, max_tokens=self._max_tokens
+                teacher, policy, rollouts, temperature=self.temperature, max_tokens=self.max_tokens
             )
-        target = self._targets[teacher]
+        target = self.targets[teacher]
         scores: list[Score | None] = [None] * len(rollouts)
         inputs: dict[int, list[list[Shown]]] = {}
         for i, rollout in enumerate(rollouts):
@@ -200,7 +192,7 @@ class LocalTeachers:
         for part, values, _ in parts:
             logprobs += np.float32(part.weight) * values
         components = tuple((part.weight, values) for part, values, _ in parts) if len(parts) > 1 else ()
-        if not self._keep_hidden:
+        if not self.keep_hidden:
             return SampledScore(teacher, logprobs, components)
         states = tuple(HiddenPart(part.name, part.weight, hidden) for part, _, hidden in parts)
         return HiddenScore(teacher, logprobs, states, components)
@@ -216,10 +208,10 @@ class LocalTeachers:
                 policy,
                 [each.token_ids for each in shown],
                 [each.mask for each in shown],
-                head=policy.network.head_weight()[: self._vocab_size],
-                temperature=self._temperature,
-                max_tokens=self._max_tokens,
-                keep_hidden=self._keep_hidden,
+                head=policy.network.head_weight()[: self.vocab_size],
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                keep_hidden=self.keep_hidden,
             )
         )
         found = []

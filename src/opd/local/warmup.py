@@ -16,7 +16,7 @@ from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import chat_of, episode_player
 from opd.metrics import values
 from opd.records import Prompt, Rollout
-from opd.seeds import generator_of
+from opd.roles import generator_of
 from opd.text.chat import Chat
 
 

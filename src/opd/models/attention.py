@@ -171,9 +171,7 @@ def _depth_first(parents: np.ndarray, runs: Sequence[int]) -> tuple[np.ndarray, 
         if parents[start] >= 0:
             sizes[parents[start]] += sizes[start]
     enter = np.zeros(len(parents), dtype=np.int64)
-    free = np.zeros(
-        len(parents) + 1, dtype=np.int64
-    )  # the number of each node's next branch; at the end, of the next root
+    free = np.zeros(len(parents) + 1, dtype=np.int64)  # the number of each node's next branch, and of the next root
     for start, end in pairwise(runs):
         enter[start:end] = free[parents[start]] + np.arange(end - start)
         free[parents[start]] += sizes[start]
@@ -223,7 +221,9 @@ class TreePlan:
         if kind not in self._masks:
             self._masks = {kind: [_mask(visible, shared, query.dtype) for visible in self._visible]}
         counts = [len(keys) for keys in self._keys]
-        queries = _Put.apply(query[0].transpose(0, 1).flatten(1), self._places, sum(counts) * _TILE)
+        # Indexing, `rows[places]`, has a slower gradient: it adds up row by row, and no two nodes share a place.
+        rows = query[0].transpose(0, 1).flatten(1)
+        queries = rows.new_zeros(sum(counts) * _TILE, rows.shape[1]).index_copy_(0, self._places, rows)
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         found = []
         for mine, seen, mask in zip(
@@ -234,7 +234,7 @@ class TreePlan:
             one = _looked_at(given, keys, values, seen, mask, scale)
             found.append(one.view(len(seen), heads, shared, _TILE, width).permute(0, 3, 1, 2, 4).flatten(0, 1))
         whole = torch.cat([one.flatten(1) for one in found])
-        return _Take.apply(whole, self._places).view(1, -1, heads * shared, width)
+        return whole.index_select(0, self._places).view(1, -1, heads * shared, width)
 
 
 def _mask(visible: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
@@ -285,35 +285,3 @@ class _See(torch.autograd.Function):
         whole = grad.new_zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
         whole.index_add_(0, seen.flatten(), grad.flatten(0, 1).to(whole.dtype))
         return whole.to(grad.dtype), None
-
-
-class _Put(torch.autograd.Function):
-    """Rows [rows, width] into their places of [total, width], zeros elsewhere. No two rows share a place, which torch's own
-    gradients of indexing cannot know: they add up row by row."""
-
-    @staticmethod
-    def forward(ctx, rows, places, total):  # type: ignore[override]  # torch declares (*args)
-        ctx.save_for_backward(places)
-        out = rows.new_zeros(total, rows.shape[1])
-        out[places] = rows
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
-        return grad[ctx.saved_tensors[0]], None, None
-
-
-class _Take(torch.autograd.Function):
-    """The rows [rows, width] at their places of [total, width]: what undoes `_Put`."""
-
-    @staticmethod
-    def forward(ctx, whole, places):  # type: ignore[override]  # torch declares (*args)
-        ctx.save_for_backward(places)
-        ctx.total = len(whole)
-        return whole[places]
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
-        out = grad.new_zeros(ctx.total, grad.shape[1])
-        out[ctx.saved_tensors[0]] = grad
-        return out, None

@@ -10,8 +10,7 @@ from opd.records import Prompt, Rollout
 from opd.remote.client import Answer, Client, Deployment, Endpoint, Request
 from opd.remote.protocol import Sampled, SamplingParams, ServerProtocol
 from opd.remote.vllm import VllmProtocol
-from opd.roles import Seed
-from opd.seeds import generator_of
+from opd.roles import Seed, generator_of
 
 
 @dataclass(eq=False)
