@@ -28,7 +28,7 @@ _MAX_EMPTY_STEPS = 3  # steps in a row without a usable rollout, of all teachers
 
 @dataclass(frozen=True)
 class Components:
-    """What a run consists of. special_ids: the student's special tokens; per_prompt: each prompt is sampled and scored on its own,
+    """The parts of a run. special_ids: the student's special tokens; per_prompt: each prompt is sampled and scored on its own,
     all at the same time, as servers allow."""
 
     stream: PromptStream
@@ -52,7 +52,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The result of one step.
 
     step: counts from 1; values: the merged metrics as plain numbers; cursor: the position of the prompt stream behind this step.
     failure: the step is done, and the sampler could not take its weights.
@@ -67,7 +67,7 @@ class StepReport:
 
 @dataclass
 class _Clock:
-    """Seconds by phase of one step; "wait" is what no phase of this thread accounts for."""
+    """Seconds by phase of one step; "wait" is the time of this thread outside every phase."""
 
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
@@ -197,7 +197,7 @@ def collect(config: Config, components: Components, step: int) -> Collected:
 
 
 def update(config: Config, components: Components, step: int, collected: Collected, clock: "_Clock") -> StepReport:
-    """The second half of a step: the student learns from what was collected, and the sampler takes its weights."""
+    """The second half of a step: the student learns from the rollouts, and the sampler takes its weights."""
     scored = _judged(components.judge, collected.scored, step)
     _require_most(config, step, scored)
     unscored = config.reward.coef > 0
@@ -243,7 +243,7 @@ def _judged(judge: Judge, scored: Sequence[ScoredRollout], step: int) -> tuple[S
 
 
 def _load_weights(components: Components, step: int) -> Exception | None:
-    """Give the sampler the weights of this step; returns what it raised, for the step itself is done and can be saved."""
+    """Give the sampler the weights of this step; returns the sampler's error, since the step itself is done and can be saved."""
     try:
         components.sampler.load_weights(components.learner.weights(), policy_version=step)
     except Exception as error:
@@ -255,7 +255,7 @@ def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredR
     """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
     usable = [r for r in rollouts if r.failure is None]
     scored = iter(teachers.score(usable) if usable else [])
-    # an episode that a server lost is lost with all its parts, of which one carries what happened
+    # an episode that a server lost is lost with all its parts, of which one has the event
     lost = {(r.prompt.id, r.sample) for r in rollouts if r.events.get("lost")}
     return [
         next(scored)

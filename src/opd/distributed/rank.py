@@ -44,7 +44,7 @@ TeacherOf: TypeAlias = Callable[[LocalBackend], Teacher]
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What the driver knows of the models that ranks hold."""
+    """Facts about the models that ranks hold, for the driver."""
 
     teachers: TeacherFacts
     identities: Mapping[str, str]
@@ -202,7 +202,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ShardedWeights:
-    """What a sharded network does with the other ranks (`opd.models.network.Shards`)."""
+    """The weights of a sharded network (`opd.models.network.Shards`)."""
 
     network: Network
     mesh: DeviceMesh

@@ -41,7 +41,7 @@ from opd.text.turn_end import turn_end
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """(reverse KL in nats per token, top-k overlap) of each teacher, from what the learner found."""
+    """(reverse KL in nats per token, top-k overlap) of each teacher, from the learner's metrics."""
     found = values(metrics)
     return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
 
@@ -56,10 +56,9 @@ def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
 class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
-    policies: every model that scores, by name. targets: what each teacher key of a prompt stands for; training takes `followed`
-    instead, which also has the reference of an extrapolation. Two kinds of teachers are in neither: `cross_tokenizer`, with
-    another tokenizer, and `remote`, behind a server. vocab_size: the number of ids that the heads of the student and of the
-    teachers with its tokenizer share.
+    policies: every model that scores, by name. targets: the target of each teacher with the student's tokenizer; training takes
+    `followed` instead, with the reference of an extrapolation. cross_tokenizer: teachers with another tokenizer. remote: teachers
+    behind servers. vocab_size: the number of ids that the heads of the student and of the teachers with its tokenizer share.
     """
 
     config: Config
@@ -106,8 +105,12 @@ class LocalBackend:
     def student_context(self) -> Limit | None:
         return self.student.network.limit
 
-    @cached_property
+    @property
     def identities(self) -> Mapping[str, str]:
+        return self._identities
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
         named = {f"teacher '{name}'": self._identity(name, policy) for name, policy in self.policies.items()}
         named |= identities_of(self.remote)
         named["the student's tokenizer"] = fingerprint(self.tokenizer)
@@ -133,7 +136,7 @@ class LocalBackend:
         return f"{base}+{digest.hexdigest()[:32]}"
 
     def _templates(self) -> dict[str, OtherTemplate]:
-        """The teachers in process with the student's vocabulary that render a conversation otherwise than the student."""
+        """The teachers with the student's vocabulary and another chat template."""
         found = {}
         for name, policy in self.policies.items():
             if name in self.cross_tokenizer or name not in self.config.teachers:
@@ -235,15 +238,15 @@ class LocalBackend:
         return None
 
     def _contexts(self) -> dict[str, Limit | None]:
-        """The longest sequence that each target can score, None where nothing limits it; but for what `_own_readings` has."""
+        """The longest sequence that each target can score in the student's tokens; None where nothing limits it."""
         return {
             n: smallest(p.policy.network.limit for p in target if p.policy.prompts is None)
             for n, target in self.followed.items()
         }
 
     def _own_readings(self) -> dict[str, list[OwnReading]]:
-        """The models that read a prompt otherwise than the student. How many tokens of another tokenizer a response has is known
-        only once it is sampled; there is at least its end."""
+        """The models with a chat template or tokens of their own. The length of a response in another tokenizer is unknown before
+        it is sampled; it has at least its end."""
         room = self.config.sampling.max_new_tokens
         own = [(n, p.policy.prompts, p.policy.network, room) for n, target in self.followed.items() for p in target]
         own += [(name, policy.teacher_side, policy.network, 1) for name, policy in self.cross_tokenizer.items()]

@@ -97,7 +97,7 @@ def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
 
 
 def _target(config: Config, name: str, policies: Mapping[str, Policy]) -> Target:
-    """What a teacher key stands for: one policy, or several whose weights sum to one."""
+    """A teacher's policy, or the policies of a mixture, with weights that sum to one."""
     weights = config.teachers[name].weights or {name: 1.0}
     total = sum(weights.values())
     return tuple(Part(part, policies[part], weight / total) for part, weight in weights.items())
@@ -114,7 +114,7 @@ def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]
 
 
 def _load(source: str, config: Config | SftConfig) -> Network:
-    """A model, whose chat template reads the run's clock."""
+    """A model with a chat template that reads the run's clock."""
     network = load_network(source, config.compute)
     if config.template_time is not None:
         freeze(network.tokenizer, config.template_time)

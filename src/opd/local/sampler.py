@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd.config import EpisodesConfig
 from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
-from opd.models.kv_cache import KVCache
+from opd.models.attention import KVCache
 from opd.models.network import Network
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
@@ -24,8 +24,8 @@ _REFILL = 0.25
 class LocalSampler:
     """Samples from the full distribution softmax(logits / temperature) of one adapter of a network.
 
-    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, whatever else is sampled
-    beside it, so splitting a batch changes nothing but rounding.
+    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, so splitting a batch changes nothing
+    but rounding.
     """
 
     network: Network
@@ -140,7 +140,7 @@ class _Response:
 
 
 def _part(cache: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
-    """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
+    """Copy rows where samples part, drop rows without samples; returns each row's next token."""
     inputs: list[int] = []
     for row in range(len(samples)):
         by_token: dict[int, list[int]] = {}

@@ -81,13 +81,13 @@ class Part:
 
 
 Target: TypeAlias = tuple[Part, ...]
-"""What a prompt's teacher key stands for, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
+"""A teacher's distribution, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
 
 
 @dataclass(frozen=True)
 class ReadSequence:
-    """What a policy gives for the actions of one sequence: logprobs [actions] float64 nats; hidden [actions, width] float32, its
-    states before them, and [0, width] where they were not asked for."""
+    """A policy's scores of the actions of one sequence: logprobs [actions] float64 nats; hidden [actions, width] float32, its
+    states before them, or [0, width] where they are not kept."""
 
     logprobs: np.ndarray
     hidden: np.ndarray

@@ -65,7 +65,7 @@ def _demonstrations(backend: LocalBackend, prompts: Sequence[Prompt], step: int)
         chat = chat_of(backend.chat_network(policy))
         rollouts = backend.sampler(policy).sample([p for p in mine if _accepts(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
-        # a template of its own renders what the student never reads
+        # the student never reads text in the teacher's own template
         own = teacher in backend.cross_tokenizer or policy.prompts is not None
         found += _rewritten(backend, rollouts) if own else rollouts
     # a teacher's context may be longer than the student's

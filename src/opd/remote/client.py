@@ -30,7 +30,7 @@ class BadAnswer(Exception):
 
 
 class Refused(Exception):
-    """An answer that a retry will not change; fix: what to do, where that is known."""
+    """An answer that a retry will not change; fix: the remedy, where it is known."""
 
     def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
@@ -129,8 +129,7 @@ class Request(Generic[T]):
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """The value that a request got, or the reason why it got none; retries: attempts after the first; fix: what to do, where that
-    is known."""
+    """The value that a request got, or the reason why it got none; retries: attempts after the first; fix: as in `Refused`."""
 
     value: T | None
     reason: str = ""
@@ -197,25 +196,27 @@ class Client:
         first = self._turn
         self._turn += 1
         made = 0
+
+        async def attempt() -> T:
+            nonlocal made
+            made += 1
+            return await self._once(request, request.endpoint.urls[(first + made - 1) % len(request.endpoint.urls)])
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Failed),
+            stop=stop_after_attempt(request.attempts or self._limits.attempts),
+            wait=self._wait,
+            reraise=True,
+        )
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_Failed),
-                stop=stop_after_attempt(request.attempts or self._limits.attempts),
-                wait=self._wait,
-                reraise=True,
-            ):
-                with attempt:
-                    made = attempt.retry_state.attempt_number
-                    url = request.endpoint.urls[(first + made - 1) % len(request.endpoint.urls)]
-                    return Answer(await self._once(request, url), retries=made - 1)
+            return Answer(await retrying(attempt), retries=made - 1)
         except Refused as error:
             return Answer(None, f"{request.endpoint.who}: {error}", made - 1, error.fix)
         except _Failed as error:
             return Answer(None, f"{request.endpoint.who}: {error} ({made} attempts)", made - 1)
-        raise AssertionError("unreachable")
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt: random below a bound that doubles, and not below what the server asks for."""
+        """Seconds before the next attempt: random below a bound that doubles, and at least the wait that the server asks for."""
         longest = self._limits.longest_wait_s
         drawn = wait_random_exponential(multiplier=self._limits.first_wait_s, max=longest)(state)
         error = state.outcome.exception() if state.outcome else None
@@ -291,7 +292,7 @@ def _server_message(answer: httpx2.Response) -> str:
 
 
 def _fix(request: Request[Any], answer: httpx2.Response) -> str:
-    """What to do about a refusal, where its status code says it."""
+    """The remedy for a refusal, where its status code says it."""
     match answer.status_code:
         case 401 | 403 if env := request.endpoint.key_env:
             return f"fix the API key in {env}"

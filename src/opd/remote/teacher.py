@@ -118,7 +118,7 @@ class LocalAndRemoteTeachers:
 
 
 def identities_of(remote: Mapping[str, RemoteTeacher]) -> dict[str, str]:
-    """What must not change during a run, in words."""
+    """The models at servers, which must not change during a run."""
     return {f"teacher '{name}'": f"served model '{teacher.identity}'" for name, teacher in remote.items()}
 
 
