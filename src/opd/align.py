@@ -77,7 +77,6 @@ def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMP
 
 
 def rollouts_of(run: Path) -> list[Rollout]:
-    """All rollouts of a run."""
     found = [scored.rollout for scored in read_rollouts(run)]
     if not found:
         raise DataError(f"run '{run}' holds no rollouts yet")

@@ -32,8 +32,7 @@ from opd.text.template import clock_of
 from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
 
-_LOOKED_AT = 64
-
+_LOOKED_AT = 64  # of generated problems
 
 _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
@@ -215,9 +214,7 @@ class _School:
                     "or its answer"
                 )
 
-    def examine(
-        self, config: SftConfig, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]], line: ProgressLine
-    ) -> dict[tuple[str, str], Cell]:
+    def examine(self, config: SftConfig, prompts: _Prompts, line: ProgressLine) -> dict[tuple[str, str], Cell]:
         """The student's own accuracy by task and split."""
         sampler = LocalSampler(
             self._student.network,

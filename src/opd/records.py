@@ -115,7 +115,6 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """Whether it was cut by a limit on tokens."""
         return self.finish in TRUNCATED
 
     @property

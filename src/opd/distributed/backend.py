@@ -76,7 +76,6 @@ class RankGroup:
         self._call("meet", [(address,)] * self.size)
 
     def all(self, method: str, *args: Any) -> list[Any]:
-        """Call every rank with the same arguments."""
         return self.each(method, [args] * self.size)
 
     def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -129,7 +128,6 @@ class RankGroup:
             raise self._error
 
     def close(self) -> None:
-        """End every rank."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -318,5 +316,4 @@ class RayBackend:
         self._group.all("export", str(folder.resolve()))
 
     def close(self) -> None:
-        """End everything that this run started, and leave the cluster."""
         self.started.close()

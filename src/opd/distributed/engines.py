@@ -207,7 +207,6 @@ class StudentEngines(_Engines):
         return self._lock.hold(group) if self._plan.loads == "weights" else contextlib.nullcontext()
 
     def close(self) -> None:
-        """End every engine."""
         self._pool.close()
 
     def _refreshed(self) -> Endpoint:

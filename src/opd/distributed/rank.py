@@ -92,7 +92,6 @@ class Rank:
             return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """As of the backend, before the weights are sharded."""
         return self._backend.packing_errors()
 
     def meet(self, address: str) -> None:
@@ -118,7 +117,6 @@ class Rank:
         return {}
 
     def score(self, rollouts: Sequence[Rollout], teacher_of: TeacherOf) -> list[ScoredRollout]:
-        """The scores of this rank's rollouts."""
         return teacher_of(self._backend).score(rollouts)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:

@@ -56,17 +56,16 @@ def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
 class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
-    policies: every model that scores, by name. targets: the target of each teacher with the student's tokenizer; training takes
-    `followed` instead, with the reference of an extrapolation. cross_tokenizer: teachers with another tokenizer. remote: teachers
-    behind servers. vocab_size: the number of ids that the heads of the student and of the teachers with its tokenizer share.
+    policies: every model that scores, by name. targets: the target of each teacher; training takes `followed` instead, with the
+    reference of an extrapolation. remote: teachers behind servers, which have neither. vocab_size: the number of ids that the
+    heads of the student and of the teachers with its tokenizer share.
     """
 
     config: Config
     student: Policy
-    policies: Mapping[str, Policy]
+    policies: Mapping[str, Policy | CrossTokenizerPolicy]
     targets: Mapping[str, Target]
     followed: Mapping[str, Target]
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy]
     remote: Mapping[str, RemoteTeacher]
     vocab_size: int
     make_environment: MakeEnvironment
@@ -76,7 +75,17 @@ class LocalBackend:
         for teacher in self.remote.values():
             teacher.client.close()
 
-    def sampler(self, policy: Policy | None = None) -> LocalSampler:
+    @property
+    def cross_tokenizer(self) -> dict[str, CrossTokenizerPolicy]:
+        """The policies with another tokenizer than the student's."""
+        return {name: p for name, p in self.policies.items() if isinstance(p, CrossTokenizerPolicy)}
+
+    @property
+    def same_tokenizer(self) -> dict[str, Policy]:
+        """The policies with the student's tokenizer."""
+        return {name: p for name, p in self.policies.items() if isinstance(p, Policy)}
+
+    def sampler(self, policy: Policy | CrossTokenizerPolicy | None = None) -> LocalSampler:
         """A sampler of the student, or of a teacher when its policy is given."""
         policy = policy or self.student
         return LocalSampler(
@@ -89,12 +98,9 @@ class LocalBackend:
             player=episode_player(self.chat_network(policy), self.config.episodes, self.make_environment),
         )
 
-    def chat_network(self, policy: Policy) -> Network:
+    def chat_network(self, policy: Policy | CrossTokenizerPolicy) -> Network:
         """The network whose chat template renders a policy's prompts: its own, or the student's where the recipe says so."""
-        cross_tokenizer = any(
-            (c.network, c.adapter) == (policy.network, policy.adapter) for c in self.cross_tokenizer.values()
-        )
-        own = cross_tokenizer or policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
+        own = policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
         return policy.network if own else self.student.network
 
     @property
@@ -115,14 +121,14 @@ class LocalBackend:
         named |= identities_of(self.remote)
         named["the student's tokenizer"] = fingerprint(self.tokenizer)
         for name, policy in self.policies.items():
-            if name in self.cross_tokenizer or policy.prompts is not None:
+            if policy.prompts is not None:
                 tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
                 named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
         if self.config.trainable == "lora":
             named["the student's base"] = self.student.network.fingerprint()
         return named
 
-    def _identity(self, name: str, policy: Policy) -> str:
+    def _identity(self, name: str, policy: Policy | CrossTokenizerPolicy) -> str:
         """A hash of a teacher: of its base's weights and of its adapter's files."""
         adapter = self.config.lora.start if name == INITIAL_STUDENT else self.config.teachers[name].adapter
         base = policy.network.fingerprint()
@@ -138,11 +144,9 @@ class LocalBackend:
     def _templates(self) -> dict[str, OtherTemplate]:
         """The teachers with the student's vocabulary and another chat template."""
         found = {}
-        for name, policy in self.policies.items():
-            if name in self.cross_tokenizer or name not in self.config.teachers:
-                continue
+        for name, policy in self.same_tokenizer.items():
             apart = different_renderings(self.tokenizer, policy.network.tokenizer)
-            if apart is not None:
+            if apart is not None and name in self.config.teachers:
                 none = "" if policy.network.tokenizer.chat_template else "it has none"
                 found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
         return found
@@ -192,10 +196,10 @@ class LocalBackend:
         return self.local_teachers(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
 
     def models_as_teachers(self, names: Collection[str]) -> LocalTeachers:
-        return self.local_teachers({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
+        return self.local_teachers({n: (Part(n, self.same_tokenizer[n]),) for n in names}, keep_hidden=False)
 
     def model_names(self) -> Collection[str]:
-        return [name for name in self.policies if name not in self.cross_tokenizer]
+        return list(self.same_tokenizer)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
         batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
@@ -206,16 +210,10 @@ class LocalBackend:
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
         targets = self.followed if followed else self.targets
-        here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
+        here = self.local_teachers(targets, keep_hidden=keep_hidden)
         return LocalAndRemoteTeachers(here, self.remote) if self.remote else here
 
-    def local_teachers(
-        self,
-        targets: Mapping[str, Target],
-        *,
-        keep_hidden: bool,
-        cross_tokenizer: Mapping[str, CrossTokenizerPolicy] | None = None,
-    ) -> LocalTeachers:
+    def local_teachers(self, targets: Mapping[str, Target], *, keep_hidden: bool) -> LocalTeachers:
         """Teachers in process that score as `targets` say."""
         return LocalTeachers(
             targets,
@@ -223,7 +221,6 @@ class LocalBackend:
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
-            cross_tokenizer=cross_tokenizer or {},
         )
 
     def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
@@ -242,18 +239,22 @@ class LocalBackend:
         return {
             n: smallest(p.policy.network.limit for p in target if p.policy.prompts is None)
             for n, target in self.followed.items()
+            if not isinstance(target, CrossTokenizerPolicy)
         }
 
     def _own_readings(self) -> dict[str, list[OwnReading]]:
         """The models with a chat template or tokens of their own. The length of a response in another tokenizer is unknown before
         it is sampled; it has at least its end."""
-        room = self.config.sampling.max_new_tokens
-        own = [(n, p.policy.prompts, p.policy.network, room) for n, target in self.followed.items() for p in target]
-        own += [(name, policy.teacher_side, policy.network, 1) for name, policy in self.cross_tokenizer.items()]
         found: dict[str, list[OwnReading]] = {}
-        for name, prompts, network, least in own:
-            if prompts is not None and network.limit is not None:
-                found.setdefault(name, []).append(OwnReading(prompts.length, network.limit, least))
+        for name, target in self.followed.items():
+            if isinstance(target, CrossTokenizerPolicy):
+                policies, room = [target], 1
+            else:
+                policies, room = [part.policy for part in target], self.config.sampling.max_new_tokens
+            for policy in policies:
+                if policy.prompts is not None and policy.network.limit is not None:
+                    reading = OwnReading(policy.prompts.length, policy.network.limit, room)
+                    found.setdefault(name, []).append(reading)
         return found
 
     def learner(self) -> LocalLearner:
@@ -270,11 +271,7 @@ class LocalBackend:
 
     def _heads(self) -> dict[str, TeacherHead]:
         """The output head of every policy that can give distributions."""
-        found = {
-            n: TeacherHead(policy.network.head_weight())
-            for n, policy in self.policies.items()
-            if n not in self.cross_tokenizer
-        }
+        found = {name: TeacherHead(policy.network.head_weight()) for name, policy in self.same_tokenizer.items()}
         for name, policy in self.cross_tokenizer.items():
             if (shared := policy.shared_vocabulary) is not None:
                 ours, theirs = shared.student[: self.vocab_size], shared.teacher[: policy.network.vocab_size]

@@ -5,7 +5,7 @@ its score comes back in chunks. Both read tokens in the same packed passes (`rea
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -70,6 +70,11 @@ class CrossTokenizerPolicy:
     shared_vocabulary: SharedVocabulary | None = None
     own_syntax: Syntax | None = None
 
+    @property
+    def prompts(self) -> TeacherSide:
+        """It always renders prompts itself."""
+        return self.teacher_side
+
 
 @dataclass(frozen=True)
 class Part:
@@ -80,8 +85,8 @@ class Part:
     weight: float = 1.0
 
 
-Target: TypeAlias = tuple[Part, ...]
-"""A teacher's distribution, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
+Target: TypeAlias = tuple[Part, ...] | CrossTokenizerPolicy
+"""A teacher: log q = sum_k weight_k log q_k over its parts, one for an ordinary teacher; or a teacher with another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,7 @@ class LocalTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
-    full distribution; without, the sampled tokens' log-probabilities alone. Teachers in `cross_tokenizer` have another tokenizer
-    and score in chunks.
+    full distribution; without, the sampled tokens' log-probabilities alone. Teachers with another tokenizer score in chunks.
     """
 
     targets: Mapping[str, Target]
@@ -151,25 +155,22 @@ class LocalTeachers:
     temperature: float
     max_tokens: int
     keep_hidden: bool
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy] = field(default_factory=dict)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; a `FailedScore` says why there is none."""
         scores: dict[int, Score] = {}
         # All teachers, in their order: the ranks of a sharded teacher ask it together, whether they have rollouts for it or not.
-        for teacher in (*self.targets, *self.cross_tokenizer):
+        for teacher, target in self.targets.items():
             places = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
-            found = self._scores_of(teacher, [rollouts[i] for i in places])
+            found = self._scores_of(teacher, target, [rollouts[i] for i in places])
             scores.update(zip(places, found, strict=True))
         return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
-    def _scores_of(self, teacher: str, rollouts: Sequence[Rollout]) -> list[Score]:
-        if teacher in self.cross_tokenizer:
-            policy = self.cross_tokenizer[teacher]
+    def _scores_of(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
+        if isinstance(target, CrossTokenizerPolicy):
             return score_cross_tokenizer(
-                teacher, policy, rollouts, temperature=self.temperature, max_tokens=self.max_tokens
+                teacher, target, rollouts, temperature=self.temperature, max_tokens=self.max_tokens
             )
-        target = self.targets[teacher]
         scores: list[Score | None] = [None] * len(rollouts)
         inputs: dict[int, list[list[Shown]]] = {}
         for i, rollout in enumerate(rollouts):
@@ -223,7 +224,7 @@ class LocalTeachers:
         return found
 
 
-def _inputs(teacher: str, target: Target, rollout: Rollout) -> list[list[Shown]]:
+def _inputs(teacher: str, target: Sequence[Part], rollout: Rollout) -> list[list[Shown]]:
     """The sequences that each part of a target reads of a rollout. Raises DataError for a rollout that one cannot read."""
     found = []
     for part in target:

@@ -66,8 +66,7 @@ def _demonstrations(backend: LocalBackend, prompts: Sequence[Prompt], step: int)
         rollouts = backend.sampler(policy).sample([p for p in mine if _accepts(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
         # the student never reads text in the teacher's own template
-        own = teacher in backend.cross_tokenizer or policy.prompts is not None
-        found += _rewritten(backend, rollouts) if own else rollouts
+        found += rollouts if policy.prompts is None else _rewritten(backend, rollouts)
     # a teacher's context may be longer than the student's
     long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]

@@ -262,11 +262,9 @@ def _looked_at(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, mask: 
 def _places(groups: Sequence[TileGroup], num_nodes: int) -> np.ndarray:
     """Where each node stands among the places of all tiles, group by group, [nodes]."""
     found = np.zeros(num_nodes, dtype=np.int64)
-    tile = 0
-    for group in groups:
-        for start, end in zip(group.starts, group.ends, strict=True):
-            found[start:end] = tile * _TILE + np.arange(end - start)
-            tile += 1
+    tiles = [bounds for group in groups for bounds in zip(group.starts, group.ends, strict=True)]
+    for tile, (start, end) in enumerate(tiles):
+        found[start:end] = tile * _TILE + np.arange(end - start)
     return found
 
 

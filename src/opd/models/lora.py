@@ -170,7 +170,6 @@ def _narrowed(config: PeftLoraConfig) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A field's value, short."""
     plain = sorted(value) if isinstance(value, set) else value
     text = json.dumps(plain, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -96,7 +96,6 @@ class Network:
 
     @property
     def _backbone(self) -> torch.nn.Module:
-        """The layers below the head."""
         return cast(torch.nn.Module, self.base.base_model)
 
     def _whole_head(self) -> Tensor:

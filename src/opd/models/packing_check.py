@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,6 @@ class _Probe:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._sequences = _sequences(network)
-        self._known: list[Tensor] = []
         self.gaps: Mapping[str, Callable[[], float]] = {
             "plan": self._plan_gap,
             "head": self._head_gap,
@@ -96,11 +95,10 @@ class _Probe:
             "grown rows": self._rows_gap,
         }
 
-    @property
+    @cached_property
     def _plain(self) -> list[Tensor]:
-        """The model's own logits of each sequence, made once."""
-        self._known = self._known or [self._own(sequence) for sequence in self._sequences]
-        return self._known
+        """The model's own logits of each sequence."""
+        return [self._own(sequence) for sequence in self._sequences]
 
     def _own(self, sequence: Sequence[int], first: int = 0) -> Tensor:
         """The model's own logits [tokens, vocab] of a sequence that begins at position `first`."""
