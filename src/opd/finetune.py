@@ -32,8 +32,7 @@ from opd.text.template import clock_of
 from opd.text.tokenizer import fingerprint
 from opd.text.turn_end import turn_end
 
-_LOOKED_AT = 64
-
+_LOOKED_AT = 64  # of generated problems
 
 _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
@@ -129,7 +128,7 @@ def _learner(config: SftConfig, student: Policy) -> LocalLearner:
 
 
 def _identities(config: SftConfig, student: Policy) -> dict[str, str]:
-    """What must not change under a run."""
+    """The tokenizer and the base, which must not change during a run."""
     named = {"the student's tokenizer": fingerprint(student.network.tokenizer)}
     return named | ({"the student's base": student.network.fingerprint()} if config.trainable == "lora" else {})
 
@@ -185,7 +184,7 @@ class _School:
         )
 
     def _recorded(self, prompt: Prompt) -> Environment | None:
-        """What answers in a demonstration: a recorded one answers for itself."""
+        """The environment of a demonstration: a replay where the whole conversation is recorded."""
         return Replay(prompt.demonstration) if prompt.demonstration else self._tasks[prompt.task].environment(prompt)
 
     def demonstrate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -204,8 +203,8 @@ class _School:
         return rollouts
 
     def require_learnable(self, task: Task, prompts: Sequence[Prompt]) -> None:
-        """Raise DataError for the first prompt whose answer is missing or does not fit the context; of generated problems, whose
-        solutions are generated too, only some are looked at."""
+        """Raise DataError for the first prompt without an answer that fits the context; of generated problems only some are
+        checked."""
         limit = self._student.network.limit
         for prompt in prompts if task.environment(prompts[0]) is None else prompts[:_LOOKED_AT]:
             tokens = max(len(r.token_ids) for r in self.demonstrate([prompt]))
@@ -215,9 +214,7 @@ class _School:
                     "or its answer"
                 )
 
-    def examine(
-        self, config: SftConfig, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]], line: ProgressLine
-    ) -> dict[tuple[str, str], Cell]:
+    def examine(self, config: SftConfig, prompts: _Prompts, line: ProgressLine) -> dict[tuple[str, str], Cell]:
         """The student's own accuracy by task and split."""
         sampler = LocalSampler(
             self._student.network,

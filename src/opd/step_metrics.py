@@ -203,11 +203,9 @@ def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
             found.setdefault(item.score.teacher, []).append(item.score.facts)
     metrics: Metrics = {}
     for teacher, facts in found.items():
-        for name, share in shares(total(facts)).items():
-            if name == LARGEST:
-                metrics[f"align/{teacher}/{name}/max"] = Max(share)
-            else:
-                metrics[f"align/{teacher}/{name}/mean"] = mean_of([share])
+        found_shares = shares(total(facts))
+        metrics[f"align/{teacher}/{LARGEST}/max"] = Max(found_shares.pop(LARGEST))
+        metrics |= {f"align/{teacher}/{name}/mean": mean_of([share]) for name, share in found_shares.items()}
     return metrics
 
 

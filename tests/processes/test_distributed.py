@@ -20,7 +20,7 @@ from zoo import toy_ascii
 
 import opd
 from opd.checkpoint import list_checkpoints
-from opd.distributed.group import RankLearner
+from opd.distributed.backend import RankLearner
 from opd.distributed.rank import Saved
 from opd.episodes.player import Taken
 from opd.logging.run_folder import read_metrics

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from opd.records import Prompt
-from opd.seeds import generator_of
+from opd.roles import generator_of
 
 
 class PromptStream:
