@@ -8,8 +8,7 @@ from factories import byte_tokenizer
 from textarena import Wrapper, make
 
 from opd.config import EpisodesConfig, TextArenaTask
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer
+from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.integrations.textarena import TextArena
 from opd.records import Message, Prompt, Rollout
 from opd.text.chat import Chat

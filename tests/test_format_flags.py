@@ -16,7 +16,7 @@ from zoo import real
 from opd.config.episodes import ChecksConfig
 from opd.records import Finish, Flag, Rollout, Turn
 from opd.rewards.format_checks import check_turn, flag_errors
-from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tokenizer import TokenBytes, token_bytes
 
 
 def rollout_of(parts: Sequence[Sequence[int]], *, finish: Finish = "end", tools: Any = TOOLS) -> Rollout:

@@ -16,7 +16,7 @@ import opd
 from opd.align import compare
 from opd.checks.startup import run_checks
 from opd.config import RemoteConfig
-from opd.data.task_data import read_tasks
+from opd.data.tasks import read_tasks
 from opd.errors import ConfigError, ModelError
 from opd.local.backend import LocalBackend
 from opd.local.build import build

@@ -19,19 +19,23 @@ from opd.config.detectors import (
     TruncationConfig,
 )
 from opd.detectors.statistics import (
+    CommonTokens,
     Detector,
+    LowKl,
     Mark,
     Measurement,
     Measurements,
+    Repetition,
     Smoothed,
+    SpecialTokens,
     Tracked,
+    Truncation,
     Values,
     above,
     began,
     cusum,
     finite,
 )
-from opd.detectors.thresholds import CommonTokens, LowKl, Repetition, SpecialTokens, Truncation
 
 _FEW_STEPS = 5  # with fewer a standard error from successive differences says little
 _SURE = 4.0  # standard errors above a fixed threshold, which no choice of the most extreme mean has made small

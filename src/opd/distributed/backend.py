@@ -26,8 +26,7 @@ from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
 from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
-from opd.text.template import freeze
-from opd.text.turn_end import turn_end
+from opd.text.template import freeze, turn_end
 
 
 def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":

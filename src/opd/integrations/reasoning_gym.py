@@ -8,7 +8,7 @@ from opd.config import ReasoningGymTask, nearest
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.chat import user_message
-from opd.text.thinking import behind_thoughts
+from opd.text.special_tags import behind_thoughts
 
 _MAX_DRAWS_PER_PROMPT = 50  # after this many repeated questions in a row the generator counts as exhausted
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from opd.config import ObjectiveConfig, OptimizerConfig
 from opd.data.stream import PromptStream
-from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
+from opd.episodes.player import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
 from opd.local.backend import LocalBackend
 from opd.local.learner import LocalLearner, imitation_batch

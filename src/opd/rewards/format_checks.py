@@ -18,7 +18,7 @@ import regex
 from opd.config.episodes import ChecksConfig, Rule
 from opd.records import Flag, Rollout
 from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
 
 MIN_WORDS = 20

@@ -11,8 +11,16 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from opd.rewards.math_brackets import alike, brackets_of, closing_brace, grouped
-from opd.rewards.math_units import FUNCTIONS, TEXT, without_scale, without_unit
+from opd.rewards.math_text import (
+    FUNCTIONS,
+    TEXT,
+    alike,
+    brackets_of,
+    closing_brace,
+    grouped,
+    without_scale,
+    without_unit,
+)
 from opd.rewards.time_limit import limited
 
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400

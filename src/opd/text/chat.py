@@ -18,11 +18,9 @@ from opd.records import Message, Prompt, Turn
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.special_tags import TAGS, thinking_opening
-from opd.text.template import apply_template, template_shows_tools, with_tools
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import described_token
+from opd.text.template import TurnEnd, apply_template, template_shows_tools, turn_end, with_tools
+from opd.text.tokenizer import TokenBytes, described_token, token_bytes
 from opd.text.tool_calls import tools_text
-from opd.text.turn_end import TurnEnd, turn_end
 
 _SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
 

@@ -15,8 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opd.errors import DataError
-from opd.text.token_bytes import TokenBytes
-from opd.text.tokenizer import encode_text
+from opd.text.tokenizer import TokenBytes, encode_text
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
 PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"

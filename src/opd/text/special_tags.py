@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes
 
 THOUGHTS: Mapping[str, str] = MappingProxyType({
     "<think>": "</think>",
@@ -84,3 +84,22 @@ def opens_thinking(text: str) -> bool:
 def opened_thinking(rendering: str, text: str) -> str:
     """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
     return thinking_opening(rendering) if opens_thinking(text) else ""
+
+
+_TAG = re.compile("|".join(re.escape(tag) for pair in THOUGHTS.items() for tag in pair), re.IGNORECASE)
+_CLOSING = {opening.casefold(): closing.casefold() for opening, closing in THOUGHTS.items()}
+
+
+def behind_thoughts(response: str) -> str | None:
+    """What follows the last closing tag of a thought, or the whole where there is no tag; None while a thought is not closed.
+
+    A closing tag alone closes what the prompt has opened. Within a thought only its own closing tag counts.
+    """
+    start, closing = 0, None
+    for found in _TAG.finditer(response):
+        tag = found[0].casefold()
+        if closing is None and tag in _CLOSING:
+            closing = _CLOSING[tag]
+        elif closing is None or tag == closing:
+            start, closing = found.end(), None
+    return response[start:] if closing is None else None

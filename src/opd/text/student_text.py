@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from opd.text.template import opened_by
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import encode_text
-from opd.text.turn_end import turn_end
+from opd.text.template import opened_by, turn_end
+from opd.text.tokenizer import TokenBytes, encode_text, token_bytes
 
 
 class Masked(IntEnum):

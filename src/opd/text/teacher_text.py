@@ -18,10 +18,8 @@ from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.special_tags import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
 from opd.text.student_text import Masked, StudentSide, StudentText
-from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.transcribe import Transcript
-from opd.text.turn_end import turn_end
+from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools, turn_end
+from opd.text.tokenizer import TokenBytes, token_bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,22 @@ class TeacherText:
     first: int
     ends: np.ndarray
     masked: np.ndarray
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A turn as the teacher's template writes it.
+
+    text: what the teacher reads in place of what the student wrote; tags: the characters [start, end) of it in which special
+    tokens are the teacher's own rather than text that looks so. blocks [blocks, 3] int64: (byte of the student's text, byte of
+    this one, bytes) of what both have, in order. led: whether the white space that the template writes before an answer is
+    before this one.
+    """
+
+    text: str
+    tags: tuple[tuple[int, int], ...]
+    blocks: np.ndarray
+    led: bool
 
 
 @dataclass(frozen=True)
