@@ -1,4 +1,5 @@
-"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums."""
+"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums;
+and the detector of a fraction that must stay low."""
 
 import math
 from collections.abc import Mapping
@@ -147,16 +148,13 @@ class Detector(Generic[Settings]):
 
 
 class Threshold(Detector[ThresholdConfig]):
-    """A fraction that has risen above its threshold, or has stayed there for long. Value: its moving average.
+    """A fraction that has risen above its threshold, or has stayed there for long. Value: its moving average."""
 
-    reads: the metric, and a metric that is subtracted from it, if any; symptom, advice: for the message.
-    """
-
-    symptom: str
-    advice: str
-
-    def __init__(self, config: ThresholdConfig) -> None:
+    def __init__(self, config: ThresholdConfig, *reads: str, symptom: str, advice: str) -> None:
+        """reads: the metric, and a metric that is subtracted from it, if any; symptom, advice: for the message."""
         super().__init__(config)
+        self.reads = reads
+        self._symptom, self._advice = symptom, advice
         self._fraction = Tracked(config.memory, lowest=True)
         self._since: int | None = None
         self._steps = 0
@@ -172,48 +170,5 @@ class Threshold(Detector[ThresholdConfig]):
             if risen or self._steps >= self.config.patience:
                 before = f" ({low.mean:.1%} at step {low.step})" if risen else ""
                 level = f"{now.mean:.1%} (threshold {threshold:.0%}) since step {self._since}{before}"
-                message = f"{self.symptom}: {level}; {self.advice}"
+                message = f"{self._symptom}: {level}; {self._advice}"
         return {"": Measurement(now.mean, message)}
-
-
-class Repetition(Threshold):
-    """4: responses that are loops."""
-
-    reads = ("detectors/looping/mean",)
-    symptom = "responses that are loops"
-    advice = "read them; lower objective.discount, or set reward.coef > 0 and the check 'repetition'"
-
-
-class Truncation(Threshold):
-    """5: responses that are cut."""
-
-    reads = ("response/truncated/mean",)
-    symptom = "responses cut at a limit of tokens"
-    advice = "raise sampling.max_new_tokens, or set reward.coef > 0 and the check 'truncated'"
-
-
-class LowKl(Threshold):
-    """6: long responses with a passage in which the teacher is much closer to the student than elsewhere."""
-
-    reads = ("detectors/low_kl/mean",)
-    symptom = "long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest"
-    advice = "read them: the student may hide in passages of which the teacher is sure"
-
-
-class SpecialTokens(Threshold):
-    """8: special tokens on which student and teacher differ extremely."""
-
-    reads = ("detectors/special_tokens/mean",)
-    symptom = "special tokens with a log ratio beyond 15 nats"
-    advice = (
-        "where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
-        "objective.discount"
-    )
-
-
-class CommonTokens(Threshold):
-    """9: the fraction of the positive advantage on the five most common tokens, above their fraction of the tokens."""
-
-    reads = ("detectors/common_gain/mean", "detectors/common_actions/mean")
-    symptom = "positive advantage on the five most common tokens, above their fraction of the tokens"
-    advice = "read the responses: a style may be learned instead of answers"
