@@ -5,8 +5,6 @@ name the nearest known key. Importing this package needs no torch.
 """
 
 from opd.config.detectors import DetectorsConfig as DetectorsConfig
-from opd.config.episodes import ChecksConfig as ChecksConfig
-from opd.config.episodes import EpisodesConfig as EpisodesConfig
 from opd.config.node import nearest as nearest
 from opd.config.objective import CorrectionConfig as CorrectionConfig
 from opd.config.objective import MaskConfig as MaskConfig
@@ -23,9 +21,12 @@ from opd.config.parse import resumed_config as resumed_config
 from opd.config.teachers import RemoteConfig as RemoteConfig
 from opd.config.teachers import TeacherConfig as TeacherConfig
 from opd.config.tree import AlignmentConfig as AlignmentConfig
+from opd.config.tree import ChecksConfig as ChecksConfig
 from opd.config.tree import ComputeConfig as ComputeConfig
 from opd.config.tree import Config as Config
+from opd.config.tree import EpisodesConfig as EpisodesConfig
 from opd.config.tree import FileTask as FileTask
+from opd.config.tree import GeneratedTask as GeneratedTask
 from opd.config.tree import LoraConfig as LoraConfig
 from opd.config.tree import OptimizerConfig as OptimizerConfig
 from opd.config.tree import PythonTask as PythonTask

@@ -1,4 +1,7 @@
-"""What the tasks of a recipe give to a run: prompts, rewards and environments."""
+"""What the tasks of a recipe give to a run: prompts, rewards and environments.
+
+A new kind of task is a class of `opd.config`, a class here or beside its library, and a case of `make_tasks`.
+"""
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,6 +12,7 @@ from opd.config import (
     Config,
     EpisodesConfig,
     FileTask,
+    GeneratedTask,
     PythonTask,
     ReasoningGymTask,
     TaskConfig,
@@ -24,7 +28,7 @@ from opd.records import Message, Prompt
 from opd.rewards.judge import Judge
 from opd.rewards.reward import Reward
 from opd.rewards.verifiers import VERIFIERS
-from opd.roles import Environment, Task
+from opd.roles import Task
 
 SPLITS = ("train", "held_out")
 
@@ -95,6 +99,30 @@ class PassedRecords(_Records):
         return [] if records is None else read_prompts_from(records, **self._reading)
 
 
+class GeneratedPrompts:
+    """What tasks of generated prompts have in common: `draw` makes all prompts, and the first of them are held out."""
+
+    def __init__(self, name: str, config: GeneratedTask) -> None:
+        self.name = name
+        self._config = config
+        self._drawn: list[Prompt] = []
+
+    def draw(self, count: int) -> list[Prompt]:
+        """So many distinct prompts, a function of the task's seed."""
+        raise NotImplementedError
+
+    def prompts(self, split: str) -> list[Prompt]:
+        held_out = self._config.held_out_size
+        self._drawn = self._drawn or self.draw(held_out + self._config.size)
+        return self._drawn[:held_out] if split == "held_out" else self._drawn[held_out:]
+
+    def reward(self, prompt: Prompt, response: str) -> float | None:
+        raise NotImplementedError
+
+    def grade(self, prompt: Prompt, response: str) -> float | None:
+        return self.reward(prompt, response)
+
+
 def make_tasks(
     configs: Mapping[str, TaskConfig], limits: EpisodesConfig | None = None, passed: PythonPrompts | None = None
 ) -> dict[str, Task]:
@@ -147,9 +175,12 @@ PromptSets: TypeAlias = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a recipe's tasks give: prompts by task and split, the reward of a response and another grader's, environments, and
-    the tasks whose environments' rewards the reward and the grader take the place of; own_code: reward and grade are a function of
-    the user's; own_environment: so are the environments."""
+    """What the tasks of a recipe give to a run.
+
+    reward, grade: of a response; the grade is that of the held-out reward. own_reward, own_grade: the tasks in which they take the
+    place of a reward that an environment gave; own_reward is empty unless the user passed a reward function. own_environment:
+    whether the environments are the user's.
+    """
 
     prompts: PromptSets
     reward: Reward
@@ -158,7 +189,6 @@ class TaskData:
     own_reward: frozenset[str] = frozenset()
     own_environment: bool = False
     own_grade: frozenset[str] = frozenset()
-    own_code: bool = False
 
     def judge(self, config: Config, tokenizer: Any) -> Judge:
         """Rewards and format errors of rollouts that were sampled with this tokenizer."""
@@ -168,12 +198,12 @@ class TaskData:
             tokenizer=tokenizer,
             tool_syntax=config.episodes.tool_syntax,
             own=self.own_reward,
-            own_code=self.own_code,
+            own_code=bool(self.own_reward),
         )
 
     def grader(self) -> Judge:
-        """Rewards by another grader, where there is one."""
-        return Judge(self.grade, own=self.own_grade, own_code=self.own_code)
+        """Held-out rewards."""
+        return Judge(self.grade, own=self.own_grade, own_code=bool(self.own_reward))
 
 
 def read_tasks(
@@ -196,44 +226,22 @@ def read_tasks(
         )
     tasks = make_tasks(_with_default_teacher(config), config.episodes, passed)
     prompts = read_splits(tasks)
-    for splits in prompts.values():
-        for split in SPLITS:
-            require_teachers(splits[split], config.teachers)
-
     every = [p for splits in prompts.values() for split in SPLITS for p in splits[split]]
-    inner = {part for teacher in config.teachers.values() for part in teacher.weights or ()}
-    for name in config.teachers:
-        if name not in inner | {config.objective.reference} and not any(p.teacher == name for p in every):
-            raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
-    _require_cross_tokenizer_reference(config, every)
-    _require_single_teachers(config, every)
-    _require_measurable(config, prompts, given=reward is not None or make_environment is not None)
-    if config.reward.coef > 0 and reward is None and make_environment is None and not _verdicts(config, every):
-        raise DataError(
-            "reward.coef > 0 needs verified rewards, and no prompt has an answer and a verifier; add them or pass a reward"
-        )
-
-    def verify(prompt: Prompt, response: str) -> float | None:
-        return tasks[prompt.task].reward(prompt, response)
-
-    def environment(prompt: Prompt) -> Environment | None:
-        return tasks[prompt.task].environment(prompt)
-
-    def grade(prompt: Prompt, response: str) -> float | None:
-        return tasks[prompt.task].grade(prompt, response)
-
-    every_task = frozenset(config.tasks)
+    require_teachers(every, config.teachers)
+    _require_usable_teachers(config, every)
+    given = reward is not None or make_environment is not None
+    _require_measurable(config, prompts, given=given)
+    if not given:
+        _require_verdicts(config, every)
+    graded = [name for name, task in config.tasks.items() if getattr(task, "grader", None)]
     return TaskData(
         prompts,
-        reward or verify,
-        reward or grade,
-        make_environment or environment,
-        own_reward=every_task if reward is not None else frozenset(),
+        reward or (lambda prompt, response: tasks[prompt.task].reward(prompt, response)),
+        reward or (lambda prompt, response: tasks[prompt.task].grade(prompt, response)),
+        make_environment or (lambda prompt: tasks[prompt.task].environment(prompt)),
+        own_reward=frozenset(config.tasks if reward is not None else ()),
         own_environment=make_environment is not None,
-        own_grade=every_task
-        if reward is not None
-        else frozenset(n for n, t in config.tasks.items() if getattr(t, "grader", None)),
-        own_code=reward is not None,
+        own_grade=frozenset(config.tasks if reward is not None else graded),
     )
 
 
@@ -252,23 +260,6 @@ def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
     return not isinstance(task, FileTask | PythonTask) or (prompt.answer is not None and task.verifier != "none")
 
 
-def has_grade(prompt: Prompt, task: TaskConfig) -> bool:
-    """Whether the task says what a response is worth in the held-out reward: its grader where it has one, else its verifier."""
-    graded = isinstance(task, FileTask | PythonTask) and task.grader is not None and prompt.answer is not None
-    return graded or has_verdict(prompt, task)
-
-
-def _with_default_teacher(config: Config) -> dict[str, TaskConfig]:
-    """The tasks, where the recipe's only teacher is that of records which name none."""
-    if len(config.teachers) > 1:
-        return dict(config.tasks)
-    (only,) = config.teachers
-    return {
-        name: task if task.teacher is not None else task.model_copy(update={"teacher": only})
-        for name, task in config.tasks.items()
-    }
-
-
 def require_callable(name: str, function: object, arguments: str) -> None:
     """Raise DataError for what cannot be called as it will be."""
     if function is None:
@@ -285,42 +276,54 @@ def require_callable(name: str, function: object, arguments: str) -> None:
         raise DataError(f"{name} takes {signature}, expected ({arguments}): {error}") from None
 
 
-def _require_measurable(config: Config, prompts: PromptSets, *, given: bool) -> None:
-    """Raise DataError for an evaluation on the way that has nothing to measure."""
-    if not config.evaluation.every:
-        return
-    every = f"evaluation.every = {config.evaluation.every} measures nothing: no task has held-out prompts"
-    held_out = {name: splits["held_out"] for name, splits in prompts.items()}
-    if not any(held_out.values()):
-        raise DataError(f"{every}; set held_out_path or held_out_size of a task, or evaluation.every = 0")
-    if not given and not any(has_grade(p, config.tasks[name]) for name, found in held_out.items() for p in found):
-        raise DataError(f"{every} with an answer and a verifier; add them, or set evaluation.every = 0")
+def _with_default_teacher(config: Config) -> dict[str, TaskConfig]:
+    """The tasks of the recipe. Where it has one teacher, that is the teacher of records that name none."""
+    only = next(iter(config.teachers)) if len(config.teachers) == 1 else None
+    return {
+        name: task if only is None or task.teacher is not None else task.model_copy(update={"teacher": only})
+        for name, task in config.tasks.items()
+    }
 
 
-def _verdicts(config: Config, prompts: Sequence[Prompt]) -> bool:
-    """Whether anything says what a response is worth: a verifier, an environment, or a check for format errors."""
-    return any(t.checks.rules for t in config.tasks.values()) or any(
-        has_verdict(p, config.tasks[p.task]) for p in prompts
-    )
-
-
-def _require_single_teachers(config: Config, prompts: Sequence[Prompt]) -> None:
-    """A warm-up learns what teachers do alone: refuse one with a prompt whose teacher is a mixture."""
-    for prompt in prompts if config.warmup.steps else ():
-        if config.teachers[prompt.teacher].weights:
-            raise DataError(
-                f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is several at once, none of whom answers alone, and "
-                f"warmup.steps = {config.warmup.steps} learns from answers; leave it at 0"
-            )
-
-
-def _require_cross_tokenizer_reference(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Away from a teacher toward itself is nowhere: refuse a reference that is the teacher of a prompt."""
+def _require_usable_teachers(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Raise DataError for a teacher without prompts, and for a prompt's teacher that an extrapolation or a warm-up cannot use."""
     reference = config.objective.reference
+    parts = {part for teacher in config.teachers.values() for part in teacher.weights or ()}
+    used = {p.teacher for p in prompts} | parts | {reference}
+    for name in config.teachers:
+        if name not in used:
+            raise DataError(f"teacher '{name}' of [teachers] is named by no prompt; remove it, or name it in a task")
     for prompt in prompts:
-        parts = config.teachers[prompt.teacher].weights or {prompt.teacher: 1.0}
-        if reference in parts:
+        weights = config.teachers[prompt.teacher].weights
+        if reference in (weights or (prompt.teacher,)):
             raise DataError(
                 f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is the reference of objective.extrapolation, so there is "
                 "nothing to extrapolate; choose another reference"
             )
+        if weights and config.warmup.steps:
+            raise DataError(
+                f"prompt '{prompt.id}': its teacher '{prompt.teacher}' is a mixture of teachers, which cannot generate, and "
+                f"warmup.steps = {config.warmup.steps} learns from responses of teachers; leave it at 0"
+            )
+
+
+def _require_verdicts(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Raise DataError for reward.coef > 0 where no verifier, no environment and no check for format errors gives a reward."""
+    checked = any(task.checks.rules for task in config.tasks.values())
+    if config.reward.coef > 0 and not checked and not any(has_verdict(p, config.tasks[p.task]) for p in prompts):
+        raise DataError(
+            "reward.coef > 0 needs verified rewards, and no prompt has an answer and a verifier; add them or pass a reward"
+        )
+
+
+def _require_measurable(config: Config, prompts: PromptSets, *, given: bool) -> None:
+    """Raise DataError where evaluation.every has nothing to measure. given: the user passed a reward or environments."""
+    if not config.evaluation.every:
+        return
+    every = f"evaluation.every = {config.evaluation.every} measures nothing: no task has held-out prompts"
+    held_out = [(p, config.tasks[name]) for name, splits in prompts.items() for p in splits["held_out"]]
+    if not held_out:
+        raise DataError(f"{every}; set held_out_path or held_out_size of a task, or evaluation.every = 0")
+    graded = (has_verdict(p, task) or (p.answer is not None and getattr(task, "grader", None)) for p, task in held_out)
+    if not given and not any(graded):
+        raise DataError(f"{every} with an answer and a verifier; add them, or set evaluation.every = 0")
