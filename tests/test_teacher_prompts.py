@@ -23,7 +23,7 @@ from opd.local.build import build
 from opd.records import ChunkScore, FailedScore, HiddenScore, Prompt, Rollout, SampledScore, Turn
 from opd.remote.client import Client, Endpoint
 from opd.remote.discovery import compare_templates, connect
-from opd.score_cache.cache import identities
+from opd.score_cache import identities
 from opd.text.chat import Chat
 from opd.text.teacher_prompt import OwnPrompt, different_renderings
 

@@ -31,8 +31,7 @@ from opd.logging.writers import Writers, draw_run
 from opd.loop import Components, StepReport, train_steps
 from opd.models.lora import write_merged
 from opd.roles import Backend, Teacher
-from opd.score_cache.cache import CachedTeacher, MemoryScores, identities, probe
-from opd.score_cache.files import ScoreFiles
+from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
 
 
 @dataclass(frozen=True)
