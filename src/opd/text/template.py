@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from opd.errors import ModelError
 from opd.records import Message
 from opd.text.special_tags import TAGS, thinking_opening, without_thinking
-from opd.text.tokenizer import end_token_ids
+from opd.text.tokenizer import described_token, end_token_ids
 from opd.text.tool_calls import tools_text
 
 _PROBE, _PROBE_QUESTION = "aXbYcZ", "dXeYfZ"
@@ -50,9 +50,9 @@ def clock_of(tokenizer: Any) -> str:
 def apply_template(
     tokenizer: Any,
     messages: Sequence[Message],
-    tools: Sequence[Any],
+    tools: Sequence[Any] = (),
     *,
-    natively: bool,
+    natively: bool = False,
     generate: bool = True,
 ) -> str:
     """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
@@ -157,12 +157,12 @@ def frame_of(tokenizer: Any) -> Frame | None:
     question: Sequence[Message] = _QUESTION
     answer: Message = {"role": "assistant", "content": _PROBE}
     try:
-        before = apply_template(tokenizer, question, (), natively=False)
+        before = apply_template(tokenizer, question)
     except REFUSALS:
         question = [_SYSTEM, *_QUESTION]
-        before = apply_template(tokenizer, question, (), natively=False)
-    plain = apply_template(tokenizer, question, (), natively=False, generate=False)
-    whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
+        before = apply_template(tokenizer, question)
+    plain = apply_template(tokenizer, question, generate=False)
+    whole = apply_template(tokenizer, [*question, answer], generate=False)
     head, found, after = whole.partition(_PROBE)
     return Frame(before, plain, head, after, *_questions(tokenizer, question, answer)) if found else None
 
@@ -171,21 +171,24 @@ def _questions(tokenizer: Any, question: Sequence[Message], answer: Message) -> 
     """What a template writes before a question at first, and between an answer and a further one."""
     further: Message = {"role": "user", "content": _PROBE_QUESTION}
     try:
-        opening = apply_template(tokenizer, [*question[:-1], further], (), natively=False, generate=False)
-        whole = apply_template(tokenizer, [*question, answer, further], (), natively=False, generate=False)
+        opening = apply_template(tokenizer, [*question[:-1], further], generate=False)
+        whole = apply_template(tokenizer, [*question, answer, further], generate=False)
     except REFUSALS:
         return "", ""
     return opening.partition(_PROBE_QUESTION)[0], whole.partition(_PROBE)[2].partition(_PROBE_QUESTION)[0]
 
 
+def frame_or_none(tokenizer: Any) -> Frame | None:
+    """What a chat template writes around an answer; None where it has no place for one, and without a template."""
+    try:
+        return frame_of(tokenizer)
+    except REFUSALS:
+        return None
+
+
 def opened_by(tokenizer: Any) -> str:
     """The thinking tag, and the white space behind it, with which a chat template's generation prompt ends; "" without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    try:
-        frame = frame_of(tokenizer)
-    except REFUSALS:
-        return ""
+    frame = frame_or_none(tokenizer)
     return thinking_opening(frame.before) if frame else ""
 
 
@@ -229,7 +232,7 @@ def turn_end(tokenizer: Any, generation_config: Any = None, *, who: str) -> Turn
             f"{who}: neither its chat template, its tokenizer nor its generation config has an end token, so no response could "
             "end; set eos_token in its tokenizer_config.json"
         )
-    own, config = end_token_ids(tokenizer), _declared(generation_config)
+    own, config = end_token_ids(tokenizer), end_token_ids(None, generation_config)
     written: int = template if template is not None else own[0] if own else ids[0]
     agree = written in (own or ids) and written in (config or ids)
     return TurnEnd(ids, written, "" if agree else _disagreement(tokenizer, template, config, written))
@@ -238,12 +241,7 @@ def turn_end(tokenizer: Any, generation_config: Any = None, *, who: str) -> Turn
 def _of_template(tokenizer: Any, who: str) -> int | None:
     """The first added token that the template writes behind an answer, or behind one that a question follows; None where it writes
     white space alone, or has no place for an answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        frame = frame_of(tokenizer)
-    except REFUSALS:
-        return None
+    frame = frame_or_none(tokenizer)
     if frame is None:
         return None
     added = {str(token): int(i) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
@@ -277,22 +275,11 @@ def _behind_answer(frame: Frame, names: Sequence[str]) -> list[str]:
     return between
 
 
-def _declared(generation_config: Any) -> tuple[int, ...]:
-    """The end tokens of a generation config alone."""
-    declared = getattr(generation_config, "eos_token_id", None)
-    every = declared if isinstance(declared, list | tuple) else [declared]
-    return tuple(i for i in every if i is not None)
-
-
 def _disagreement(tokenizer: Any, template: int | None, config: Sequence[int], written: int) -> str:
     own = tokenizer.eos_token_id
-    said = [] if template is None else [f"the chat template ends a turn with {_name(tokenizer, template)}"]
+    said = [] if template is None else [f"the chat template ends a turn with {described_token(tokenizer, template)}"]
     if own is not None:
-        said.append(f"the tokenizer's end token is {_name(tokenizer, own)}")
+        said.append(f"the tokenizer's end token is {described_token(tokenizer, own)}")
     if config:
-        said.append(f"the generation config names {', '.join(_name(tokenizer, i) for i in config)}")
-    return f"{', '.join(said)}: any of them ends a turn, and fine-tuning teaches {_name(tokenizer, written)}"
-
-
-def _name(tokenizer: Any, index: int) -> str:
-    return f"{tokenizer.convert_ids_to_tokens(index)!r} (id {index})"
+        said.append(f"the generation config names {', '.join(described_token(tokenizer, i) for i in config)}")
+    return f"{', '.join(said)}: any of them ends a turn, and fine-tuning teaches {described_token(tokenizer, written)}"

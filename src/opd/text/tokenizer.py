@@ -199,10 +199,9 @@ PROBE = "The 3 tokens: naïve café,\n\tdef f(x): return x**2  # 漢字 🙂 123
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
-    """The ids that end the student's turn: the tokenizer's end token and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
+    """The ids that end a turn, sorted: the tokenizer's end token and those of the generation config."""
     declared = getattr(generation_config, "eos_token_id", None)
-    ids.update(declared if isinstance(declared, list | tuple) else [declared])
+    ids = {getattr(tokenizer, "eos_token_id", None), *(declared if isinstance(declared, list | tuple) else [declared])}
     return tuple(sorted(i for i in ids if i is not None))
 
 
