@@ -1,4 +1,4 @@
-"""Structural tokens by what they mean: thinking and tool-call tags under the spellings that are in use."""
+"""The tags with which models mark thoughts and tool calls, and the text of a response behind its thoughts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,9 +36,9 @@ TAGS = frozenset().union(*_ROLES)
 
 
 def counterparts(student: TokenBytes, teacher: TokenBytes) -> dict[int, str]:
-    """The student's added tokens that the teacher has too, by name or by role, and how the teacher writes them.
+    """The student's added tokens that the teacher has too, by name or by role, and the teacher's names of them.
 
-    Added tokens that are ordinary text for the student and that the teacher has no tag for stay the text that they are.
+    An added token stays text if it is ordinary text for the student and the teacher has no tag for it.
     """
     theirs = set(teacher.added.values())
     found: dict[int, str] = {}
@@ -91,9 +91,9 @@ _CLOSING = {opening.casefold(): closing.casefold() for opening, closing in THOUG
 
 
 def behind_thoughts(response: str) -> str | None:
-    """What follows the last closing tag of a thought, or the whole where there is no tag; None while a thought is not closed.
+    """The text behind the last closing tag of a thought, all of it without a tag; None while a thought is not closed.
 
-    A closing tag alone closes what the prompt has opened. Within a thought only its own closing tag counts.
+    A closing tag alone closes a thought that the prompt opened. Within a thought only its own closing tag counts, in any case.
     """
     start, closing = 0, None
     for found in _TAG.finditer(response):

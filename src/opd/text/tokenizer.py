@@ -29,13 +29,12 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The text that every id of a vocabulary stands for.
+    """The bytes of every id of a vocabulary.
 
-    flat: all tokens' bytes, one after the other; starts [ids + 1]: token i is flat[starts[i]:starts[i + 1]]. control [ids]
-    bool: special tokens, whose bytes are their name and never part of a text; unknown [ids] bool: ids that the tokenizer has
-    no token for (a model's padded vocabulary), or its model no row. names: the special tokens, by id. dummy_prefix: a text's
-    first space is the tokenizer's own, and its decoder takes it away. added: every added token's literal, by id, special
-    or not; stripping: those that take the white space beside them.
+    flat: the bytes of all tokens, joined; starts [ids + 1]: token i is flat[starts[i]:starts[i + 1]]. control [ids] bool: special
+    tokens; their bytes are their name, and never part of a text. unknown [ids] bool: ids without a token (a padded vocabulary), or
+    without a row in the model. names: the special tokens, by id. added: all added tokens, by id. dummy_prefix: the tokenizer adds
+    a space before a text, and its decoder removes it. stripping: the added tokens that take the white space beside them.
     """
 
     family: Family
@@ -82,11 +81,10 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
-    """The table of a Hugging Face fast tokenizer, for at least the `vocab_size` ids of its model; ids behind these, which the
-    model can neither read nor write, are unknown.
+    """The table of a Hugging Face fast tokenizer, for at least the `vocab_size` ids of its model. Larger ids, which the model can
+    neither read nor write, are unknown.
 
-    Raises ModelError when the tokenizer does not say how its tokens are written (no fast tokenizer, another decoder), and when it
-    gives one id to two tokens.
+    Raises ModelError for a slow tokenizer, for an unknown decoder, and when the tokenizer gives one id to two tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -128,7 +126,7 @@ def token_bytes(tokenizer: Any, *, vocab_size: int | None = None) -> TokenBytes:
 
 
 def _require_distinct(vocab: Mapping[str, int], name: str) -> None:
-    """Raise ModelError where two tokens have one id: what is sampled could not be told, nor what is read."""
+    """Raise ModelError where two tokens have one id: its text would be ambiguous."""
     token_of: dict[int, str] = {}
     for token, index in sorted(vocab.items()):
         if token_of.setdefault(index, token) != token:
@@ -234,9 +232,9 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def difference(student: Any, teacher: Any) -> str | None:
-    """What tells the teacher's tokenizer from the student's, in words; None when they are one.
+    """How the teacher's tokenizer differs from the student's, in words; None when they are equal.
 
-    Only what was asked of the tokenizer counts: models of one tokenizer may pad their vocabularies differently.
+    The models' sizes do not count: models of one tokenizer may pad their vocabularies differently.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
@@ -264,8 +262,8 @@ def _token_of(vocab: dict[str, int], index: int) -> str:
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """student [ids], teacher [teacher ids]: the cell of each id, int64; the last of `num` cells is for what has none, the one
-    before it for ending the turn. student_whole, teacher_whole: whether the id is all that its cell begins with."""
+    """student [ids], teacher [teacher ids]: the cell of each id, int64. The last of `num` cells holds ids without a cell of their own,
+    the one before it the end tokens. student_whole, teacher_whole: whether the id is the token of its cell, and not a longer one."""
 
     student: np.ndarray
     teacher: np.ndarray
@@ -274,7 +272,7 @@ class SharedVocabulary:
     teacher_whole: np.ndarray
 
     def same(self, student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:
-        """Which pairs of tokens are one and the same on both sides, [pairs] bool."""
+        """The pairs that are the same token on both sides, [pairs] bool."""
         whole = self.student_whole[student_ids] & self.teacher_whole[teacher_ids]
         return whole & (self.student[student_ids] == self.teacher[teacher_ids])
 
@@ -286,8 +284,8 @@ def shared_vocabulary(
     teacher_ends: Sequence[int],
     tags: Mapping[int, str] | None = None,
 ) -> SharedVocabulary:
-    """The cells of two vocabularies; `.._ends` are the ids that end a turn, `tags` the student's tags and how the teacher writes
-    them (`opd.text.special_tags.counterparts`)."""
+    """The cells of two vocabularies. `.._ends`: the ids that end a turn; `tags`: the student's tags and the teacher's names of them
+    (`opd.text.special_tags.counterparts`)."""
     id_of = {literal: index for index, literal in teacher.added.items()}
     pairs = [(ours, id_of[literal]) for ours, literal in (tags or {}).items()]
     apart = ([*student_ends, *(ours for ours, _ in pairs)], [*teacher_ends, *(theirs for _, theirs in pairs)])
