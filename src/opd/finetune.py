@@ -9,8 +9,7 @@ from opd.checkpoint import Saver, explain_io, identities_of
 from opd.checks import startup
 from opd.checks.notices import clock_unread, notices_of_tuning, warmup_warning
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
-from opd.data.stream import PromptStream
-from opd.data.tasks import SPLITS, make_tasks, read_splits
+from opd.data.tasks import SPLITS, PromptStream, make_tasks, read_splits
 from opd.episodes.player import Demonstrator, Replay
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text

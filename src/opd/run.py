@@ -14,8 +14,7 @@ from opd.checks import startup
 from opd.checks.notices import REWARD, discount_warning, mask_warning, warmup_warning
 from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
-from opd.data.stream import PromptStream
-from opd.data.tasks import TaskData
+from opd.data.tasks import PromptStream, TaskData
 from opd.detectors.monitor import RunMonitor
 from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import ConfigError, one_line

@@ -116,24 +116,32 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
     return lines
 
 
+def _named_verifiers(config: Config | SftConfig, task: TaskConfig) -> dict[str, str]:
+    """The verifier and the grader that a task of records names, by key; a grader only where one is asked."""
+    if not isinstance(task, FileTask | PythonTask):
+        return {}
+    verifier = task.verifier if task.verifier in ("math", "number") else None
+    grader = task.grader if isinstance(config, Config) and config.evaluation.every else None
+    return {key: value for key, value in (("verifier", verifier), ("grader", grader)) if value}
+
+
 def _idle_verifiers(config: Config | SftConfig, prompts: PromptSets) -> list[str]:
-    """Verifiers and graders that the recipe names, and that have no answer to compare with."""
-    graded = isinstance(config, Config) and config.evaluation.every > 0  # otherwise no grader is asked, which is said
-    lines = []
-    for name, splits in prompts.items():
-        task = config.tasks[name]
-        if not isinstance(task, FileTask | PythonTask) or any(
-            p.answer is not None for found in splits.values() for p in found
-        ):
-            continue
-        named = {"verifier": task.verifier if task.verifier in ("math", "number") else None}
-        named |= {"grader": task.grader if graded else None}
-        lines += [
-            f"tasks.{name}.{key} = '{value}': no prompt has an answer (the key 'answer' of its record)"
-            for key, value in named.items()
-            if value
-        ]
-    return lines
+    """Verifiers and graders that the recipe names, without an answer to compare with."""
+    return [
+        f"tasks.{name}.{key} = '{value}': no prompt has an answer (the key 'answer' of its record)"
+        for name, splits in prompts.items()
+        if all(p.answer is None for found in splits.values() for p in found)
+        for key, value in _named_verifiers(config, config.tasks[name]).items()
+    ]
+
+
+def _replaced(config: Config) -> list[str]:
+    """Verifiers and graders that the recipe names, and that the user's reward replaces."""
+    return [
+        f"tasks.{name}.{key} = '{value}': the reward function takes its place"
+        for name, task in config.tasks.items()
+        for key, value in _named_verifiers(config, task).items()
+    ]
 
 
 def _held_out_prompts_in_training(configs: Mapping[str, TaskConfig], prompts: PromptSets) -> list[str]:
@@ -162,16 +170,6 @@ def _unread_answers(config: Config, prompts: PromptSets) -> list[str]:
         if isinstance(task, FileTask | PythonTask) and answered and task.verifier == "none" and task.grader is None:
             lines.append(f"{answered} answers of tasks.{name}: verifier = 'none'; choose a verifier")
     return lines
-
-
-def _replaced(config: Config) -> list[str]:
-    """What the user's reward takes the place of, where the recipe names it."""
-    named: dict[str, str | None] = {}
-    for name, task in config.tasks.items():
-        if isinstance(task, FileTask | PythonTask):
-            named[f"tasks.{name}.verifier"] = task.verifier if task.verifier in ("math", "number") else None
-            named[f"tasks.{name}.grader"] = task.grader if config.evaluation.every else None
-    return [f"{key} = '{value}': the reward function takes its place" for key, value in named.items() if value]
 
 
 def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: int, what: str) -> list[str]:

@@ -32,18 +32,11 @@ _DRAWS_PER_PROBLEM = 50
 _MAX_CHARS, _MAX_DEPTH, _MAX_BITS = 500, 30, 1000  # of an expression; of the numerator and denominator of a value
 _TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|[-+*/()])")
 
-_CALCULATOR_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {"expression": {"type": "string"}},
-    "required": ["expression"],
-    "additionalProperties": False,
-}
-_LOOKUP_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {"key": {"type": "string"}},
-    "required": ["key"],
-    "additionalProperties": False,
-}
+
+def _schema(argument: str) -> Mapping[str, Any]:
+    """The schema of a tool that takes one text."""
+    properties = {argument: {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": [argument], "additionalProperties": False}
 
 
 def calculate(expression: str) -> str:
@@ -141,10 +134,6 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def _calculator(problem: Mapping[str, Any]) -> Tool:
-    return Tool("calculator", "Evaluate arithmetic.", _CALCULATOR_SCHEMA, calculate)
-
-
 def _lookup(problem: Mapping[str, Any]) -> Tool:
     table = problem.get("table", {})
 
@@ -153,7 +142,7 @@ def _lookup(problem: Mapping[str, Any]) -> Tool:
             raise ValueError(f"no entry {key[:40]!a}")
         return table[key]
 
-    return Tool("lookup", "Find a code in the table.", _LOOKUP_SCHEMA, find)
+    return Tool("lookup", "Find a code in the table.", _schema("key"), find)
 
 
 def _draw_sum(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
@@ -172,7 +161,11 @@ def _draw_code(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
     return f"What is the code of {keys[0]}?", codes[0], {"table": table, "arguments": {"key": keys[0]}}
 
 
-_TOOLS: Mapping[str, Callable[[Mapping[str, Any]], Tool]] = {"calculator": _calculator, "lookup": _lookup}
+_CALCULATOR = Tool("calculator", "Evaluate arithmetic.", _schema("expression"), calculate)
+_TOOLS: Mapping[str, Callable[[Mapping[str, Any]], Tool]] = {
+    "calculator": lambda problem: _CALCULATOR,
+    "lookup": _lookup,
+}
 _DRAWS = {"calculator": _draw_sum, "lookup": _draw_code}
 
 

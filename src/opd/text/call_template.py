@@ -224,8 +224,8 @@ class CallTemplate:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The text around calls. content: of their message; start: everything that the template writes before the calls; after: the text
-    that follows any answer; joined, led: as in `CallText`."""
+    """The text around calls. content: of their message; start: everything that the template writes before the calls; after: the
+    text that follows any answer; joined, led: as in `CallText`."""
 
     content: str
     start: str

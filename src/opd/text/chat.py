@@ -50,8 +50,8 @@ class Chat:
         return Quotes(_any_of(self._literals - TAGS))
 
     def quoted(self, message: Message, quotes: Quotes, *, trusted: bool = True) -> Message:
-        """A message with placeholders. Tags of calls and of thinking are real in a message of the student and in the system message of
-        a prompt (`trusted`). From a user, a tool or an environment they are text."""
+        """A message with placeholders. Tags of calls and of thinking are real in a message of the student, and in the system
+        message of a prompt (`trusted`). From a user, a tool or an environment they are text."""
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
         message = self._shown_calls(message, quotes)
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}

@@ -262,8 +262,9 @@ def _token_of(vocab: dict[str, int], index: int) -> str:
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """student [ids], teacher [teacher ids]: the cell of each id, int64. The last of `num` cells holds ids without a cell of their own,
-    the one before it the end tokens. student_whole, teacher_whole: whether the id is the token of its cell, and not a longer one."""
+    """student [ids], teacher [teacher ids]: the cell of each id, int64. The last of `num` cells holds ids without a cell of their
+    own, the one before it the end tokens. student_whole, teacher_whole: whether the id is the token of its cell, not a longer one.
+    """
 
     student: np.ndarray
     teacher: np.ndarray
