@@ -13,7 +13,7 @@ from opd.data.tasks import SPLITS, TaskData, require_teachers
 from opd.errors import CheckError, DataError
 from opd.models.packing_check import PACKED_WITHIN
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
-from opd.roles import Backend, Limit, OtherTemplate, OwnReading, Teacher
+from opd.roles import Backend, Limit, OtherTemplate, OwnReading, Teacher, TeacherFacts
 from opd.text.alignment import describe, total
 from opd.text.chat import Chat
 
@@ -21,7 +21,7 @@ _PROBES_PER_TEACHER = 2
 
 
 def run_checks(config: Config, backend: Backend, task_data: TaskData) -> list[Finding]:
-    """Every start-up check, on the real weights: see `opd.checks.rules`."""
+    """The findings of every start-up check, on the real weights. Raises DataError for a prompt that cannot be used."""
     every = [p for splits in task_data.prompts.values() for split in SPLITS for p in splits[split]]
     require_teachers(every, config.teachers)
     detail = f"{len(every)} prompts, {len(config.teachers)} teachers"
@@ -47,10 +47,7 @@ def run_checks(config: Config, backend: Backend, task_data: TaskData) -> list[Fi
     probes = [p for chosen in by_teacher.values() for p in chosen]
     half = config.compute.dtype != "float32" or config.cluster.mixed_precision
     tolerance = 0.5 if half else 2e-3
-    findings += loaded_whole(facts.notes)
-    findings += [turns_end(model, disagreement) for model, disagreement in facts.turn_ends.items()]
-    findings += [prompts_compared(name, found) for name, found in facts.templates.items()]
-    findings += [tokens_compared(name, unknown) for name, unknown in facts.unknown_tokenizers.items()]
+    findings += models_described(facts)
     packed = packing_findings(backend)
     findings += packed
     if not all(finding.passed for finding in packed):
@@ -117,7 +114,7 @@ def require(findings: Sequence[Finding]) -> None:
 
 
 def tools_are_answered(prompts: Sequence[Prompt], make_environment: Callable[[Prompt], object]) -> list[Finding]:
-    """A prompt that shows tools has somebody who answers their calls; asked of the first such prompt of each task."""
+    """Warns of a task with tools and no environment that answers their calls, by its first prompt with tools."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         if prompt.tools:
@@ -143,10 +140,10 @@ def lengths_fit(
     teacher_contexts: Mapping[str, Limit | None],
     own_readings: Mapping[str, Sequence[OwnReading]] = MappingProxyType({}),
 ) -> Finding:
-    """Prompt and response fit the student's context and the prompt's teacher's. Raises DataError for the first that does not.
+    """Prompt and response fit the context of the student and of the prompt's teacher. Raises DataError for the first that does not.
 
-    contexts: the student's, by a name to show; teacher_contexts: by teacher; own_readings: of each teacher's models that read a
-    prompt otherwise than the student. A prompt that their template refuses is left to `can_score`.
+    contexts: of the student, by a name to show; teacher_contexts: by teacher; own_readings: by teacher, the models that read a
+    prompt in their own template or tokens. `can_score` finds prompts that their template refuses.
     """
     longest = 0
     for prompt in prompts:
@@ -173,7 +170,7 @@ def lengths_fit(
 
 
 def episodes_play(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> Finding:
-    """Some episode can be played to its end: environments answer, and the student has a turn."""
+    """At least one episode can be played to its end: its environment answers, and the student has a turn."""
     detail = f"{len(usable)} of {len(sampled)} can be scored"
     kept = {r.id for r in usable}
     left_out = [r for r in sampled if r.id not in kept]
@@ -183,7 +180,7 @@ def episodes_play(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> Find
 
 
 def unprobed(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> list[Finding]:
-    """The teachers about which the checks that follow say nothing, because none of their probes could be played."""
+    """The teachers that the later checks leave out, because none of their probes could be played."""
     seen = {r.prompt.teacher for r in usable}
     missing = dict.fromkeys(r.prompt.teacher for r in sampled if r.prompt.teacher not in seen)
     return [
@@ -193,7 +190,7 @@ def unprobed(sampled: Sequence[Rollout], usable: Sequence[Rollout]) -> list[Find
 
 
 def same_policy(rollouts: Sequence[Rollout], rescored: Sequence[ScoredRollout], *, tolerance: float) -> Finding:
-    """A teacher that equals the student gives a log ratio of about 0 on every token that the student sampled."""
+    """A teacher equal to the student gives a log ratio of about 0 on every sampled token."""
     gaps = [np.abs(s.score.logprobs - r.rollout_logprobs).max() for r, s in zip(rollouts, rescored, strict=True)
             if not isinstance(s.score, FailedScore)]  # fmt: skip
     worst = float(np.max(gaps)) if gaps else math.inf  # np.max keeps a nan, max() may lose it
@@ -237,9 +234,9 @@ def can_score(scored: Sequence[ScoredRollout]) -> list[Finding]:
 def informative(
     scored: Sequence[ScoredRollout], *, vocab_size: int, cross_tokenizer: Mapping[str, int] | None = None
 ) -> list[Finding]:
-    """No teacher is uniform: one that lost its weights gives every token -ln V while a loss still falls.
+    """No teacher is uniform: a teacher that lost its weights gives every token -ln V, and the loss would still fall.
 
-    foreign: the vocabulary of each teacher with another tokenizer, which gives a chunk of n tokens -n ln V.
+    cross_tokenizer: the vocabulary size of each teacher with another tokenizer, which would give a chunk of n tokens -n ln V.
     """
     findings = []
     for teacher in dict.fromkeys(s.score.teacher for s in scored):
@@ -275,35 +272,33 @@ def _units(scored: ScoredRollout) -> np.ndarray:
     return score.logprobs[places[: len(places) - (scored.rollout.finish == "end")]]
 
 
-def tokens_compared(teacher: str, unknown: str) -> Finding:
-    """A server cuts a text as the student's tokenizer does; unknown: why that could not be asked."""
-    detail = (
-        f"cannot be compared ({unknown}); see to it that they are one"
-        if unknown
-        else "a probe text has the same tokens"
-    )
-    return Finding(f"teacher '{teacher}' has the student's tokenizer", True, detail, warning=bool(unknown))
+def models_described(facts: TeacherFacts) -> list[Finding]:
+    """How the models were loaded, where their turns end, and which prompts and tokens each teacher reads."""
+    findings = [Finding("models are loaded as their files say", True, note, warning=True) for note in facts.notes]
+    for model, disagreement in facts.turn_ends.items():
+        findings.append(Finding(f"where a turn of '{model}' ends", True, disagreement, warning=True))
+    findings += [_prompts_compared(f"teacher '{name}' reads", found) for name, found in facts.templates.items()]
+    for name, unknown in facts.unknown_tokenizers.items():
+        detail = f"cannot be compared ({unknown}); see to it that they are one"
+        detail = detail if unknown else "a probe text has the same tokens"
+        findings.append(Finding(f"teacher '{name}' has the student's tokenizer", True, detail, warning=bool(unknown)))
+    return findings
 
 
-def prompts_compared(teacher: str, found: OtherTemplate) -> Finding:
-    """A teacher with another chat template reads its own prompts, or by choice the student's."""
+def _prompts_compared(reader: str, found: OtherTemplate) -> Finding:
+    """A teacher with another chat template reads prompts of its own, or the student's."""
     if found.unknown:
         detail = f"its chat template could not be compared ({found.unknown}), and it is scored in the student's prompts"
-        return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
+        return Finding(f"{reader} the student's prompts", True, detail, warning=True)
     if found.own:
         detail = f"its chat template writes {found.teacher!r} where the student's writes {found.student!r}"
-        return Finding(f"teacher '{teacher}' reads prompts of its own", True, detail)
+        return Finding(f"{reader} prompts of its own", True, detail)
     detail = f"it is scored after {found.student!r}, and its own chat template writes {found.teacher!r}"
-    return Finding(f"teacher '{teacher}' reads the student's prompts", True, detail, warning=True)
-
-
-def turns_end(model: str, disagreement: str) -> Finding:
-    """A model's chat template, tokenizer and generation config disagree on the token that ends a turn."""
-    return Finding(f"where a turn of '{model}' ends", True, disagreement, warning=True)
+    return Finding(f"{reader} the student's prompts", True, detail, warning=True)
 
 
 def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
-    """How each teacher with another tokenizer reads the student's text; it fails when nothing is left to follow."""
+    """How the text of the student is aligned with each teacher of another tokenizer; fails when no chunk is kept."""
     findings = []
     for teacher in dict.fromkeys(s.score.teacher for s in scored if isinstance(s.score, ChunkScore)):
         facts = total(s.score.facts for s in scored if isinstance(s.score, ChunkScore) and s.score.teacher == teacher)
@@ -313,8 +308,8 @@ def lined_up(scored: Sequence[ScoredRollout]) -> list[Finding]:
 
 
 def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
-    """How far the student is from a teacher on its own responses: the reverse KL in nats a token, and the share of their 16
-    likeliest tokens that both have. Far is no fault, but what a far teacher says of the student's attempts is little to go by."""
+    """The distance of the student to a teacher on its own responses: the reverse KL in nats a token, and the overlap of their 16
+    likeliest tokens. A far teacher is no fault, but its scores of the student's responses teach little."""
     far = overlap < _NEAR_OVERLAP or reverse_kl > _NEAR_KL
     advice = (
         f"; far (overlap below {_NEAR_OVERLAP} or KL above {_NEAR_KL:g}): a short warmup.steps helps" if far else ""
@@ -327,13 +322,8 @@ def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
     )
 
 
-def loaded_whole(notes: Sequence[str]) -> list[Finding]:
-    """What a user should know of how models were loaded."""
-    return [Finding("models are loaded as their files say", True, note, warning=True) for note in notes]
-
-
 def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
-    """Packed passes of a model equal its own forward pass, one row at a time, in float32 (`opd.models.packing_check`)."""
+    """Packed passes of a model equal its own forward pass of one row, in float32 (`opd.models.packing_check`)."""
     wrong = next((probe for probe, gap in gaps.items() if not gap <= PACKED_WITHIN), None)
     worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
     detail = f"largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"

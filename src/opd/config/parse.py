@@ -201,13 +201,9 @@ _MAY_CHANGE = (
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
 _MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
-_MEASURED = ("evaluation.num_prompts",)
-_TRAINED = (
-    "checkpoint.*",
-    "logging.*",
-    "compute.score_cache",
-    "compute.score_cache_folder",
-)  # an evaluation uses none of them
+_MEASURED = "evaluation.num_prompts"
+# an evaluation uses none of these
+_TRAINED = ("checkpoint.*", "logging.*", "compute.score_cache", "compute.score_cache_folder")
 _ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
 _LIST = "docs/distributed.md lists it (Going on elsewhere)"
 
@@ -228,7 +224,7 @@ def resumed_config(
         raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
     changed = parse_config(tree, source="overrides")
     for key, _, new in config_changes(config, changed):
-        if key in known and allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        if key in known and allow_changes and _is_one_of(key, _ON_REQUEST):
             continue
         if key not in known or not _may_change(key, evaluation=evaluation):
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
@@ -248,37 +244,33 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
+def _is_one_of(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
 def _may_change(key: str, *, evaluation: bool) -> bool:
-    if evaluation and key in _MEASURED:
-        return True
-    if evaluation and any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED):
-        return False
+    if evaluation and (key == _MEASURED or _is_one_of(key, _TRAINED)):
+        return key == _MEASURED
     if key == "steps":
         return not evaluation
-    return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)
+    return key not in _MAY_NOT and _is_one_of(key, _MAY_CHANGE)
 
 
 def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
     if key == "output":
         return "a run is where its folder is; move the folder, and name its new place"
     if evaluation:
-        return (
-            f"a run is evaluated as it was trained; only {_MEASURED[0]}, and where and how it runs, may change: {_LIST}"
-        )
-    if any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        return f"a run is evaluated as it was trained; only {_MEASURED}, and where and how it runs, may change: {_LIST}"
+    if _is_one_of(key, _ON_REQUEST):
         return (
             "this changes what the run learns from here on; add --allow-changes to `opd train --resume`, or call "
             "Trainer(run).resume(..., allow_changes=True)"
         )
+    start = "lora.start" if config.trainable == "lora" else "student"
     return (
-        f"a run that continues keeps what it learns from; start a new one ({_where_it_is(config)}). What "
-        f"may change is where and how it runs: {_LIST}"
+        "a run that continues keeps what it learns from; start a new one (once this one is done, "
+        f"{start} = 'RUN/student' begins where it is). What may change is where and how it runs: {_LIST}"
     )
-
-
-def _where_it_is(config: Config) -> str:
-    key = "lora.start" if config.trainable == "lora" else "student"
-    return f"once this one is done, {key} = 'RUN/student' begins where it is"
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
