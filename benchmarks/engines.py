@@ -33,7 +33,7 @@ from opd.remote.client import Client, Endpoint, StaticDeployment
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
-from opd.text.turn_end import turn_end
+from opd.text.template import turn_end
 
 STUDENT = "models/smollm2-135m-instruct"
 TOKENS, PROMPT, END = 256, 64, 2

@@ -14,8 +14,7 @@ from opd.errors import DataError
 from opd.logging.run_folder import read_rollouts
 from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, Turn
-from opd.text.alignment import pair_turns, total, turn_facts
-from opd.text.alignment_report import Side, describe, shares, sides
+from opd.text.alignment import Side, describe, pair_turns, shares, sides, total, turn_facts
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import Renderings, different_renderings
 from opd.text.teacher_text import TeacherSide

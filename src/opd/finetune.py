@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.checkpoint import Saver, explain_io, identities_of
-from opd.checks import rules
+from opd.checks import startup
 from opd.checks.notices import clock_unread, notices_of_tuning, warmup_warning
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
-from opd.data.stream import PromptStream
-from opd.data.tasks import SPLITS, make_tasks, read_splits
-from opd.episodes.demonstrations import Demonstrator, Replay
+from opd.data.tasks import SPLITS, PromptStream, make_tasks, read_splits
+from opd.episodes.player import Demonstrator, Replay
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.interrupts import Interrupts
@@ -21,16 +20,15 @@ from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import LocalSampler, episode_player
 from opd.local.teacher import Policy
 from opd.logging.console import ProgressLine
-from opd.logging.curves import draw_run
 from opd.logging.run_folder import RunFolder
+from opd.logging.writers import draw_run
 from opd.metrics import values
 from opd.models.lora import export
 from opd.records import Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.roles import Environment, Task
-from opd.text.template import clock_of
+from opd.text.template import clock_of, turn_end
 from opd.text.tokenizer import fingerprint
-from opd.text.turn_end import turn_end
 
 _LOOKED_AT = 64  # of generated problems
 
@@ -74,7 +72,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
     started = config.started()
     student = build_student(started)
     config = started if clock_of(student.network.tokenizer) else config
-    rules.require([rules.packed_equals_plain("the student", packing_of(student, trains=True))])
+    startup.require([startup.packed_equals_plain("the student", packing_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])

@@ -13,7 +13,7 @@ from functools import partial
 
 from opd.batch import pack, trainable
 from opd.config import Config
-from opd.data.stream import PromptStream
+from opd.data.tasks import PromptStream
 from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge, values

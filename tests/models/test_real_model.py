@@ -7,8 +7,7 @@ import pytest
 
 import opd
 from opd.checks.startup import run_checks
-from opd.data.task_data import read_tasks
-from opd.data.tasks import make_tasks
+from opd.data.tasks import make_tasks, read_tasks
 from opd.evaluate import evaluate, pick
 from opd.local.build import build
 from opd.rewards.judge import Judge

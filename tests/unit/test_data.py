@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.batch import Batch, pack
-from opd.data.stream import PromptStream
+from opd.data.tasks import PromptStream
 from opd.errors import ScoreError
 from opd.models.attention import TileGroup, Tiles, tiles_of, visible_keys
 from opd.models.packing import TokenTree, micro_batches, pack_trees

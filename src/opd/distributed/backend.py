@@ -38,8 +38,7 @@ from opd.remote.teacher import (
 )
 from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
-from opd.text.template import freeze
-from opd.text.turn_end import turn_end
+from opd.text.template import freeze, turn_end
 
 
 class RankGroup:

@@ -35,9 +35,8 @@ from opd.roles import (
     smallest,
 )
 from opd.text.teacher_prompt import different_renderings, same_template
-from opd.text.template import clock_of
+from opd.text.template import clock_of, turn_end
 from opd.text.tokenizer import fingerprint
-from opd.text.turn_end import turn_end
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:

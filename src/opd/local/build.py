@@ -18,13 +18,11 @@ from opd.models.network import Network
 from opd.remote.client import Client
 from opd.remote.teacher import RemoteTeacher, connect_all
 from opd.roles import INITIAL_STUDENT
-from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, same_template
 from opd.text.teacher_text import TeacherSide
-from opd.text.template import freeze
-from opd.text.tokenizer import described_token, difference, ids_without_rows
-from opd.text.turn_end import turn_end
+from opd.text.template import freeze, turn_end
+from opd.text.tokenizer import described_token, difference, ids_without_rows, shared_vocabulary
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 

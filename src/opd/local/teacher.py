@@ -28,11 +28,10 @@ from opd.records import (
     ScoredRollout,
 )
 from opd.text.alignment import TurnPair, chunk_score, pair_turns, same_tokens
-from opd.text.shared_vocabulary import SharedVocabulary
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, Shown, as_sampled
 from opd.text.teacher_text import TeacherSide
-from opd.text.tokenizer import described_token
+from opd.text.tokenizer import SharedVocabulary, described_token
 from opd.text.tool_calls import Syntax
 
 

@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.data.stream import PromptStream
-from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
+from opd.data.tasks import PromptStream
+from opd.episodes.player import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
 from opd.local.backend import LocalBackend
 from opd.local.learner import LocalLearner, imitation_batch
