@@ -1,5 +1,10 @@
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -10,8 +15,25 @@ install_import_hook("opd.objectives", "beartype.beartype")
 # What several files of tests share asserts too.
 pytest.register_assert_rewrite("benches", "call_texts", "call_turns", "factories", "games", "pairs", "runs")
 
+# Laws are tried on the same examples each time, however slow the machine; `pytest --hypothesis-profile=search` draws others.
+_PATIENT: Any = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fixed", derandomize=True, **_PATIENT)
+hypothesis.settings.register_profile("search", **_PATIENT)
+hypothesis.settings.load_profile("fixed")
+
 # Nothing in the tests may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures() -> Iterator[None]:
+    """The picture of its curves is half of a toy run's time; `with_pictures` of runs.py draws it."""
+
+    def note(metrics: Any, path: Path, *, title: str) -> None:
+        path.write_text(f"no curves of {title}", encoding="utf-8")
+
+    with patch("opd.logging.curves.draw_curves", note):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

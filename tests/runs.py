@@ -1,9 +1,12 @@
 """Runs: the command line as a test calls it, toy runs from end to end, and what a run has left in its folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import opd
+import opd.logging.curves
 from opd import checkpoint
 from opd.cli import app
 from opd.loop import StepReport
@@ -79,6 +83,16 @@ def other_words(path: str) -> None:
     """Another text for every prompt of a file, so that two teachers do not pull apart what one text is answered with."""
     text = Path(path).read_text(encoding="utf-8")
     Path(path).write_text(text.replace("say ", "Now for something else: "), encoding="utf-8")
+
+
+DRAW = opd.logging.curves.draw_curves
+
+
+@contextmanager
+def with_pictures() -> Iterator[None]:
+    """Runs draw their curves, which conftest.py leaves out otherwise."""
+    with patch("opd.logging.curves.draw_curves", DRAW):
+        yield
 
 
 def train(tree: dict[str, Any]) -> Run:

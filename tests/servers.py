@@ -365,7 +365,7 @@ ENGINE = [sys.executable, str(Path(__file__).with_name("processes") / "toy_engin
 
 def cluster_of(**changes: Any) -> dict[str, Any]:
     """The table of a recipe with toy engines."""
-    return {"engine_command": ENGINE, "engine_start_s": 60, "cpus_per_rank": 0, "cpus_per_engine": 0, **changes}
+    return {"engine_command": ENGINE, "engine_start_s": 300, "cpus_per_rank": 0, "cpus_per_engine": 0, **changes}
 
 
 def processes(words: str) -> list[int]:

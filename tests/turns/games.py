@@ -92,7 +92,7 @@ def play_scripted(
     **limits: Any,
 ) -> list[Rollout]:
     tokenizer = byte_tokenizer()
-    limits = {"step_timeout_s": 5.0} | limits
+    limits = {"step_timeout_s": 60.0} | limits
     player = EpisodePlayer(
         Chat(tokenizer), EpisodesConfig(**limits), end_ids=[tokenizer.eos_token_id], make_environment=make
     )

@@ -18,7 +18,7 @@ from opd.models.attention import TileGroup, Tiles, tiles_of, visible_keys
 from opd.models.packing import TokenTree, micro_batches, pack_trees
 from opd.records import FailedScore, HiddenPart, HiddenScore, ScoredRollout
 
-quick = settings(max_examples=50, deadline=None, derandomize=True)
+quick = settings(max_examples=50)
 # Few token values, so that prefixes are often shared.
 sequences_of_tokens = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8)
 

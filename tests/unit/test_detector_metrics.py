@@ -21,7 +21,7 @@ from opd.metrics import Metrics, merge, values
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, agreement
 from opd.records import ChunkScore, FailedScore, Flag, Rollout, ScoredRollout
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60)
 small = st.integers(-3, 3).map(float)
 
 
