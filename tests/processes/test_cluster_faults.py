@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import ray
+from clusters import cluster_of, kill, processes
 from factories import toy_recipe, write_toml
 from ray.cluster_utils import Cluster
-from servers import cluster_of, kill, processes
 
 import opd
 from opd.errors import RunError

@@ -18,8 +18,8 @@ from unittest.mock import patch
 import httpx2
 import numpy as np
 import pytest
+from clusters import ENGINE, cluster_of, kill, processes
 from factories import save_adapter, save_toy, toy_recipe
-from servers import ENGINE, cluster_of, kill, processes
 
 import opd
 from opd.batch import Batch
