@@ -1,4 +1,5 @@
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,10 @@ def _no_pictures() -> Iterator[None]:
 def _one_thread():
     """Many small tensors: one thread is many times faster than two."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    random.seed(0)
+    torch.manual_seed(0)

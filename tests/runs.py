@@ -1,6 +1,8 @@
 """Runs: the command line as a test calls it, toy runs from end to end, and what a run has left in its folder."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +141,16 @@ def refuse(folder: Path, *arguments: str | Path) -> str:
     assert {name: after.get(name) for name in before} == before
     assert not [name for name in after if name.endswith(("metrics.jsonl", ".safetensors")) and name not in before]
     return line
+
+
+def follow_advice(line: str, run: Path, *more: str) -> None:
+    """Run the command that a line advises, which must end the run."""
+    found = re.search(r"continue with: opd (.*)$", line)
+    assert found, line
+    assert shlex.split(found[1])[-1] == str(run)
+    result = invoke(*shlex.split(found[1]), *more)
+    assert result.exit_code == 0, result.output
+    assert (run / "student").is_dir()
 
 
 # Fixtures: where tests take them they are imported as themselves (`tree as tree`), with those that they rest on.

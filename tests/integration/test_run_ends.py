@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_toml
-from runs import checkpoints, invoke, lines_of, one_line
+from runs import checkpoints, follow_advice, invoke, lines_of, one_line
 
 import opd
 import opd.finetune
@@ -26,16 +25,6 @@ from opd.local.sampler import LocalSampler
 from opd.logging.run_folder import RunFolder
 
 STEPS = 4
-
-
-def follow_advice(line: str, run: Path, *more: str) -> None:
-    """Run the command that a line advises, which must end the run."""
-    found = re.search(r"continue with: opd (.*)$", line)
-    assert found, line
-    assert shlex.split(found[1])[-1] == str(run)
-    result = invoke(*shlex.split(found[1]), *more)
-    assert result.exit_code == 0, result.output
-    assert (run / "student").is_dir()
 
 
 @pytest.fixture(scope="module")
