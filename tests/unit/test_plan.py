@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import H100, plan, planned_recipe, write_toml
-from factories import folders as folders
+from factories import write_toml
 from peft import LoraConfig
+from planning import H100, plan, planned_recipe
+from planning import folders as folders
+from planning import read_once as read_once
 from runs import invoke, one_line
 
-import opd_plan.work
 from opd.config import Config
 from opd.errors import ModelError
 from opd_plan.devices import GIB, Assumptions
@@ -29,26 +30,6 @@ ROOT = Path(__file__).parents[2]
 # Laws
 
 
-@pytest.fixture
-def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's sizes are read once a test, not once a plan."""
-
-    def once(function: Any) -> Any:
-        known: dict[str, Any] = {}
-
-        def call(*args: Any, **options: Any) -> Any:
-            key = repr((args, options))
-            if key not in known:
-                known[key] = function(*args, **options)
-            return known[key]
-
-        return call
-
-    for name in ("read_shape", "adapter_parameters"):
-        monkeypatch.setattr(opd_plan.work, name, once(getattr(opd_plan.work, name)))
-
-
-@pytest.mark.usefixtures("read_once")
 def test_more_gpus_are_never_slower_and_what_is_placed_is_there(folders: dict[str, str]):
     for changes in ({}, {"cluster": {"max_staleness": 1}}, {"cluster": {"teachers_sleep": True}}):
         config = planned_recipe(folders, **changes)
@@ -63,7 +44,6 @@ def test_more_gpus_are_never_slower_and_what_is_placed_is_there(folders: dict[st
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.usefixtures("read_once")
 def test_the_plan_is_the_fastest_of_all_placements(folders: dict[str, str], staleness: int):
     config = planned_recipe(folders, cluster={"max_staleness": staleness})
     assumed = replace(
@@ -101,7 +81,6 @@ def all_placements(config: Config, gpus: int, assumed: Assumptions) -> Iterator[
                         yield own
 
 
-@pytest.mark.usefixtures("read_once")
 def test_longer_responses_never_take_less_time(folders: dict[str, str]):
     times = []
     for length in (8, 64, 256, 512, 1000, 2000, 3500):
@@ -120,7 +99,6 @@ def test_a_rank_needs_less_memory_as_ranks_grow(folders: dict[str, str]):
         assert len(set(sizes)) == len(sizes)
 
 
-@pytest.mark.usefixtures("read_once")
 def test_sleeping_teachers_take_the_devices_of_one(folders: dict[str, str]):
     apart, turns = planned_recipe(folders), planned_recipe(folders, cluster={"teachers_sleep": True})
     least = [min(g for g in range(1, 9) if fits(config, g)) for config in (apart, turns)]
@@ -145,7 +123,6 @@ def fits(config: Config, gpus: int) -> bool:
     return True
 
 
-@pytest.mark.usefixtures("read_once")
 def test_a_model_that_teachers_share_is_counted_once(folders: dict[str, str]):
     engines = {"engines": 1, "gpus_per_engine": 1}
     shared = planned_recipe(folders, {n: {"model": folders["one"], **engines} for n in ("even", "odd")})
