@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 install_import_hook("opd.objectives", "beartype.beartype")
 
 # What several files of tests share asserts too.
-pytest.register_assert_rewrite("benches", "call_texts", "call_turns", "factories", "games", "pairs", "runs")
+pytest.register_assert_rewrite("benches", "call_texts", "call_turns", "factories", "games", "pairs", "toy_runs")
 
 # Laws are tried on the same examples each time, however slow the machine; `pytest --hypothesis-profile=search` draws others.
 _PATIENT: Any = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -28,12 +28,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures() -> Iterator[None]:
-    """The picture of its curves is half of a toy run's time; `with_pictures` of runs.py draws it."""
+    """The picture of its curves is half of a toy run's time; `with_pictures` of toy_runs.py draws it."""
 
     def note(metrics: Any, path: Path, *, title: str) -> None:
         path.write_text(f"no curves of {title}", encoding="utf-8")
 
-    with patch("opd.logging.curves.draw_curves", note):
+    with patch("opd.logging.writers.draw_curves", note):
         yield
 
 

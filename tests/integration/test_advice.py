@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from factories import write_toml
-from runs import bench as bench
-from runs import invoke, one_line
-from runs import tree as tree
+from toy_runs import bench as bench
+from toy_runs import invoke, one_line
+from toy_runs import tree as tree
 
 import opd
 

@@ -11,7 +11,7 @@ from games import always_echo
 
 import opd
 from opd.config import EpisodesConfig, ToolTask
-from opd.data.task_data import read_tasks
+from opd.data.tasks import read_tasks
 from opd.episodes.tool_problems import ToolProblems
 from opd.local.build import build
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import typer
 from factories import save_toy, sft_recipe, write_toml
-from runs import bench as bench
-from runs import files_of, invoke, one_line, place_of, refuse, refuse_tree
-from runs import recipe as recipe
-from runs import tree as tree
 from safetensors import SafetensorError
+from toy_runs import bench as bench
+from toy_runs import files_of, invoke, one_line, place_of, refuse, refuse_tree
+from toy_runs import recipe as recipe
+from toy_runs import tree as tree
 
 import opd
 from opd import checkpoint

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, write_toml
-from runs import bench as bench
-from runs import invoke, place_of, refuse_tree
-from runs import tree as tree
 from safetensors.torch import load_file, save_file
+from toy_runs import bench as bench
+from toy_runs import invoke, place_of, refuse_tree
+from toy_runs import tree as tree
 from transformers import PreTrainedTokenizerFast
 
 import opd

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from factories import save_toy, sft_recipe, toy_recipe, write_toml
-from runs import bench as bench
-from runs import invoke, refuse, refuse_tree
-from runs import recipe as recipe
-from runs import tree as tree
+from toy_runs import bench as bench
+from toy_runs import invoke, refuse, refuse_tree
+from toy_runs import recipe as recipe
+from toy_runs import tree as tree
 
 import opd
 

@@ -31,7 +31,7 @@ from opd.objectives.target import target_logprobs
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import SampledScore, ScoredRollout
 from opd.rewards.judge import Judge
-from opd.score_cache.files import from_bytes, to_bytes
+from opd.score_cache import from_bytes, to_bytes
 
 FLOOR = -6.0  # the toys' log-probabilities reach from -0.1 to -15
 EXTRAPOLATED = {"extrapolation": 3.0, "reference": "student"}

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import CHATML, byte_tokenizer, save_toy, sft_recipe, toy_model, toy_recipe, write_toml
-from runs import bench as bench
-from runs import invoke, one_line, place_of, refuse_tree
-from runs import tree as tree
+from toy_runs import bench as bench
+from toy_runs import invoke, one_line, place_of, refuse_tree
+from toy_runs import tree as tree
 from transformers import PreTrainedTokenizerFast
 from zoo import toy_ascii
 

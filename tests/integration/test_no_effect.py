@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_prompts, write_toml
-from runs import invoke, one_line, refuse_tree
+from toy_runs import invoke, one_line, refuse_tree
 
 import opd
-from opd.checks.notices import notices, notices_of_tuning
-from opd.checks.rules import Finding
-from opd.config import FileTask, without_effect
-from opd.data.task_data import read_tasks
-from opd.data.tasks import make_tasks, read_splits
+from opd.checks.notices import Finding, notices, notices_of_tuning, without_effect
+from opd.config import FileTask
+from opd.data.tasks import make_tasks, read_splits, read_tasks
 
 
 @pytest.fixture(scope="module")

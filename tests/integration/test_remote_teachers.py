@@ -19,8 +19,7 @@ from opd.config import RemoteConfig
 from opd.errors import ModelError
 from opd.records import FailedScore, Rollout, SampledScore
 from opd.remote.client import Client, Endpoint
-from opd.remote.discovery import connect
-from opd.remote.teacher import RemoteTeacher
+from opd.remote.teacher import RemoteTeacher, connect
 
 PATIENT = RemoteConfig(timeout_s=60, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
 
@@ -235,7 +234,7 @@ def test_a_server_with_an_adapter_beside_its_base_requires_a_name(server: ToySer
 
 def test_a_silent_server_is_given_up_sooner_at_the_start_than_for_scores(server: ToyServer):
     patient = Client(RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01))
-    with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.remote.discovery._FIRST_S", 0.2):
+    with socket.create_server(("127.0.0.1", 0)) as silent, patch("opd.remote.teacher._FIRST_S", 0.2):
         endpoint = Endpoint("teacher 't'", (f"http://127.0.0.1:{silent.getsockname()[1]}",))
         begun = time.perf_counter()
         with pytest.raises(ModelError, match=r"no answer from .* in 0.2 s \(2 attempts\); start the server"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from factories import save_adapter, save_toy, toy_recipe
-from runs import assert_same_result, checkpoints, files_of, lines_of, stateful_recipe
+from toy_runs import assert_same_result, checkpoints, files_of, lines_of, stateful_recipe
 from typer.testing import CliRunner
 
 import opd

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from factories import save_toy, toy_model, toy_recipe
-from runs import files_of, lines_of, stateful_recipe
 from servers import serving
+from toy_runs import files_of, lines_of, stateful_recipe
 from typer.testing import CliRunner
 
 import opd

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from factories import prompt, rollout, toy_recipe
-from runs import checkpoints, lines_of
+from toy_runs import checkpoints, lines_of
 
 import opd
 from opd.errors import RewardError

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_toml
-from runs import checkpoints, follow_advice, invoke, lines_of, one_line
+from toy_runs import checkpoints, follow_advice, invoke, lines_of, one_line
 
 import opd
 import opd.finetune
-import opd.logging.curves
+import opd.logging.writers
 import opd.loop
 import opd.run
 from opd import checkpoint
@@ -86,8 +86,8 @@ FAILURES: dict[str, tuple[Any, str, int, Callable[[], None], int, bool]] = {
     "a gradient that is no number": (
         LocalLearner, "optim_step", 4, lambda: (_ for _ in ()).throw(ScoreError("the gradient's norm is nan")), 3, True,
     ),
-    "the picture": (opd.logging.curves, "draw_curves", 1, bug, 4, True),
-    "the picture's file": (opd.logging.curves, "draw_curves", 1, full, 4, True),
+    "the picture": (opd.logging.writers, "draw_curves", 1, bug, 4, True),
+    "the picture's file": (opd.logging.writers, "draw_curves", 1, full, 4, True),
     "the export": (opd.run, "draw_run", 1, dead, 4, True),
     "the table": (opd.run.Evaluator, "parity", 1, dead, 4, True),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import opd
 from opd.records import FailedScore, Rollout, SampledScore, ScoredRollout, Turn
-from opd.score_cache.cache import CachedTeacher, MemoryScores, key_of
+from opd.score_cache import CachedTeacher, MemoryScores, key_of
 
 
 class Recorder:

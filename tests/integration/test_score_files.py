@@ -28,8 +28,7 @@ from opd.records import (
     ScoredRollout,
     TopKScore,
 )
-from opd.score_cache.cache import CachedTeacher, Key, MemoryScores, key_of
-from opd.score_cache.files import ScoreFiles, from_bytes, to_bytes
+from opd.score_cache import CachedTeacher, Key, MemoryScores, ScoreFiles, from_bytes, key_of, to_bytes
 
 rng = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ from servers import serving, status
 import opd
 from opd.local.build import build
 from opd.logging.run_folder import read_metrics
-from opd.score_cache.cache import identities, probe
+from opd.score_cache import identities, probe
 
 
 def kept_recipe(folder: Path, run: str, **changes: Any) -> dict[str, Any]:

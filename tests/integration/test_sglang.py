@@ -18,9 +18,8 @@ from opd.episodes.player import EpisodePlayer, one_turn
 from opd.logging.run_folder import read_metrics
 from opd.records import FailedScore, Rollout, SampledScore, TopKScore
 from opd.remote.client import Client, Endpoint
-from opd.remote.discovery import connect
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher
+from opd.remote.teacher import RemoteTeacher, connect
 from opd.text.chat import Chat
 
 QUICK = RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)

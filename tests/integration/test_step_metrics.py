@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from factories import prompt, rollout, scored, toy_recipe
 from games import Scripted, say
-from runs import reward_of
 from templated import save_cross_tokenizer
+from toy_runs import reward_of
 from zoo import toy_ascii
 
 import opd

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.batch import pack
 from opd.config import ComputeConfig
-from opd.data.stream import PromptStream
-from opd.data.tasks import make_tasks
+from opd.data.tasks import PromptStream, make_tasks
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.teacher import LocalTeachers, Part, Policy

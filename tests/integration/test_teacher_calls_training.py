@@ -16,8 +16,7 @@ from zoo import toy, toy_bpe
 
 import opd
 from opd.config import EpisodesConfig
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer
+from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.episodes.tool_problems import calculate
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.local.teacher import CrossTokenizerPolicy, score_cross_tokenizer

@@ -16,14 +16,14 @@ import opd
 from opd.align import compare
 from opd.checks.startup import run_checks
 from opd.config import RemoteConfig
-from opd.data.task_data import read_tasks
+from opd.data.tasks import read_tasks
 from opd.errors import ConfigError, ModelError
 from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.records import ChunkScore, FailedScore, HiddenScore, Prompt, Rollout, SampledScore, Turn
 from opd.remote.client import Client, Endpoint
-from opd.remote.discovery import compare_templates, connect
-from opd.score_cache.cache import identities
+from opd.remote.teacher import compare_templates, connect
+from opd.score_cache import identities
 from opd.text.chat import Chat
 from opd.text.teacher_prompt import OwnPrompt, different_renderings
 

@@ -18,7 +18,7 @@ from opd.config import SftConfig
 from opd.errors import ConfigError
 from opd.local.build import build, build_student
 from opd.logging.run_folder import RunFolder, read_metrics, read_rollouts
-from opd.score_cache.cache import identities
+from opd.score_cache import identities
 from opd.text.chat import Chat
 from opd.text.template import clock_of, freeze
 

@@ -21,7 +21,7 @@ from opd.objectives.divergences import top_k_reverse_kl
 from opd.objectives.top_k import logprobs_at
 from opd.records import FailedScore, HiddenScore, ScoredRollout, TopKScore
 from opd.remote.client import Client, Endpoint
-from opd.remote.discovery import connect
+from opd.remote.teacher import connect
 
 
 @pytest.mark.parametrize("max_logits", [1, 90, 2**20])

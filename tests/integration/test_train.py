@@ -13,8 +13,8 @@ import torch
 from factories import prompt, rollout, save_toy, scored, sft_recipe, toy_recipe, write_prompts
 from matplotlib.image import imread
 from peft import PeftModel
-from runs import Run, newest, other_words, reward_of, train, with_pictures
 from safetensors.torch import load_file
+from toy_runs import Run, newest, other_words, reward_of, train, with_pictures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import toy_recipe
-from runs import newest, other_words, train
+from toy_runs import newest, other_words, train
 
 import opd
 from opd.records import FailedScore, Rollout, ScoredRollout

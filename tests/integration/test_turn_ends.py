@@ -10,8 +10,7 @@ from templated import OPENED, TURN_END, ending, save_templated, templated
 
 import opd
 from opd.config import EpisodesConfig, SftConfig
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer, one_turn
+from opd.episodes.player import Demonstrator, EpisodePlayer, one_turn
 from opd.errors import ModelError
 from opd.local import warmup
 from opd.local.build import build, build_student
@@ -20,7 +19,7 @@ from opd.logging.run_folder import read_rollouts
 from opd.records import Prompt
 from opd.text.chat import Chat, Conversation
 from opd.text.student_text import StudentSide
-from opd.text.turn_end import turn_end
+from opd.text.template import turn_end
 
 EOS = 257
 

@@ -44,7 +44,7 @@ def test_a_warm_up_on_a_mixture_is_refused_before_anything_is_written(tmp_path: 
     tree["teachers"]["both"] = {"weights": {"even": 1.0, "odd": 1.0}}
     tree["tasks"]["first"]["teacher"] = "both"
     tree["tasks"]["second"]["teacher"] = "odd"
-    with pytest.raises(DataError, match=r"its teacher 'both' is several at once.*warmup.steps = 2"):
+    with pytest.raises(DataError, match=r"its teacher 'both' is a mixture of teachers.*warmup.steps = 2"):
         opd.train(opd.parse_config(tree))
     assert not Path(tree["output"]).exists()
 

@@ -39,8 +39,7 @@ from zoo import toy_bpe
 
 from opd.errors import DataError
 from opd.records import Message, Turn
-from opd.text.alignment import pair_turns, turn_facts
-from opd.text.alignment_report import describe, shares
+from opd.text.alignment import describe, pair_turns, shares, turn_facts
 from opd.text.call_template import tool_call
 from opd.text.student_text import Masked, StudentSide
 from opd.text.teacher_text import TeacherSide

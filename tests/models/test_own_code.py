@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from factories import save_toy, sft_recipe, write_toml
-from runs import bench as bench
-from runs import invoke, place_of, refuse_tree
-from runs import tree as tree
+from toy_runs import bench as bench
+from toy_runs import invoke, place_of, refuse_tree
+from toy_runs import tree as tree
 
 ROOT = Path(__file__).parents[2]
 _CODE = (

@@ -11,7 +11,7 @@ from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
 from torch import Tensor
 
-from opd.checks.rules import packed_equals_plain
+from opd.checks.startup import packed_equals_plain
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.models import architecture, attention

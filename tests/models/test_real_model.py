@@ -9,12 +9,11 @@ from zoo import real
 
 import opd
 from opd.checks.startup import run_checks
-from opd.data.task_data import read_tasks
-from opd.data.tasks import make_tasks
+from opd.data.tasks import make_tasks, read_tasks
 from opd.evaluate import evaluate, pick
 from opd.local.build import build
 from opd.rewards.judge import Judge
-from opd.text.token_bytes import token_bytes
+from opd.text.tokenizer import token_bytes
 
 MODEL = Path("models/smollm2-135m-instruct")
 

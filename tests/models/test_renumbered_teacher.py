@@ -21,7 +21,7 @@ from opd.objective import compute_advantages
 from opd.records import ChunkScore, Prompt, Rollout, SampledScore, Turn
 from opd.text.chat import Chat
 from opd.text.student_text import StudentSide
-from opd.text.token_bytes import token_bytes
+from opd.text.tokenizer import token_bytes
 
 TOKENIZERS = {
     "bytes": lambda: toy("bytes"),

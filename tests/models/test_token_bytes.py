@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from zoo import REAL, TOYS, real, toy, toy_wordpiece
 
 from opd.errors import ModelError
-from opd.text.token_bytes import token_bytes
-from opd.text.tokenizer import encode_text
+from opd.text.tokenizer import encode_text, token_bytes
 
 TEXT = 'The 3 cats: naïve café,\n\tdef f(x): return x**2  # 漢字 🙂👩‍👩‍👧 12345 {"a": [1]}  \n\n'
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from factories import byte_tokenizer, save_adapter, save_toy, sft_recipe, toy_model, write_toml
 from gguf import GGUFWriter
-from runs import bench as bench
-from runs import invoke, one_line, place_of, refuse_tree
-from runs import tree as tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toy_runs import bench as bench
+from toy_runs import invoke, one_line, place_of, refuse_tree
+from toy_runs import tree as tree
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 import opd

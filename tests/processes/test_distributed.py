@@ -20,7 +20,7 @@ from zoo import toy_ascii
 
 import opd
 from opd.checkpoint import list_checkpoints
-from opd.distributed.group import RankLearner
+from opd.distributed.backend import RankLearner
 from opd.distributed.rank import Saved
 from opd.episodes.player import Taken
 from opd.logging.run_folder import read_metrics
@@ -176,6 +176,12 @@ def test_an_adapter_that_is_not_there_is_named_before_a_cluster_starts(tmp_path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that nothing happens to."""
     return opd.train(opd.parse_config(sampled_recipe(tmp_path_factory.mktemp("whole"), learner_ranks=2))).run
+
+
+def test_a_student_of_two_ranks_is_exported_without_a_cluster(whole: Path, tmp_path: Path):
+    opd.Trainer(whole).export(tmp_path / "student")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
+        assert (tmp_path / "student" / name).read_bytes() == (whole / "student" / name).read_bytes()
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(whole: Path, tmp_path: Path):

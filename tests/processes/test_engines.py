@@ -29,8 +29,8 @@ from opd.distributed.engines import GroupLock, StudentEngines
 from opd.errors import ModelError, RunError
 from opd.logging.run_folder import read_metrics
 from opd.objective import compute_advantages
-from opd.remote.discovery import _weights_of
 from opd.remote.sampler import RemoteSampler
+from opd.remote.teacher import _weights_of
 
 # They count and kill processes by their names, so nothing of their kind may run beside them.
 pytestmark = pytest.mark.processes

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from factories import write_toml
-from runs import assert_same_result, checkpoints, stateful_recipe
+from toy_runs import assert_same_result, checkpoints, stateful_recipe
 from typer.testing import CliRunner
 
 import opd

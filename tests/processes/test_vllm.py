@@ -18,9 +18,8 @@ from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, TopKScore
 from opd.remote.client import Client, Endpoint, StaticDeployment
-from opd.remote.discovery import connect
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import RemoteTeacher
+from opd.remote.teacher import RemoteTeacher, connect
 from opd.text.chat import Chat
 from opd.text.tokenizer import end_token_ids
 

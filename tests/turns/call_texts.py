@@ -10,10 +10,10 @@ from factories import byte_tokenizer, prompt
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from opd.config.episodes import ChecksConfig, Rule
+from opd.config.tree import ChecksConfig, Rule
 from opd.records import Finish, Rollout, Turn
 from opd.rewards.format_checks import CheckedTurn, Found, check_turn, flag_errors
-from opd.text.token_bytes import TokenBytes, token_bytes
+from opd.text.tokenizer import TokenBytes, token_bytes
 from opd.text.tool_calls import MAX_CALLS, Parsed, Syntax, parse_calls
 
 SYNTAXES: tuple[Syntax, ...] = ("hermes", "json")

@@ -13,8 +13,7 @@ from pairs import check_chunks, rollout_of
 from zoo import real, toy, toy_bpe
 
 from opd.records import Prompt, Rollout, Turn
-from opd.text.alignment import TurnPair, pair_turns
-from opd.text.alignment_report import sides
+from opd.text.alignment import TurnPair, pair_turns, sides
 from opd.text.student_text import Masked, StudentSide
 from opd.text.teacher_text import TeacherSide
 from opd.text.tool_calls import Syntax

@@ -9,8 +9,7 @@ from factories import byte_tokenizer, prompt
 from textarena import Wrapper, make
 
 from opd.config import EpisodesConfig, TextArenaTask
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer
+from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.integrations.textarena import TextArena
 from opd.records import Message, Prompt, Rollout

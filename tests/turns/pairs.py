@@ -6,9 +6,9 @@ import numpy as np
 
 from opd.records import Prompt, Rollout, Turn
 from opd.text.alignment import TurnPair, chunk_score, pair_turns, same_tokens
-from opd.text.shared_vocabulary import SharedVocabulary, shared_vocabulary
 from opd.text.student_text import Masked, StudentSide
 from opd.text.teacher_text import TeacherSide
+from opd.text.tokenizer import SharedVocabulary, shared_vocabulary
 
 CORPUS = {
     "english": "Well, the quick brown fox doesn't jump over 13 lazy dogs; it's asleep.",

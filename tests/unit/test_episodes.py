@@ -13,8 +13,7 @@ from games import Scripted, play_scripted, say
 
 from opd.config import EpisodesConfig
 from opd.episodes import player as playing
-from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
-from opd.episodes.player import EpisodePlayer, Taken
+from opd.episodes.player import Demonstrator, EpisodePlayer, Replay, Taken, recorded_turn
 from opd.errors import DataError, RunError
 from opd.records import Message
 from opd.rewards.judge import Judge

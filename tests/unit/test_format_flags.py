@@ -19,10 +19,10 @@ from factories import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.config.episodes import ChecksConfig
+from opd.config.tree import ChecksConfig
 from opd.records import Finish, Flag
 from opd.rewards.format_checks import check_turn, flag_errors
-from opd.text.token_bytes import token_bytes
+from opd.text.tokenizer import token_bytes
 
 START, END = 256, 257
 

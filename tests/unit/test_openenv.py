@@ -12,8 +12,7 @@ from factories import byte_tokenizer, prompt
 from pydantic import BaseModel
 
 from opd.config import EpisodesConfig
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import Episode, EpisodePlayer, Taken
+from opd.episodes.player import Demonstrator, Episode, EpisodePlayer, Taken
 from opd.integrations.openenv import OpenEnvEpisode, say
 from opd.records import Message, Prompt, Rollout
 from opd.text.chat import Chat

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from planning import H100, plan, planned_recipe
 from planning import folders as folders
 from planning import read_once as read_once
-from runs import invoke, one_line
+from toy_runs import invoke, one_line
 
 from opd.config import Config
 from opd.errors import ModelError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from factories import prompt, rollout, scored
 
-from opd.checks import rules
-from opd.checks.rules import Finding
-from opd.data.task_data import require_teachers
+from opd.checks import startup
+from opd.checks.notices import Finding
+from opd.data.tasks import require_teachers
 from opd.errors import CheckError, DataError
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Limit, OwnReading
@@ -56,13 +56,13 @@ def steady(item: Rollout, call: int) -> ScoredRollout:
 
 
 def test_require_is_silent_when_all_checks_pass():
-    assert rules.require([Finding("a", True, ""), Finding("b", True, "")]) is None
+    assert startup.require([Finding("a", True, ""), Finding("b", True, "")]) is None
 
 
 def test_require_names_the_first_check_that_failed():
     findings = [Finding("a", True, "x"), Finding("b", False, "got 3"), Finding("c", False, "z")]
     with pytest.raises(CheckError, match=r"^start-up check 'b' failed: got 3$"):
-        rules.require(findings)
+        startup.require(findings)
 
 
 # --- require_teachers ---
@@ -85,7 +85,7 @@ def fits(lengths: dict[str, int], *, student: int | None, teacher: int | None) -
     def length(item: Prompt) -> int:
         return lengths[item.id]
 
-    return rules.lengths_fit(
+    return startup.lengths_fit(
         [prompt(name, teacher="t") for name in lengths],
         length,
         max_new_tokens=10,
@@ -115,7 +115,7 @@ def test_a_prompt_that_is_one_token_too_long_is_named_with_the_context_that_it_e
 def test_a_limit_that_is_no_context_says_its_cause_and_which_key_to_lower(cause: str):
     limits = {"the student": Limit(9, cause)}
     with pytest.raises(DataError) as caught:
-        rules.lengths_fit([prompt("p")], lambda p: 5, max_new_tokens=6, contexts=limits, teacher_contexts={})
+        startup.lengths_fit([prompt("p")], lambda p: 5, max_new_tokens=6, contexts=limits, teacher_contexts={})
     assert str(caught.value) == (
         f"prompt 'p': 5 tokens + sampling.max_new_tokens = 6 exceed the limit of the student (9: {cause}); shorten the prompt "
         "or lower sampling.max_new_tokens"
@@ -130,7 +130,7 @@ def test_an_unknown_context_limits_nothing():
 def test_a_prompt_that_is_too_long_as_its_teacher_reads_it_is_named_with_teacher_tokens_and_limit(limit, passes):
     def asked() -> Finding:
         own = {"t": [OwnReading(lambda p: 90, Limit(limit), 10)], "other": [OwnReading(lambda p: 10**6, Limit(1), 1)]}
-        return rules.lengths_fit(
+        return startup.lengths_fit(
             [prompt("b", teacher="t")],
             lambda p: 5,
             max_new_tokens=10,
@@ -155,7 +155,7 @@ def test_a_prompt_that_is_too_long_as_its_teacher_reads_it_is_named_with_teacher
 
 def test_a_teacher_that_equals_the_student_passes():
     items = rollouts()
-    found = rules.same_policy(items, own_scores(items, shift=5e-4), tolerance=1e-3)
+    found = startup.same_policy(items, own_scores(items, shift=5e-4), tolerance=1e-3)
     assert found.passed
     assert "over 3 rollouts" in found.detail
 
@@ -163,7 +163,7 @@ def test_a_teacher_that_equals_the_student_passes():
 @pytest.mark.parametrize("shift", [0.1, -0.1])
 def test_log_ratios_that_are_off_fail(shift):
     items = rollouts()
-    found = rules.same_policy(items, own_scores(items, shift=shift), tolerance=1e-3)
+    found = startup.same_policy(items, own_scores(items, shift=shift), tolerance=1e-3)
     assert not found.passed
     assert "1.0e-01" in found.detail
 
@@ -174,7 +174,7 @@ def test_one_log_ratio_that_is_off_fails():
     off = items[1].rollout_logprobs[items[1].loss_mask].copy()
     off[-1] -= 0.5
     rescored[1] = scored(items[1], off.tolist())
-    assert not rules.same_policy(items, rescored, tolerance=1e-3).passed
+    assert not startup.same_policy(items, rescored, tolerance=1e-3).passed
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -182,12 +182,12 @@ def test_a_log_ratio_that_is_no_number_fails_wherever_it_stands(place):
     items = rollouts()
     rescored = own_scores(items)
     rescored[place] = scored(items[place], [math.nan] * items[place].num_actions)
-    assert not rules.same_policy(items, rescored, tolerance=1e-3).passed
+    assert not startup.same_policy(items, rescored, tolerance=1e-3).passed
 
 
 def test_nothing_scored_by_the_student_itself_fails():
     items = rollouts()
-    assert not rules.same_policy(items, [failed(r) for r in items], tolerance=1e-3).passed
+    assert not startup.same_policy(items, [failed(r) for r in items], tolerance=1e-3).passed
 
 
 # --- deterministic ---
@@ -195,12 +195,12 @@ def test_nothing_scored_by_the_student_itself_fails():
 
 def test_a_teacher_that_repeats_itself_passes():
     teacher = Stub(steady)
-    assert rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-6).passed
+    assert startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-6).passed
 
 
 def test_a_teacher_that_gives_other_scores_the_second_time_fails():
     teacher = Stub(lambda r, call: own_scores([r], shift=0.01 * call)[0])
-    found = rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
+    found = startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
     assert not found.passed
     assert "1.0e-02" in found.detail
 
@@ -211,13 +211,13 @@ def test_a_teacher_whose_scores_depend_on_the_order_fails():
             return [own_scores([r], shift=0.1 * i)[0] for i, r in enumerate(items)]
 
     teacher = ByPlace(steady)
-    assert not rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
+    assert not startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
 
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_rollout_that_cannot_be_scored_is_named(call):
     teacher = Stub(lambda r, n: failed(r) if n == call and r.id == "p1/0" else own_scores([r])[0])
-    found = rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
+    found = startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
     assert not found.passed
     assert found.detail == "rollout 'p1/0' could be scored once of twice"
 
@@ -230,7 +230,7 @@ def test_scores_that_are_no_numbers_are_not_called_deterministic(place, calls):
             scored(r, [math.nan] * r.num_actions) if n in calls and r.id == f"p{place}/0" else own_scores([r])[0]
         )
     )
-    assert not rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
+    assert not startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3).passed
 
 
 # --- informative ---
@@ -238,7 +238,7 @@ def test_scores_that_are_no_numbers_are_not_called_deterministic(place, calls):
 
 def test_teachers_that_tell_tokens_apart_pass_each_by_name():
     items = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}", teacher=t)) for i, t in enumerate(["even", "odd", "even"])]
-    found = rules.informative(own_scores(items), vocab_size=VOCAB)
+    found = startup.informative(own_scores(items), vocab_size=VOCAB)
     assert [f.name for f in found] == ["teacher 'even' is not uniform", "teacher 'odd' is not uniform"]
     assert all(f.passed for f in found)
     assert "on 4 tokens" in found[0].detail
@@ -247,7 +247,7 @@ def test_teachers_that_tell_tokens_apart_pass_each_by_name():
 def test_only_the_uniform_teacher_fails():
     items = [rollout([1, 2, 3], 1, prompt=prompt(f"p{i}", teacher=t)) for i, t in enumerate(["even", "odd"])]
     uniform = scored(items[0], [-math.log(VOCAB)] * 2)
-    found = rules.informative([uniform, *own_scores(items[1:])], vocab_size=VOCAB)
+    found = startup.informative([uniform, *own_scores(items[1:])], vocab_size=VOCAB)
     assert [f.passed for f in found] == [False, True]
     assert f"uniform: {-math.log(VOCAB):.2f}" in found[0].detail
 
@@ -255,24 +255,24 @@ def test_only_the_uniform_teacher_fails():
 def test_a_teacher_whose_tokens_are_on_average_like_uniform_passes():
     [item] = rollouts(1)
     around = scored(item, [-math.log(VOCAB) - 1.0, -math.log(VOCAB) + 1.0])
-    assert all(f.passed for f in rules.informative([around], vocab_size=VOCAB))
+    assert all(f.passed for f in startup.informative([around], vocab_size=VOCAB))
 
 
 def test_a_teacher_whose_scores_are_no_numbers_is_not_informative():
     [item] = rollouts(1)
-    found = rules.informative([scored(item, [math.nan, -1.0])], vocab_size=VOCAB)
+    found = startup.informative([scored(item, [math.nan, -1.0])], vocab_size=VOCAB)
     assert not any(f.passed for f in found)
 
 
 def test_a_teacher_that_could_score_nothing_fails_a_check_of_that_name_with_the_reason():
     items = rollouts()
     lost = [failed(r) for r in items]
-    [found] = rules.can_score(lost)
+    [found] = startup.can_score(lost)
     assert not found.passed
     assert found.name == "teacher 't' can score what the student writes"
     assert found.detail == "none of 3 rollouts (first: 'p0/0': too long)"
-    assert rules.informative(lost, vocab_size=VOCAB) == []
-    assert rules.can_score([*lost[1:], *own_scores(items[:1])]) == []
+    assert startup.informative(lost, vocab_size=VOCAB) == []
+    assert startup.can_score([*lost[1:], *own_scores(items[:1])]) == []
 
 
 # --- packed_equals_plain ---
@@ -283,17 +283,17 @@ def test_a_teacher_that_could_score_nothing_fails_a_check_of_that_name_with_the_
     ("difference", "passed"), [(0.0, True), (1e-3, True), (2e-3, False), (math.nan, False), (math.inf, False)]
 )
 def test_packed_logits_must_equal_plain_ones_in_every_probe(probe, difference, passed):
-    found = rules.packed_equals_plain("the student", {"plan": 0.0, probe: difference})
+    found = startup.packed_equals_plain("the student", {"plan": 0.0, probe: difference})
     assert found.passed is passed
     assert found.name == "packed logits equal plain logits (the student)"
 
 
 def test_a_packing_check_that_probed_nothing_fails():
-    assert not rules.packed_equals_plain("the student", {}).passed
+    assert not startup.packed_equals_plain("the student", {}).passed
 
 
 def test_a_packing_check_that_fails_says_the_cause_the_figures_and_what_to_do():
-    found = rules.packed_equals_plain("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
+    found = startup.packed_equals_plain("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
     assert found.detail == (
         "this model's layers carry state across packed sequences; largest difference 2.5e-01 of the spread of the logits "
         "(allowed 1e-03); use another model (a teacher of this kind can be served: teachers.NAME.url)"
@@ -303,36 +303,36 @@ def test_a_packing_check_that_fails_says_the_cause_the_figures_and_what_to_do():
 def test_findings_are_plain_booleans():
     items = rollouts()
     for found in (
-        rules.same_policy(items, own_scores(items), tolerance=1e-3),
-        *rules.informative(own_scores(items), vocab_size=VOCAB),
-        rules.packed_equals_plain("student", {"head": float(np.float32(0.0))}),
+        startup.same_policy(items, own_scores(items), tolerance=1e-3),
+        *startup.informative(own_scores(items), vocab_size=VOCAB),
+        startup.packed_equals_plain("student", {"head": float(np.float32(0.0))}),
     ):
         assert isinstance(found.passed, bool)
 
 
 def test_one_rollout_that_cannot_be_scored_is_named_and_no_refusal():
     teacher = Stub(lambda r, n: failed(r) if r.id == "p1/0" else own_scores([r])[0])
-    found = rules.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
+    found = startup.deterministic(teacher.score(rollouts()), teacher, tolerance=1e-3)
     assert found.passed
     assert found.warning
     assert found.detail.endswith("; 1 of 3 not scored (first: 'p1/0': too long)")
     nothing = Stub(lambda r, n: failed(r))
-    assert not rules.deterministic(nothing.score(rollouts()), nothing, tolerance=1e-3).passed
+    assert not startup.deterministic(nothing.score(rollouts()), nothing, tolerance=1e-3).passed
 
 
 def test_a_teacher_none_of_whose_probes_could_be_played_is_named():
     sampled = rollouts()
     teachers = {r.prompt.teacher for r in sampled}
-    assert rules.unprobed(sampled, sampled) == []
-    found = rules.unprobed(sampled, [])
+    assert startup.unprobed(sampled, sampled) == []
+    found = startup.unprobed(sampled, [])
     assert {f.name for f in found} == {f"teacher '{name}' is checked" for name in teachers}
     assert all(f.warning for f in found)
 
 
 def test_prompts_with_tools_and_nobody_who_answers_are_named():
     asked = [prompt("a"), replace(prompt("b"), tools=({"type": "function"},)), prompt("c")]
-    [found] = rules.tools_are_answered(asked, lambda p: None)
+    [found] = startup.tools_are_answered(asked, lambda p: None)
     assert found.warning
     assert found.detail.startswith("prompt 'b' shows tools, and no environment answers their calls")
-    assert rules.tools_are_answered(asked, lambda p: object()) == []
-    assert rules.tools_are_answered([prompt("a")], lambda p: None) == []
+    assert startup.tools_are_answered(asked, lambda p: object()) == []
+    assert startup.tools_are_answered([prompt("a")], lambda p: None) == []

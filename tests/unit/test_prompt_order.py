@@ -7,7 +7,7 @@ from factories import prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.data.stream import PromptStream
+from opd.data.tasks import PromptStream
 
 quick = settings(max_examples=50)
 

@@ -20,9 +20,9 @@ from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.records import ChunkScore
-from opd.text.shared_vocabulary import SharedVocabulary, shared_vocabulary
 from opd.text.student_text import StudentSide
 from opd.text.teacher_text import TeacherSide
+from opd.text.tokenizer import SharedVocabulary, shared_vocabulary
 
 
 def cells_of(student, teacher) -> tuple[SharedVocabulary, StudentSide, StudentSide]:

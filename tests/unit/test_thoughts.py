@@ -7,15 +7,13 @@ import pytest
 from factories import byte_tokenizer, prompt, rollout
 
 from opd.config import EpisodesConfig, ReasoningGymTask
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer, one_turn
+from opd.episodes.player import Demonstrator, EpisodePlayer, one_turn
 from opd.integrations.reasoning_gym import ReasoningGym
 from opd.records import Message, Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.rewards.verifiers import VERIFIERS
 from opd.text.chat import Chat
-from opd.text.special_tags import THOUGHTS
-from opd.text.thinking import behind_thoughts
+from opd.text.special_tags import THOUGHTS, behind_thoughts
 
 PAIRS = sorted(THOUGHTS.items())
 

@@ -9,8 +9,7 @@ import pytest
 from factories import byte_tokenizer
 
 from opd.config import EpisodesConfig
-from opd.episodes.demonstrations import Demonstrator
-from opd.episodes.player import EpisodePlayer
+from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.records import Message, Prompt, Rollout
 from opd.text.chat import Chat
 
