@@ -1,4 +1,4 @@
-"""[episodes] and [tasks.NAME.checks]: the limits of an episode, and its format checks (docs/configuration.md)."""
+"""[episodes] and [tasks.NAME.checks]: the limits of an episode, and its format checks."""
 
 import re
 from typing import Annotated, Literal, TypeAlias
@@ -33,35 +33,38 @@ _READ_BY = {
 
 
 class EpisodesConfig(Node):
-    """Limits of an episode of several turns, and of the environments and tools that answer the student.
-
-    max_turns: turns of the student in one episode. max_concurrent: environments that run at once. step_timeout_s: seconds in which
-    an environment must answer. tool_timeout_s: seconds in which one tool must answer; all tools of one turn get 0.8 of
-    `step_timeout_s`. max_observation_chars: characters of one message of an environment or a tool. tool_syntax: how the student
-    writes a call; "hermes" is <tool_call>{...}</tool_call>, "json" is a message that is one JSON object.
-    """
+    """Limits of an episode of several turns, and of the environments and tools that answer the student."""
 
     max_turns: Positive = 8
+    """The most turns of the student in one episode."""
     max_concurrent: Positive = 64
+    """The most environments that live at once. With `backend = "ray"` and no teacher in process, also the most rollouts that are
+    sampled or scored at once."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """The seconds in which an environment must answer. All tools of one turn together get 0.8 of it."""
     tool_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """The seconds in which one tool must answer."""
     max_observation_chars: Positive = 4000
+    """The most characters of one message of an environment or a tool. opd cuts longer ones and counts them."""
     tool_syntax: Literal["hermes", "json"] = "hermes"
+    """The syntax in which the student writes a tool call. "hermes" is `<tool_call>{...}</tool_call>`; "json" is a message that is
+    one JSON object."""
 
 
 class ChecksConfig(Node):
-    """Format errors that opd looks for in what the student writes: one for each of `rules` (docs/safeguards.md), none by default.
-
-    tags: tags that the last turn must have, in this order, once each. answer_pattern: a regular expression that must match within
-    the last 8,192 characters of the last turn, in one second. answer_end: the text after which a turn must say nothing more.
-    max_repetition: the fraction of 3-grams that may repeat earlier ones.
-    """
+    """The format errors that opd looks for in the text of the student. By default none."""
 
     rules: Annotated[list[Rule], EachOnce] = Field(default_factory=list)
+    """The format checks to run ([what each finds](../concepts/safeguards.md))."""
     tags: Annotated[list[str], EachOnce] = Field(default_factory=list)
+    """With the rule "tags": the tags that the last turn must have, in this order, once each. Write names without brackets."""
     answer_pattern: str | None = None
+    """With the rule "answer_pattern": a regular expression that must match in the last turn. opd searches its last 8,192
+    characters for at most one second."""
     answer_end: str | None = None
+    """With the rule "after_answer": the text that ends an answer. Any text after it is an error."""
     max_repetition: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """With the rule "repetition": the fraction of 3-grams that may repeat earlier ones."""
 
     @field_validator("tags")
     @classmethod

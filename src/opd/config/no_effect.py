@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from opd.config.node import Node
-from opd.config.tree import Config, FileTask, SftConfig
+from opd.config.tasks import FileTask
+from opd.config.tree import Config, SftConfig
 
 _Row: TypeAlias = tuple[str, bool, str]
 _OBJECTIVE = ("type", "divergence", "top_k", "tail_residual", "discount", "baseline", "extrapolation")
