@@ -55,7 +55,7 @@ class ChecksConfig(Node):
     """The format errors that opd looks for in the text of the student. By default none."""
 
     rules: Annotated[list[Rule], EachOnce] = Field(default_factory=list)
-    """The format checks to run ([what each finds](../concepts/safeguards.md))."""
+    """The format checks to run, by [name](#format-checks)."""
     tags: Annotated[list[str], EachOnce] = Field(default_factory=list)
     """With the rule "tags": the tags that the last turn must have, in this order, once each. Write names without brackets."""
     answer_pattern: str | None = None

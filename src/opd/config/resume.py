@@ -11,7 +11,7 @@ from opd.config.tree import Config
 from opd.errors import ConfigError
 
 # Models and prompts may lie elsewhere: that they are the same ones is checked by their identities.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "student",
     *(f"teachers.*.{key}" for key in ("model", "adapter", "url", "server", "served_model", "api_key_env")),
     *(f"teachers.*.{key}" for key in ("engines", "gpus_per_engine", "engine_args")),
@@ -19,16 +19,16 @@ _MAY_CHANGE = (
     *("remote.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
-_MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
-_MEASURED = ("evaluation.num_prompts",)
+MAY_NOT_CHANGE = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
+IN_EVALUATION = ("evaluation.num_prompts",)
 _TRAINED = (
     "checkpoint.*",
     "logging.*",
     "compute.score_cache",
     "compute.score_cache_folder",
 )  # an evaluation uses none of them
-_ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
-_LIST = "docs/distributed.md lists it (Going on elsewhere)"
+ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
+_LIST = "docs/reference/configuration.md lists it (Keys that may change in a run)"
 
 
 def resumed_config(
@@ -47,7 +47,7 @@ def resumed_config(
         raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
     changed = parse_config(tree, source="overrides")
     for key, _, new in config_changes(config, changed):
-        if key in known and allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        if key in known and allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in ON_REQUEST):
             continue
         if key not in known or not _may_change(key, evaluation=evaluation):
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
@@ -68,23 +68,21 @@ def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
 
 
 def _may_change(key: str, *, evaluation: bool) -> bool:
-    if evaluation and key in _MEASURED:
+    if evaluation and key in IN_EVALUATION:
         return True
     if evaluation and any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED):
         return False
     if key == "steps":
         return not evaluation
-    return key not in _MAY_NOT and any(fnmatch.fnmatchcase(key, pattern) for pattern in _MAY_CHANGE)
+    return key not in MAY_NOT_CHANGE and any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
 def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
     if key == "output":
         return "a run is where its folder is; move the folder, and name its new place"
     if evaluation:
-        return (
-            f"a run is evaluated as it was trained; only {_MEASURED[0]}, and where and how it runs, may change: {_LIST}"
-        )
-    if any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        return f"a run is evaluated as it was trained; only {IN_EVALUATION[0]}, and where and how it runs, may change: {_LIST}"
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in ON_REQUEST):
         return (
             "this changes what the run learns from here on; add --allow-changes to `opd train --resume`, or call "
             "Trainer(run).resume(..., allow_changes=True)"

@@ -25,7 +25,7 @@ class GeneratedTask(Node):
 
 
 class RecordTask(Node):
-    """The keys of every task whose prompts are records ([their format](../how-to/bring-your-data.md))."""
+    """The keys of every task whose prompts are records ([their format](#records))."""
 
     teacher: str | None = None
     """The teacher of records that name none. By default the recipe's only teacher."""
@@ -37,7 +37,7 @@ class RecordTask(Node):
     sft` learns it; "drop": opd cuts it off. By default opd refuses it in `messages` and takes it as the demonstration where the
     record keeps it apart (`completion`, ShareGPT's `conversations`)."""
     verifier: Literal["exact", "math", "number", "none"] = "exact"
-    """The verifier of the reward ([what each accepts](../how-to/bring-your-data.md)). "exact" pays for the answer alone, so its
+    """The verifier of the reward ([what each accepts](#verifiers)). "exact" pays for the answer alone, so its
     verdicts need no explanation."""
     grader: Literal["exact", "math", "number"] | None = None
     """Another verifier, for the held-out reward in training (`evaluation.every`). A reward that only one of them pays is a sign

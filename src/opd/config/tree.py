@@ -59,8 +59,8 @@ class OptimizerConfig(Node):
     """AdamW with a warm-up and a schedule."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """The learning rate after the warm-up. 1e-4 is careful for an adapter: the demo of 60 steps takes 1.2e-3. All weights need less,
-    such as 1e-5."""
+    """The learning rate after the warm-up. 1e-4 is careful for an adapter: the demo of 60 steps takes 1.2e-3. All weights take
+    less, such as 1e-5."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas. 0.95 instead of torch's 0.999, because runs have hundreds of steps, not many thousands."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -226,7 +226,7 @@ class Config(RunNode):
     """An on-policy distillation run: `opd train`."""
 
     backend: Literal["local", "ray"] = "local"
-    """Where the parts of the run are. "local": in one process; "ray": on a Ray cluster, with [cluster]."""
+    """Where the parts of the run are. "local": in one process; "ray": on a Ray cluster (`[cluster]`)."""
     cluster: ClusterConfig = ClusterConfig()
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """The temperature of sampling and of both models' distributions. 1.0, because servers score at temperature 1 only."""
