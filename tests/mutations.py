@@ -46,6 +46,8 @@ _NAMES = {
     "zeros": "ones",
     "new_zeros": "new_ones",
 }
+# Without them a tensor, or an iterator, does the same.
+_CONVERSIONS = ("int", "float", "bool", "list", "tuple")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class _Walk:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 continue  # a docstring
             stored = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)
+            if isinstance(node, ast.Expr) and ast.unparse(node).startswith("assert_never("):
+                continue  # what cannot be reached
             if stored or isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Continue | ast.Break):
                 yield self._made(owner, "code", parent, field, i, ast.Pass())
             if not isinstance(node, ast.Assert | ast.Raise | ast.Import | ast.ImportFrom):
@@ -156,6 +160,8 @@ class _Walk:
                     yield from self._item(owner, kind, node, name, i, item)
 
     def _item(self, owner: str, kind: str, node: ast.expr, name: str, i: int, item: Any) -> Iterator[Mutant]:
+        if isinstance(item, ast.keyword) and item.arg == "strict":
+            return
         if isinstance(item, ast.keyword):
             yield from self._expression(owner, kind, item, "value", None)
         elif isinstance(item, ast.comprehension):
@@ -239,12 +245,14 @@ def _other_slices(node: ast.Slice) -> Iterator[ast.expr]:
 
 
 def _other_calls(func: ast.expr, arguments: list[ast.expr], keywords: list[ast.keyword]) -> Iterator[ast.expr]:
-    for i in range(len(keywords)):
+    for i in range(len(keywords) if ast.unparse(func) != "zip" else 0):  # strict: a guard of what cannot be
         yield ast.Call(func, arguments, [*keywords[:i], *keywords[i + 1 :]])
     first = [a for a in arguments[:1] if not isinstance(a, ast.Starred | ast.GeneratorExp)]
     if isinstance(func, ast.Attribute):
         if func.attr in _NAMES:
             yield ast.Call(ast.Attribute(func.value, _NAMES[func.attr], ast.Load()), arguments, keywords)
+        if func.attr == "tolist":
+            return  # what reads the numbers reads the tensor as well
         # a method's own object, or an argument of a function of a module
         yield func.value
         if isinstance(func.value, ast.Name):
@@ -252,4 +260,4 @@ def _other_calls(func: ast.expr, arguments: list[ast.expr], keywords: list[ast.k
     elif isinstance(func, ast.Name):
         if func.id in ("min", "max", "any", "all"):
             yield ast.Call(ast.Name(_NAMES[func.id], ast.Load()), arguments, keywords)
-        yield from first
+        yield from first if func.id not in _CONVERSIONS else ()

@@ -178,6 +178,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return opd.train(opd.parse_config(sampled_recipe(tmp_path_factory.mktemp("whole"), learner_ranks=2))).run
 
 
+def test_a_student_of_two_ranks_is_exported_without_a_cluster(whole: Path, tmp_path: Path):
+    opd.Trainer(whole).export(tmp_path / "student")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
+        assert (tmp_path / "student" / name).read_bytes() == (whole / "student" / name).read_bytes()
+
+
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(whole: Path, tmp_path: Path):
     tree = sampled_recipe(tmp_path, learner_ranks=2)
 

@@ -1,7 +1,9 @@
 """The Trainer: prompts from Python, callbacks, results, runs that exist, checkpoints that are evaluated and written."""
 
 import asyncio
+import errno
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 from commands import invoke, one_line
-from factories import toy_recipe, write_toml
+from factories import save_toy, toy_recipe, write_toml
+from transformers import PreTrainedTokenizerBase
 
 import opd
 from opd.interrupts import Interrupts
@@ -159,6 +162,16 @@ def test_a_cell_can_be_run_again(tmp_path: Path):
     assert opd.train({**tree, "steps": 3}, if_exists="resume").steps_done == 3
     with pytest.raises(opd.OpdError, match="this changes what the run learns"):
         opd.train({**tree, "optimizer": {**tree["optimizer"], "lr": 0.5}}, if_exists="resume")
+    other = {**tree, "optimizer": {**tree["optimizer"], "lr": 0.5}}
+    with pytest.raises(opd.OpdError, match="this changes what the run learns"):
+        opd.Trainer(other).resume(["steps=4"])
+    with pytest.raises(opd.OpdError, match="seed = 9: a run that continues keeps what it learns from"):
+        opd.Trainer({**tree, "seed": 9}).resume(["steps=4"], allow_changes=True)
+    assert opd.Trainer({**other, "steps": 4}).resume(allow_changes=True).steps_done == 4
+    changes = [json.loads(line)["key"] for line in (first.run / "changes.jsonl").read_text().splitlines()]
+    assert sorted(changes) == ["optimizer.lr", "steps", "steps"]
+    with pytest.raises(opd.OpdError, match=r"was started without reward from Python; leave it out"):
+        opd.Trainer(first.run, reward=lambda prompt, response: 0.0).resume(["steps=5"])
     again = opd.train(tree, if_exists="overwrite")
     assert again.steps_done == 2
     (first.run / "notes.txt").write_text("mine")
@@ -206,7 +219,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_checkpoint_is_evaluated(run: Path):
     last = (run / "parity.json").read_text()
     assert invoke("eval", run, "--step", "2").exit_code == 0
-    assert (run / "parity.json").read_text() != last
+    assert (run / "parity.json").read_text() == last
+    assert (run / "evaluations" / "step-000002.json").read_text() != last
+    assert invoke("eval", run, "--step", "4").exit_code == 0
+    assert (run / "evaluations" / "step-000004.json").read_text() == last
     assert invoke("eval", run).exit_code == 0
     assert (run / "parity.json").read_text() == last
     assert "has no checkpoint of step 3; it has: 2, 4" in one_line(invoke("eval", run, "--step", "3"))
@@ -230,6 +246,35 @@ def test_any_checkpoint_is_exported_as_an_adapter_or_merged(run: Path, tmp_path:
         assert AutoTokenizer.from_pretrained(folder).chat_template
     assert "exists and is not empty" in one_line(invoke("export", run, "--output", merged))
     assert "belongs to merged" in one_line(invoke("export", run, "--dtype", "bfloat16", "--output", tmp_path / "x"))
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_student_is_exported_without_its_teachers_and_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str
+):
+    run = opd.train(toy_recipe(tmp_path, steps=2, trainable=trainable, evaluation={"num_prompts": 0})).run
+    for teacher in ("even", "odd"):
+        shutil.rmtree(tmp_path / teacher)
+    trainer, merged = opd.Trainer(run), tmp_path / "merged"
+    trainer.export(tmp_path / "plain")
+    files = [path.name for path in sorted((run / "student").iterdir())]
+    assert files == [path.name for path in sorted((tmp_path / "plain").iterdir())]
+    assert all((run / "student" / f).read_bytes() == (tmp_path / "plain" / f).read_bytes() for f in files)
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedTokenizerBase, "save_pretrained", full_disk)
+        with pytest.raises(opd.OpdError, match=r"cannot write '.*merged': No space left"):
+            trainer.export(merged, merged=True)
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+    trainer.export(merged, merged=True)
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in merged.iterdir())
+    if trainable == "lora":
+        save_toy(tmp_path / "student", 7)
+        with pytest.raises(opd.OpdError, match=r"'.*student' is not the base of this run"):
+            trainer.export(tmp_path / "wrong")
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_adapter_is_evaluated_as_the_student_of_a_recipe(run: Path, tmp_path: Path):
@@ -309,7 +354,7 @@ def test_stop_from_a_checkpoint_ends_the_run_there(tmp_path: Path):
 
 def test_prompts_for_a_run_of_files_or_for_two_tasks_are_refused(tmp_path: Path):
     run = opd.train(toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})).run
-    with pytest.raises(opd.OpdError, match="trains on the tasks of its recipe; prompts belongs to a new run"):
+    with pytest.raises(opd.OpdError, match="was started without prompts from Python; leave it out"):
         opd.Trainer(run, prompts=as_messages(RECORDS)).resume(["steps=3"])
     two = tree_without_tasks(tmp_path) | {"tasks": {"a": {"type": "python"}, "b": {"type": "python"}}}
     with pytest.raises(opd.OpdError, match=r"several tasks \(a, b\)"):

@@ -122,8 +122,8 @@ def _load(source: str, config: Config | SftConfig) -> Network:
     return network
 
 
-def build_student(config: SftConfig) -> Policy:
-    """A student to fine-tune, without teachers."""
+def build_student(config: Config | SftConfig) -> Policy:
+    """The student alone, without teachers: to fine-tune it, or to write it."""
     network = _student(config.started())
     _require_rows(network, network.vocab_size, network.source)
     return Policy(network, "student" if config.trainable == "lora" else None)

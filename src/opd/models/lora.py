@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +297,8 @@ def export(
     weights: the trained weights by name, when the model itself holds only a part of them. tokenizer: whether the tokenizer and its
     chat template are written too.
     """
-    staging, kind = folder.with_name(f".{folder.name}.partial"), getattr(torch, dtype)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    kind = getattr(torch, dtype)
+    with _whole_folder(folder) as staging:
         if adapter is None:
             kept = None if weights is None else {name: w.to(kind) for name, w in weights.items()}
             model = network.base if weights is not None else network.base.to(kind)  # type: ignore[call-arg]  # a decorator hides its signature
@@ -308,6 +308,15 @@ def export(
             _write_adapter(network, adapter, staging, kind, weights)
         if tokenizer:
             network.tokenizer.save_pretrained(staging)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its place at the end: whole, or not at all."""
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors writes files for their owner alone
         shutil.rmtree(folder, ignore_errors=True)
@@ -362,6 +371,7 @@ def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, w
         add_adapter(network, str(adapter), teacher=whose, name="merged")
         assert isinstance(network.model, PeftModel)
         model = network.model.merge_and_unload()
-    with quiet():
-        model.save_pretrained(folder)
-    network.tokenizer.save_pretrained(folder)
+    with _whole_folder(folder) as staging:
+        with quiet():
+            model.save_pretrained(staging)
+        network.tokenizer.save_pretrained(staging)
