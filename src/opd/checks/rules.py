@@ -31,7 +31,14 @@ _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every toke
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures."""
+    """The result of one start-up check.
+
+    Attributes:
+        name: The name of the check.
+        passed: Whether it passed.
+        detail: Its figures.
+        warning: It passed, and its figures deserve a look.
+    """
 
     name: str
     passed: bool

@@ -22,7 +22,13 @@ AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyConfig] = Config) -> AnyConfig:
     """Read a TOML recipe, apply `key=value` overrides, and check everything.
 
-    Raises ConfigError with one line that names the file and the key, what was found and what to write instead.
+    Args:
+        path: The recipe.
+        overrides: Such as `["steps=20", "optimizer.lr=1e-5"]`.
+        kind: `Config`, or `SftConfig` for fine-tuning.
+
+    Raises:
+        ConfigError: With one line that names file, key, the value found and the value to write.
     """
     tree = read_recipe(path)
     apply_overrides(tree, overrides, kind=kind)
@@ -43,7 +49,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, source: str = "config") -> AnyConfig:
-    """A checked, frozen configuration from plain data; raises ConfigError with one line for the first fault."""
+    """A checked, frozen configuration from plain data.
+
+    Args:
+        tree: The tables of a recipe.
+        kind: `Config`, or `SftConfig` for fine-tuning.
+        source: A name for error messages.
+
+    Raises:
+        ConfigError: With one line for the first fault.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

@@ -57,7 +57,7 @@ def resumed_config(
 def require_resumable(before: Config, now: Config, *, allow_changes: bool = False) -> None:
     """Raise ConfigError when a run of the configuration `before` cannot continue with that of `now`."""
     for key, _, new in config_changes(before, now):
-        if allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in _ON_REQUEST):
+        if allow_changes and any(fnmatch.fnmatchcase(key, pattern) for pattern in ON_REQUEST):
             continue
         if not _may_change(key, evaluation=False) and key != "template_time":
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, before, evaluation=False)}")
