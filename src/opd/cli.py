@@ -75,8 +75,8 @@ def train(
 ) -> None:
     """Distil one or several teachers into a student, on the student's own samples.
 
-    With --resume RUN, keys change where and how the run continues, such as the new address of a server. The page
-    docs/reference/configuration.md lists the keys that may change.
+    With --resume RUN, keys change where and how the run continues, such as the new address of a server.
+    docs/how-to/resume-and-export.md lists the keys that may change.
     """
     with _one_line():
         recipe, overrides = _split(arguments)

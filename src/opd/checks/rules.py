@@ -31,14 +31,7 @@ _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every toke
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one start-up check.
-
-    Attributes:
-        name: The name of the check.
-        passed: Whether it passed.
-        detail: Its figures.
-        warning: It passed, and its figures deserve a look.
-    """
+    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures."""
 
     name: str
     passed: bool
@@ -66,10 +59,7 @@ def tools_are_answered(prompts: Sequence[Prompt], make_environment: Callable[[Pr
         except Exception:  # the episodes that are played show it, with its reason
             missing = False
         if missing:
-            detail = (
-                f"prompt '{prompt.id}' shows tools, and no environment answers their calls: one turn is all "
-                "(docs/how-to/agents.md)"
-            )
+            detail = f"prompt '{prompt.id}' shows tools, and no environment answers their calls: one turn is all (docs/agents.md)"
             findings.append(Finding(f"calls of tasks.{task} are answered", True, detail, warning=True))
     return findings
 

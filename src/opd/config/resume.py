@@ -28,7 +28,7 @@ _TRAINED = (
     "compute.score_cache_folder",
 )  # an evaluation uses none of them
 ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
-_LIST = "docs/reference/configuration.md lists it (Keys that may change in a run)"
+_LIST = "docs/how-to/resume-and-export.md lists it"
 
 
 def resumed_config(
