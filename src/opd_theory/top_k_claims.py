@@ -75,7 +75,7 @@ def top_k_tails(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] =
     }
     shown = "; ".join(f"{name} {kl:.3f}" for name, kl in found.items())
     return Claim(
-        "9", "top-k supports need the tail's bucket", f"docs/concepts/objectives.md, top-k supports; one state, vocabulary {vocab}",
+        "9", "top-k supports need the tail's bucket", f"docs/concepts/objectives.md, the top k; one state, vocabulary {vocab}",
         f"full < k = {' < '.join(map(str, sizes[::-1]))} < start; both wrong forms end above k = {sizes[0]}, the unnormalised one "
         "above its start", f"start {start:.3f}; {shown}", all(parts.values()),
         {"start": start, "final": found}, parts,
