@@ -29,18 +29,18 @@ PLACEHOLDERS = {
     "TASK": "a table of `[tasks]`",
     "TEACHER": "a table of `[teachers]`",
     "RULE": "a rule of a task's `checks.rules`",
-    "EVENT": "an event that the environment counts, such as `tool_calls`, `tool_errors`, `failed` or `observation_cut`",
-    "REASON": "why a token has no log ratio, such as `no_counterpart`, `invalid_utf8`, `straddle` or `syntax`",
+    "EVENT": "an event that the environment counts, such as `tool_calls`, `failed` or `observation_cut`",
+    "REASON": "why a token has no log ratio, such as `no_counterpart`, `straddle` or `syntax`",
     "DETECTOR": "a table of `[detectors]`",
     "ASPECT": "what a detector with several values measures, such as `topk` or `length`",
 }
 
 GROUPS: Mapping[str, tuple[tuple[str, str, str], ...]] = MappingProxyType({
     "Distance of student and teacher": (
-        ("kl/token/mean", "nats", "Reverse KL a token; an estimate from the sampled tokens where distributions are absent."),
+        ("kl/token/mean", "nats", "Reverse KL per token; without distributions an estimate from the sampled tokens."),
         ("kl/token/TEACHER/mean", "nats", "The same on the prompts of one teacher."),
         ("kl/sequence/mean", "nats", "Reverse KL of an episode, summed over its tokens."),
-        ("kl/byte/mean", "nats", "Reverse KL a byte of text, for teachers with another tokenizer."),
+        ("kl/byte/mean", "nats", "Reverse KL per byte of text, for teachers with another tokenizer."),
         ("divergence/token/mean", "nats", "The divergence that the loss minimises, where it is not the full reverse KL."),
         ("student/entropy/mean", "nats", "Entropy of the student at the states where distributions are compared."),
         ("student/nll/mean", "nats", "Negative log-likelihood of the tokens that train."),
@@ -158,8 +158,8 @@ def reference() -> str:
         "# Metrics\n\n"
         "This page lists every metric that a run writes, with its unit and meaning.\n\n"
         "`metrics.jsonl` of a run folder holds one line for each step, and `opd.read_metrics(run)` returns\n"
-        "these lines as dicts. The last part of a name says how values merge: `mean`, `sum` or `max`. A metric\n"
-        "without data is absent.\n\n"
+        "these lines as dicts. The last part of a name says how values merge: `mean`, `sum` or `max`. A\n"
+        "metric without data is absent.\n\n"
         "Parts in capitals stand for names:\n\n"
         + "".join(f"- `{part}`: {meaning}.\n" for part, meaning in PLACEHOLDERS.items())
         + "\n`make reference` generates this page from `opd.step_metrics`.\n"

@@ -36,16 +36,16 @@ class EpisodesConfig(Node):
     """Limits of an episode of several turns, and of the environments and tools that answer the student."""
 
     max_turns: Positive = 8
-    """The most turns of the student in one episode."""
+    """The maximum number of turns of the student in one episode."""
     max_concurrent: Positive = 64
-    """The most environments that live at once. With `backend = "ray"` and no teacher in process, also the most rollouts that are
-    sampled or scored at once."""
+    """The maximum number of environments at once. With `backend = "ray"` and no teacher in process it also limits the rollouts
+    that are sampled or scored at once."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """The seconds in which an environment must answer. All tools of one turn together get 0.8 of it."""
+    """The time in which an environment must answer, in seconds. All tools of one turn together get 0.8 of it."""
     tool_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """The seconds in which one tool must answer."""
+    """The time in which one tool must answer, in seconds."""
     max_observation_chars: Positive = 4000
-    """The most characters of one message of an environment or a tool. opd cuts longer ones and counts them."""
+    """The maximum number of characters in one message of an environment or a tool. opd cuts longer ones and counts them."""
     tool_syntax: Literal["hermes", "json"] = "hermes"
     """The syntax in which the student writes a tool call. "hermes" is `<tool_call>{...}</tool_call>`; "json" is a message that is
     one JSON object."""

@@ -31,7 +31,7 @@ class TeacherConfig(Node):
     served_model: str | None = None
     """With `url`: the name of the model on the server, required where the server lists several."""
     api_key_env: str | None = None
-    """With `url`: the environment variable that holds the server's key. The key itself stands in no file."""
+    """With `url`: the environment variable that holds the server's key. No file holds the key itself."""
     template: Literal["own", "student"] = "own"
     """The chat template of the teacher's prompts, where both models share a vocabulary. "own", because the teacher was trained on
     it. An adapter and a served model always have the student's."""
@@ -123,15 +123,15 @@ class RemoteConfig(Node):
     """Requests to servers. opd sets a rollout aside, with the reason, when all attempts of its request fail."""
 
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    """The seconds after which an attempt fails. 300, because a large teacher may take minutes to score a full queue."""
+    """The time limit of one attempt, in seconds. 300, because a large teacher may take minutes to score a full queue."""
     attempts: Positive = 5
-    """The most attempts of one request."""
+    """The maximum number of attempts for one request."""
     first_wait_s: Annotated[float, Field(ge=0)] = 0.5
-    """The longest wait before the second attempt. Later waits grow, and each is drawn at random below its limit."""
+    """The maximum wait before the second attempt, in seconds. Later maxima grow, and each wait is drawn at random below its own."""
     longest_wait_s: Annotated[float, Field(ge=0)] = 30.0
-    """The limit of these waits, in seconds."""
+    """The largest of these maxima, in seconds."""
     max_in_flight: Positive = 64
-    """The most requests that wait for one server at once."""
+    """The maximum number of requests that wait for one server at once."""
     max_lost_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
     """The fraction of a step's rollouts that servers may lose. A step that loses more ends the run, which can be resumed."""
 
@@ -169,15 +169,16 @@ class ClusterConfig(Node):
     engine_args: list[str] = Field(default_factory=list)
     """More arguments for the student's engines, after those of opd."""
     engine_start_s: Annotated[float, Field(gt=0)] = 900.0
-    """The seconds in which an engine must answer. 900, because a large model loads and compiles for minutes."""
+    """The time in which an engine must answer after its start, in seconds. 900, because a large model loads and compiles for
+    minutes."""
     merge_adapter: bool = False
     """Merges the student's adapter into the weights of each engine, in place. Off, because an adapter beside the base is the
     smallest thing to send; merged it costs nothing while sampling."""
     teachers_sleep: bool = False
     """Lets the engines of all teachers share their devices, with one model awake at a time. vLLM sleeps only on GPUs."""
     max_staleness: NonNegative = 0
-    """The most updates between the student that sampled a rollout and the student that learns from it. 0 is on-policy; above 0,
-    opd samples and scores the next steps during an update."""
+    """The maximum number of updates between the student that sampled a rollout and the student that learns from it. 0 is on-policy;
+    above 0, opd samples and scores the next steps during an update."""
     mixed_precision: bool = False
     """Computes in bfloat16 on weights and gradients in float32. Off, because rounding in bfloat16 is a noise that a student close
     to its teacher follows."""

@@ -37,9 +37,9 @@ class SamplingConfig(Node):
     """The responses to each prompt. 1, because "exact" needs no group and other prompts tell more than other samples; a reward or
     "leave_one_out" needs 2 or more, such as 4."""
     max_new_tokens: Positive = 256
-    """The most tokens of a response (of a turn, in an episode)."""
+    """The maximum number of tokens in a response, or in one turn of an episode."""
     max_rows: Positive = 64
-    """The most responses that grow at once in the local backend. Lower it if memory runs out while sampling."""
+    """The maximum number of responses that the local backend samples at once. Lower it if memory runs out while sampling."""
     top_p: float = 1.0
     """Only 1.0 is accepted. With a nucleus every token's weight would be off by the mass outside it."""
     top_k: int = 0
@@ -68,12 +68,12 @@ class OptimizerConfig(Node):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay. 0, because decay pulls an adapter back to the base model."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The 2-norm of all gradients together, at which they are clipped. With normalizer "trajectory" norms are tens even for short
-    responses: see `optim/grad_norm/mean`."""
+    """The maximum 2-norm of all gradients together; larger ones are clipped. With normalizer "trajectory" norms are tens even for
+    short responses: see `optim/grad_norm/mean`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The course of the rate after the warm-up. "cosine" ends low: near its teacher a student would otherwise follow noise."""
+    """The shape of the learning rate after the warm-up. "cosine" ends low, because a student close to its teacher follows noise."""
     warmup_steps: NonNegative = 5
-    """The steps in which the rate rises from 0. It must be below `steps`: for a first try of a few steps write 1."""
+    """The number of steps in which the rate rises from 0. It must be below `steps`: for a first try of a few steps write 1."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The last rate as a fraction of `lr`."""
 
@@ -108,7 +108,8 @@ class ComputeConfig(Node):
     """The data type of weights and passes. "float32", because passes in bfloat16 differ by 0.06 to 0.14 nats per token, and a
     student close to its teacher follows that noise."""
     max_tokens: Positive = 2048
-    """The most distinct tokens of one packed forward pass. Lower it if memory runs out; no result depends on it but rounding."""
+    """The maximum number of distinct tokens in one packed forward pass. Lower it if memory runs out; it changes results by rounding
+    only."""
     score_cache: NonNegative = 0
     """The scored responses that training keeps in memory. opd does not score the same response to the same prompt again, and
     `batch/cached/sum` counts these. 0, because it helps only where the teacher is large, prompts are few and answers short; with
@@ -166,8 +167,8 @@ class AlignmentConfig(Node):
     """The treatment of tokens that the student's tokenizer would not produce for the text. "mask" leaves them out, because one
     tokenization has a lower log-probability than the text."""
     tool_calls: Literal["as_written", "own_syntax"] = "as_written"
-    """The syntax in which the teacher reads tool calls. With "own_syntax" it reads them as its chat template writes them, and
-    text around a call that the template writes in another way is left out."""
+    """The syntax in which the teacher reads tool calls. With "own_syntax" it reads them as its chat template writes them. Text
+    around a call is left out where the template writes it in another way."""
 
 
 WriterName: TypeAlias = Literal["tensorboard", "trackio"]
@@ -259,7 +260,7 @@ class SftConfig(RunNode):
     batch_size: Positive = 32
     """The examples of one update."""
     max_new_tokens: Positive = 64
-    """The most tokens of a response in the evaluation after training."""
+    """The maximum number of tokens in a response of the evaluation after training."""
     episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """The data type of the saved student."""
