@@ -45,6 +45,9 @@ class Trainer:
 
     Raises:
         OpdError: For arguments or a recipe that cannot be used, with one line that says what to write instead.
+
+    A run folder cannot hold Python objects. To continue or evaluate a run of your own prompts, reward or environment, pass them
+    again: `opd.Trainer("runs/mine", prompts=prompts, reward=reward).resume()`. opd compares the prompts with those of the start.
     """
 
     def __init__(

@@ -29,6 +29,9 @@ its own chat template writes them. A template without tool calls gets them as te
 opd refuses half of a character (a lone surrogate), a repeated key or id, NaN, a message in a place where it cannot be, and a
 column of `columns` that no record has. The error names file, line (or row) and field. These rules hold for every type of task,
 and for the first messages of an environment.
+
+At the start opd warns of data without effect: more prompts in a step than the task has, held-out prompts that are training prompts
+too, answers with `verifier = "none"`, a verifier without answers, and an unused grader.
 """
 
 import difflib
