@@ -148,6 +148,36 @@ def test_every_key_is_in_the_reference_with_one_short_sentence_first():
         assert f"| `{key.name}` | {key.kind} | {key.default} | {first} |" in page
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "`student` | text | required",
+        "`lr` | number > 0 | `0.0001`",
+        "`eps` | number > 0 | `1e-8`",
+        "`betas` | 2 numbers | `[0.9, 0.95]`",
+        "`group_size` | integer ≥ 1 | `1`",
+        "`discount` | number in [0, 1] | none",
+        "`jsd_beta` | number in (0, 1) | `0.5`",
+        "`low` | number in (0, 1] | `0.5`",
+        '`loss` | `"reinforce"`, `"ppo"` | `"reinforce"`',
+        "`url` | text or list of texts | none",
+        "`weights` | table of numbers > 0 | none",
+        "`tail_residual` | `true`, `false` | `false`",
+        "`template_time` | date and time | none",
+        "`rules` | list of names | `[]`",
+    ],
+)
+def test_a_row_of_the_configuration_shows_type_range_and_default(row: str):
+    assert f"| {row} | " in PAGES["configuration.md"]()
+
+
+@pytest.mark.parametrize(
+    "option", ["--resume RUN", "--allow-changes", "--prompt-tokens TOKENS", "[RECIPE] [KEY=VALUE]..."]
+)
+def test_the_page_of_the_commands_has_arguments_and_options(option: str):
+    assert f"| `{option}` | " in PAGES["cli.md"]()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the site was not opened in a browser")
 def test_a_browser_without_a_network_shows_the_landing_page_and_runs_the_scripts(site: Path, tmp_path: Path):
     shown = open_page(site / "index.html", tmp_path, f"--screenshot={tmp_path}/page.png", "--window-size=1200,900")

@@ -169,7 +169,7 @@ def _section(name: str, tables: Sequence[Table], shown: set[str]) -> Iterator[st
 def _variants(tables: Sequence[Table], shown: set[str]) -> Iterator[str]:
     """The tables among which `type` chooses: the keys that several of them share, then those of each."""
     types = {table: _kind(table.model_fields["type"].annotation) for table in tables}
-    yield _rows(("`type`", "meaning"), [(types[table], _SENTENCE.split(_doc(table))[0]) for table in tables])
+    yield _rows(("`type`", "meaning"), [(types[table], _first_sentence(_doc(table))) for table in tables])
     for base in dict.fromkeys(table.__mro__[1] for table in tables):
         yield f"### Keys with `type` = {' or '.join(types[table] for table in tables if table.__mro__[1] is base)}"
         yield _wrapped(_doc(base))
@@ -182,8 +182,8 @@ def _variants(tables: Sequence[Table], shown: set[str]) -> Iterator[str]:
 
 
 def _format_checks() -> list[str]:
-    rows = [(f"`{name}`", _SENTENCE.split(inspect.getdoc(check) or "")[0]) for name, check in CHECKS.items()]
-    return ["## Format checks", _FORMAT_CHECKS, _rows(("rule", "finds"), [(n, " ".join(t.split())) for n, t in rows])]
+    rows = [(f"`{name}`", _first_sentence(inspect.getdoc(check) or "")) for name, check in CHECKS.items()]
+    return ["## Format checks", _FORMAT_CHECKS, _rows(("rule", "finds"), rows)]
 
 
 def _resumable() -> list[str]:
@@ -253,6 +253,10 @@ def _rows_and_notes(found: Sequence[Key], shown: set[str]) -> list[str]:
     shown.update(notes)
     rows = [(f"`{key.name}`", key.kind, key.default, first) for key, first, *_ in split]
     return [_rows(("key", "type", "default", "meaning"), rows), "\n".join(new)]
+
+
+def _first_sentence(doc: str) -> str:
+    return _SENTENCE.split(" ".join(doc.split()))[0]
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

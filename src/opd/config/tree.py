@@ -37,7 +37,8 @@ class SamplingConfig(Node):
     """The responses to each prompt. 1, because "exact" needs no group and other prompts tell more than other samples; a reward or
     "leave_one_out" needs 2 or more, such as 4."""
     max_new_tokens: Positive = 256
-    """The maximum number of tokens in a response, or in one turn of an episode."""
+    """The maximum number of tokens in a response, or in one turn of an episode. Raise it if `response/truncated/mean` is
+    not near 0."""
     max_rows: Positive = 64
     """The maximum number of responses that the local backend samples at once. Lower it if memory runs out while sampling."""
     top_p: float = 1.0
@@ -132,7 +133,7 @@ class CheckpointConfig(Node):
     """When checkpoints are written. One is always written at the end."""
 
     every: Positive = 20
-    """The steps between two checkpoints."""
+    """The steps between two checkpoints. A run that is killed repeats at most so many."""
     keep: Positive = 2
     """The newest checkpoints that opd keeps. 2, because each has the optimizer's state too."""
 
