@@ -5,7 +5,7 @@ from typing import Any, get_args
 from call_texts import TOOLS
 from hypothesis import settings
 
-from opd.config.episodes import ChecksConfig, Rule
+from opd.config.tasks import ChecksConfig, Rule
 from opd.rewards.format_checks import CheckedTurn
 from opd.text.tool_calls import Syntax
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd.config.episodes import ChecksConfig, Rule
+from opd.config.tasks import ChecksConfig, Rule
 from opd.rewards.format_checks import CHECKS, SEARCHED_CHARACTERS, CheckedTurn, Found, check_turn
 from opd.text.tool_calls import Syntax
 

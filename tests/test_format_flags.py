@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import real
 
-from opd.config.episodes import ChecksConfig
+from opd.config.tasks import ChecksConfig
 from opd.records import Finish, Flag, Rollout, Turn
 from opd.rewards.format_checks import check_turn, flag_errors
 from opd.text.token_bytes import TokenBytes, token_bytes

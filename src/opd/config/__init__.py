@@ -5,8 +5,6 @@ name the nearest known key. Importing this package needs no torch.
 """
 
 from opd.config.detectors import DetectorsConfig as DetectorsConfig
-from opd.config.episodes import ChecksConfig as ChecksConfig
-from opd.config.episodes import EpisodesConfig as EpisodesConfig
 from opd.config.no_effect import changed as changed
 from opd.config.no_effect import without_effect as without_effect
 from opd.config.node import nearest as nearest
@@ -22,6 +20,8 @@ from opd.config.parse import read_recipe as read_recipe
 from opd.config.resume import config_changes as config_changes
 from opd.config.resume import require_resumable as require_resumable
 from opd.config.resume import resumed_config as resumed_config
+from opd.config.tasks import ChecksConfig as ChecksConfig
+from opd.config.tasks import EpisodesConfig as EpisodesConfig
 from opd.config.tasks import FileTask as FileTask
 from opd.config.tasks import PythonTask as PythonTask
 from opd.config.tasks import ReasoningGymTask as ReasoningGymTask

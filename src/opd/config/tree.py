@@ -6,11 +6,10 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from opd.config.detectors import DetectorsConfig
-from opd.config.episodes import EpisodesConfig
 from opd.config.node import EachOnce, Node, NonNegative, Positive
 from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.rules import require_consistent
-from opd.config.tasks import TaskConfig
+from opd.config.tasks import EpisodesConfig, TaskConfig
 from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig
 
 
