@@ -209,7 +209,7 @@ def align(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a teacher with another tokenizer would read the student's responses.
+    """Compare a student's and a teacher's tokens of the same text, before any training.
 
     Without --text and --rollouts it reads a sample text.
     """
@@ -363,7 +363,7 @@ def _finish(run: Path, *, finished: bool) -> None:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """One line and exit code 2 for what the user can fix; anything else is a bug and keeps its traceback.
+    """One line and exit code 2 for an error that the user can fix; any other error is a bug and keeps its traceback.
 
     The notes of an error are part of its line: they say how to continue a run.
     """

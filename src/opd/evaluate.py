@@ -11,8 +11,7 @@ import torch
 
 from opd.batch import pack
 from opd.config import Config
-from opd.data.task_data import TaskData
-from opd.data.tasks import SPLITS
+from opd.data.tasks import SPLITS, TaskData
 from opd.errors import DataError
 from opd.logging.console import ProgressLine
 from opd.logging.run_folder import RunFolder

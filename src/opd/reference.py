@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from opd import cli, step_metrics
 from opd.config import Config, SftConfig
 from opd.config.detectors import DetectorConfig, DetectorsConfig
-from opd.config.resume import IN_EVALUATION, MAY_CHANGE, MAY_NOT_CHANGE, ON_REQUEST
+from opd.config.parse import IN_EVALUATION, MAY_CHANGE, MAY_NOT_CHANGE, ON_REQUEST
 from opd.config.tree import SftEvaluationConfig
 from opd.data import prompts
 from opd.rewards import verifiers
@@ -187,7 +187,7 @@ def _format_checks() -> list[str]:
 
 
 def _resumable() -> list[str]:
-    evaluated = _listed(IN_EVALUATION)
+    evaluated = _listed([IN_EVALUATION])
     rows = [
         (
             "always",

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from opd.callbacks import Callbacks
 from opd.checkpoint import Saver, explain_io, find_checkpoint, identities_of
-from opd.checks import rules
+from opd.checks import startup
 from opd.checks.notices import REWARD, discount_warning, mask_warning, warmup_warning
 from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
-from opd.data.stream import PromptStream
-from opd.data.task_data import TaskData
+from opd.data.tasks import PromptStream, TaskData
 from opd.detectors.monitor import RunMonitor
 from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import CheckError, ConfigError, one_line
@@ -27,14 +26,12 @@ from opd.local.build import build_student
 from opd.local.learner import learning_rate, read_weights
 from opd.local.warmup import warm_up
 from opd.logging.console import ProgressLine
-from opd.logging.curves import draw_run
 from opd.logging.run_folder import Background, RunFolder, read_metrics
-from opd.logging.writers import Writers
+from opd.logging.writers import Writers, draw_run
 from opd.loop import Components, StepReport, train_steps
 from opd.models.lora import export, write_merged
 from opd.roles import Backend, Teacher
-from opd.score_cache.cache import CachedTeacher, MemoryScores, identities, probe
-from opd.score_cache.files import ScoreFiles
+from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Run:
             self.say = line.say
             line.say("checking the recipe on the real models")
             findings = run_checks(self.config, self.backend, self.task_data)
-            rules.require(findings)
+            startup.require(findings)
             for finding in findings if not resume else ():
                 if finding.warning or finding.name == REWARD:
                     line.say(f"{'warning: ' if finding.warning else ''}{finding.name}: {finding.detail}")
@@ -132,7 +129,7 @@ class Run:
     def evaluate(self, step: int | None = None) -> list[ParityRow]:
         """The parity table of the student in the newest checkpoint, or in that of `step`."""
         with closing(self.backend), ProgressLine(self.config.steps) as line:
-            rules.require(packing_findings(self.backend))
+            startup.require(packing_findings(self.backend))
             self._restore(line.say, step)
             name = "parity" if step is None else f"evaluations/step-{step:06d}"
             return self.evaluator.parity(self.evaluator.kept(), line, name=name)
@@ -140,7 +137,7 @@ class Run:
     def evaluate_untrained(self) -> list[ParityRow]:
         """The parity table of the student as the recipe has it; nothing is written."""
         with closing(self.backend), ProgressLine(self.config.steps) as line:
-            rules.require(packing_findings(self.backend))
+            startup.require(packing_findings(self.backend))
             return self.evaluator.parity({}, line, name=None)
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias
 
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoint import list_checkpoints
-from opd.checks.rules import Finding
+from opd.checks.notices import Finding
 from opd.checks.startup import run_checks
 from opd.config import Config, parse_config, read_recipe, require_resumable, resumed_config
-from opd.data.task_data import PythonPrompts, TaskData, read_tasks
+from opd.data.tasks import PythonPrompts, TaskData, read_tasks
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ConfigError, RunError
 from opd.evaluate import ParityRow

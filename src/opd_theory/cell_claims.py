@@ -11,8 +11,7 @@ from torch import Tensor
 from opd.objectives.advantages import log_ratio_to_go
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.text.chunks import align
-from opd.text.shared_vocabulary import shared_vocabulary
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes, shared_vocabulary
 from opd_theory.byte_claims import END, TokenModel, ToyTokenizer, some_language, trained_on
 from opd_theory.claim import Claim
 from opd_theory.written_out import gap, log_softmax, slope
