@@ -28,7 +28,7 @@ PLACEHOLDERS = {
     "TASK": "a table of `[tasks]`",
     "TEACHER": "a table of `[teachers]`",
     "RULE": "a rule of a task's `checks.rules`",
-    "EVENT": "an event that the environment counts, such as `tool_calls`, `failed` or `observation_cut`",
+    "EVENT": "an event that the environment counts, such as `tool_calls` or `observation_cut`",
     "REASON": "why a token has no log ratio, such as `no_counterpart`, `straddle` or `syntax`",
     "DETECTOR": "a table of `[detectors]`",
     "ASPECT": "what a detector with several values measures, such as `topk` or `length`",
