@@ -109,7 +109,7 @@ def test_an_opening_that_cannot_be_shown_fails_its_episode_alone(monkeypatch: py
 
 def test_errors_of_tasks_that_an_environment_left_behind_are_not_printed(capfd: pytest.CaptureFixture[str]):
     class Leaky(Scripted):
-        async def take_step(self, message: Any) -> Step:
+        async def step(self, message: Any) -> Step:
             async def late() -> None:
                 raise RuntimeError("\x1b[31mlate")
 
@@ -210,7 +210,7 @@ def test_an_opening_that_cannot_be_read_fails_its_episode():
 
 def test_an_environment_that_ends_its_event_loop_fails_its_episode():
     class Ends(Scripted):
-        async def take_step(self, message: Any) -> Step:
+        async def step(self, message: Any) -> Step:
             asyncio.get_running_loop().call_later(0, asyncio.get_running_loop().stop)
             return say("x")
 
