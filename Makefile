@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test quick fuzz mutants check format reference clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test quick fuzz mutants check format reference docs docs-serve clean
 
 install: .venv/installed
 
@@ -59,7 +59,7 @@ hacking-teachers: install model
 		cp -r runs/teacher_$$style/student examples/hacking/$$style || exit 1; \
 	done
 
-# The environment of what opd is measured beside (docs/performance.md); opd itself needs none of it.
+# The environment of what opd is measured beside (docs/results/step-time.md); opd itself needs none of it.
 peers: .venv-peers/installed
 
 .venv-peers/installed: benchmarks/peers/requirements.txt
@@ -84,7 +84,7 @@ demo-distributed: install model vllm
 	$(BIN)/python examples/distributed/demo.py
 
 # Everything that a change must pass; .ci/run calls this.
-test: install model vllm check
+test: install model vllm check docs
 	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes
 	$(BIN)/pytest tests/processes
 
@@ -119,7 +119,15 @@ format: install
 
 # The pages of docs/reference/ that are generated from the code; a test holds them to it.
 reference: install
-	$(BIN)/python -m opd.step_metrics > docs/reference/metrics.md
+	$(BIN)/python -m opd.reference docs/reference
+
+# The documentation as a site in site/: open site/index.html. A broken link, or a page outside the nav, fails the build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same from a server, which also has the search and follows changes.
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
-	rm -rf .venv .venv-peers .venv-vllm models build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers .venv-vllm models build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -34,25 +34,42 @@ Answer: TypeAlias = Mapping[str, float] | Stop | None
 
 
 class Callback:
-    """Override what you need. Every method may be a coroutine function.
+    """The base of callbacks: override the methods that you need. Each may be a coroutine function.
 
     An exception in a callback ends the run after the last whole step has been saved.
     """
 
     def on_step(self, report: "StepReport") -> Any:
-        """After each update, once the rollouts of the step are on disk.
+        """Called after each update, when the rollouts of the step are on disk.
 
-        Returns metrics to add to those of the step (names such as "mine/length", finite numbers), `opd.STOP` or None.
+        Args:
+            report: The metrics and rollouts of the step.
+
+        Returns:
+            Metrics to add to those of the step (names such as "mine/length", finite numbers), `opd.STOP`, or None.
         """
 
     def on_checkpoint(self, step: int, folder: Path) -> Any:
-        """After the checkpoint of a step has been written to `folder`. May return `opd.STOP`."""
+        """Called after the checkpoint of a step has been written.
+
+        Returns:
+            `opd.STOP` or None.
+        """
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float], parity: Sequence["ParityRow"]) -> Any:
-        """After an evaluation: `metrics` of the held-out prompts during training, or the rows of the parity table at the end."""
+        """Called after an evaluation.
+
+        Args:
+            step: The number of the step.
+            metrics: Metrics of the held-out prompts, in an evaluation during training.
+            parity: The rows of the parity table, in the evaluation at the end.
+
+        Returns:
+            `opd.STOP` or None.
+        """
 
     def on_end(self, result: "Result") -> Any:
-        """After the last step, or after the step at which the run was stopped."""
+        """Called once, after the last step or the step at which the run was stopped."""
 
 
 class _EveryStep(Callback):

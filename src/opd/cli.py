@@ -1,4 +1,4 @@
-"""The command line: `opd train | sft | eval | check | align | theory | plan`.
+"""The command line: `opd train | sft | eval | export | check | align | theory | plan`.
 
 An error that the user can fix ends with one line on stderr and exit code 2; an interrupted run ends with 130.
 """
@@ -23,16 +23,16 @@ app = typer.Typer(
 
 _ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}  # every key of a recipe is an option
 _RECIPE_OR_RUN = "give a recipe, or --resume RUN (which uses the recipe that the run was started with)"
-_KEYS = "[KEY=VALUE | --KEY VALUE]"
-_KEYS_HELP = "Keys of the recipe, such as optimizer.lr=1e-5 or --optimizer.lr 1e-5."
+_KEYS = "[KEY=VALUE]..."
+_KEYS_HELP = "Then keys that replace those of the recipe: optimizer.lr=1e-5 or --optimizer.lr 1e-5."
 
 Recipe = Annotated[
     list[str],
-    typer.Argument(metavar=f"RECIPE {_KEYS}", help=f"A TOML recipe; recipes/ holds some. {_KEYS_HELP}"),
+    typer.Argument(metavar=f"RECIPE {_KEYS}", help=f"A TOML recipe, such as recipes/merge.toml. {_KEYS_HELP}"),
 ]
 RecipeOrKeys = Annotated[
     list[str] | None,
-    typer.Argument(metavar=f"[RECIPE] {_KEYS}", help=f"A TOML recipe (none with --resume). {_KEYS_HELP}"),
+    typer.Argument(metavar=f"[RECIPE] {_KEYS}", help=f"A TOML recipe; none with --resume. {_KEYS_HELP}"),
 ]
 ResumedRun = Annotated[
     Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run folder from its newest checkpoint.")
@@ -68,13 +68,15 @@ def train(
     resume: ResumedRun = None,
     allow_changes: Annotated[
         bool,
-        typer.Option("--allow-changes", help="With --resume: optimizer.*, evaluation.* and detectors.* may change."),
+        typer.Option(
+            "--allow-changes", help="With --resume: keys of [optimizer], [evaluation] and [detectors] may change."
+        ),
     ] = False,
 ) -> None:
     """Distil one or several teachers into a student, on the student's own samples.
 
     With --resume RUN, keys change where and how the run continues, such as the new address of a server.
-    docs/distributed.md, "Going on elsewhere", lists the keys that may change.
+    docs/how-to/resume-and-export.md lists the keys that may change.
     """
     with _one_line():
         recipe, overrides = _split(arguments)
@@ -124,10 +126,10 @@ def sft(arguments: RecipeOrKeys = None, resume: ResumedRun = None) -> None:
 
 @app.command(name="eval", context_settings=_ANY_KEY)
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A run folder, or a recipe to evaluate its student as it is.")],
+    source: Annotated[Path, typer.Argument(help="A run folder, or a recipe whose student is evaluated untrained.")],
     keys: Annotated[
         list[str] | None,
-        typer.Argument(metavar=_KEYS, help="evaluation.num_prompts, and where it runs, as for `opd train --resume`."),
+        typer.Argument(metavar=_KEYS, help="evaluation.num_prompts=N, and keys that change where it runs."),
     ] = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint of this step, instead of the newest.")] = None,
     student: Annotated[
@@ -160,10 +162,15 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    output: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write; by default RUN/export. It must be empty or absent.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint of this step, instead of the newest.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="A whole model, with the adapter in its weights.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, of the merged weights.")] = None,
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="Write a whole Hugging Face model, with the adapter merged into its weights."),
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="With --merged: float32 (default) or bfloat16.")] = None,
 ) -> None:
     """Write the student of any checkpoint of a run, as an adapter or as a whole model."""
     with _one_line():
@@ -176,7 +183,7 @@ def export(
 
 @app.command(context_settings=_ANY_KEY)
 def check(arguments: Recipe) -> None:
-    """Run every start-up check of a recipe, without training."""
+    """Run every start-up check of a recipe and print its figures, without training."""
     with _one_line():
         from opd.config import load_config
 
@@ -194,13 +201,18 @@ def check(arguments: Recipe) -> None:
 
 @app.command()
 def align(
-    student: Annotated[str, typer.Option(help="A hub id, a folder or a GGUF file; its tokenizer is read.")],
-    teacher: Annotated[str, typer.Option(help="Likewise.")],
-    text: Annotated[Path | None, typer.Option(help="A text file, read as one response.")] = None,
-    rollouts: Annotated[Path | None, typer.Option(help="A run folder: what its student sampled.")] = None,
+    student: Annotated[str, typer.Option(help="A hub id, a folder or a GGUF file. opd reads only its tokenizer.")],
+    teacher: Annotated[str, typer.Option(help="The same for the teacher.")],
+    text: Annotated[Path | None, typer.Option(help="A text file that is read as one response.")] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="A run folder, to read the responses that its student sampled.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student's and a teacher's tokens of the same text, before any training."""
+    """Compare a student's and a teacher's tokens of the same text, before any training.
+
+    Without --text and --rollouts it reads a sample text.
+    """
     with _one_line():
         if text is not None and rollouts is not None:
             raise ConfigError("give --text FILE or --rollouts RUN, not both")
@@ -224,15 +236,17 @@ def align(
 @app.command()
 def theory(
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --probe: keys of its recipe.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="With --probe: keys that replace those of its recipe."),
     ] = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="A recipe: measure every estimator on its student and teachers instead.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for tables, JSON and pictures.")] = Path("runs/theory"),
+    probe: Annotated[Path | None, typer.Option(help="A recipe whose student and teachers are measured.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder for tables, JSON and pictures.")] = Path("runs/theory"),
     as_json: AsJson = False,
 ) -> None:
-    """Run the claims of the theory as experiments on small trees; exit code 1 when one fails."""
+    """Run the claims of the theory as experiments on small trees. The exit code is 1 if a claim fails.
+
+    With --probe it measures every estimator on real models instead: 16 prompts, 4 responses each.
+    """
     with _one_line():
         if probe is not None:
             typer.echo(_probe(probe, keys or [], output, as_json=as_json))
@@ -247,12 +261,17 @@ def theory(
 @app.command(context_settings=_ANY_KEY)
 def plan(
     arguments: Recipe,
-    gpus: Annotated[str, typer.Option(help="How many: one plan for each, such as 8,64,512.")] = "8",
-    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200 or b200.")] = "h100",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; data is not read.")] = 512,
-    network: Annotated[float, typer.Option(min=0.1, help="GB/s of each GPU between nodes, one direction.")] = 50.0,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8,64,512: one plan for each.")] = "8",
+    gpu: Annotated[str, typer.Option(help="The kind of GPU: a100-80, h100, h200 or b200.")] = "h100",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt. opd plan reads no data.")] = 512,
+    network: Annotated[
+        float, typer.Option(min=0.1, help="Network between nodes, in GB/s for each GPU and one direction.")
+    ] = 50.0,
 ) -> None:
-    """Estimate placement, memory and step time of a distributed recipe from its models' shapes; nothing is run or measured."""
+    """Estimate placement, memory and step time of a distributed recipe from the shapes of its models.
+
+    Nothing is run or measured.
+    """
     with _one_line():
         from opd.config import load_config
 

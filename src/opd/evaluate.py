@@ -30,16 +30,26 @@ EVALUATION_SEED: Seed = (0, "evaluate")
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy on one set of prompts, one response a prompt.
+    """One policy on one set of prompts, with one response to each.
 
-    total: episodes; flagged: those with a format error; failed: those whose environment failed, which have no verdict; verified:
-    those with one; timeouts: those of them that are worth 0 because the verifier did not compare them in time. mean_reward,
-    reward_deviation: mean and standard deviation of their rewards; reward_interval: the mean's, 95 %
-    (`opd.metrics.mean_interval`). correct: those of reward 1; accuracy, interval: their share, and its interval, 95 %, Wilson. All
-    None where no response has a verdict.
-    kl_token and kl_sequence: reverse KL to the prompts' teacher over the full vocabulary along the policy's own responses,
-    nats. With a teacher behind a server or of another tokenizer it is estimated from what was sampled, and with another tokenizer
-    kl_byte is there too; sampled: whether it is.
+    The fields about rewards are None if no response has a verdict. With a teacher behind a server or of another tokenizer the
+    reverse KL is an estimate from the sampled tokens; otherwise it is exact over the vocabulary.
+
+    Attributes:
+        total: The episodes.
+        verified: Those with a verdict.
+        correct: Those with reward 1.
+        truncated: Those that a limit on tokens cut.
+        flagged: Those with a format error.
+        mean_length: Tokens of the policy in an episode, on average.
+        failed: Those whose environment failed. They have no verdict.
+        timeouts: Those with reward 0 because the verifier did not compare them in time.
+        mean_reward: The mean of the rewards.
+        reward_deviation: The standard deviation of the rewards.
+        kl_token: Reverse KL to the prompts' teacher on the policy's own responses, in nats per token.
+        kl_sequence: The same in nats per episode.
+        kl_byte: The same in nats per byte of text, with a teacher of another tokenizer.
+        sampled: Whether the reverse KL is an estimate.
     """
 
     total: int
@@ -59,27 +69,39 @@ class Cell:
 
     @property
     def accuracy(self) -> float | None:
+        """The fraction of verified episodes with reward 1."""
         return None if self.correct is None else self.correct / self.verified
 
     @property
     def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the accuracy (Wilson)."""
         return None if self.correct is None else wilson_interval(self.correct, self.verified)
 
     @property
     def reward_interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean reward (`opd.metrics.mean_interval`)."""
         if self.mean_reward is None or self.reward_deviation is None:
             return None
         return mean_interval(self.mean_reward, self.reward_deviation, self.verified)
 
     @property
     def in_part(self) -> bool:
-        """Whether some responses are worth a part, so that the mean reward is not the accuracy."""
+        """Whether some rewards lie between 0 and 1, so that the mean reward is not the accuracy."""
         return self.mean_reward is not None and abs(self.mean_reward - (self.accuracy or 0.0)) > 1e-9
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One task and split: the student before, its teacher (None: several at once), the student after."""
+    """One row of the parity table: one task and split.
+
+    Attributes:
+        task: A name of [tasks].
+        split: "train" or "held_out".
+        teacher: The teacher of these prompts.
+        before: The untrained student.
+        expert: The teacher alone; None for a teacher that is not measured, such as a mixture.
+        after: The trained student.
+    """
 
     task: str
     split: str

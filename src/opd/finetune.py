@@ -37,10 +37,12 @@ _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 @dataclass(frozen=True)
 class SftResult:
-    """How fine-tuning ended.
+    """The result of fine-tuning.
 
-    run: its folder; finished: False when it was interrupted; accuracy: the student's own responses by task and split, none when
-    it was interrupted.
+    Attributes:
+        run: The run folder.
+        finished: False if it was interrupted.
+        accuracy: The student's own responses by (task, split); empty if it was interrupted.
     """
 
     run: Path
@@ -49,16 +51,16 @@ class SftResult:
 
 
 def sft(config: SftConfig) -> SftResult:
-    """Fine-tune a student on the reference answers of its tasks and write it to `output`/student.
+    """Fine-tune a student on the answers and demonstrations of its tasks.
 
-    The loss is the mean negative log-likelihood of the answers' tokens, end token included. Whatever ends it, its last whole step
-    is saved, and `resume_sft` continues it.
+    The loss is the mean negative log-likelihood of the answers' tokens, the end token included. The student is written to
+    `OUTPUT/student`. If it ends early, for any reason, its last whole step is saved, and `resume_sft` continues it.
     """
     return _tune(config, RunFolder(Path(config.output)), resume=False)
 
 
 def resume_sft(run: str | Path) -> SftResult:
-    """Continue an interrupted fine-tuning run from its newest whole checkpoint."""
+    """Continue an interrupted fine-tuning run from its newest whole checkpoint, to the same result."""
     folder = RunFolder.open(run)
     with folder.locked():
         return _tune(folder.config(SftConfig), folder, resume=True)

@@ -54,8 +54,12 @@ class Collected:
 class StepReport:
     """The result of one step.
 
-    step: counts from 1; values: the merged metrics as plain numbers; cursor: the position of the prompt stream behind this step.
-    failure: the step is done, and the sampler could not take its weights.
+    Attributes:
+        step: The number of the step, from 1.
+        values: The metrics of the step by name.
+        scored: The rollouts of the step with their scores.
+        cursor: The position of the prompt stream after this step.
+        failure: An error of the sampler, which did not take the weights of this step. The step itself is done.
     """
 
     step: int

@@ -37,9 +37,15 @@ def read_only(array: np.ndarray) -> np.ndarray:
 class Prompt:
     """One prompt x and the name of its teacher T(x).
 
-    `messages` is the conversation so far; `answer` is what a verifier compares with, if the task has one. `tools` are the JSON
-    schemas of the functions that the student may call, which its chat template shows to it. `demonstration`, for fine-tuning:
-    the messages that follow, the student's first and last.
+    Attributes:
+        id: Unique in its task.
+        messages: The conversation that the student answers.
+        teacher: The name of its teacher.
+        task: The name of its task.
+        answer: The reference answer of the verifier.
+        meta: Other fields of its record.
+        tools: JSON schemas of the functions that the student may call; its chat template shows them.
+        demonstration: The messages after the prompt, for fine-tuning. The first and the last are the student's.
     """
 
     id: str
@@ -74,13 +80,26 @@ class Turn:
 class Rollout:
     """One flat token sequence that the student sampled, and its conversation.
 
-    token_ids, loss_mask, rollout_logprobs: [tokens]; a turn's end-of-turn token is an action and is part of the sequence.
-    opened: the thinking tag with which the generation prompt of the student's last turn ends, "" for none.
-    `reward` is the reward in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
-    environment that a user should know of, counted by name. `failure`: why it must not be trained on, where it must not.
+    Arrays have the shape [tokens]. The end-of-turn token of a turn is an action and part of the sequence. An episode is one rollout
+    as long as the chat template keeps earlier turns. Where it rewrites them, the episode continues in another rollout, which begins
+    with the rewritten conversation.
 
-    An episode is one rollout as long as the chat template keeps earlier turns. Where it rewrites them, the episode continues in
-    another rollout, which begins with the rewritten conversation: `part` counts them.
+    Attributes:
+        prompt: The prompt.
+        sample: The number of this response to the prompt, from 0.
+        token_ids: Prompt, turns of the student, and observations.
+        loss_mask: True where the student sampled the token.
+        rollout_logprobs: Log-probabilities of the sampled tokens at the run's temperature, in nats; 0 off the loss mask.
+        turns: The ranges of tokens by author.
+        messages: The conversation.
+        finish: Why it ended: "end", "length", "turns", "context" or "failed".
+        policy_version: The number of updates of the student that sampled it.
+        reward: In [0, 1], or None for no verdict.
+        part: The number of this rollout within its episode, from 0.
+        flags: Its format errors.
+        events: Counts of notable events in its environment, by name.
+        failure: Why it must not be trained on, or None.
+        opened: The thinking tag at the end of the last generation prompt; "" for none.
     """
 
     prompt: Prompt
@@ -124,10 +143,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SampledScore:
-    """The teacher's log-probability of each sampled token: logprobs [tokens], nats, 0 off the loss mask.
+    """The teacher's log-probability of each sampled token.
 
-    components: of a teacher made of several models, (weight, log-probabilities [tokens]) of each; `logprobs` is their weighted sum.
-    All are as the models gave them: their floor is the objective's (`opd.batch.pack`).
+    Attributes:
+        teacher: The name of the teacher.
+        logprobs: [tokens], nats, 0 off the loss mask, without the objective's floor.
+        components: For a mixture of models, (weight, log-probabilities [tokens]) of each; `logprobs` is their weighted sum.
     """
 
     teacher: str
@@ -137,11 +158,13 @@ class SampledScore:
 
 @dataclass(frozen=True)
 class TopKScore:
-    """The teacher's log-probabilities on a few ids before each action, the sampled one among them; the rest of its distribution is
-    one bucket.
+    """The teacher's log-probabilities of a few tokens before each action. All other tokens are one bucket.
 
-    `logprobs` [tokens] is as in `SampledScore`. ids [actions, k] int32, top_k_logprobs [actions, k] nats;
-    -1 and -inf where there are fewer.
+    Attributes:
+        teacher: The name of the teacher.
+        logprobs: As in `SampledScore`.
+        ids: [actions, k] int32, the sampled token among them; -1 where there are fewer.
+        top_k_logprobs: [actions, k], nats; -inf where there are fewer.
     """
 
     teacher: str
@@ -164,9 +187,13 @@ class HiddenPart:
 
 @dataclass(frozen=True)
 class HiddenScore:
-    """A full-vocabulary score in process: log q = sum_k weight_k log q_k over its parts, one for an ordinary teacher.
+    """A score over the whole vocabulary, in process: log q = sum_k weight_k log q_k over its parts.
 
-    `logprobs` [tokens] and `components` are as in `SampledScore`.
+    Attributes:
+        teacher: The name of the teacher.
+        logprobs: As in `SampledScore`.
+        parts: The final hidden states of each model before each action; an ordinary teacher has one part.
+        components: As in `SampledScore`.
     """
 
     teacher: str
@@ -177,13 +204,17 @@ class HiddenScore:
 
 @dataclass(frozen=True)
 class ChunkScore:
-    """The score of a teacher with another tokenizer: both tokenisations cut where they end at the same byte.
+    """The score of a teacher with another tokenizer. A chunk ends where tokens of both models end at the same byte.
 
-    chunks [tokens]: the chunk of each action, numbered from 0; -1 where there is none (off the loss mask, or masked).
-    logprobs [tokens]: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere. num_bytes: of the text
-    in chunks. facts: how the two lined up, counts by name (`opd.text.alignment.facts`), with "masked/REASON" for each masked token.
-    compared [tokens] bool: with `part`, the actions at which both sides chose the same token, so that their distributions can
-    be compared too; the part's states are those before them.
+    Attributes:
+        teacher: The name of the teacher.
+        logprobs: [tokens], nats: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere.
+        chunks: [tokens], the number of the chunk of each action, from 0; -1 off the loss mask and for masked tokens.
+        num_bytes: The bytes of text in chunks.
+        facts: Counts of the alignment by name (`opd.text.alignment.facts`), with "masked/REASON" for masked tokens.
+        compared: [tokens] bool, with `part`: the actions at which both models chose the same token, so that their distributions can
+            be compared.
+        part: The teacher's hidden states before these actions.
     """
 
     teacher: str
@@ -197,8 +228,13 @@ class ChunkScore:
 
 @dataclass(frozen=True)
 class FailedScore:
-    """A teacher that could not score this rollout, and why; it is counted and never trained on. lost: it could have, had its
-    server answered."""
+    """The reason why a teacher could not score a rollout. opd counts it and never trains on it.
+
+    Attributes:
+        teacher: The name of the teacher.
+        reason: Why there is no score.
+        lost: Whether only a server's missing answer is the reason.
+    """
 
     teacher: str
     reason: str
@@ -210,8 +246,14 @@ Score: TypeAlias = SampledScore | TopKScore | HiddenScore | ChunkScore | FailedS
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout and its own teacher's score of it; cached: the score was made for an equal rollout before; retries: how often its
-    server was asked again."""
+    """A rollout and its teacher's score.
+
+    Attributes:
+        rollout: The rollout.
+        score: The score, or the reason why there is none.
+        cached: Whether the score was made earlier, for an equal rollout.
+        retries: How often the request to a server was repeated.
+    """
 
     rollout: Rollout
     score: Score

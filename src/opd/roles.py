@@ -33,8 +33,11 @@ def generator_of(*parts: int | str) -> torch.Generator:
 class Step:
     """An environment's answer to one turn of the student.
 
-    observations: the messages that follow, of role "tool", "user" or "system"; reward: the reward of the episode as it stands
-    now, in [0, 1], or None for no verdict yet; done: no further turn. events: counts of notable events, by name.
+    Attributes:
+        observations: The messages that follow, with role "tool", "user" or "system".
+        reward: The reward of the episode so far, in [0, 1], or None for no verdict yet.
+        done: Whether the episode is over.
+        events: Counts of notable events, by name.
     """
 
     observations: Sequence[Message] = ()
@@ -44,10 +47,10 @@ class Step:
 
 
 class Environment(Protocol):
-    """One episode's counterpart of the student. A `close` method, if it has one, is called when the episode is over."""
+    """The environment of one episode. opd calls its `close` method, if it has one, when the episode is over."""
 
     async def reset(self) -> Sequence[Message]:
-        """The messages that follow the prompt before the student's first turn; often none."""
+        """The messages after the prompt, before the student's first turn; often none."""
         ...
 
     async def step(self, message: Message) -> Step:

@@ -36,10 +36,13 @@ from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities,
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The result of a run.
 
-    run: its folder; steps_done: how many steps are done and saved; finished: False when it was stopped before its last step;
-    parity: the rows of the parity table, none without an evaluation.
+    Attributes:
+        run: The run folder.
+        steps_done: The steps that are done and saved.
+        finished: False for a run that was stopped before its last step.
+        parity: The rows of the parity table; empty without an evaluation.
     """
 
     run: Path
@@ -54,7 +57,7 @@ class Result:
 
     @cached_property
     def history(self) -> list[dict[str, float]]:
-        """The metrics of every step, one dict a step in order; `pandas.DataFrame(result.history)` is the table."""
+        """The metrics of every step, one dict for each step; `pandas.DataFrame(result.history)` makes a table."""
         return read_metrics(self.run)
 
     @property

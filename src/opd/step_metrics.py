@@ -1,12 +1,13 @@
 """Every metric that a run writes, with its unit and meaning, and the metrics that follow from a step's rollouts alone.
 
 A name is `area/name/stat`; the stat says how values merge: `mean` (weighted), `sum` or `max`; `value` is a detector's own.
-`python -m opd.step_metrics` prints docs/reference/metrics.md.
+`make reference` writes docs/reference/metrics.md from it.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of
@@ -27,20 +28,18 @@ PLACEHOLDERS = {
     "TASK": "a table of `[tasks]`",
     "TEACHER": "a table of `[teachers]`",
     "RULE": "a rule of a task's `checks.rules`",
-    "EVENT": "an event that the environment counts, such as `tool_calls`, `tool_errors`, `failed` or `observation_cut`",
-    "REASON": "why a token has no log ratio, such as `no_counterpart`, `invalid_utf8`, `straddle` or `syntax`",
+    "EVENT": "an event that the environment counts, such as `tool_calls` or `observation_cut`",
+    "REASON": "why a token has no log ratio, such as `no_counterpart`, `straddle` or `syntax`",
     "DETECTOR": "a table of `[detectors]`",
     "ASPECT": "what a detector with several values measures, such as `topk` or `length`",
 }
 
-METRICS = tuple(
-    Declared(*row)
-    for row in (
-        # the distance of student and teacher
-        ("kl/token/mean", "nats", "Reverse KL a token; an estimate from the sampled tokens where distributions are absent."),
+GROUPS: Mapping[str, tuple[tuple[str, str, str], ...]] = MappingProxyType({
+    "Distance of student and teacher": (
+        ("kl/token/mean", "nats", "Reverse KL per token; without distributions an estimate from the sampled tokens."),
         ("kl/token/TEACHER/mean", "nats", "The same on the prompts of one teacher."),
         ("kl/sequence/mean", "nats", "Reverse KL of an episode, summed over its tokens."),
-        ("kl/byte/mean", "nats", "Reverse KL a byte of text, for teachers with another tokenizer."),
+        ("kl/byte/mean", "nats", "Reverse KL per byte of text, for teachers with another tokenizer."),
         ("divergence/token/mean", "nats", "The divergence that the loss minimises, where it is not the full reverse KL."),
         ("student/entropy/mean", "nats", "Entropy of the student at the states where distributions are compared."),
         ("student/nll/mean", "nats", "Negative log-likelihood of the tokens that train."),
@@ -51,7 +50,8 @@ METRICS = tuple(
         ("teacher/floored_mass/mean", "fraction", "Probability of the student where that of the teacher was raised to the floor."),
         ("top_k/tail_mass/mean", "fraction", "Probability of the student outside the top-k tokens."),
         ("top_k/compared/mean", "fraction", "Actions with compared distributions, for a teacher with another tokenizer."),
-        # the update
+    ),
+    "The update": (
         ("loss/total/sum", "", "The loss of the update; with sampled advantages only its gradient has a meaning."),
         ("loss/clipped/mean", "fraction", "Trained actions whose importance ratio PPO clips."),
         ("optim/grad_norm/mean", "", "Norm of the gradient before clipping."),
@@ -66,7 +66,8 @@ METRICS = tuple(
         ("correction/rejected/sum", "tokens", "Actions that the bounds on importance weights left out."),
         ("staleness/mean", "updates", "Updates between the student that sampled and the student that learns."),
         ("staleness/max", "updates", "The largest such number."),
-        # the batch
+    ),
+    "The batch": (
         ("batch/rollouts/sum", "rollouts", "Rollouts of the step."),
         ("batch/tokens/sum", "tokens", "Tokens of these rollouts, prompts included."),
         ("batch/packed_tokens/sum", "tokens", "Distinct tokens in the passes of the learner."),
@@ -79,7 +80,8 @@ METRICS = tuple(
         ("held_out/timeouts/sum", "responses", "The same among the held-out responses."),
         ("remote/retried/sum", "requests", "Requests to servers that were repeated; absent where there are none."),
         ("remote/lost/sum", "rollouts", "Rollouts that servers lost; absent where there are none."),
-        # responses and rewards
+    ),
+    "Responses and rewards": (
         ("reward/mean", "", "Mean reward of the episodes that have one."),
         ("reward/TASK/mean", "", "The same for one task."),
         ("held_out/reward/mean", "", "Mean reward of held-out prompts, every `evaluation.every` steps."),
@@ -90,7 +92,8 @@ METRICS = tuple(
         ("format/RULE/sum", "episodes", "Episodes with an error that this rule found."),
         ("episode/turns/mean", "turns", "Turns of the student in an episode, where any has several."),
         ("episode/EVENT/sum", "events", "Events of the environments."),
-        # a teacher with another tokenizer
+    ),
+    "A teacher with another tokenizer": (
         ("align/TEACHER/one_to_one/mean", "fraction", "Bytes of text in chunks of one token on both sides."),
         ("align/TEACHER/masked/mean", "fraction", "Tokens of the student without a log ratio."),
         ("align/TEACHER/masked/REASON/mean", "fraction", "The same by reason."),
@@ -102,7 +105,8 @@ METRICS = tuple(
         ("align/TEACHER/non_canonical/mean", "fraction", "Turns in other tokens than the tokenizer of the student would choose."),
         ("align/TEACHER/untranscribed/mean", "fraction", "Turns whose tool calls stayed in the syntax of the student."),
         ("align/TEACHER/alarms/mean", "per turn", "One-to-one chunks with a log ratio below -15 nats."),
-        # what the detectors read
+    ),
+    "Detectors": (
         ("detectors/episodes/sum", "episodes", "Episodes of the step."),
         ("detectors/repeated/mean", "fraction", "3-grams of a response that occurred in it before."),
         ("detectors/compression/mean", "", "Bytes of a response divided by those of its zlib form, from 200 characters on."),
@@ -120,18 +124,20 @@ METRICS = tuple(
         ("detectors/unflagged_advantage/mean", "", "Advantage of the other tokens."),
         ("detectors/common_gain/mean", "fraction", "Positive advantage on the five most common tokens."),
         ("detectors/common_actions/mean", "fraction", "Actions that are one of the five most common tokens."),
-        ("detectors/DETECTOR/value", "", "The value of a detector ([what it measures](../safeguards.md#detectors))."),
+        ("detectors/DETECTOR/value", "", "The value of a detector ([what it measures](configuration.md#detectors))."),
         ("detectors/DETECTOR/ASPECT/value", "", "The same, for a detector with several values."),
         ("detectors/DETECTOR/TEACHER/ASPECT/value", "", "The same by teacher."),
-        # time
+    ),
+    "Time": (
         ("time/step_s/sum", "s", "The whole step."),
         ("time/sample_s/sum", "s", "Sampling."),
         ("time/score_s/sum", "s", "Scores of the teachers."),
         ("time/update_s/sum", "s", "Student scores, gradient and update."),
         ("time/wait_s/sum", "s", "Time of the step outside the phases of the training thread."),
         ("time/tokens_per_s/mean", "tokens/s", "Tokens of the rollouts, prompts included, divided by the time of the step."),
-    )
-)  # fmt: skip
+    ),
+})  # fmt: skip
+METRICS = tuple(Declared(*row) for rows in GROUPS.values() for row in rows)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -146,15 +152,20 @@ def declared(name: str) -> Declared | None:
 
 def reference() -> str:
     """The text of docs/reference/metrics.md."""
+    head = "| metric | unit | meaning |\n| --- | --- | --- |\n"
     return (
-        "# Metrics\n"
-        "`metrics.jsonl` of a run folder holds one line a step; `opd.read_metrics(run)` returns them as dicts. The last\n"
-        "part of a name says how values merge: `mean`, `sum` or `max`. A metric without data is absent.\n"
-        "This page is generated from `opd.step_metrics` (`make reference`).\n\n"
-        "| metric | unit | meaning |\n|---|---|---|\n"
-        + "".join(f"| `{name}` | {unit} | {meaning} |\n" for name, unit, meaning in METRICS)
-        + "\nParts in capitals stand for names:\n\n"
+        "# Metrics\n\n"
+        "This page lists every metric that a run writes, with its unit and meaning.\n\n"
+        "`metrics.jsonl` of a run folder holds one line for each step, and `opd.read_metrics(run)` returns\n"
+        "these lines as dicts. The last part of a name says how values merge: `mean`, `sum` or `max`. A\n"
+        "metric without data is absent.\n\n"
+        "Parts in capitals stand for names:\n\n"
         + "".join(f"- `{part}`: {meaning}.\n" for part, meaning in PLACEHOLDERS.items())
+        + "\n`make reference` generates this page from `opd.step_metrics`.\n"
+        + "".join(
+            f"\n## {title}\n\n{head}" + "".join(f"| `{name}` | {unit} | {meaning} |\n" for name, unit, meaning in rows)
+            for title, rows in GROUPS.items()
+        )
     )
 
 
@@ -206,7 +217,3 @@ def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
         metrics[f"align/{teacher}/{LARGEST}/max"] = Max(found_shares.pop(LARGEST))
         metrics |= {f"align/{teacher}/{name}/mean": mean_of([share]) for name, share in found_shares.items()}
     return metrics
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -29,20 +29,25 @@ class Trainer:
     """On-policy distillation of one student.
 
     Args:
-        config: a recipe (a path, a dict, or a `Config`), or the folder of a run that is to go on.
-        prompts: an iterable of records (dicts as in a prompt file, or `opd.Prompt`), such as a list or a `datasets.Dataset`. They
-            take the place of the recipe's tasks, which then may be left out. Settings of such a task (`teacher`, `columns`,
-            `verifier`, ...) stand in a table `tasks.prompts` of type "python".
-        held_out_prompts: prompts that are evaluated and never trained on.
-        reward: (prompt, response) -> a number in [0, 1], or None for no verdict; takes the place of every task's own verifier. It
-            may be a coroutine function: the rewards of a step are then awaited together.
+        config: A recipe (a path, a dict, or a `Config`), or the folder of a run.
+        prompts: Any iterable of records (dicts as in a prompt file, texts, or `opd.Prompt`), such as a list or a
+            `datasets.Dataset`. They take the place of the recipe's tasks. Their settings (`teacher`, `columns`, `verifier`, ...)
+            stand in one table of [tasks] with `type = "python"`.
+        held_out_prompts: Prompts that are evaluated and never trained on.
+        reward: (prompt, response) -> a number in [0, 1], or None for no verdict. It takes the place of every task's own verifier.
+            It may be a coroutine function: opd then awaits the rewards of a step together.
         environment: prompt -> an `opd.Environment` for one episode, or None for a single turn.
-        teachers: by name, added to those of the recipe: a model (hub id, folder, GGUF file), a folder with an adapter of the
+        teachers: By name, added to those of the recipe: a model (hub id, folder, GGUF file), a folder with an adapter of the
             student's base, the URL of a server, or a dict of settings.
         callbacks: `opd.Callback` objects, or functions that get the report of each step.
-        if_exists: when the run folder exists, "error" refuses it, "resume" continues it, "overwrite" deletes it if opd made it.
+        if_exists: If the run folder exists, "error" refuses it, "resume" continues it, and "overwrite" deletes it if only opd
+            wrote in it.
 
-    Raises OpdError with one line for what does not fit.
+    Raises:
+        OpdError: For arguments or a recipe that cannot be used, with one line that says what to write instead.
+
+    A run folder cannot hold Python objects. To continue or evaluate a run of your own prompts, reward or environment, pass them
+    again: `opd.Trainer("runs/mine", prompts=prompts, reward=reward).resume()`. opd compares the prompts with those of the start.
     """
 
     def __init__(
@@ -87,7 +92,10 @@ class Trainer:
     def fit(self) -> Result:
         """Train, from a fresh run folder to the parity table.
 
-        Whatever ends a run that has begun, its last whole step is saved, and the error says how to continue.
+        If the run ends early, for any reason, its last whole step is saved, and the error says how to continue.
+
+        Raises:
+            OpdError: For a failed start-up check, or an error that you can fix.
         """
         folder = RunFolder(Path(self.config.output))
         if self._folder is not None:
@@ -106,11 +114,16 @@ class Trainer:
         return self._run(self.config, folder, own_code=self._own_code()).go(resume=False)
 
     def resume(self, overrides: Sequence[str] = (), *, allow_changes: bool = False) -> Result:
-        """Continue the run from its newest whole checkpoint; the result is that of a run that was never stopped.
+        """Continue the run from its newest whole checkpoint. The result is that of a run that was never stopped.
 
-        overrides: where and how it continues, such as "teachers.math.url=http://10.0.0.8:8000" or "cluster.learner_ranks=8";
-        config.json holds them from then on. allow_changes: also settings that change what is learnt from here on: optimizer.*,
-        evaluation.* and detectors.*; changes.jsonl in the run folder keeps them. Raises ConfigError for any other.
+        Args:
+            overrides: Keys that change where and how it continues, such as `"teachers.math.url=http://10.0.0.8:8000"` or
+                `"steps=200"`. config.json holds them from then on.
+            allow_changes: Also accept keys that change what is learnt from here on: [optimizer], [evaluation] and [detectors].
+                `changes.jsonl` in the run folder keeps these changes.
+
+        Raises:
+            ConfigError: For any other key.
         """
         folder = self._existing()
         with folder.locked():  # before anything is read, which another process may be changing
@@ -118,11 +131,14 @@ class Trainer:
             return self._continue(folder, resumed_config(config, overrides, allow_changes=allow_changes))
 
     def evaluate(self, overrides: Sequence[str] = (), *, step: int | None = None) -> list[ParityRow]:
-        """The parity table of the run's student in its newest checkpoint, or in that of `step`. It is written to the run folder:
-        to parity.json, or to evaluations/ for a `step`.
+        """The parity table of the run's student in its newest checkpoint, or in that of `step`.
 
-        Without a run, of the recipe's student as it is; nothing is written. overrides: as for `resume`, and
-        evaluation.num_prompts; config.json stays as it is.
+        It is written to the run folder: to parity.json, or to evaluations/ for a `step`. Without a run, the recipe's student is
+        evaluated untrained, and nothing is written.
+
+        Args:
+            overrides: As for `resume`, and `evaluation.num_prompts`. config.json stays as it is.
+            step: The step of a checkpoint.
         """
         folder = self._folder or RunFolder(Path(self.config.output))
         if not (folder.path / "config.json").is_file():
@@ -137,16 +153,23 @@ class Trainer:
         return self._run(config, folder).evaluate(step)
 
     def evaluate_untrained(self) -> list[ParityRow]:
-        """The parity table of the recipe's student as it is, whatever its run folder holds; nothing is written."""
+        """The parity table of the recipe's untrained student. Nothing is written, and a run folder is ignored."""
         _require_evaluation(self.config, f"the recipe of '{self.config.student}'")
         return self._run(self.config, RunFolder(Path(self.config.output))).evaluate_untrained()
 
     def export(
         self, output: str | Path, *, step: int | None = None, merged: bool = False, dtype: str | None = None
     ) -> Path:
-        """Write the student of the newest checkpoint, or of `step`, to the folder `output`.
+        """Write the student of the newest checkpoint, or of `step`, to a folder.
 
-        merged: a whole Hugging Face model instead of a PEFT adapter, in `dtype` ("float32" or "bfloat16").
+        Args:
+            output: The folder, empty or absent.
+            step: The step of a checkpoint.
+            merged: Write a whole Hugging Face model instead of a PEFT adapter.
+            dtype: The data type of a whole model: "float32" or "bfloat16".
+
+        Returns:
+            The folder.
         """
         folder = self._existing()
         target = Path(output)
@@ -159,7 +182,14 @@ class Trainer:
         return target
 
     def check(self) -> list[Finding]:
-        """Every start-up check, with its figures; raises for a record that no run could use."""
+        """Run every start-up check, without training.
+
+        Returns:
+            The findings, with their figures. Some may have failed.
+
+        Raises:
+            DataError: For a record that no run could use.
+        """
         task_data = self._task_data(self.config)
         with closing(make_backend(self.config.started(), task_data.make_environment)) as backend:
             return run_checks(self.config, backend, task_data)
@@ -206,7 +236,7 @@ def is_recipe(path: str | Path) -> bool:
 
 
 def train(config: Recipe, **kwargs: Any) -> Result:
-    """`Trainer(config, ...).fit()`: the arguments are those of `Trainer`."""
+    """Train a recipe: `Trainer(config, **kwargs).fit()`, with the arguments of `Trainer`."""
     return Trainer(config, **kwargs).fit()
 
 

@@ -266,7 +266,7 @@ def comparison(pairs: Sequence[str] = tuple(PAIRS), *, steps: int = _STEPS) -> C
         "the mean of the comparison, written out": compared < 1e-10,
     }
     return Claim(
-        "16c", "comparing common cells", "docs/tokenizers.md, what the two vocabularies have in common",
+        "16c", "comparing common cells", "docs/concepts/tokenizers.md, what the two vocabularies have in common",
         "below the sampled chunks where no token of the teacher's spans several of the student's; above them where it merges "
         "across, since where a cut lies then tells of letters to come",
         "; ".join(f"{n}: " + ", ".join(f"{way} {end:.2f}" for way, end in e.items()) for n, e in ends.items()),

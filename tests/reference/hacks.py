@@ -44,7 +44,7 @@ def ways(hack: Hack, name: str) -> Iterator[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """Formulas of docs/objectives.md for one student, a response at a time; p: pi(.|s) of every state."""
+    """Formulas of docs/concepts/objectives.md for one student, a response at a time; p: pi(.|s) of every state."""
 
     hack: Hack
     arm: Arm

@@ -10,7 +10,7 @@ from factories import byte_tokenizer, prompt
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from opd.config.tree import ChecksConfig, Rule
+from opd.config.tasks import ChecksConfig, Rule
 from opd.records import Finish, Rollout, Turn
 from opd.rewards.format_checks import CheckedTurn, Found, check_turn, flag_errors
 from opd.text.tokenizer import TokenBytes, token_bytes

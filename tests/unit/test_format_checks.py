@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd.config.tree import ChecksConfig, Rule
+from opd.config.tasks import ChecksConfig, Rule
 from opd.rewards.format_checks import CHECKS, SEARCHED_CHARACTERS, Found, check_turn
 from opd.text.tool_calls import Syntax
 

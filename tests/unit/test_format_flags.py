@@ -19,7 +19,7 @@ from factories import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.config.tree import ChecksConfig
+from opd.config.tasks import ChecksConfig
 from opd.records import Finish, Flag
 from opd.rewards.format_checks import check_turn, flag_errors
 from opd.text.tokenizer import token_bytes

@@ -275,7 +275,7 @@ def test_the_example_prints_a_whole_plan_for_16_gpus(monkeypatch: pytest.MonkeyP
     for part in parts:
         assert part in said, part
     shown = " ".join(said.split())
-    assert shown in " ".join((ROOT / "docs/cluster_plan.md").read_text(encoding="utf-8").split())
+    assert shown in " ".join((ROOT / "docs/reference/cluster-plan.md").read_text(encoding="utf-8").split())
 
 
 def test_the_settings_that_are_printed_are_the_placement(folders: dict[str, str], tmp_path: Path):

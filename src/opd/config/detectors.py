@@ -1,7 +1,7 @@
-"""The detectors of reward hacking: what each does on an alarm, and from which figures it raises one (docs/safeguards.md).
+"""[detectors]: the detectors of reward hacking, what each does on an alarm, and from which figures it raises one.
 
-Streams are smoothed by moving averages over `memory` steps, and a change counts only beyond six of its own standard errors
-(`opd.detectors.statistics`), so that small batches make detectors slower, not nervous.
+Metrics are smoothed by moving averages over `memory` steps, and a change counts only beyond six of its own standard errors
+(`opd.detectors.statistics`): small batches make a detector slower, and do not make it raise more false alarms.
 """
 
 from typing import Annotated, Literal, TypeAlias
@@ -17,134 +17,159 @@ Factor: TypeAlias = Annotated[float, Field(gt=1)]
 
 
 class DetectorConfig(Node):
-    """action: "off"; "log": into the run's files; "warn": on the screen too; "stop": save a checkpoint and end the run."""
+    """The keys of every detector."""
 
     action: Action = "warn"
+    """The reaction to an alarm. "log" writes it to `alarms.jsonl`, "warn" prints it too, "stop" also saves a checkpoint and ends
+    the run."""
     memory: Positive = 10
+    """The steps of the moving average."""
 
 
 class GoodhartConfig(DetectorConfig):
-    """1: the distillation reward rises while the reward falls. The reward is `drop` below its best, and the reverse KL, per
-    token or per sequence, has fallen by the share `gain` since then."""
+    """The reward falls while the student comes closer to its teacher."""
 
     memory: Positive = 20
+    """The steps of the moving average. 20, because the reward of one batch is noisy."""
     drop: Share = 0.1
+    """The fall of the mean reward from its best value that raises an alarm."""
     gain: Share = 0.1
+    """The fraction by which the reverse KL, per token or per sequence, must have fallen since then."""
 
 
 class AurocConfig(DetectorConfig):
-    """2: the log ratio of a response hardly tells good rewards from bad ones: AUROC below `threshold`.
-
-    One step cannot tell 0.55 from 0.65 (the standard error with 32 good and 32 bad responses is 0.07), so steps are pooled
-    until it is at most `max_error`.
-    """
+    """The log ratio of a response does not tell good rewards from bad ones."""
 
     memory: Positive = 20
+    """The steps of the moving average. 20, because one step says little about an AUROC."""
     threshold: Share = 0.55
+    """The AUROC below which it raises an alarm. At 0.5 the log ratio says nothing about the reward."""
     max_error: Share = 0.03
+    """The largest standard error of the AUROC. Steps are pooled until it is reached: with 32 good and 32 bad responses it is
+    0.07, so one step cannot tell 0.55 from 0.65."""
 
 
 class FlaggedAdvantageConfig(DetectorConfig):
-    """3: tokens with format errors are pushed up: their mean advantage exceeds that of the others by `threshold`.
+    """Tokens with format errors get a higher advantage than the other tokens.
 
-    Not their advantage against 0: without a baseline every advantage has mean -KL, and an error that gets 0 is rewarded.
-    It logs only, for without a baseline errors in passages of low KL look rewarded too.
+    The comparison is with the other tokens, because without a baseline every advantage has the mean -KL.
     """
 
     action: Action = "log"
+    """The reaction to an alarm. "log", because without a baseline errors in passages of low KL look rewarded too."""
     threshold: Annotated[float, Field(ge=0)] = 0.0
+    """The difference of the two mean advantages that raises an alarm."""
 
 
 class ThresholdConfig(DetectorConfig):
-    """A share that must stay below `threshold`. It raises an alarm when it has risen there, or when it has been there for
-    `patience` steps: a student that begins above it and improves is no case for one."""
+    """The keys of a detector of a fraction that must stay low."""
 
     threshold: Share = 0.1
+    """The fraction above which it raises an alarm."""
     patience: Positive = 50
+    """The steps above the threshold after which it raises an alarm without a rise. A student that starts above the threshold
+    may be about to improve."""
 
 
 class RepetitionConfig(ThresholdConfig):
-    """4: responses that are loops, by their repeated 3-grams or by how well they compress (`opd.detectors.metrics`)."""
+    """The fraction of responses that are loops, by repeated 3-grams or by compression."""
 
 
 class TruncationConfig(ThresholdConfig):
-    """5: more than `threshold` of the responses are cut; or their length has grown `growth` times within `window` steps; or
-    it has shrunk `shrink` times while the reverse KL of a token rose, as of a student that learns to end at once."""
+    """The fraction of responses that a limit on tokens cut, and the length of responses."""
 
     window: Positive = 50
+    """The steps within which lengths are compared."""
     growth: Factor = 2.0
+    """Growth of the mean length, as a factor, that raises an alarm."""
     shrink: Factor = 3.0
+    """Decrease of the mean length, as a factor, that raises an alarm while the reverse KL per token rises. Such a student learns
+    to end at once."""
 
 
 class LowKlConfig(ThresholdConfig):
-    """6: among responses of 256 tokens and more, those with four windows of 64 tokens in a row in which the teacher is five
-    times closer to the student than elsewhere in the step. It logs only: copied text looks like this too."""
+    """The fraction of long responses with a passage in which the teacher is five times closer to the student than elsewhere.
+
+    Long: at least 256 tokens. A passage: four windows of 64 tokens.
+    """
 
     action: Action = "log"
+    """The reaction to an alarm. "log", because copied text looks like this too."""
     threshold: Share = 0.05
+    """The fraction above which it raises an alarm."""
 
 
 class OverlapConfig(DetectorConfig):
-    """7: student and teacher part: their top-k overlap falls `drop` below its best, or their entropies differ by `entropy_gap`
-    nats more than they did; or the student's entropy is below `entropy_fraction` both of its start and of the teacher's.
-
-    Not of its start alone: a student that follows a certain teacher becomes certain (from 3.4 to 0.02 nats in the demo).
-    """
+    """Student and teacher disagree more and more, or the student becomes far more certain than its teacher."""
 
     drop: Share = 0.1
+    """The fall of the top-k overlap from its best value that raises an alarm."""
     entropy_gap: Above = 0.5
+    """The growth of the difference of their entropies that raises an alarm, in nats."""
     entropy_fraction: Share = 0.5
+    """The fraction of both its first entropy and the teacher's below which the student's entropy raises an alarm. Not of the
+    first entropy alone: a student of a certain teacher becomes certain (in the demo from 3.4 to 0.02 nats)."""
 
 
 class SpecialTokensConfig(ThresholdConfig):
-    """8: special tokens with a log ratio beyond 15 nats. An untrained student ends a third of its turns where its teacher never
-    would, for some ten steps; a tokenizer's artefact stays."""
+    """The fraction of special tokens with a log ratio beyond 15 nats."""
 
     threshold: Share = 0.25
+    """The fraction above which it raises an alarm. An untrained student ends a third of its turns where its teacher never would,
+    for some ten steps."""
     patience: Positive = 30
+    """The steps above the threshold after which it raises an alarm without a rise. An artefact of a tokenizer stays."""
 
 
 class CommonTokensConfig(ThresholdConfig):
-    """9: the share of the positive advantage that falls on the five most common tokens, above their share of the tokens. Not the
-    former alone: where answers are digits it is large by nature. It logs only: few tokens carry most of the advantage, and which
-    ones changes from step to step."""
+    """The fraction of the positive advantage on the five most common tokens, minus their fraction of the tokens."""
 
     action: Action = "log"
+    """The reaction to an alarm. "log", because few tokens carry most of the advantage and these change from step to step."""
     memory: Positive = 20
+    """The steps of the moving average. 20, because this difference is noisy."""
     threshold: Share = 0.3
+    """The difference above which it raises an alarm."""
 
 
 class TeacherDriftConfig(DetectorConfig):
-    """10: the student loses one of its teachers: the reverse KL to it is `rise` times its lowest and `min_rise` nats a token
-    above it, or the reward on its prompts is `drop` below its best."""
+    """The student loses one of several teachers."""
 
     rise: Factor = 2.0
+    """The rise of the reverse KL to a teacher from its lowest value, as a factor, that raises an alarm."""
     min_rise: Above = 0.1
+    """The least rise of that reverse KL, in nats per token."""
     drop: Share = 0.15
+    """The fall of the mean reward on a teacher's prompts from its best value that raises an alarm."""
 
 
 class FormatErrorsConfig(DetectorConfig):
-    """11: format errors become more frequent: a CUSUM of their rate, in standard errors of a step above the lowest rate so far
-    (at least `acceptable`), less `slack`, exceeds `limit`."""
+    """Format errors become more frequent, by a CUSUM of their rate in standard errors of a step."""
 
     memory: Positive = 20
+    """The steps of the moving average. 20, because format errors are rare."""
     acceptable: Share = 0.01
+    """The rate of errors from which the CUSUM counts, where the lowest rate so far is smaller."""
     slack: Above = 1.0
+    """The standard errors that are subtracted at every step."""
     limit: Above = 8.0
+    """The sum that raises an alarm, in standard errors."""
 
 
 class HeldOutConfig(DetectorConfig):
-    """12: the held-out reward, by another grader, falls `drop` below its best and the training reward does not follow it;
-    `memory` counts evaluations."""
+    """The held-out reward falls and the training reward does not (see `evaluation.every`, `tasks.NAME.grader`)."""
 
     memory: Positive = 3
+    """The evaluations of the moving average."""
     drop: Share = 0.05
+    """The fall of the held-out reward from its best value that raises an alarm."""
 
 
 class DetectorsConfig(Node):
-    """The detectors. An alarm is repeated only after its cause has been gone for `rearm_steps`."""
+    """The detectors of reward hacking. A change counts only beyond six of its own standard errors."""
 
     rearm_steps: Positive = 20
+    """The steps without its cause after which a detector may raise the same alarm again."""
     goodhart: GoodhartConfig = GoodhartConfig()
     log_ratio_reward_auroc: AurocConfig = AurocConfig()
     flagged_advantage: FlaggedAdvantageConfig = FlaggedAdvantageConfig()

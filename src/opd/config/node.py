@@ -12,9 +12,13 @@ NonNegative: TypeAlias = Annotated[int, Field(ge=0)]
 
 
 class Node(BaseModel):
-    """A frozen table of a recipe; unknown keys are errors."""
+    """A frozen table of a recipe; unknown keys are errors.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    The docstring under a key is its description in docs/reference/configuration.md: the first sentence says what it is, the
+    others give the reason for its default, or its limits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def is_default(self, key: str) -> bool:
         """Whether the value of `key` equals its default."""

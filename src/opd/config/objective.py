@@ -1,4 +1,4 @@
-"""[objective], [mask] and [reward]: the loss of the student (docs/objectives.md)."""
+"""[objective], [mask] and [reward]: the loss of the student."""
 
 from typing import Annotated, Literal
 
@@ -24,18 +24,20 @@ _REFUSED_TAILS = {
 
 
 class CorrectionConfig(Node):
-    """Importance weights for samples of a policy that differs a little from the student: of an older version, or of an engine
-    with other rounding.
-
-    type: "truncate" limits a weight to `cap`; "reject" leaves out tokens whose weight is outside [`low`, `high`], from the
-    normaliser too. level: a weight of each token, of the geometric mean of a sequence, or of a whole sequence.
-    """
+    """Importance weights for samples of a policy that differs from the student: an older version, or an engine with other
+    rounding."""
 
     type: Literal["none", "truncate", "reject"] = "none"
+    """The correction. "truncate" limits weights to `cap`; "reject" leaves out tokens with a weight outside [`low`, `high`], from
+    the normaliser too. "none", because by default the student samples for itself."""
     level: Literal["token", "geometric", "sequence"] = "token"
+    """The unit that has a weight. "geometric" is the mean over an episode, "sequence" the product over it."""
     cap: Annotated[float, Field(ge=1)] = 2.0
+    """With "truncate": the largest weight."""
     low: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """With "reject": the smallest weight that trains."""
     high: Annotated[float, Field(ge=1)] = 2.0
+    """With "reject": the largest weight that trains."""
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "CorrectionConfig":
@@ -45,32 +47,55 @@ class CorrectionConfig(Node):
 
 
 class ObjectiveConfig(Node):
-    """The distillation term, multiplied by `coef`.
-
-    teacher_logprob_floor: nats; lower log-probabilities of a teacher are raised to it, so that one token has a bounded cost.
-    Metrics count the tokens that were raised.
-    """
+    """The distillation term of the loss. [Objectives](../concepts/objectives.md) says when to use which."""
 
     coef: Annotated[float, Field(ge=0)] = 1.0
+    """The weight of the distillation term. At 0 the reward alone trains."""
     type: Literal["exact", "exact_to_go", "top_k", "immediate", "to_go", "kl_to_go"] = "exact"
+    """The estimator of the gradient. "exact" has the least variance and needs no group of samples, but whole distributions of the
+    teacher. For a teacher behind a server write "top_k", "immediate" or "to_go"."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """With "exact": the divergence of student and teacher. The others are other objectives, not other estimators."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With divergence "jsd": the weight of the teacher in the mixture, as GKD's beta."""
     top_k: Positive = 32
+    """With "top_k": the number of likeliest tokens of each model that are compared. 32 left 0.046 nats on one state of 512
+    tokens, where 8 left 0.127 and the whole vocabulary 0.009 (`opd theory`, claim 9). A vLLM server gives at most 20 by default."""
     top_k_tail: Literal["bucket"] = "bucket"
+    """With "top_k": the treatment of all other tokens. One bucket is the only safe one, and opd refuses others with the reason."""
     tail_residual: bool = False
+    """With "top_k": adds a sampled term that takes away the bias of the bucket. Off, because it adds variance and needs whole
+    distributions."""
     discount: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The discount of later tokens, required by the three types that end in "to_go". 0 is the immediate term, 1 the unbiased sum.
+    opd warns above 0.9: there the student learns to end early or to enter easy branches."""
     baseline: Literal["none", "leave_one_out", "kl", "score_weighted"] = "none"
+    """The baseline of a sampled advantage. "exact_to_go" requires "leave_one_out", which needs `sampling.group_size` of 2 or more.
+    "none", because "exact" has no sampled advantage."""
     extrapolation: Annotated[float, Field(gt=0)] = 1.0
+    """The factor of the step from the reference to the teacher. Above 1 the student goes past the teacher."""
     reference: str | None = None
+    """The model from which to extrapolate: "student" (as it was before the first step) or the name of a teacher."""
     loss: Literal["reinforce", "ppo"] = "reinforce"
+    """The loss of sampled advantages. "ppo" clips them and allows several epochs; in the first epoch on fresh samples there is
+    nothing to clip."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """With "ppo": ratios below 1 - `clip_low` are clipped. 0.2 is the value of the PPO paper."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """With "ppo": ratios above 1 + `clip_high` are clipped. 0.2 is the value of the PPO paper."""
     clip_dual: Annotated[float, Field(gt=1)] | None = None
+    """With "ppo": the largest ratio that counts for a negative advantage."""
     epochs: Positive = 1
+    """The updates on each batch. More than 1 needs "ppo", because REINFORCE has no ratio for a student that has changed."""
     correction: CorrectionConfig = CorrectionConfig()
     normalizer: Literal["trajectory", "token", "constant"] = "trajectory"
+    """The divisor of the loss: episodes, tokens, or `constant`. "trajectory" estimates the gradient of the objective; "token" does
+    not, because long and short responses then weigh the same per token. Use "constant" with a mask on a sampled advantage."""
     constant: Annotated[float, Field(gt=0)] | None = None
+    """With normalizer "constant": the divisor, such as `prompts_per_step` times `group_size`."""
     teacher_logprob_floor: Annotated[float, Field(lt=0)] = -50.0
+    """The lowest log-probability of each model of a teacher, in nats. Lower ones are raised to it, so that one token has a bounded
+    cost; `batch/floored/sum` counts them."""
 
     @property
     def integrated(self) -> bool:
@@ -122,7 +147,7 @@ class ObjectiveConfig(Node):
         kind = self.type
         if kind in _FUTURE and self.discount is None:
             raise ValueError(
-                f"type = '{kind}' needs a discount: 0 is the immediate term, 1 the unbiased sum (docs/objectives.md)"
+                f"type = '{kind}' needs a discount: 0 is the immediate term, 1 the unbiased sum (docs/concepts/objectives.md)"
             )
         if self.discount is not None and kind not in _FUTURE:
             other = "exact_to_go" if kind in _INTEGRATED else "to_go"
@@ -177,22 +202,21 @@ class ObjectiveConfig(Node):
 
 
 class MaskConfig(Node):
-    """The tokens that the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`).
-
-    format_errors: "trajectory": all tokens; "suffix": all from the first error on; "turn": all of each turn with an error; "span":
-    the tokens of the errors. The reward still acts on all tokens.
-    """
+    """The tokens that the distillation term leaves out of an episode with a format error (`tasks.NAME.checks`)."""
 
     format_errors: Literal["off", "trajectory", "suffix", "turn", "span"] = "off"
+    """The tokens that are left out. "trajectory": all; "suffix": all from the first error on; "turn": those of each turn with an
+    error; "span": those of the errors alone. The reward still acts on all tokens."""
 
 
 class RewardConfig(Node):
-    """A policy gradient from the reward, added to the distillation advantage. It acts on every episode, masked ones too.
-
-    format_error: the reward of every episode with a format error, in place of its own. Verifiers give at least 0; a value below 0
-    makes an error cost something.
-    """
+    """A policy gradient from the reward, added to the distillation advantage. It acts on every episode, masked ones too."""
 
     coef: Annotated[float, Field(ge=0)] = 0.0
+    """The weight of the reward. At 0 opd measures the reward and does not train on it."""
     format_error: Annotated[float, Field(le=0)] = -1.0
+    """The reward of every episode with a format error, in place of its own. Verifiers give at least 0, so a value below 0 makes
+    an error cost something; with 0 beside a mask errors would pay."""
     baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out"
+    """The baseline among the samples of one prompt. "leave_one_out" is unbiased; "grpo" also divides by the standard deviation of
+    the group. All but "none" need `sampling.group_size` of 2 or more."""

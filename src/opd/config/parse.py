@@ -23,7 +23,13 @@ AnyConfig = TypeVar("AnyConfig", Config, SftConfig)
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyConfig] = Config) -> AnyConfig:
     """Read a TOML recipe, apply `key=value` overrides, and check everything.
 
-    Raises ConfigError with one line that names the file and the key, what was found and what to write instead.
+    Args:
+        path: The recipe.
+        overrides: Such as `["steps=20", "optimizer.lr=1e-5"]`.
+        kind: `Config`, or `SftConfig` for fine-tuning.
+
+    Raises:
+        ConfigError: With one line that names file, key, the value found and the value to write.
     """
     tree = read_recipe(path)
     apply_overrides(tree, overrides, kind=kind)
@@ -44,7 +50,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(tree: Mapping[str, Any], *, kind: type[AnyConfig] = Config, source: str = "config") -> AnyConfig:
-    """A checked, frozen configuration from plain data; raises ConfigError with one line for the first fault."""
+    """A checked, frozen configuration from plain data.
+
+    Args:
+        tree: The tables of a recipe.
+        kind: `Config`, or `SftConfig` for fine-tuning.
+        source: A name for error messages.
+
+    Raises:
+        ConfigError: With one line for the first fault.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -192,7 +207,7 @@ def _leaf_keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 # Models and prompts may lie elsewhere: that they are the same ones is checked by their identities.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "student",
     *(f"teachers.*.{key}" for key in ("model", "adapter", "url", "server", "served_model", "api_key_env")),
     *(f"teachers.*.{key}" for key in ("engines", "gpus_per_engine", "engine_args")),
@@ -200,12 +215,12 @@ _MAY_CHANGE = (
     *("remote.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
-_MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
-_MEASURED = "evaluation.num_prompts"
+MAY_NOT_CHANGE = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
+IN_EVALUATION = "evaluation.num_prompts"
 # an evaluation uses none of these
 _TRAINED = ("checkpoint.*", "logging.*", "compute.score_cache", "compute.score_cache_folder")
-_ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
-_LIST = "docs/distributed.md lists it (Going on elsewhere)"
+ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
+_LIST = "docs/how-to/resume-and-export.md lists it"
 
 
 def resumed_config(
@@ -224,7 +239,7 @@ def resumed_config(
         raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
     changed = parse_config(tree, source="overrides")
     for key, _, new in config_changes(config, changed):
-        if key in known and allow_changes and _is_one_of(key, _ON_REQUEST):
+        if key in known and allow_changes and _is_one_of(key, ON_REQUEST):
             continue
         if key not in known or not _may_change(key, evaluation=evaluation):
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
@@ -234,7 +249,7 @@ def resumed_config(
 def require_resumable(before: Config, now: Config, *, allow_changes: bool = False) -> None:
     """Raise ConfigError when a run of the configuration `before` cannot continue with that of `now`."""
     for key, _, new in config_changes(before, now):
-        if allow_changes and _is_one_of(key, _ON_REQUEST):
+        if allow_changes and _is_one_of(key, ON_REQUEST):
             continue
         if not _may_change(key, evaluation=False) and key != "template_time":
             raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, before, evaluation=False)}")
@@ -251,19 +266,19 @@ def _is_one_of(key: str, patterns: Sequence[str]) -> bool:
 
 
 def _may_change(key: str, *, evaluation: bool) -> bool:
-    if evaluation and (key == _MEASURED or _is_one_of(key, _TRAINED)):
-        return key == _MEASURED
+    if evaluation and (key == IN_EVALUATION or _is_one_of(key, _TRAINED)):
+        return key == IN_EVALUATION
     if key == "steps":
         return not evaluation
-    return key not in _MAY_NOT and _is_one_of(key, _MAY_CHANGE)
+    return key not in MAY_NOT_CHANGE and _is_one_of(key, MAY_CHANGE)
 
 
 def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
     if key == "output":
         return "a run is where its folder is; move the folder, and name its new place"
     if evaluation:
-        return f"a run is evaluated as it was trained; only {_MEASURED}, and where and how it runs, may change: {_LIST}"
-    if _is_one_of(key, _ON_REQUEST):
+        return f"a run is evaluated as it was trained; only {IN_EVALUATION}, and where and how it runs, may change: {_LIST}"
+    if _is_one_of(key, ON_REQUEST):
         return (
             "this changes what the run learns from here on; add --allow-changes to `opd train --resume`, or call "
             "Trainer(run).resume(..., allow_changes=True)"

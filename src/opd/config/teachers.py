@@ -12,38 +12,36 @@ ServerKind: TypeAlias = Literal["vllm", "sglang"]
 
 
 class TeacherConfig(Node):
-    """One teacher: a whole model (hub id, folder or GGUF file), a LoRA adapter of the student's own base, a model behind a
-    server, or a mixture of other teachers.
-
-    `url` is the address of a server (http://host:8000), or a list of servers of the same model. `server` is its kind.
-    `served_model` is the model's name on the server, required where the server has several. `api_key_env` names the environment
-    variable that holds the server's key, if the server requires one.
-
-    `weights` names other teachers of [teachers] and mixes them. The weights are scaled to sum to one, so that a prompt with three
-    teachers does not weigh three times. The student then follows their normalised geometric mean.
-
-    `template`: the chat template of the teacher's prompts, its "own" or the "student"'s. An adapter shares the student's, and a
-    served model is asked in it.
-
-    `engines`, with `model` or `adapter` and backend = "ray": how many vLLM servers of this teacher the run starts on the cluster,
-    each with `gpus_per_engine` GPUs. `engine_args` follow the arguments that opd gives them. For its engines an adapter is merged
-    into the student's base. Teachers of one model share its servers.
-    """
+    """One teacher. It has exactly one of `model`, `adapter`, `url` and `weights`."""
 
     sources: ClassVar = ("model", "adapter", "url", "weights")
     """The keys of which a teacher has exactly one."""
 
     model: str | None = None
+    """A whole model: hub id, folder or GGUF file."""
     adapter: str | None = None
+    """A folder with a LoRA adapter of the student's own base. All adapters share one copy of the base."""
     url: str | list[str] | None = None
+    """The address of a server, such as `http://host:8000`, or of several servers of the same model."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """A mixture of other teachers, such as `{ math = 3, code = 1 }`. The weights are scaled to sum to one; the student follows
+    the normalised geometric mean of the teachers."""
     server: ServerKind = "vllm"
+    """With `url`: the kind of server."""
     served_model: str | None = None
+    """With `url`: the name of the model on the server, required where the server lists several."""
     api_key_env: str | None = None
+    """With `url`: the environment variable that holds the server's key. No file holds the key itself."""
     template: Literal["own", "student"] = "own"
+    """The chat template of the teacher's prompts, where both models share a vocabulary. "own", because the teacher was trained on
+    it. An adapter and a served model always have the student's."""
     engines: Positive | None = None
+    """With `model` or `adapter` and `backend = "ray"`: the number of vLLM servers of this teacher that the run starts. Teachers of
+    one model share its servers."""
     gpus_per_engine: NonNegative = 0
+    """The GPUs of each of these servers."""
     engine_args: list[str] = Field(default_factory=list)
+    """More arguments for these servers, after those of opd."""
 
     @property
     def remote(self) -> bool:
@@ -122,19 +120,20 @@ def _has_port(url: str) -> bool:
 
 
 class RemoteConfig(Node):
-    """Requests to served models. Each is tried `attempts` times, `timeout_s` seconds each. Waits between attempts grow from
-    `first_wait_s` to `longest_wait_s` and are drawn at random below that. At most `max_in_flight` requests wait for one server.
-
-    A rollout whose request still fails is set aside with the reason. A step that loses more than `max_lost_fraction` of its
-    rollouts in this way ends the run, which can be resumed.
-    """
+    """Requests to servers. opd sets a rollout aside, with the reason, when all attempts of its request fail."""
 
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """The time limit of one attempt, in seconds. 300, because a large teacher may take minutes to score a full queue."""
     attempts: Positive = 5
+    """The maximum number of attempts for one request."""
     first_wait_s: Annotated[float, Field(ge=0)] = 0.5
+    """The maximum wait before the second attempt, in seconds. Later maxima grow, and each wait is drawn at random below its own."""
     longest_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """The largest of these maxima, in seconds."""
     max_in_flight: Positive = 64
+    """The maximum number of requests that wait for one server at once."""
     max_lost_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The fraction of a step's rollouts that servers may lose. A step that loses more ends the run, which can be resumed."""
 
     @model_validator(mode="after")
     def _waits_grow(self) -> "RemoteConfig":
@@ -146,34 +145,40 @@ class RemoteConfig(Node):
 
 
 class ClusterConfig(Node):
-    """A run on a Ray cluster. `address` is that of a running cluster ("auto" finds it); without one, Ray starts on this machine.
+    """A run on a Ray cluster (`backend = "ray"`). Ray places each part where enough GPUs and CPUs are free.
 
-    Learner: `learner_ranks` processes hold the student's weights, each with `gpus_per_rank` GPUs (0: it computes on CPUs).
-    mixed_precision: the learner computes in bfloat16 on weights and gradients in float32.
-
-    Engines: `engines` vLLM servers sample from the student, each with `gpus_per_engine` GPUs. `engine_command` starts one, in any
-    environment that has vLLM; `engine_args` follow the arguments that opd gives. An engine must answer within `engine_start_s`
-    seconds. The engines of teachers are started with the same command. teachers_sleep: the engines of all teachers share their
-    devices, and one model is awake at a time. merge_adapter: engines get the student's adapter merged into their weights, in
-    place, instead of beside them.
-
-    Ray places each part where enough GPUs and CPUs are free. A fraction of a CPU, or 0, is a booking, not a limit.
-
-    max_staleness: 0 is on-policy. Above 0, the next steps are sampled and scored during an update, by a student that is at most so
-    many updates older.
+    A fraction of a CPU, or 0, is a booking, not a limit.
     """
 
     address: str | None = None
+    """The address of a running Ray cluster; "auto" finds it. Without one, Ray starts on this machine."""
     learner_ranks: Positive = 1
+    """The processes that share the student's weights (FSDP2)."""
     gpus_per_rank: NonNegative = 0
+    """The GPUs of a rank: 0 or 1. At 0 it computes on CPUs."""
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
+    """The CPUs that Ray books for a rank."""
     engines: Positive = 1
+    """The vLLM servers that sample from the student."""
     gpus_per_engine: NonNegative = 0
+    """The GPUs of such a server."""
     cpus_per_engine: Annotated[float, Field(ge=0)] = 1.0
+    """The CPUs that Ray books for each engine, those of teachers too."""
     engine_command: list[str] = Field(default_factory=lambda: ["vllm", "serve"], min_length=1)
+    """The command that starts an engine, in any environment that has vLLM. Teachers' engines start with it too."""
     engine_args: list[str] = Field(default_factory=list)
+    """More arguments for the student's engines, after those of opd."""
     engine_start_s: Annotated[float, Field(gt=0)] = 900.0
+    """The time in which an engine must answer after its start, in seconds. 900, because a large model loads and compiles for
+    minutes."""
     merge_adapter: bool = False
+    """Merges the student's adapter into the weights of each engine, in place. Off, because an adapter beside the base is the
+    smallest thing to send; merged it costs nothing while sampling."""
     teachers_sleep: bool = False
+    """Lets the engines of all teachers share their devices, with one model awake at a time. vLLM sleeps only on GPUs."""
     max_staleness: NonNegative = 0
+    """The maximum number of updates between the student that sampled a rollout and the student that learns from it. 0 is on-policy;
+    above 0, opd samples and scores the next steps during an update."""
     mixed_precision: bool = False
+    """Computes in bfloat16 on weights and gradients in float32. Off, because rounding in bfloat16 is a noise that a student close
+    to its teacher follows."""

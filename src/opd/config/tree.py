@@ -1,200 +1,49 @@
-"""The recipes of `opd train` and `opd sft`, and their smaller tables (docs/configuration.md)."""
+"""The recipes of `opd train` and `opd sft`, and their smaller tables."""
 
-import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-import regex
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from opd.config.detectors import DetectorsConfig
 from opd.config.node import EachOnce, Node, NonNegative, Positive
 from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.rules import require_consistent
+from opd.config.tasks import EpisodesConfig, TaskConfig
 from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig
-
-Rule: TypeAlias = Literal[
-    "tool_call",
-    "unknown_tool",
-    "tool_arguments",
-    "dropped_call",
-    "tags",
-    "code_fence",
-    "answer_pattern",
-    "truncated",
-    "repetition",
-    "invalid_utf8",
-    "after_answer",
-]
-
-_TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
-# setting -> the rule that reads it, and what to write where that rule is asked for without it
-_READ_BY = {
-    "tags": ("tags", "tags = ['think', 'answer'] for <think>...</think><answer>...</answer>"),
-    "answer_pattern": ("answer_pattern", r"answer_pattern = 'Answer: \d+', a regular expression"),
-    "answer_end": ("after_answer", "answer_end = '</answer>', the text that an answer ends with"),
-    "max_repetition": ("repetition", ""),
-}
-
-
-class EpisodesConfig(Node):
-    """Limits of an episode of several turns, and of the environments and tools that answer the student.
-
-    max_turns: turns of the student in one episode. max_concurrent: environments that run at once. step_timeout_s: seconds in which
-    an environment must answer. tool_timeout_s: seconds in which one tool must answer; all tools of one turn get 0.8 of
-    `step_timeout_s`. max_observation_chars: characters of one message of an environment or a tool. tool_syntax: how the student
-    writes a call; "hermes" is <tool_call>{...}</tool_call>, "json" is a message that is one JSON object.
-    """
-
-    max_turns: Positive = 8
-    max_concurrent: Positive = 64
-    step_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    tool_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    max_observation_chars: Positive = 4000
-    tool_syntax: Literal["hermes", "json"] = "hermes"
-
-
-class ChecksConfig(Node):
-    """Format errors that opd looks for in what the student writes: one for each of `rules` (docs/safeguards.md), none by default.
-
-    tags: tags that the last turn must have, in this order, once each. answer_pattern: a regular expression that must match within
-    the last 8,192 characters of the last turn, in one second. answer_end: the text after which a turn must say nothing more.
-    max_repetition: the fraction of 3-grams that may repeat earlier ones.
-    """
-
-    rules: Annotated[list[Rule], EachOnce] = Field(default_factory=list)
-    tags: Annotated[list[str], EachOnce] = Field(default_factory=list)
-    answer_pattern: str | None = None
-    answer_end: str | None = None
-    max_repetition: Annotated[float, Field(gt=0, lt=1)] = 0.7
-
-    @field_validator("tags")
-    @classmethod
-    def _tag_names(cls, tags: list[str]) -> list[str]:
-        for tag in tags:
-            if not _TAG_NAME.fullmatch(tag):
-                raise ValueError(f"'{tag}' is no name of a tag; write it without brackets, such as 'think' for <think>")
-        return tags
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            regex.compile(pattern or "")
-        except (regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"answer_pattern is no regular expression: {error}") from None
-        return pattern
-
-    @model_validator(mode="after")
-    def _rules_and_settings(self) -> "ChecksConfig":
-        for setting, (rule, advice) in _READ_BY.items():
-            if rule in self.rules and not getattr(self, setting):
-                raise ValueError(f"rule '{rule}' needs the setting {setting}: write {advice}, or drop the rule")
-            if rule not in self.rules and not self.is_default(setting):
-                raise ValueError(f"{setting} belongs to the rule '{rule}': add '{rule}' to rules, or drop {setting}")
-        return self
-
-
-class GeneratedTask(Node):
-    """The keys of every task whose prompts are generated: `size` training prompts and `held_out_size` others, from `seed`."""
-
-    teacher: str
-    size: Positive = 1000
-    held_out_size: NonNegative = 200
-    seed: NonNegative = 0
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    checks: ChecksConfig = ChecksConfig()
 
 
 class LoraConfig(Node):
-    """The student's adapter (used when `trainable = "lora"`).
-
-    start: an adapter of the same shape whose weights the student starts with, such as one that `opd sft` wrote. Without it the
-    student starts as its base.
-    """
+    """The student's adapter, used when `trainable = "lora"`."""
 
     rank: Positive = 16
+    """The rank of the adapter. The demo's student of 135M reaches its experts with 16."""
     alpha: Positive = 32
+    """The adapter is multiplied by `alpha / rank`. Twice the rank is the usual choice."""
     target_modules: str | list[str] = "all-linear"
+    """The layers with an adapter: names of modules, or every linear layer but the output head."""
     start: str | None = None
-
-
-class RecordTask(Node):
-    """The keys of every task whose prompts are records.
-
-    columns: from keys of a record to the data's own names, such as `{ prompt = "question", answer = "solution" }`. A field
-    whose key another one takes goes into `meta`.
-
-    completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
-    of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
-    ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out reward in
-    training (`evaluation.every`).
-    """
-
-    teacher: str | None = None
-    columns: dict[str, str] = Field(default_factory=dict)
-    completion: Literal["answer", "demonstration", "drop"] | None = None
-    verifier: Literal["exact", "math", "number", "none"] = "exact"
-    grader: Literal["exact", "math", "number"] | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    checks: ChecksConfig = ChecksConfig()
-
-
-class FileTask(RecordTask):
-    """Prompts from a file of JSON lines, of one JSON array, of CSV or of Parquet (docs/configuration.md lists a record's keys)."""
-
-    type: Literal["file"]
-    path: str
-    held_out_path: str | None = None
-
-
-class PythonTask(RecordTask):
-    """Prompts that are passed to `opd.Trainer(prompts=...)`."""
-
-    type: Literal["python"]
-
-
-class ReasoningGymTask(GeneratedTask):
-    """Prompts generated by a reasoning-gym data set; held-out prompts never repeat a training question."""
-
-    type: Literal["reasoning_gym"]
-    dataset: str
-    params: dict[str, Any] = Field(default_factory=dict)
-
-
-class ToolTask(GeneratedTask):
-    """Generated problems that need a tool: sums and a calculator, codes and a table to look them up in."""
-
-    type: Literal["tools"]
-    problems: Literal["calculator", "lookup"]
-
-
-class TextArenaTask(GeneratedTask):
-    """Games of TextArena for one player, such as "GuessTheNumber-v0", a prompt for each seed of the game; held-out seeds are never
-    trained on. A game that opens in the same way with every seed (TowerOfHanoi) is the same game in both splits.
-
-    params: of the game, for `textarena.make`.
-    """
-
-    type: Literal["textarena"]
-    game: str
-    params: dict[str, Any] = Field(default_factory=dict)
-
-
-TaskConfig: TypeAlias = Annotated[
-    FileTask | PythonTask | ReasoningGymTask | ToolTask | TextArenaTask, Field(discriminator="type")
-]
+    """An adapter with whose weights the student starts, such as one that `opd sft` wrote. It must have the same layers, rank and
+    scale. Without one the student starts as its base."""
 
 
 class SamplingConfig(Node):
-    """How the student samples. The full distribution is sampled: see `_no_truncation`."""
+    """How the student samples. It samples the whole distribution, because the learner scores the whole distribution."""
 
     prompts_per_step: Positive = 32
+    """The prompts of one step."""
     group_size: Positive = 1
+    """The responses to each prompt. 1, because "exact" needs no group and other prompts tell more than other samples; a reward or
+    "leave_one_out" needs 2 or more, such as 4."""
     max_new_tokens: Positive = 256
+    """The maximum number of tokens in a response, or in one turn of an episode. Raise it if `response/truncated/mean` is
+    not near 0."""
     max_rows: Positive = 64
+    """The maximum number of responses that the local backend samples at once. Lower it if memory runs out while sampling."""
     top_p: float = 1.0
+    """Only 1.0 is accepted. With a nucleus every token's weight would be off by the mass outside it."""
     top_k: int = 0
+    """Only 0 is accepted, for the same reason."""
 
     @model_validator(mode="after")
     def _no_truncation(self) -> "SamplingConfig":
@@ -207,16 +56,26 @@ class SamplingConfig(Node):
 
 
 class OptimizerConfig(Node):
-    """AdamW with a warm-up and a schedule. Gradients are clipped at `max_grad_norm` (global 2-norm)."""
+    """AdamW with a warm-up and a schedule."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """The learning rate after the warm-up. 1e-4 is careful for an adapter: the demo of 60 steps takes 1.2e-3. All weights take
+    less, such as 1e-5."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas. 0.95 instead of torch's 0.999, because runs have hundreds of steps, not many thousands."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon, as in torch."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay. 0, because decay pulls an adapter back to the base model."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The maximum 2-norm of all gradients together; larger ones are clipped. With normalizer "trajectory" norms are tens even for
+    short responses: see `optim/grad_norm/mean`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """The shape of the learning rate after the warm-up. "cosine" ends low, because a student close to its teacher follows noise."""
     warmup_steps: NonNegative = 5
+    """The number of steps in which the rate rises from 0. It must be below `steps`: for a first try of a few steps write 1."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The last rate as a fraction of `lr`."""
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "OptimizerConfig":
@@ -226,10 +85,12 @@ class OptimizerConfig(Node):
 
 
 class WarmupConfig(Node):
-    """Fine-tuning on teachers' own responses before the first step: `steps` updates (0: none) at `lr` (by default optimizer.lr)."""
+    """Fine-tuning on the teachers' own responses before the first step. It needs the local backend and teachers in process."""
 
     steps: NonNegative = 0
+    """The updates of this fine-tuning. At 0 training is on-policy from the first step."""
     lr: Annotated[float, Field(gt=0)] | None = None
+    """The learning rate of these updates. By default `optimizer.lr`."""
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "WarmupConfig":
@@ -239,20 +100,27 @@ class WarmupConfig(Node):
 
 
 class ComputeConfig(Node):
-    """Where and how models run.
-
-    max_tokens: tokens of one packed forward pass. score_cache: scored responses that training keeps in memory (0: none).
-    score_cache_folder: a folder that keeps them for this run and others. activation_checkpointing: the student keeps only the
-    input of each layer for the gradient, and computes the layer again. threads: of torch (0: its own choice).
-    """
+    """Where and how models run."""
 
     device: str = "auto"
+    """The torch device, such as "cpu" or "cuda:1". "auto" takes a CUDA device where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """The data type of weights and passes. "float32", because passes in bfloat16 differ by 0.06 to 0.14 nats per token, and a
+    student close to its teacher follows that noise."""
     max_tokens: Positive = 2048
+    """The maximum number of distinct tokens in one packed forward pass. Lower it if memory runs out; it changes results by rounding
+    only."""
     score_cache: NonNegative = 0
+    """The scored responses that training keeps in memory. opd does not score the same response to the same prompt again, and
+    `batch/cached/sum` counts these. 0, because it helps only where the teacher is large, prompts are few and answers short; with
+    "exact" and "top_k" a response takes 4 bytes times tokens times the teacher's width. It starts empty after a resume."""
     score_cache_folder: str | None = None
+    """A folder that keeps every score for this run and for others ([how](../concepts/architecture.md#the-score-cache))."""
     activation_checkpointing: bool = False
+    """Keeps only the input of each layer for the gradient and computes the layer again. It saves memory and costs one more
+    forward pass."""
     threads: NonNegative = 0
+    """The threads of torch. 0 leaves the number to torch."""
 
     @property
     def keeps_scores(self) -> bool:
@@ -261,69 +129,78 @@ class ComputeConfig(Node):
 
 
 class CheckpointConfig(Node):
-    """A checkpoint after every `every` steps and at the end. The newest `keep` are kept."""
+    """When checkpoints are written. One is always written at the end."""
 
     every: Positive = 20
+    """The steps between two checkpoints. A run that is killed repeats at most so many."""
     keep: Positive = 2
+    """The newest checkpoints that opd keeps. 2, because each has the optimizer's state too."""
 
 
 class EvaluationConfig(Node):
-    """The parity table: `num_prompts` prompts of each task and split (0: no table).
-
-    The untrained student is measured on the first `before_prompts` of them only (0: not at all), because its long responses cost
-    most. Every `every` steps (0: never) training measures the held-out reward on `held_out_prompts` of each task.
-    """
+    """The parity table at the end, and the held-out reward during training."""
 
     num_prompts: NonNegative = 128
+    """The prompts of each task and split in the parity table. 128 give a 95 % interval of at most ±9 points; 0 means no table."""
     before_prompts: NonNegative = 32
+    """How many of them measure the untrained student (0: none). Fewer, because its long responses cost most."""
     every: NonNegative = 0
+    """The steps between two measurements of the held-out reward (0: none)."""
     held_out_prompts: Positive = 32
+    """The held-out prompts of each task in such a measurement."""
 
 
 class SftEvaluationConfig(Node):
-    """After fine-tuning: the accuracy on `num_prompts` prompts of each task and split (0: none)."""
+    """The evaluation after fine-tuning."""
 
     num_prompts: NonNegative = 128
+    """The prompts of each task and split whose answers are verified (0: none)."""
 
 
 class AlignmentConfig(Node):
-    """Settings for teachers of another tokenizer.
-
-    credit: each token of a chunk gets the log ratio of the rest of the chunk ("causal"), or that of the whole chunk ("full").
-    non_canonical: "mask" leaves out tokens that the student's tokenizer would not produce for the text, because one tokenization
-    has a lower log-probability than the text. tool_calls: the teacher reads every call as the student wrote it ("as_written") or
-    as the teacher's chat template writes it ("own_syntax"). With "own_syntax", text around a call's name and arguments that the
-    template writes in another way is left out.
-    """
+    """Settings for teachers of another tokenizer ([tokenizers](../concepts/tokenizers.md))."""
 
     credit: Literal["causal", "full"] = "causal"
+    """The log ratio that a token of a chunk gets: of the rest of the chunk ("causal") or of the whole chunk ("full"). "causal",
+    because a token cannot change what was written before it."""
     non_canonical: Literal["keep", "mask"] = "keep"
+    """The treatment of tokens that the student's tokenizer would not produce for the text. "mask" leaves them out, because one
+    tokenization has a lower log-probability than the text."""
     tool_calls: Literal["as_written", "own_syntax"] = "as_written"
+    """The syntax in which the teacher reads tool calls. With "own_syntax" it reads them as its chat template writes them. Text
+    around a call is left out where the template writes it in another way."""
 
 
 WriterName: TypeAlias = Literal["tensorboard", "trackio"]
 
 
 class LoggingConfig(Node):
-    """Writers besides metrics.jsonl. Sampled responses are shown every `samples_every` steps (0: never)."""
+    """What is shown and written besides `metrics.jsonl`."""
 
     writers: Annotated[list[WriterName], EachOnce] = Field(default_factory=list)
+    """More writers of metrics. Install `opd[tensorboard]` or `opd[trackio]` for them."""
     samples_every: NonNegative = 20
+    """The steps between two displays of sampled responses (0: never)."""
 
 
 class RunNode(Node):
-    """The keys of both recipes.
-
-    template_time: the time that chat templates read as now (a template may write the date). By default it is the time at which the
-    run starts, and the run's config.json keeps it.
-    """
+    """The keys of both recipes."""
 
     student: str
+    """The model to train: hub id, folder or GGUF file. A GGUF file is converted once into `OPD_CACHE` (by default
+    `~/.cache/opd`)."""
     output: str
+    """The run folder. It must not exist."""
     seed: NonNegative = 0
+    """The seed of everything random in the run, except generated prompts."""
     template_time: datetime | None = None
+    """The date and time that chat templates read as now, such as `2026-11-30T12:00:00`. By default the start of the run, which the
+    run's `config.json` keeps."""
     steps: Positive = 100
+    """The number of updates."""
     trainable: Literal["lora", "full"] = "lora"
+    """The weights that train. "full" trains all weights, in float32. "lora", because adapter teachers then share the student's
+    base, and AdamW's state stays small."""
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -350,8 +227,10 @@ class Config(RunNode):
     """An on-policy distillation run: `opd train`."""
 
     backend: Literal["local", "ray"] = "local"
+    """Where the parts of the run are. "local": in one process; "ray": on a Ray cluster (`[cluster]`)."""
     cluster: ClusterConfig = ClusterConfig()
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The temperature of sampling and of both models' distributions. 1.0, because servers score at temperature 1 only."""
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
     remote: RemoteConfig = RemoteConfig()
     tasks: dict[str, TaskConfig] = Field(min_length=1)
@@ -374,13 +253,17 @@ class Config(RunNode):
 
 
 class SftConfig(RunNode):
-    """Supervised fine-tuning on (prompt, answer) pairs: `opd sft`."""
+    """Supervised fine-tuning on answers and demonstrations: `opd sft`. A task still needs a `teacher`, which is not used: write
+    `teacher = "-"`."""
 
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     batch_size: Positive = 32
+    """The examples of one update."""
     max_new_tokens: Positive = 64
+    """The maximum number of tokens in a response of the evaluation after training."""
     episodes: EpisodesConfig = EpisodesConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """The data type of the saved student."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: SftEvaluationConfig = SftEvaluationConfig()
 

@@ -1,4 +1,38 @@
-"""From records to prompts: of files, data sets and Python, by one set of rules."""
+"""Prompts are records: lines of JSON Lines, items of one JSON array, rows of CSV or Parquet, or dicts in Python.
+
+CSV has a header. Parquet needs `pip install 'opd[datasets]'`. Text is UTF-8. A record has one of these forms:
+
+    {"id": "p17", "prompt": "What is 2 + 2?", "teacher": "sums", "answer": "4", "meta": {}}
+    {"messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}]}
+    {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+
+| key of a record | meaning |
+| --- | --- |
+| `prompt`, `messages` or `conversations` | exactly one: the user's text, or a list of messages |
+| `id` | a text or an integer, unique in its file; by default made from the record's content |
+| `teacher` | the prompt's teacher, in place of `tasks.NAME.teacher` |
+| `answer` | the reference answer of the verifier: the final answer alone |
+| `completion` | the assistant's answer to the prompt, as text or messages (TRL) |
+| `tools` | JSON schemas of the tools that the student may call |
+| `demonstration` | the messages after the prompt, for `opd sft` |
+| `meta` | any table, kept as `prompt.meta` for a reward of your own |
+
+opd puts other keys, such as `solution`, into `prompt.meta` too. It refuses keys that look like a misspelt key, images, sound
+and `chat_template_kwargs`.
+
+A conversation has an optional system message, then turns of `user`, `assistant` and `tool`. The last message is a user's or a
+tool's, and the student answers it; `tasks.NAME.completion` says what to do with an assistant's message at the end. Earlier
+messages of the assistant may have `tool_calls`, with arguments as an object or as its JSON text. Each model reads these calls as
+its own chat template writes them. A template without tool calls gets them as text between `<tool_call>` tags.
+
+opd refuses half of a character (a lone surrogate), a repeated key or id, NaN, a message in a place where it cannot be, and a
+column of `columns` that no record has. The error names file, line (or row) and field. These rules hold for every type of task,
+and for the first messages of an environment.
+
+At the start opd warns of data without effect: more prompts in a step than the task has, held-out prompts that are training prompts
+too, answers with `verifier = "none"`, a verifier without answers, and an unused grader.
+"""
 
 import difflib
 import hashlib

@@ -20,9 +20,16 @@ from opd.text.tool_calls import Call, check_tools, parse_calls
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the student may call, async or not; `parameters` is the JSON schema of its arguments.
+    """A function that the student may call.
 
-    Raises DataError for a function that cannot be called, and for an invalid schema.
+    Attributes:
+        name: The name that the student writes.
+        description: The text that the chat template shows.
+        parameters: The JSON schema of its arguments.
+        function: The function, async or not. Its result is shown as text.
+
+    Raises:
+        DataError: For a function that cannot be called, and for an invalid schema.
     """
 
     name: str
@@ -47,11 +54,19 @@ class Tool:
 
 
 class ToolEnvironment:
-    """Runs the tool calls of the student until it answers without a call; `judge` gives that answer its reward.
+    """Runs the student's tool calls until a turn has none. `judge` gives that turn its reward.
 
-    The student is told the error, and the episode continues, where a call cannot be read, names an unknown tool or has wrong
-    arguments, and where a tool raises or is too slow. The calls of one turn run one after the other and share the time of a step;
-    a call for which no time is left is answered with an error too.
+    The student gets an error message, and the episode continues, if a call cannot be read, names an unknown tool or has wrong
+    arguments, and if a tool raises or is too slow. The calls of one turn run one after the other and share the time of a step. A
+    call without time left gets an error message too.
+
+    Args:
+        tools: The tools, with different names.
+        judge: The final answer -> a reward in [0, 1] or None. It may be a coroutine function.
+        limits: `config.episodes`.
+
+    Raises:
+        DataError: For two equal names.
     """
 
     def __init__(
@@ -60,10 +75,6 @@ class ToolEnvironment:
         judge: Callable[[str], Awaitable[float | None] | float | None],
         limits: EpisodesConfig,
     ) -> None:
-        """judge: the final answer -> a reward in [0, 1] or None; limits: `config.episodes`.
-
-        Raises DataError for two equal names.
-        """
         if not isinstance(limits, EpisodesConfig):
             raise DataError(f"a tool environment's limits are {type(limits).__name__}, expected config.episodes")
         self._tools = {tool.name: tool for tool in tools}

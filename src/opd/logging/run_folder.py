@@ -247,9 +247,10 @@ class Background:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one dict a step, without a last line that a kill cut short.
+    """The metrics of a run: one dict for each step, by metric. A last line that a kill cut short is left out.
 
-    Raises RunError for a folder that is no run folder, and for a damaged line.
+    Raises:
+        RunError: For a folder that is no run folder, and for a damaged line.
     """
     path = RunFolder.open(run).path / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
@@ -264,11 +265,17 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_rollouts(run: str | Path, step: int | None = None) -> Iterator[ScoredRollout]:
-    """Every rollout of a run with its scores, in order; with `step`, those of that step.
+    """Every rollout of a run with its score, in order.
 
-    The files lack hidden states, so a full-vocabulary score reads back as the log-probabilities of its sampled tokens. They also
-    lack a prompt's `meta` that is not plain JSON.
-    Raises RunError when the run has no such rollouts.
+    The files hold no hidden states, so a full-vocabulary score is read as the log-probabilities of its sampled tokens. They hold
+    only the part of a prompt's `meta` that is plain JSON.
+
+    Args:
+        run: The run folder.
+        step: Only the rollouts of this step.
+
+    Raises:
+        RunError: If the run has no such rollouts.
     """
     folder = Path(run) / "rollouts"
     pattern = "step-*.jsonl.gz" if step is None else f"step-{step:06d}.jsonl.gz"

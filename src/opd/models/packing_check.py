@@ -24,7 +24,8 @@ from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
 
-# Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2 (docs/log.md).
+# Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2
+# (docs/results/packed-passes.md).
 PACKED_WITHIN = 1e-3
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '

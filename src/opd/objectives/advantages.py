@@ -1,13 +1,12 @@
-"""Per-token advantages of on-policy distillation, and the reward's.
+"""Advantages of the sampled tokens, and of the verified reward.
 
-Shapes: log_ratio, mask [batch, tokens]; log_ratio r_t = teacher_logprobs - student_logprobs of the sampled token, in
-nats. Results are detached and exactly 0 off the mask. Discounts count actions: tokens off the mask (a prompt, an
-observation between turns) neither discount nor contribute.
+`log_ratio` is r_t = teacher_logprobs - student_logprobs of the sampled token, in nats. Results are detached and exactly 0 off the
+mask. Discounts count actions: tokens off the mask (a prompt, an observation between turns) neither discount nor contribute.
 
-With a teacher of another tokenizer an action is a chunk: tokens of one number in `chunks` [batch, tokens], next to each other.
-The chunk's teacher log-probability stands at its last token, 0 at the others, so that the log ratios of its tokens sum to its
-own. A token is credited with what of its chunk is still open, log q(chunk) - sum_{i' >= i} log pi_i': the tokens before it are
-given. A discount counts chunks.
+With a teacher of another tokenizer an action is a chunk: neighbouring tokens with one number in `chunks` [batch, tokens]. The
+teacher's log-probability of the chunk stands at its last token and is 0 at the others, so that the log ratios of its tokens sum
+to the chunk's own. A token is credited with the open rest of its chunk, log q(chunk) - sum_{i' >= i} log pi_i', because the
+tokens before it are given. A discount counts chunks.
 """
 
 from typing import Literal
@@ -23,8 +22,15 @@ from opd.objectives.reduce import masked
 def above_rounding(
     log_ratio: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], rounding: float = 1.0
 ) -> Float[Tensor, "batch tokens"]:
-    """The log ratios, 0 in a row in which none exceeds `rounding` times the `divergences.resolution`: student and teacher are one
-    model there."""
+    """The log ratios without rounding errors: 0 in each row in which none exceeds the `resolution`.
+
+    In such a row student and teacher are one model.
+
+    Args:
+        log_ratio: [batch, tokens], nats.
+        mask: [batch, tokens].
+        rounding: A factor of the resolution (`divergences.magnified`).
+    """
     differ = (masked(log_ratio, mask).abs() > rounding * resolution(log_ratio.dtype)).any(-1, keepdim=True)
     return log_ratio * differ
 
@@ -34,10 +40,12 @@ def immediate(
     mask: Bool[Tensor, "batch tokens"],
     chunks: Int[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
-    """The log ratio of the token itself: A_t = r_t; in a chunk, that of the token and the chunk's later ones.
+    """The log ratio of the token itself: A_t = r_t. In a chunk: of the token and the chunk's later ones.
 
-    Its policy gradient has mean g1 = -sum_s d(s) grad KL_s and misses g2, the gradient of the state occupancy; biased for
-    grad V, of low variance. Source: section 1.3, equation (7).
+    Its policy gradient has the mean g1 = -sum_s d(s) grad KL_s. It lacks g2, the gradient of the state occupancy, so it is biased
+    for grad V. Its variance is low.
+
+    Source: section 1.3, equation (7).
     """
     return log_ratio_to_go(log_ratio, mask, 0.0, chunks)
 
@@ -47,7 +55,8 @@ def full_trajectory(
 ) -> Float[Tensor, "batch tokens"]:
     """The log ratio of the whole response on every token: A_t = sum_{t'} r_t'.
 
-    Its policy gradient has mean grad V and the highest variance of all: what came before an action is noise to it.
+    Its policy gradient has the mean grad V and the highest variance of all: everything before an action is noise to it.
+
     Source: Theorem 1 (i), log(pi_T(y|x) / pi(y|x)).
     """
     rewards = masked(log_ratio, mask).detach()
@@ -62,8 +71,12 @@ def log_ratio_to_go(
 ) -> Float[Tensor, "batch tokens"]:
     """The discounted sum of this and later log ratios: A_t = sum_{t' >= t} discount^(t' - t) r_t'.
 
-    With discount 1 its policy gradient has mean grad V (Theorem 1, ii); with discount 0 it is `immediate`.
-    Raises ValueError for a discount outside [0, 1].
+    With discount 1 its policy gradient has the mean grad V. With discount 0 it is `immediate`.
+
+    Raises:
+        ValueError: For a discount outside [0, 1].
+
+    Source: Theorem 1 (ii).
     """
     rewards = masked(log_ratio, mask).detach()
     return rewards + _later(rewards, mask, discount, chunks)
@@ -72,9 +85,9 @@ def log_ratio_to_go(
 def whole_chunks(
     advantages: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], chunks: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens"]:
-    """Every token of a chunk with the advantage of the chunk's first: "full" credit, noisier than the causal one.
+    """Every token of a chunk with the advantage of the chunk's first token ("full" credit).
 
-    The tokens before a token are given when it is chosen, so what they cost is noise to it.
+    It is noisier than the causal credit: the tokens before a token are given when it is chosen, so their cost is noise to it.
     """
     found = masked(advantages, mask).detach()
     for t in range(1, found.shape[1]):
@@ -89,10 +102,15 @@ def kl_to_go(
     mask: Bool[Tensor, "batch tokens"],
     discount: float = 1.0,
 ) -> Float[Tensor, "batch tokens"]:
-    """This log ratio and the KLs of the later states: A_t = r_t - sum_{t' > t} discount^(t' - t) KL_t'.
+    """This log ratio minus the KLs of later states: A_t = r_t - sum_{t' > t} discount^(t' - t) KL_t'.
 
-    KL_t = KL(pi(.|s_t), pi_T(.|s_t)) = -E_a[r_a | s_t]: the action is integrated out of the future part, so the mean is
-    that of `log_ratio_to_go` with less noise. Source: Theorem 1 (iv). Raises ValueError for a discount outside [0, 1].
+    KL_t = KL(pi(.|s_t), pi_T(.|s_t)) = -E_a[r_a | s_t]. The future part is integrated over the action, so the mean is that of
+    `log_ratio_to_go` with less noise.
+
+    Raises:
+        ValueError: For a discount outside [0, 1].
+
+    Source: Theorem 1 (iv).
     """
     return immediate(log_ratio, mask) + future_kl(reverse_kl, mask, discount)
 
@@ -102,8 +120,11 @@ def future_kl(
 ) -> Float[Tensor, "batch tokens"]:
     """The future part alone: A_t = -sum_{t' > t} discount^(t' - t) KL_t'.
 
-    Goes with the exact immediate term, which has the immediate part already: at discount 1 the two together have mean
-    grad V. Never positive where the KL is one, so it needs a baseline. Raises ValueError for a discount outside [0, 1].
+    It belongs to the exact immediate term, which has the immediate part already: at discount 1 the two together have the mean
+    grad V. It is never positive where `reverse_kl` is a KL, so it needs a baseline.
+
+    Raises:
+        ValueError: For a discount outside [0, 1].
     """
     return _later(masked(-reverse_kl, mask).detach(), mask, discount)
 
@@ -135,14 +156,20 @@ def reward_advantages(
     group_ids: Int[Tensor, " batch"],
     baseline: Literal["leave_one_out", "group_mean", "grpo", "none"] = "leave_one_out",
 ) -> Float[Tensor, " batch"]:
-    """The advantage of a whole response from its verified reward, [batch].
+    """The advantage of a whole response from its verified reward.
 
-    leave_one_out: R_i - mean of the other rewards of the group (0 for a group of one: nothing to compare with).
-    group_mean: R_i - mean of the group, (n-1)/n times leave_one_out.
-    grpo: group_mean divided by the group's standard deviation + 1e-6.
-    none: R_i.
+    - leave_one_out: R_i - mean of the other rewards of the group; 0 in a group of one.
+    - group_mean: R_i - mean of the group, which is (n - 1) / n times leave_one_out.
+    - grpo: group_mean divided by (standard deviation of the group + 1e-6).
+    - none: R_i.
 
-    Args: rewards [batch]; group_ids [batch] integers, equal for samples of one prompt.
+    Args:
+        rewards: [batch].
+        group_ids: [batch] integers, equal for the samples of one prompt.
+        baseline: One of the four.
+
+    Returns:
+        [batch], detached.
     """
     rewards = rewards.detach()
     if baseline == "none":

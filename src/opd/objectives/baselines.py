@@ -1,7 +1,7 @@
-"""Baselines: what is subtracted from an advantage without changing the mean of its policy gradient.
+"""Baselines: subtracted from an advantage, they leave the mean of its policy gradient unchanged.
 
-A baseline may depend on the state, and on the other samples of its prompt, but not on the action that it is subtracted
-from. Shapes and laws as in `advantages`: results are detached and exactly 0 off the mask.
+A baseline may depend on the state and on the other samples of the prompt, but not on the action itself. Results are detached and
+exactly 0 off the mask.
 """
 
 from typing import Literal
@@ -21,16 +21,20 @@ def leave_one_out(
     per: Literal["step", "prompt"] = "step",
     actions: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
-    """The mean advantage of the other samples of the group, an estimate of V(s_t) from independent responses.
+    """The mean advantage of the other samples of the group: an estimate of V(s_t) from independent responses.
 
-    per "step": of the others' t-th actions, among those that have one. Steps count actions, so observations between turns
-        do not shift them.
-    per "prompt": of all their actions; the same number at every step of a response.
+    - per "step": of the others' t-th actions, among those that have one. Steps count actions, so observations between turns do not
+      shift them.
+    - per "prompt": of all their actions, so it is one number for a response.
 
-    0 where no other sample says anything: a group of one, or a response longer than the others'.
+    It is 0 where no other sample has an action: in a group of one, or beyond the length of the others.
 
-    Args: advantages, mask [batch, tokens]; group_ids [batch] integers, equal for samples of one prompt; actions [batch, tokens]:
-    what counts as a step, where some actions have no advantage (default: the mask).
+    Args:
+        advantages: [batch, tokens].
+        mask: [batch, tokens], the actions with an advantage.
+        group_ids: [batch] integers, equal for the samples of one prompt.
+        per: "step" or "prompt".
+        actions: [batch, tokens], the tokens that count as steps, if some of them have no advantage; by default the mask.
     """
     # Summed in float64: a sample's own part is taken out of the sum again.
     values = masked(advantages, mask).detach().double()
@@ -57,8 +61,9 @@ def negative_kl(
 ) -> Float[Tensor, "batch tokens"]:
     """The mean of the log ratio at the state: b(s_t) = E_a[r_a | s_t] = -KL_t.
 
-    Centres the sampled immediate term. It lowers the variance iff 0 < KL_t < -2 b* with b* of `score_weighted`, so not
-    always (identity 1 of docs/objectives.md).
+    It centres the sampled immediate term. It lowers the variance if and only if 0 < KL_t < -2 b*, with b* of `score_weighted`.
+
+    Source: identity 1 of docs/concepts/objectives.md.
     """
     return masked(-reverse_kl, mask).detach()
 
@@ -66,10 +71,17 @@ def negative_kl(
 def score_weighted(
     student_logits: Float[Tensor, "*positions vocab"], teacher_logits: Float[Tensor, "*positions vocab"]
 ) -> Float[Tensor, "*positions"]:
-    """The baseline of least variance for the sampled immediate term: b* = sum_a pi_a r_a n_a / sum_a pi_a n_a, [...].
+    """The baseline of least variance for the sampled immediate term: b* = sum_a pi_a r_a n_a / sum_a pi_a n_a.
 
-    n_a = 1 - 2 pi_a + ||pi||^2 is the squared norm of the score of action a in logit space. Detached; 0 where the
-    student is certain, since there no action has a score. Divide logits by the temperature before.
+    n_a = 1 - 2 pi_a + ||pi||^2 is the squared norm of the score of action a in logit space. b* is 0 where the student is certain,
+    because no action has a score there.
+
+    Args:
+        student_logits: [..., vocab], divided by the temperature.
+        teacher_logits: The same of the teacher.
+
+    Returns:
+        [...], nats, detached.
     """
     logp = torch.log_softmax(student_logits.detach(), dim=-1)
     logq = torch.log_softmax(teacher_logits.detach(), dim=-1)
@@ -77,7 +89,7 @@ def score_weighted(
 
 
 def score_weighted_mean(logp: Float[Tensor, "*positions vocab"], logq: Float[Tensor, "*positions vocab"]) -> Tensor:
-    """`score_weighted` from log-probabilities; `logq` may be unnormalised."""
+    """`score_weighted` from log-probabilities [..., vocab]; `logq` need not be normalised."""
     p = logp.exp()
     weight = p * (1.0 - 2.0 * p + (p * p).sum(-1, keepdim=True)).clamp(min=0.0)
     ratio = torch.where(p > 0, logq - torch.where(p > 0, logp, 0.0), 0.0)

@@ -1,7 +1,7 @@
-"""Losses to descend. Shapes: student_logprobs, rollout_logprobs, advantages, mask [batch, tokens]; results are scalars.
+"""Losses to minimise. Arguments have the shape [batch, tokens]; a loss is a scalar.
 
-Only `student_logprobs` carry a gradient; advantages are taken as constants. The losses over the whole vocabulary stand in
-`opd.objectives.vocabulary`; `exact_reverse_kl` is one of them.
+Only `student_logprobs` carry a gradient; advantages are constants. `opd.objectives.vocabulary` holds the losses over the whole
+vocabulary; `exact_reverse_kl` is one of them.
 """
 
 import torch
@@ -24,8 +24,14 @@ def reinforce(
 ) -> Float[Tensor, ""]:
     """The policy-gradient loss: -sum_t A_t log pi(a_t | s_t), divided by the normaliser.
 
-    `divisor` replaces the normaliser's own count where this is a part of a larger batch; the sum over the parts is then
-    the loss of the whole. Source: equation (6).
+    Args:
+        student_logprobs: Log-probabilities of the sampled tokens.
+        advantages: Advantages of these tokens.
+        mask: The tokens that train.
+        normalizer: "trajectory" or "token": the count that divides the sum.
+        divisor: Replaces that count if this is a part of a larger batch. The losses of the parts then sum to that of the whole.
+
+    Source: equation (6).
     """
     total = (masked(advantages.detach(), mask) * masked(student_logprobs, mask)).sum()
     return -total / (divisor if divisor is not None else denominator(mask, normalizer))
@@ -44,10 +50,25 @@ def ppo(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate: -sum_t min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t), w_t = pi / pi_rollout.
 
-    With `clip_dual` c > 1 a negative advantage counts at most c A_t: a token that became far likelier since it was sampled
-    cannot take over the batch. `divisor` defaults to the number of trajectories. At w = 1 the gradient is that of
-    `reinforce`. Returns (loss, the number of tokens where a clip removed the gradient). Raises ValueError for a dual clip
-    of 1 or less.
+    At w = 1 its gradient is that of `reinforce`.
+
+    Args:
+        student_logprobs: Log-probabilities of the sampled tokens under the student.
+        rollout_logprobs: The same under the policy that sampled them.
+        advantages: Advantages of these tokens.
+        mask: The tokens that train.
+        clip_low: Ratios below 1 - clip_low are clipped.
+        clip_high: Ratios above 1 + clip_high are clipped.
+        clip_dual: Above 1: a negative advantage counts at most so many times, so that a token that became far likelier since it
+            was sampled cannot take over the batch.
+        divisor: Divides the sum; by default the number of trajectories.
+
+    Returns:
+        (loss, number of tokens at which a clip removed the gradient).
+
+    Raises:
+        ValueError: For a dual clip of 1 or less.
+
     Source: Schulman et al. 2017, equation (7); asymmetric clip: Yu et al. 2025 (DAPO); dual clip: Ye et al. 2020.
     """
     if clip_dual is not None and clip_dual <= 1.0:

@@ -111,24 +111,28 @@ def exact_reverse_kl(
     logprob_floor: float = -50.0,
     max_logits: int = 2**26,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
-    """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without ever holding [states, vocab] logits.
+    """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without logits of shape [states, vocab].
 
-    The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio and
-    none of the variance of drawing the action. One pass over chunks of states; gradients are formed in the same pass from
-    the closed form d KL / d logits = p (log p - log q - KL), so memory is O(max_logits + states * hidden).
+    This is the immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without
+    the variance of drawing the action. It lacks the future part of grad V. It goes through chunks of states once and forms the
+    gradients in the same pass from their closed form d KL / d logits = p (log p - log q - KL). Memory is
+    O(max_logits + states * width).
 
     Args:
-        student_hidden: [states, hidden]; student_head: [vocab, hidden]; both may require gradients.
-        teacher_hidden: [states, teacher_hidden]; teacher_head: [vocab, teacher_hidden]; constants.
-        weights: [states], the weight of each state in the loss (1 / normaliser, times its multiplicity).
-        logprob_floor: teacher log-probabilities below it are raised to it (`opd.objectives.target`).
-        max_logits: how many logits of one model may exist at once.
+        student_hidden: [states, width]; may require a gradient.
+        student_head: [vocab, width]; may require a gradient.
+        teacher_hidden: [states, teacher_width], constants.
+        teacher_head: [vocab, teacher_width], constants.
+        weights: [states], the weight of each state in the loss: 1 / normaliser, times its multiplicity.
+        temperature: Divides the logits of both.
+        logprob_floor: Lower log-probabilities of the teacher are raised to it (`opd.objectives.target`).
+        max_logits: The most logits of one model that exist at once.
 
     Returns:
-        (loss, reverse_kl [states], entropy [states] of the student, floored [states]: the student's probability mass on
-        tokens whose teacher log-probability was floored); the last three detached.
+        (loss, reverse_kl [states], entropy [states] of the student, floored [states]). `floored` is the student's probability of
+            tokens at which the teacher was raised to the floor. The last three are detached.
 
-    Does not include the future part of grad V. Source: section 1.3 (g1).
+    Source: section 1.3 (g1).
     """
     how = VocabularyLoss(temperature=temperature, logprob_floor=logprob_floor, max_logits=max_logits)
     teachers = [TeacherStates(teacher_hidden, teacher_head)]

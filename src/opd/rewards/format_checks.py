@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import regex
 
-from opd.config.tree import ChecksConfig, Rule
+from opd.config.tasks import ChecksConfig, Rule
 from opd.records import Flag, Rollout
 from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
 from opd.text.tokenizer import TokenBytes

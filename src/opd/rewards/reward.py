@@ -13,7 +13,14 @@ from opd.errors import RewardError, describe_error, one_line
 from opd.records import Prompt, Rollout
 
 Reward: TypeAlias = Callable[[Prompt, str], Awaitable[float | None] | float | None]
-"""(prompt, response) -> a number in [0, 1]; None: no verdict. It may be async."""
+"""A reward function: (prompt, response) -> a number in [0, 1], or None for no verdict.
+
+opd calls it for one response at a time, not for a batch. `response` is the whole text, thoughts included. For an episode of several
+turns opd calls it once: `response` is the student's last turn, and `prompt.messages` are those of the start. A bool and a numpy or
+torch scalar are numbers; a text is not. No reward trains on a response without a verdict.
+
+It may be async. opd then awaits the rewards of a step together, at most 64 at a time, in one event loop of the process.
+"""
 
 _MOST_AT_ONCE = 64  # async rewards that run at the same time; a step may have thousands
 _LOOK_S = 0.5  # how often it is checked that the thread of the event loop lives

@@ -1,6 +1,41 @@
-"""Verifiers: what a response is worth against a reference answer, in [0, 1].
+r"""A verifier compares a response with the reference answer of its prompt. The reward is 1 or 0.
 
-Each reads what the response says behind its thoughts (`opd.text.special_tags`): a thought that is not closed is worth 0.
+| `verifier` | the reward is 1 if |
+| --- | --- |
+| `exact` | the response is the answer, apart from white space around both |
+| `number` | the last number of the response is the answer; `1,024.0` is `1024` |
+| `math` | the answer that the response states has the value of the reference |
+| `none` | never: there is no verdict, and no reward trains on the response |
+
+Every verifier, and the scoring of reasoning-gym, reads the text after the last closing tag of a thought. A response with an
+unclosed thought has reward 0, also if the generation prompt opened the thought. opd knows the tags `<think>`, `<thinking>`,
+`<thought>`, `<reasoning>`, `[THINK]`, `<|START_THINKING|>`, `<|begin_of_thought|>`, `<seed:think>`, `<longcat_think>`,
+`<|inner_prefix|>` and `◁think▷`, and the channels `analysis` and `final` of gpt-oss. A reward function in Python gets the whole
+response.
+
+At the start opd reads all reference answers. It refuses, by file and line, an answer that the verifier cannot compare with: an
+empty one, a text with `number`, and one that `math` does not understand completely. The `answer` column of GSM8K is such a text:
+keep the number after `####`.
+
+The rules of `math`:
+
+- It takes the last `\boxed{...}` of the response, with the boxes that ",", "and" or "or" join to it. Without a box it takes the
+  text after "the answer is", and else the last mathematics of the text.
+- It reads a box, and a response that is one answer, as a whole.
+- It reads an answer completely or not at all. A part of a right answer has reward 0: `3` for `3\sqrt{13}`, or one of two
+  solutions.
+- In prose it takes a number by its place: `So I bought 12 apples and 20 pears` states 20. It takes no number from `1 out of 2`,
+  `3 of 4`, `1 in 6`, a date (`June 20`), a reference (`see step 2`), or `5 apples and 3 pears` after "the answer is".
+- Prose stays ambiguous: `Room 5` and `at least 5` state 5, and `3 to 1` states 1. Ask for `\boxed{...}` in the prompt.
+- A single capital letter as the reference is a choice: `C`, `(C)`, `C.`, `Option C` and `C) 12` state `C`. `C) 12` also states
+  12. Two choices in one answer state none.
+- A set, a tuple and an interval are different answers: `\{1,2\}`, `(1,2)` and `[1,2]`. A list without brackets, `1,2`, equals
+  the set and the tuple. `(1,2)` may be the pair or the open interval.
+- The letter `i` is the imaginary unit: `e^{i\pi}` equals `-1`.
+- The response may leave out a unit, and a name before "=". Two different units are two answers.
+- `50\%` equals `0.5`, and `15 + 9` equals `24`. `0.333333` equals `\frac{1}{3}`: decimal places beyond the sixth do not count.
+- It runs in a process of its own. A response that takes longer than 20 s, or 5 s for one step, has reward 0;
+  `verifier/timeouts/sum` counts these.
 """
 
 import re
