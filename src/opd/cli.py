@@ -74,7 +74,7 @@ def train(
     """Distil one or several teachers into a student, on the student's own samples.
 
     With --resume RUN, keys change where and how the run continues, such as the new address of a server.
-    docs/distributed.md, "Going on elsewhere", lists the keys that may change.
+    docs/how-to/resume-and-export.md lists the keys that may change.
     """
     with _one_line():
         recipe, overrides = _split(arguments)
@@ -186,8 +186,7 @@ def check(arguments: Recipe) -> None:
 
         findings = Trainer(config).check()
     for finding in findings:
-        verdict = ("warn" if finding.warning else "ok  ") if finding.passed else "FAIL"
-        typer.echo(f"{verdict}  {finding.name}: {finding.detail}")
+        typer.echo(finding)
     if not all(f.passed for f in findings):
         raise typer.Exit(2)
 

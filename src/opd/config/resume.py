@@ -28,7 +28,7 @@ _TRAINED = (
     "compute.score_cache_folder",
 )  # an evaluation uses none of them
 _ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
-_LIST = "docs/distributed.md lists it (Going on elsewhere)"
+_LIST = "docs/how-to/resume-and-export.md lists it"
 
 
 def resumed_config(
