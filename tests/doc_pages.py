@@ -30,9 +30,11 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = [(m.start(), m[1], m[2]) for m in _FENCE.finditer(text)]
     plain = _FENCE.sub(lambda m: re.sub(r"[^\n]", "-", m[0]), text)
-    for match in _INDENTED.finditer(plain):
-        if _COMMAND.search(match[0]):
-            found.append((match.start(), "bash", re.sub(r"^    ", "", match[0], flags=re.MULTILINE)))
+    found += [
+        (m.start(), "bash", re.sub(r"^    ", "", m[0], flags=re.MULTILINE))
+        for m in _INDENTED.finditer(plain)
+        if _COMMAND.search(m[0])
+    ]
     place = f"{page.relative_to(ROOT)}:"
     return [
         Block(language, body, f"{place}{text.count(chr(10), 0, start) + 1}") for start, language, body in sorted(found)
@@ -49,7 +51,7 @@ def commands_of(block: Block) -> list[str]:
 # --- tiny settings: in a page, in its commands and in the recipes of the repository alike ---
 
 _TINY: dict[str, Callable[[int], int]] = {
-    "steps": lambda n: max(2, min(n // 6, 4)),
+    "steps": lambda n: max(2, n // 6 - 1) if n < 60 else 3,
     "size": lambda _: 12,
     "held_out_size": lambda _: 3,
     "prompts_per_step": lambda _: 4,
@@ -67,7 +69,7 @@ _SETTING = re.compile(rf"(?<![\w_])({'|'.join(_TINY)})(\"?\s*[=:]\s*|\s)(\d+)\b"
 
 
 def tiny(text: str) -> str:
-    """The text with these settings small; `steps = 60` becomes `steps = 4`."""
+    """The text with these settings small; `steps = 60` becomes `steps = 3`."""
     return _SETTING.sub(lambda m: f"{m[1]}{m[2]}{_TINY[m[1]](int(m[3]))}", text)
 
 

@@ -102,7 +102,7 @@ def wrong_keys(text: str) -> list[str]:
         key = f"{table}.{rest}"
         if FILLED in key.replace(f"{table}.{FILLED}.", "") or key.endswith(FILLED):
             continue
-        name, _, leaf = rest.partition(".")
+        leaf = rest.partition(".")[2]
         if table in OF_NAMES:
             wrong += [key] if leaf and leaf.partition(".")[0] not in OF_NAMES[table] else []
         elif FILLED not in key and not any(known == key or known.startswith(f"{key}.") for known in KEYS):
@@ -179,7 +179,9 @@ def test_a_checkpoint_that_a_line_names_is_there(tree: dict[str, Any], tmp_path:
     has = re.search(r"it has: ([\d, ]+)", one_line(invoke(*words)))
     assert has
     for step in has[1].strip().split(", "):
-        result = invoke(*[step if word == "9" else tmp_path / step if word == tmp_path / "out" else word for word in words])
+        result = invoke(
+            *[step if word == "9" else tmp_path / step if word == tmp_path / "out" else word for word in words]
+        )
         assert result.exit_code == 0, result.output
 
 
@@ -189,7 +191,9 @@ def test_a_run_that_exists_is_continued_by_the_command_that_the_line_names(tree:
     advised = re.search(r"continue it with: opd (train --resume \S+);", one_line(invoke("train", recipe)))
     assert advised
     assert invoke(*shlex.split(advised[1]), "steps=3").exit_code == 0
-    assert invoke("train", recipe, f"output={tmp_path}/other").exit_code == 0  # "or choose another folder with output=..."
+    assert (
+        invoke("train", recipe, f"output={tmp_path}/other").exit_code == 0
+    )  # "or choose another folder with output=..."
 
 
 def warned(*overrides: str) -> str:

@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,9 +60,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the page's own, in which the toys are links."""
-    for item in workspace.iterdir():
-        (tmp_path / item.name).symlink_to(item)
+    """A folder of the page's own."""
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -212,7 +212,7 @@ def test_links_from_a_how_to_page_to_another_lead_somewhere():
 
 
 def test_every_line_of_troubleshooting_is_one_that_the_program_prints():
-    """Of each row at least one stretch of ten characters of what the line says."""
+    """Of each row at least one stretch of nine characters of what the line says."""
     printed = "\n".join(text for _, text in messages())
     rows = [
         line
@@ -224,7 +224,7 @@ def test_every_line_of_troubleshooting_is_one_that_the_program_prints():
     for row in rows:
         said = re.findall(r"`([^`]+)`", row.split(" | ")[0])
         stretches = [part.strip(" ,;:'") for text in said for part in re.split(r"\.\.\.|KEY|['()]", text)]
-        assert any(len(part) >= 10 and part in printed for part in stretches), row
+        assert any(len(part) >= 9 and part in printed for part in stretches), row
 
 
 def test_pages_are_short_and_their_lines_too():
@@ -257,7 +257,7 @@ def test_a_page_with_a_mistake_fails(page: str, reason: str, place: Path, monkey
 
 
 def test_the_settings_of_a_page_are_made_small():
-    assert tiny('{"steps": 60, "max_new_tokens": 12}') == '{"steps": 4, "max_new_tokens": 6}'
+    assert tiny('{"steps": 60, "max_new_tokens": 12}') == '{"steps": 3, "max_new_tokens": 6}'
     assert tiny("opd eval runs/x --step 40 steps=12") == "opd eval runs/x --step 1 steps=2"
     assert tiny("warmup_steps = 5") == "warmup_steps = 5"
     assert json.loads(tiny('{"num_prompts": 128}')) == {"num_prompts": 2}
