@@ -69,7 +69,10 @@ def place(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks for names that transformers has renamed
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(page: Path, place: Path):
+def test_what_a_page_shows_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch):
+    if page.stem != "quickstart":  # curves take as long as a toy's steps
+        monkeypatch.setattr("opd.run.draw_run", lambda folder: None)
+        monkeypatch.setattr("opd.finetune.draw_run", lambda folder: None)
     blocks = blocks_of(page)
     assert blocks, f"{page.name} shows nothing to run"
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -253,7 +256,7 @@ def test_a_page_with_a_mistake_fails(page: str, reason: str, place: Path, monkey
     path.write_text(page)
     monkeypatch.setattr("doc_pages.ROOT", place)
     with pytest.raises((AssertionError, AttributeError, ValueError), match=reason):
-        test_what_a_page_shows_runs(path, place)
+        test_what_a_page_shows_runs(path, place, monkeypatch)
 
 
 def test_the_settings_of_a_page_are_made_small():
