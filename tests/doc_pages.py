@@ -116,7 +116,7 @@ def make_workspace(folder: Path) -> None:
         target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-        target.write_text("".join(lines[:24]), encoding="utf-8")
+        target.write_text("".join(lines[:96]), encoding="utf-8")
     shutil.copytree(ROOT / "examples" / "distributed" / "shapes", folder / "examples" / "distributed" / "shapes")
     for name, make in TOYS.items():
         make(folder / name)

@@ -196,6 +196,24 @@ def test_a_run_that_exists_is_continued_by_the_command_that_the_line_names(tree:
     )  # "or choose another folder with output=..."
 
 
+def test_the_python_that_continues_a_run_with_a_reward_of_ones_own_is_what_the_line_says(tree: dict[str, Any]):
+    calls = 0
+
+    def reward(prompt: opd.Prompt, response: str) -> float:
+        nonlocal calls
+        calls += 1
+        return 1.0 if calls <= 8 else 1 / 0  # the second step fails
+
+    with pytest.raises(opd.OpdError) as caught:
+        opd.train(parse_config(tree), reward=reward)
+    advised = re.search(r"continue with: (opd\.Trainer\(.*\)\.resume\(\)), in Python", str(caught.value))
+    assert advised
+    assert "reward=..." in advised[1]
+    result = eval(advised[1].replace("reward=...", "reward=fixed"), {"opd": opd, "fixed": lambda prompt, response: 1.0})
+    assert result.finished
+    assert [line["step"] for line in result.history] == [1, 2]
+
+
 def warned(*overrides: str) -> str:
     data = small_tree(sampling={"group_size": 4})
     data["tasks"]["words"]["checks"] = {"rules": ["truncated"]}
