@@ -199,7 +199,7 @@ def discount_warning(config: Config) -> str | None:
         return None
     return (
         f"warning: objective.discount = {discount} lets a student that cannot match its teacher everywhere prefer short or empty "
-        "branches: a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/objectives.md)"
+        "branches: a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/concepts/objectives.md)"
     )
 
 
@@ -227,11 +227,11 @@ def _outweighed(config: Config) -> str:
         f" without errors pays. At reward 1, errors fade from every start below {everywhere:.3g} nats a response"
     )
     if best - everywhere < 0.01 * best:
-        return f"{text}, and grow above it (docs/safeguards.md)"
+        return f"{text}, and grow above it (docs/concepts/safeguards.md)"
     episodes = config.sampling.prompts_per_step * config.sampling.group_size
     longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
     other = f", or set objective.normalizer = 'constant' with objective.constant = {episodes}"
     return (
         f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise reward.coef"
-        f"{other if objective.normalizer != 'constant' else ''} (docs/safeguards.md)"
+        f"{other if objective.normalizer != 'constant' else ''} (docs/concepts/safeguards.md)"
     )

@@ -66,7 +66,7 @@ def tools_are_answered(prompts: Sequence[Prompt], make_environment: Callable[[Pr
         except Exception:  # the episodes that are played show it, with its reason
             missing = False
         if missing:
-            detail = f"prompt '{prompt.id}' shows tools, and no environment answers their calls: one turn is all (docs/agents.md)"
+            detail = f"prompt '{prompt.id}' shows tools, and no environment answers their calls: one turn is all (docs/concepts/agents.md)"
             findings.append(Finding(f"calls of tasks.{task} are answered", True, detail, warning=True))
     return findings
 

@@ -122,7 +122,7 @@ class ObjectiveConfig(Node):
         kind = self.type
         if kind in _FUTURE and self.discount is None:
             raise ValueError(
-                f"type = '{kind}' needs a discount: 0 is the immediate term, 1 the unbiased sum (docs/objectives.md)"
+                f"type = '{kind}' needs a discount: 0 is the immediate term, 1 the unbiased sum (docs/concepts/objectives.md)"
             )
         if self.discount is not None and kind not in _FUTURE:
             other = "exact_to_go" if kind in _INTEGRATED else "to_go"
