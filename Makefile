@@ -94,14 +94,14 @@ SECONDS ?= 120
 fuzz: install model
 	$(BIN)/python -m pip install --quiet atheris==3.0.0
 	mkdir -p runs/fuzz/align runs/fuzz/calls
-	$(BIN)/python tests/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz/align
-	$(BIN)/python tests/fuzz_calls.py -max_total_time=$(SECONDS) -max_len=256 -len_control=0 \
+	$(BIN)/python tests/tools/fuzz_align.py -max_total_time=$(SECONDS) -max_len=128 -artifact_prefix=runs/fuzz/ runs/fuzz/align
+	$(BIN)/python tests/tools/fuzz_calls.py -max_total_time=$(SECONDS) -max_len=256 -len_control=0 \
 		-artifact_prefix=runs/fuzz/ runs/fuzz/calls
 
 # Do the tests notice small faults? Each mutant of the mathematics and the alignment runs in a fork; results stay in runs/mutants.jsonl.
 MUTANTS ?=
 mutants: install model
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/mutants.py $(MUTANTS)
 
 check: install
 	$(BIN)/ruff check --output-format concise .

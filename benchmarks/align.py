@@ -25,7 +25,7 @@ Ends = tuple[np.ndarray, np.ndarray]
 def responses(size: int) -> list[str]:
     """The repository's Markdown and Python, cut every `size` characters."""
     root = Path(__file__).parents[1]
-    files = [p for kind in ("*.md", "src/**/*.py", "tests/*.py", "docs/**/*.md") for p in sorted(root.glob(kind))]
+    files = [p for kind in ("*.md", "src/**/*.py", "tests/**/*.py", "docs/**/*.md") for p in sorted(root.glob(kind))]
     text = "\n".join(p.read_text(encoding="utf-8") for p in files)
     return [text[i : i + size] for i in range(0, len(text), size)]
 

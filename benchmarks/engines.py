@@ -25,7 +25,7 @@ import numpy as np
 import ray
 
 from opd.config import EpisodesConfig, RemoteConfig
-from opd.distributed.group import RankTeachers
+from opd.distributed.backend import RankTeachers
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.models.loading import load_tokenizer
 from opd.records import HiddenPart, HiddenScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, TopKScore, Turn
@@ -33,7 +33,7 @@ from opd.remote.client import Client, Endpoint, StaticDeployment
 from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher
 from opd.text.chat import Chat
-from opd.text.turn_end import turn_end
+from opd.text.template import turn_end
 
 STUDENT = "models/smollm2-135m-instruct"
 TOKENS, PROMPT, END = 256, 64, 2
@@ -165,7 +165,7 @@ class ReadyRank:
 
 
 class ReadyGroup:
-    """One such rank, asked as `opd.distributed.group` asks its ranks."""
+    """One such rank, asked as `opd.distributed.backend` asks its ranks."""
 
     size = 1
 

@@ -1,4 +1,4 @@
-"""Reward hacking on a real model, with and without safeguards: curves and a table (docs/safeguards.md).
+"""Reward hacking on a real model, with and without safeguards: curves and a table (docs/concepts/safeguards.md).
 
     python benchmarks/hacking.py --output runs/hacking                       # four arms, three seeds
     python benchmarks/hacking.py --output runs/hacking --seeds 0 --arms none both

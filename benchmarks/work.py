@@ -11,7 +11,7 @@ from in_turns import PEERS
 
 import opd
 from opd.config import Config
-from opd.data.task_data import TaskData, read_tasks
+from opd.data.tasks import TaskData, read_tasks
 from opd.episodes.player import EpisodePlayer, one_turn
 from opd.local.backend import LocalBackend
 from opd.local.build import build

@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 install_import_hook("opd.objectives", "beartype.beartype")
 
 # What several files of tests share asserts too.
-pytest.register_assert_rewrite("call_texts", "commands", "config_trees", "run_folders", "toy_runs")
+pytest.register_assert_rewrite("benches", "call_texts", "call_turns", "factories", "games", "pairs", "runs")
 
 # Nothing in the tests may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

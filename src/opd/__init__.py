@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.callbacks import STOP, Callback
-    from opd.checks.rules import Finding
+    from opd.checks.notices import Finding
     from opd.config import Config, SftConfig, load_config, parse_config
     from opd.episodes.tools import Tool, ToolEnvironment
     from opd.errors import OpdError
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "opd.callbacks": ("STOP", "Callback"),
-    "opd.checks.rules": ("Finding",),
+    "opd.checks.notices": ("Finding",),
     "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
     "opd.episodes.tools": ("Tool", "ToolEnvironment"),
     "opd.errors": ("OpdError",),

@@ -1,4 +1,4 @@
-"""`opd align`: before any training, how a teacher with another tokenizer reads what the student writes."""
+"""`opd align`: compares a student's and a teacher's tokens of the same text, before any training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +14,7 @@ from opd.errors import DataError
 from opd.logging.run_folder import read_rollouts
 from opd.models.loading import load_tokenizer
 from opd.records import Prompt, Rollout, Turn
-from opd.text.alignment import pair_turns, total, turn_facts
-from opd.text.alignment_report import Side, describe, shares, sides
+from opd.text.alignment import Side, describe, pair_turns, shares, sides, total, turn_facts
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import Renderings, different_renderings
 from opd.text.teacher_text import TeacherSide
@@ -31,9 +30,9 @@ _COLOURS = ("black on bright_cyan", "black on bright_green")
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: what tells the tokenizers apart, None when they are one; responses: each one chunk by chunk; facts: counts
-    over all; failures: what the teacher could not read, and why; renderings: a short conversation in both chat templates, None
-    where they render alike; ends: how a model's template, tokenizer and generation config disagree on where a turn ends."""
+    """difference: how the tokenizers differ, None where they are equal; responses: the chunks of each; facts: counts over all;
+    failures: why the teacher could not read a response; renderings: a short conversation in both chat templates, None where they
+    are equal; ends: how a model's template, tokenizer and generation config disagree on where a turn ends."""
 
     student: str
     teacher: str
@@ -77,7 +76,6 @@ def compare(student: str, teacher: str, rollouts: Sequence[Rollout] | str = SAMP
 
 
 def rollouts_of(run: Path) -> list[Rollout]:
-    """All rollouts of a run."""
     found = [scored.rollout for scored in read_rollouts(run)]
     if not found:
         raise DataError(f"run '{run}' holds no rollouts yet")
@@ -95,7 +93,7 @@ def read_text(path: Path) -> str:
 
 
 def show(found: Comparison, console: Console, *, limit: int = 4) -> None:
-    """The first responses side by side, chunks in turning colours, what is masked in red with its reason; then the report."""
+    """The first responses side by side, chunks in alternating colours, masked tokens in red with the reason; then the report."""
     for response in found.responses[:limit]:
         for name, attribute in (("student", "student"), ("teacher", "teacher")):
             line = Text(f"{name}  ", style="bold")
@@ -116,7 +114,7 @@ def show(found: Comparison, console: Console, *, limit: int = 4) -> None:
 
 
 def as_plain(found: Comparison) -> dict[str, Any]:
-    """The comparison as plain data; bytes as text with what is no UTF-8 escaped."""
+    """The comparison as plain data; bytes that are no UTF-8 are escaped."""
 
     def plain(side: Side) -> dict[str, Any]:
         texts = {k: [p.decode(errors="backslashreplace") for p in getattr(side, k)] for k in ("student", "teacher")}
@@ -161,6 +159,6 @@ def _as_rollout(text: str, student_side: StudentSide) -> Rollout:
 
 
 def _shown(piece: bytes) -> str:
-    """A token's bytes for a terminal: whitespace and controls made visible, no UTF-8 escaped."""
+    """A token's bytes for a terminal, with visible whitespace and controls; bytes that are no UTF-8 are escaped."""
     text = piece.decode(errors="backslashreplace").replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "∅"

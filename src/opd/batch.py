@@ -265,8 +265,7 @@ def split(batch: Batch, parts: int) -> list[Batch | None]:
 
 def consecutive(sizes: Sequence[int], together: Sequence[Hashable], parts: int) -> list[tuple[int, int]]:
     """Bounds [start, end) of `parts` stretches whose sizes sum to about the same; equal neighbours in `together` stay so."""
-    ends = np.cumsum(sizes) if len(sizes) else np.zeros(0)
-    whole = float(ends[-1]) if len(sizes) else 0.0
+    ends, whole = np.cumsum(sizes), sum(sizes)
     bounds, start = [], 0
     for part in range(1, parts + 1):
         stop = int(np.searchsorted(ends, whole * part / parts - 1e-9, side="left")) + 1 if part < parts else len(sizes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
-from opd.data.task_data import require_callable
+from opd.data.tasks import require_callable
 from opd.errors import CallbackError
 from opd.rewards.reward import Raised, awaited
 

@@ -111,6 +111,14 @@ def load_step(folder: Path, step: int) -> Checkpoint:
     return _read(path)
 
 
+def find_checkpoint(folder: Path, step: int | None, *, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest whole checkpoint, or that of `step`; raises RunError where there is none."""
+    found = load_newest(folder, warn=warn) if step is None else load_step(folder, step)
+    if found is None:
+        raise RunError(f"'{folder}' holds no checkpoint yet")
+    return found
+
+
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     return Checkpoint(state.pop("step"), path, state)

@@ -199,7 +199,7 @@ def align(
     rollouts: Annotated[Path | None, typer.Option(help="A run folder: what its student sampled.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a teacher with another tokenizer reads what the student writes, before any training."""
+    """Compare a student's and a teacher's tokens of the same text, before any training."""
     with _one_line():
         if text is not None and rollouts is not None:
             raise ConfigError("give --text FILE or --rollouts RUN, not both")
@@ -343,7 +343,7 @@ def _finish(run: Path, *, finished: bool) -> None:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """One line and exit code 2 for what the user can fix; anything else is a bug and keeps its traceback.
+    """One line and exit code 2 for an error that the user can fix; any other error is a bug and keeps its traceback.
 
     The notes of an error are part of its line: they say how to continue a run.
     """

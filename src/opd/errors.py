@@ -1,4 +1,4 @@
-"""Every error that a user can meet, one line each: what, which record, got and expected, what to do.
+"""Every error that a user can meet, one line each: the problem, the record, got and expected, the remedy.
 
 Each is an `OpdError` and also the standard exception that a caller would expect, and each survives pickling.
 """
@@ -10,7 +10,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 def without_controls(text: str) -> str:
-    """The text with U+FFFD for what would steer a terminal or turn its writing around; tabs and newlines stay."""
+    """The text with U+FFFD for characters that control a terminal or its writing direction; tabs and newlines stay."""
     return _CONTROL.sub("\ufffd", text)
 
 
@@ -69,4 +69,4 @@ class StalledError(RunError):
 
 
 class CallbackError(OpdError, ValueError):
-    """A callback that is no callback, or that returned what a run cannot use."""
+    """A callback that is no callback, or that returned a value that a run cannot use."""

@@ -11,8 +11,7 @@ import torch
 
 from opd.batch import pack
 from opd.config import Config
-from opd.data.task_data import TaskData
-from opd.data.tasks import SPLITS
+from opd.data.tasks import SPLITS, TaskData
 from opd.errors import DataError
 from opd.logging.console import ProgressLine
 from opd.logging.run_folder import RunFolder
@@ -326,9 +325,12 @@ class Evaluator:
         return {(task, split, teacher): Cell(**cell) for task, split, teacher, cell in json.loads(path.read_text())}
 
     def parity(
-        self, before: Mapping[tuple[str, str, str], Cell], line: ProgressLine, *, keep: bool = True
+        self, before: Mapping[tuple[str, str, str], Cell], line: ProgressLine, *, name: str | None = "parity"
     ) -> list[ParityRow]:
-        """Measure the student and each teacher on its own prompts, and show the table. keep: also write it to the run folder."""
+        """Measure the student and each teacher on its own prompts, and show the table.
+
+        name: of the two files in the run folder that it is written to, without their endings; None: it is not written.
+        """
         if not self._config.evaluation.num_prompts:
             return []
         line.say("evaluating the student and its teachers")
@@ -345,10 +347,10 @@ class Evaluator:
                     line.say(f"teacher '{teacher}' alone is not measured on {task} {split}: {error}")
             rows.append(ParityRow(task, split, teacher, before.get((task, split, teacher)), expert, cell))
         text = parity_text(rows)
-        if keep:
-            self._folder.write_text("parity.json", json.dumps(parity_json(rows), indent=1) + "\n")
-            self._folder.write_text("parity.md", text + "\n")
         line.say(text)
+        if name is not None:
+            self._folder.write_text(f"{name}.json", json.dumps(parity_json(rows), indent=1) + "\n")
+            self._folder.write_text(f"{name}.md", text + "\n")
         return rows
 
     def _student_cells(self, count: int) -> CellTable:

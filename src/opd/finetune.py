@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.checkpoint import Saver, explain_io, identities_of
-from opd.checks import rules
+from opd.checks import startup
 from opd.checks.notices import clock_unread, notices_of_tuning, warmup_warning
 from opd.config import EpisodesConfig, ObjectiveConfig, SftConfig
-from opd.data.stream import PromptStream
-from opd.data.tasks import SPLITS, make_tasks, read_splits
-from opd.episodes.demonstrations import Demonstrator, Replay
+from opd.data.tasks import SPLITS, PromptStream, make_tasks, read_splits
+from opd.episodes.player import Demonstrator, Replay
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.interrupts import Interrupts
@@ -21,19 +20,17 @@ from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import LocalSampler, episode_player
 from opd.local.teacher import Policy
 from opd.logging.console import ProgressLine
-from opd.logging.curves import draw_run
 from opd.logging.run_folder import RunFolder
+from opd.logging.writers import draw_run
 from opd.metrics import values
 from opd.models.lora import export
 from opd.records import Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.roles import Environment, Task
-from opd.text.template import clock_of
+from opd.text.template import clock_of, turn_end
 from opd.text.tokenizer import fingerprint
-from opd.text.turn_end import turn_end
 
-_LOOKED_AT = 64
-
+_LOOKED_AT = 64  # of generated problems
 
 _Prompts = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
@@ -75,7 +72,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
     started = config.started()
     student = build_student(started)
     config = started if clock_of(student.network.tokenizer) else config
-    rules.require([rules.packed_equals_plain("the student", packing_of(student, trains=True))])
+    startup.require([startup.packed_equals_plain("the student", packing_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])
@@ -129,7 +126,7 @@ def _learner(config: SftConfig, student: Policy) -> LocalLearner:
 
 
 def _identities(config: SftConfig, student: Policy) -> dict[str, str]:
-    """What must not change under a run."""
+    """The tokenizer and the base, which must not change during a run."""
     named = {"the student's tokenizer": fingerprint(student.network.tokenizer)}
     return named | ({"the student's base": student.network.fingerprint()} if config.trainable == "lora" else {})
 
@@ -185,7 +182,7 @@ class _School:
         )
 
     def _recorded(self, prompt: Prompt) -> Environment | None:
-        """What answers in a demonstration: a recorded one answers for itself."""
+        """The environment of a demonstration: a replay where the whole conversation is recorded."""
         return Replay(prompt.demonstration) if prompt.demonstration else self._tasks[prompt.task].environment(prompt)
 
     def demonstrate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -204,8 +201,8 @@ class _School:
         return rollouts
 
     def require_learnable(self, task: Task, prompts: Sequence[Prompt]) -> None:
-        """Raise DataError for the first prompt whose answer is missing or does not fit the context; of generated problems, whose
-        solutions are generated too, only some are looked at."""
+        """Raise DataError for the first prompt without an answer that fits the context; of generated problems only some are
+        checked."""
         limit = self._student.network.limit
         for prompt in prompts if task.environment(prompts[0]) is None else prompts[:_LOOKED_AT]:
             tokens = max(len(r.token_ids) for r in self.demonstrate([prompt]))
@@ -215,9 +212,7 @@ class _School:
                     "or its answer"
                 )
 
-    def examine(
-        self, config: SftConfig, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]], line: ProgressLine
-    ) -> dict[tuple[str, str], Cell]:
+    def examine(self, config: SftConfig, prompts: _Prompts, line: ProgressLine) -> dict[tuple[str, str], Cell]:
         """The student's own accuracy by task and split."""
         sampler = LocalSampler(
             self._student.network,

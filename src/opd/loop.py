@@ -4,21 +4,20 @@ Prompt -> Rollout -> ScoredRollout -> Batch -> advantages -> loss -> update
 """
 
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from opd.batch import pack, trainable
 from opd.config import Config
-from opd.data.stream import PromptStream
+from opd.data.tasks import PromptStream
 from opd.detectors.metrics import detector_metrics
 from opd.errors import RewardError, StalledError
 from opd.metrics import Max, Metrics, Sum, mean_of, merge, values
 from opd.objective import compute_advantages
-from opd.prefetch import Prefetch
 from opd.records import FailedScore, Prompt, Rollout, ScoredRollout
 from opd.rewards.judge import Judge
 from opd.roles import Learner, Sampler, Seed, Teacher
@@ -29,7 +28,7 @@ _MAX_EMPTY_STEPS = 3  # steps in a row without a usable rollout, of all teachers
 
 @dataclass(frozen=True)
 class Components:
-    """What a run consists of. special_ids: the student's special tokens; per_prompt: each prompt is sampled and scored on its own,
+    """The parts of a run. special_ids: the student's special tokens; per_prompt: each prompt is sampled and scored on its own,
     all at the same time, as servers allow."""
 
     stream: PromptStream
@@ -53,7 +52,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The result of one step.
 
     step: counts from 1; values: the merged metrics as plain numbers; cursor: the position of the prompt stream behind this step.
     failure: the step is done, and the sampler could not take its weights.
@@ -68,7 +67,7 @@ class StepReport:
 
 @dataclass
 class _Clock:
-    """Seconds by phase of one step; "wait" is what no phase of this thread accounts for."""
+    """Seconds by phase of one step; "wait" is the time of this thread outside every phase."""
 
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
@@ -89,6 +88,48 @@ class _Clock:
         return times
 
 
+class _Prefetch:
+    """Collects steps `first` ... `last` in order; step n once step n - ahead - 1 is done.
+
+    With `ahead` = 0 a step is collected when it is taken, by the thread that takes it. `take` raises what collecting raised, and no
+    later step is collected then. Leaving the context waits for the step that is being collected, and drops it.
+    """
+
+    def __init__(self, make: Callable[[int], Collected], *, first: int, last: int, ahead: int) -> None:
+        self._make = make
+        self._next = first
+        self._last = last
+        self._ahead = ahead
+        self._failed = False
+        self._made: deque[Future[Collected]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="opd-ahead")
+        self.done(first - 1)
+
+    def take(self, step: int) -> Collected:
+        return self._made.popleft().result() if self._ahead else self._make(step)
+
+    def done(self, step: int) -> None:
+        """The update of this step is there for the steps that follow."""
+        while self._ahead and self._next <= min(step + 1 + self._ahead, self._last):
+            self._made.append(self._pool.submit(self._collect, self._next))
+            self._next += 1
+
+    def _collect(self, step: int) -> Collected:
+        if self._failed:
+            raise CancelledError
+        try:
+            return self._make(step)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def __enter__(self) -> "_Prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def train_steps(config: Config, components: Components, *, start: int) -> Generator[StepReport]:
     """Run steps start + 1 ... config.steps, yielding a report after each update.
 
@@ -102,10 +143,10 @@ def train_steps(config: Config, components: Components, *, start: int) -> Genera
     silent: Counter[str] = Counter()
     staleness = config.cluster.max_staleness
     make = partial(collect, config, components)
-    with Prefetch(make, first=start + 1, last=config.steps, ahead=staleness) as prefetch:
+    with _Prefetch(make, first=start + 1, last=config.steps, ahead=staleness) as prefetch:
         for step in range(start + 1, config.steps + 1):
             clock = _Clock()
-            collected = prefetch.take()
+            collected = prefetch.take(step)
             # a thread that works ahead takes none of this thread's time
             (clock.aside if staleness else clock.phases).update(collected.phases)
             report = update(config, components, step, collected, clock)
@@ -156,7 +197,7 @@ def collect(config: Config, components: Components, step: int) -> Collected:
 
 
 def update(config: Config, components: Components, step: int, collected: Collected, clock: "_Clock") -> StepReport:
-    """The second half of a step: the student learns from what was collected, and the sampler takes its weights."""
+    """The second half of a step: the student learns from the rollouts, and the sampler takes its weights."""
     scored = _judged(components.judge, collected.scored, step)
     _require_most(config, step, scored)
     unscored = config.reward.coef > 0
@@ -202,7 +243,7 @@ def _judged(judge: Judge, scored: Sequence[ScoredRollout], step: int) -> tuple[S
 
 
 def _load_weights(components: Components, step: int) -> Exception | None:
-    """Give the sampler the weights of this step; returns what it raised, for the step itself is done and can be saved."""
+    """Give the sampler the weights of this step; returns the sampler's error, since the step itself is done and can be saved."""
     try:
         components.sampler.load_weights(components.learner.weights(), policy_version=step)
     except Exception as error:
@@ -214,7 +255,7 @@ def score_usable(teachers: Teacher, rollouts: Sequence[Rollout]) -> list[ScoredR
     """Each rollout with its own teacher's score, in the order given; teachers are not asked about rollouts that failed."""
     usable = [r for r in rollouts if r.failure is None]
     scored = iter(teachers.score(usable) if usable else [])
-    # an episode that a server lost is lost with all its parts, of which one carries what happened
+    # an episode that a server lost is lost with all its parts, of which one has the event
     lost = {(r.prompt.id, r.sample) for r in rollouts if r.events.get("lost")}
     return [
         next(scored)

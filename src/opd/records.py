@@ -72,15 +72,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One flat token sequence that the student sampled, and what it means.
+    """One flat token sequence that the student sampled, and its conversation.
 
     token_ids, loss_mask, rollout_logprobs: [tokens]; a turn's end-of-turn token is an action and is part of the sequence.
     opened: the thinking tag with which the generation prompt of the student's last turn ends, "" for none.
     `reward` is the reward in [0, 1], or None where there is none. `flags`: its format errors. `events`: what happened in its
     environment that a user should know of, counted by name. `failure`: why it must not be trained on, where it must not.
 
-    An episode is one rollout while the chat template keeps what it has written. Where it rewrites earlier turns, the episode
-    goes on in another rollout, whose prompt is the rewritten conversation: `part` counts them.
+    An episode is one rollout as long as the chat template keeps earlier turns. Where it rewrites them, the episode continues in
+    another rollout, which begins with the rewritten conversation: `part` counts them.
     """
 
     prompt: Prompt
@@ -115,7 +115,6 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """Whether it was cut by a limit on tokens."""
         return self.finish in TRUNCATED
 
     @property
@@ -220,40 +219,36 @@ class ScoredRollout:
     retries: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.score, FailedScore):
+        score, who = self.score, self.rollout.id
+        if isinstance(score, FailedScore):
             return
-        assert self.score.logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
-        read_only(self.score.logprobs)
-        if isinstance(self.score, SampledScore | HiddenScore):
-            for _, logprobs in self.score.components:
-                assert logprobs.shape == self.rollout.token_ids.shape, self.rollout.id
-                read_only(logprobs)
-        if isinstance(self.score, ChunkScore):
-            assert self.score.chunks.shape == self.rollout.token_ids.shape, self.rollout.id
-            read_only(self.score.chunks)
-            assert (self.score.compared is None) == (self.score.part is None), self.rollout.id
-            if self.score.compared is not None and self.score.part is not None:
-                assert len(self.score.part.hidden) == self.score.compared.sum(), self.rollout.id
-                assert not (self.score.compared & ~self.rollout.loss_mask).any(), self.rollout.id
-                read_only(self.score.compared)
-                read_only(self.score.part.hidden)
-        if isinstance(self.score, TopKScore):
-            assert self.score.ids.shape == self.score.top_k_logprobs.shape, self.rollout.id
-            assert len(self.score.ids) == self.rollout.num_actions, self.rollout.id
-            read_only(self.score.ids)
-            read_only(self.score.top_k_logprobs)
-        if isinstance(self.score, HiddenScore):
-            for part in self.score.parts:
-                assert len(part.hidden) == self.rollout.num_actions, self.rollout.id
-                read_only(part.hidden)
+        by_token, by_action = [score.logprobs], list[np.ndarray]()
+        match score:
+            case SampledScore():
+                by_token += [logprobs for _, logprobs in score.components]
+            case HiddenScore():
+                by_token += [logprobs for _, logprobs in score.components]
+                by_action += [part.hidden for part in score.parts]
+            case TopKScore():
+                by_action += [score.ids, score.top_k_logprobs]
+                assert score.ids.shape == score.top_k_logprobs.shape, who
+            case ChunkScore():
+                by_token.append(score.chunks)
+                assert (score.compared is None) == (score.part is None), who
+                if score.compared is not None and score.part is not None:
+                    by_token.append(score.compared)
+                    assert len(score.part.hidden) == score.compared.sum(), who
+                    assert not (score.compared & ~self.rollout.loss_mask).any(), who
+                    read_only(score.part.hidden)
+        assert all(array.shape == self.rollout.token_ids.shape for array in by_token), who
+        assert all(len(array) == self.rollout.num_actions for array in by_action), who
+        for array in (*by_token, *by_action):
+            read_only(array)
 
     @property
     def mask(self) -> np.ndarray:
         """The actions that have a score, [tokens] bool."""
         if isinstance(self.score, FailedScore):
             return np.zeros(len(self.rollout.token_ids), dtype=bool)
-        return (
-            self.rollout.loss_mask & (self.score.chunks >= 0)
-            if isinstance(self.score, ChunkScore)
-            else self.rollout.loss_mask
-        )
+        mask = self.rollout.loss_mask
+        return mask & (self.score.chunks >= 0) if isinstance(self.score, ChunkScore) else mask

@@ -1,27 +1,40 @@
 """The roles of a training step: the local and the Ray backend implement the same protocols."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
+import torch
+
 from opd.batch import Batch
 from opd.metrics import Metrics
 from opd.records import Message, Prompt, Rollout, ScoredRollout
 
 Seed: TypeAlias = tuple[int | str, ...]
+"""A place in a run, such as (run's seed, "sample", step), to which random numbers belong."""
 
 INITIAL_STUDENT = "the initial student"
 """The name of the student as it was before the first step, among those who score (`Backend.identities`)."""
 
 
+def generator_of(*parts: int | str) -> torch.Generator:
+    """A generator for one purpose, such as (run's seed, "sample", step).
+
+    The parts are hashed: torch reads only the low 32 bits of a seed, so sums and products of parts would coincide.
+    """
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
 @dataclass(frozen=True)
 class Step:
-    """What an environment makes of one turn of the student.
+    """An environment's answer to one turn of the student.
 
     observations: the messages that follow, of role "tool", "user" or "system"; reward: the reward of the episode as it stands
-    now, in [0, 1], or None for no verdict yet; done: no further turn. events: what happened that is worth counting, by name.
+    now, in [0, 1], or None for no verdict yet; done: no further turn. events: counts of notable events, by name.
     """
 
     observations: Sequence[Message] = ()
@@ -38,7 +51,7 @@ class Environment(Protocol):
         ...
 
     async def step(self, message: Message) -> Step:
-        """What follows the student's turn."""
+        """Answer the student's turn."""
         ...
 
 
@@ -136,13 +149,15 @@ class OwnReading:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What the teachers are, to those who check them, by name: the longest sequence that each scores (None: nothing limits it);
-    the vocabulary that they share with the student, and that of each with another tokenizer; which give no distributions over the
-    student's tokens; of each behind a server, why its tokenizer could not be compared ("" where it was). notes: what a user
-    should know of how the models were loaded, a line each. templates: the teachers whose chat template is not known to be the
-    student's. turn_ends: by model, how its chat template, tokenizer and generation config disagree on where a turn ends.
-    reads_clock: whether a chat template reads the time. own_readings: of each teacher, its models that read a prompt otherwise than
-    the student and have a limit; they are not in contexts.
+    """Facts about the teachers for the start-up checks, by teacher.
+
+    contexts: the longest sequence that it scores (None: nothing limits it). vocab_size: the ids that the student shares with
+    teachers of its tokenizer. cross_tokenizer: the vocabulary of a teacher with another tokenizer. without_distributions: those
+    that give no distributions over the student's tokens. unknown_tokenizers: of a teacher behind a server, why its tokenizer
+    could not be compared ("" where it was). notes: lines about how the models were loaded. templates: teachers with a chat
+    template that may differ. turn_ends: by model, how its chat template, tokenizer and generation config disagree on where a turn
+    ends. reads_clock: whether a chat template reads the time. own_readings: models with a template or tokens of their own and a
+    limit, which contexts leaves out.
     """
 
     contexts: Mapping[str, Limit | None]
@@ -172,7 +187,7 @@ class Backend(Protocol):
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What must not change under a run, in words: teachers, tokenizers, the student's base."""
+        """Fingerprints of what must not change during a run: teachers, tokenizers, the student's base."""
         ...
 
     def facts(self) -> TeacherFacts: ...
@@ -182,7 +197,7 @@ class Backend(Protocol):
         ...
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
-        """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
+        """The teachers of the prompts; followed: the targets of training, which an extrapolation moves past the teachers."""
         ...
 
     def student_as_teacher(self) -> Teacher:
@@ -190,7 +205,7 @@ class Backend(Protocol):
         ...
 
     def models_as_teachers(self, names: Collection[str]) -> Teacher:
-        """Single models as teachers, by name: of prompts whose teacher is called so."""
+        """Single models as teachers, by name."""
         ...
 
     def model_names(self) -> Collection[str]:
@@ -208,8 +223,7 @@ class Backend(Protocol):
         ...
 
     def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
-        """Of each model, by a name to show: how far its packed passes are from its plain ones, by what was probed
-        (`opd.models.packing_check.packed_gaps`)."""
+        """For each model, the difference of its packed and plain passes by probe (`opd.models.packing_check.packed_gaps`)."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -9,31 +9,29 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from opd.callbacks import Callbacks
-from opd.checkpoint import Saver, explain_io, identities_of
-from opd.checks import rules
+from opd.checkpoint import Saver, explain_io, find_checkpoint, identities_of
+from opd.checks import startup
 from opd.checks.notices import REWARD, discount_warning, mask_warning, warmup_warning
 from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
-from opd.data.stream import PromptStream
-from opd.data.task_data import TaskData
+from opd.data.tasks import PromptStream, TaskData
 from opd.detectors.monitor import RunMonitor
 from opd.episodes.player import MakeEnvironment, one_turn
-from opd.errors import ConfigError, one_line
+from opd.errors import CheckError, ConfigError, one_line
 from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
 from opd.local import build as local
 from opd.local.backend import LocalBackend
-from opd.local.learner import learning_rate
+from opd.local.build import build_student
+from opd.local.learner import learning_rate, read_weights
 from opd.local.warmup import warm_up
 from opd.logging.console import ProgressLine
-from opd.logging.curves import draw_run
 from opd.logging.run_folder import Background, RunFolder, read_metrics
-from opd.logging.writers import Writers
+from opd.logging.writers import Writers, draw_run
 from opd.loop import Components, StepReport, train_steps
-from opd.models.lora import write_merged
+from opd.models.lora import export, write_merged
 from opd.roles import Backend, Teacher
-from opd.score_cache.cache import CachedTeacher, MemoryScores, identities, probe
-from opd.score_cache.files import ScoreFiles
+from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Run:
             self.say = line.say
             line.say("checking the recipe on the real models")
             findings = run_checks(self.config, self.backend, self.task_data)
-            rules.require(findings)
+            startup.require(findings)
             for finding in findings if not resume else ():
                 if finding.warning or finding.name == REWARD:
                     line.say(f"{'warning: ' if finding.warning else ''}{finding.name}: {finding.detail}")
@@ -128,15 +126,16 @@ class Run:
     def evaluate(self, step: int | None = None) -> list[ParityRow]:
         """The parity table of the student in the newest checkpoint, or in that of `step`."""
         with closing(self.backend), ProgressLine(self.config.steps) as line:
-            rules.require(packing_findings(self.backend))
+            startup.require(packing_findings(self.backend))
             self._restore(line.say, step)
-            return self.evaluator.parity(self.evaluator.kept(), line)
+            name = "parity" if step is None else f"evaluations/step-{step:06d}"
+            return self.evaluator.parity(self.evaluator.kept(), line, name=name)
 
     def evaluate_untrained(self) -> list[ParityRow]:
         """The parity table of the student as the recipe has it; nothing is written."""
         with closing(self.backend), ProgressLine(self.config.steps) as line:
-            rules.require(packing_findings(self.backend))
-            return self.evaluator.parity({}, line, keep=False)
+            startup.require(packing_findings(self.backend))
+            return self.evaluator.parity({}, line, name=None)
 
     def _train(self, line: ProgressLine, *, resume: bool) -> Result:
         restored = self._restore(line.say) if resume else None
@@ -292,32 +291,28 @@ class Run:
 def export_student(
     config: Config, folder: RunFolder, target: Path, step: int | None, *, merged: bool, dtype: str | None
 ) -> None:
-    """Write the student of a run's newest checkpoint, or of `step`, to a folder (`Trainer.export`). No prompts are read."""
+    """Write the student of a run's newest checkpoint, or of `step`, to a folder (`Trainer.export`).
+
+    Only the student's own base is loaded: no teacher, no prompt, and no cluster.
+    """
     lora = config.trainable == "lora"
     if dtype is not None and lora and not merged:
         raise ConfigError(f"dtype = '{dtype}' belongs to merged: an adapter is written in float32")
-    with (
-        closing(make_backend(config.started())) as backend,
-        explain_io(target),
-        tempfile.TemporaryDirectory(prefix="opd-export-") as place,
-    ):
-        saver = Saver(
-            folder.checkpoints,
-            backend.learner(),
-            lambda: backend.identities,
-            steps=config.steps,
-            every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            how_to_resume=folder.how_to_resume,
+    found = find_checkpoint(folder.checkpoints, step, warn=partial(print, flush=True))
+    policy = build_student(config.started())
+    base = policy.network.fingerprint()
+    if lora and (began := found.state["identities"]["the student's base"]) != base:
+        raise CheckError(
+            f"'{config.student}' is not the base of this run (identity {began}, now {base}); give it what it began with"
         )
-        saver.restore(partial(print, flush=True), step)
-        if not (lora and merged) and dtype is None:
-            backend.export(target)
+    read_weights(found.path, policy.network, policy.adapter)
+    with explain_io(target), tempfile.TemporaryDirectory(prefix="opd-export-") as place:
+        if not lora or not merged:
+            export(policy.network, policy.adapter, target, dtype=dtype or "float32")
             return
-        plain = Path(place) / "student"
-        backend.export(plain)
-        base, adapter = (config.student, plain) if lora else (str(plain), None)
-        write_merged(base, adapter, target, dtype=dtype or "float32", whose="the student")
+        adapter = Path(place) / "student"
+        export(policy.network, policy.adapter, adapter, tokenizer=False)
+        write_merged(config.student, adapter, target, dtype=dtype or "float32", whose="the student")
 
 
 def make_backend(config: Config, make_environment: MakeEnvironment = one_turn) -> Backend:

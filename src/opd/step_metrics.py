@@ -12,8 +12,7 @@ from typing import NamedTuple
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of
 from opd.records import ChunkScore, FailedScore, Rollout, ScoredRollout
 from opd.rewards.reward import TIMEOUTS
-from opd.text.alignment import LARGEST, total
-from opd.text.alignment_report import shares
+from opd.text.alignment import LARGEST, shares, total
 
 
 class Declared(NamedTuple):
@@ -196,18 +195,16 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def alignment_metrics(scored: Sequence[ScoredRollout]) -> Metrics:
-    """How each teacher with another tokenizer read the responses (`opd.text.alignment_report.shares`)."""
+    """How each teacher with another tokenizer read the responses (`opd.text.alignment.shares`)."""
     found: dict[str, list[Mapping[str, int]]] = {}
     for item in scored:
         if isinstance(item.score, ChunkScore):
             found.setdefault(item.score.teacher, []).append(item.score.facts)
     metrics: Metrics = {}
     for teacher, facts in found.items():
-        for name, share in shares(total(facts)).items():
-            if name == LARGEST:
-                metrics[f"align/{teacher}/{name}/max"] = Max(share)
-            else:
-                metrics[f"align/{teacher}/{name}/mean"] = mean_of([share])
+        found_shares = shares(total(facts))
+        metrics[f"align/{teacher}/{LARGEST}/max"] = Max(found_shares.pop(LARGEST))
+        metrics |= {f"align/{teacher}/{name}/mean": mean_of([share]) for name, share in found_shares.items()}
     return metrics
 
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias
 
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoint import list_checkpoints
-from opd.checks.rules import Finding
+from opd.checks.notices import Finding
 from opd.checks.startup import run_checks
 from opd.config import Config, parse_config, read_recipe, require_resumable, resumed_config
-from opd.data.task_data import PythonPrompts, TaskData, read_tasks
+from opd.data.tasks import PythonPrompts, TaskData, read_tasks
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ConfigError, RunError
 from opd.evaluate import ParityRow
@@ -95,11 +95,7 @@ class Trainer:
         if (folder.path / "config.json").is_file():
             if self._if_exists == "resume":
                 with folder.locked():
-                    before = folder.config()
-                    kept = {"template_time": before.template_time, "output": before.output}
-                    config = self.config.model_copy(update=kept)
-                    require_resumable(before, config)
-                    return self._continue(folder, config)
+                    return self._continue(folder, self._config_of(folder))
             if self._if_exists == "overwrite":
                 folder.require_removable()
                 _require_outside(self.config, folder.path)
@@ -118,10 +114,12 @@ class Trainer:
         """
         folder = self._existing()
         with folder.locked():  # before anything is read, which another process may be changing
-            return self._continue(folder, resumed_config(folder.config(), overrides, allow_changes=allow_changes))
+            config = self._config_of(folder, allow_changes=allow_changes)
+            return self._continue(folder, resumed_config(config, overrides, allow_changes=allow_changes))
 
     def evaluate(self, overrides: Sequence[str] = (), *, step: int | None = None) -> list[ParityRow]:
-        """The parity table of the run's student in its newest checkpoint, or in that of `step`; written to the run folder.
+        """The parity table of the run's student in its newest checkpoint, or in that of `step`. It is written to the run folder:
+        to parity.json, or to evaluations/ for a `step`.
 
         Without a run, of the recipe's student as it is; nothing is written. overrides: as for `resume`, and
         evaluation.num_prompts; config.json stays as it is.
@@ -132,7 +130,7 @@ class Trainer:
                 raise RunError(f"'{folder.path}' is no run folder: overrides and step belong to a run")
             return self.evaluate_untrained()
         folder.require_own_code(self._own_code())
-        config = resumed_config(folder.config(), overrides, evaluation=True)
+        config = resumed_config(self._config_of(folder), overrides, evaluation=True)
         _require_adapters(config, folder)
         _require_evaluation(config, f"run '{folder.path}'")
         _require_checkpoint(folder)
@@ -168,11 +166,18 @@ class Trainer:
 
     def _continue(self, folder: RunFolder, config: Config) -> Result:
         folder.require_own_code(self._own_code())
-        if self._passed is not None and not _python_tasks(config):
-            raise ConfigError(f"run '{folder.path}' trains on the tasks of its recipe; prompts belongs to a new run")
         _require_adapters(config, folder)
         require_installed(config.logging.writers)
         return self._run(config, folder).go(resume=True)
+
+    def _config_of(self, folder: RunFolder, *, allow_changes: bool = False) -> Config:
+        """The configuration of a run, with what the trainer's own recipe says otherwise. Raises ConfigError where it may not."""
+        before = folder.config()
+        if self._config is None:
+            return before
+        now = self._config.model_copy(update={"template_time": before.template_time, "output": before.output})
+        require_resumable(before, now, allow_changes=allow_changes)
+        return now
 
     def _existing(self) -> RunFolder:
         return self._folder or RunFolder.open(self.config.output)
@@ -184,7 +189,7 @@ class Trainer:
         return Run(config, folder, self._task_data(config), Callbacks(self._callbacks), own_code=own_code)
 
     def _own_code(self) -> list[str]:
-        """The arguments that a run folder cannot hold, and that a resumed run needs again."""
+        """The arguments that a run folder cannot hold, and that a resumed run needs again: just those."""
         held_out = self._passed is not None and self._passed.held_out is not None
         given = {
             "prompts": self._passed is not None,
@@ -225,10 +230,6 @@ def _configured(config: Recipe, teachers: Mapping[str, Any], *, python: bool) ->
             )
         tree["tasks"] = own or {"prompts": {"type": "python"}}
     return parse_config(tree, source=source)
-
-
-def _python_tasks(config: Config) -> list[str]:
-    return [name for name, task in config.tasks.items() if task.type == "python"]
 
 
 def _require_outside(config: Config, folder: Path) -> None:

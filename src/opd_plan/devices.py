@@ -65,7 +65,7 @@ class Assumptions:
     step_ms: float = 2.0
     collective_us: float = 10.0
     disk_gb_s: float = 2.0
-    driver_ms: float = 1.6  # this and the next two: docs/distributed.md, on two cores beside the stand-in of an engine
+    driver_ms: float = 1.6  # this and the next two: docs/results/cluster.md, beside a stand-in for an engine
     driver_us: float = 1.0
     driver_named_us: float = 0.4
     reserve_gib: float = 3.0

@@ -101,7 +101,7 @@ def wake_s(shape: Shape, devices: int, each: int, assumed: Assumptions) -> float
 
 
 def named_tokens(config: Config) -> int:
-    """How many tokens an engine of a teacher names beside each that it scores (`opd.remote.discovery`)."""
+    """How many tokens an engine of a teacher names beside each that it scores (`opd.remote.teacher`)."""
     return config.objective.top_k if config.objective.type == "top_k" else 0
 
 

@@ -169,7 +169,7 @@ def reading() -> Claim:
         ),
     }
     return Claim(
-        "16a", "a teacher reads a text in its own tokens", "docs/tokenizers.md, what is computed",
+        "16a", "a teacher reads a text in its own tokens", "docs/concepts/tokenizers.md, what is computed",
         "its own encoding is within 0.01 nats a byte of the marginal over all tokenisations, the student's tokens are far off; "
         "prefix marginals never rise, and sum to their prefix's",
         ", ".join(f"{name} {value:.3f}" for name, value in nats.items())
@@ -333,7 +333,7 @@ def credit(longest: int = 6) -> Claim:
         **{f"{way}: each response": off < 1e-10 for way, off in formula.items()},
     }
     return Claim(
-        "16b", "causal credit within chunks", "docs/tokenizers.md, what is computed",
+        "16b", "causal credit within chunks", "docs/concepts/tokenizers.md, what is computed",
         "exact (1e-10) where a cut is known when its token is written, and with all of log q(text) for every token; otherwise "
         "off by the part of the past that a later letter moves into a chunk; R_c / n is the wrong scale",
         "; ".join(f"{n}: " + ", ".join(f"{way} {off:.1e}" for way, off in g.items()) for n, g in gaps.items()),

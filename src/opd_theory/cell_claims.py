@@ -11,8 +11,7 @@ from torch import Tensor
 from opd.objectives.advantages import log_ratio_to_go
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherStates, VocabularyLoss, vocabulary_loss
 from opd.text.chunks import align
-from opd.text.shared_vocabulary import shared_vocabulary
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes, shared_vocabulary
 from opd_theory.byte_claims import END, TokenModel, ToyTokenizer, some_language, trained_on
 from opd_theory.claim import Claim
 from opd_theory.written_out import gap, log_softmax, slope
@@ -267,7 +266,7 @@ def comparison(pairs: Sequence[str] = tuple(PAIRS), *, steps: int = _STEPS) -> C
         "the mean of the comparison, written out": compared < 1e-10,
     }
     return Claim(
-        "16c", "comparing common cells", "docs/tokenizers.md, what the two vocabularies have in common",
+        "16c", "comparing common cells", "docs/concepts/tokenizers.md, what the two vocabularies have in common",
         "below the sampled chunks where no token of the teacher's spans several of the student's; above them where it merges "
         "across, since where a cut lies then tells of letters to come",
         "; ".join(f"{n}: " + ", ".join(f"{way} {end:.2f}" for way, end in e.items()) for n, e in ends.items()),

@@ -74,7 +74,7 @@ def mean_and_variance(policy: Policy, gradients: Tensor) -> tuple[Tensor, float]
 
 
 def family(discount: float = 1.0) -> dict[str, Estimator]:
-    """The estimators of docs/objectives.md that one trajectory is enough for; V is the true value, of discount 1."""
+    """The estimators of docs/concepts/objectives.md that one trajectory is enough for; V is the true value, of discount 1."""
 
     def state_value(policy: Policy) -> Tensor:
         return masked(policy.state_value[policy.problem.tree.states], mask(policy))

@@ -214,7 +214,7 @@ def variance_order(
     shown = ", ".join(f"{name} {medians[name]:.2f}" for name in ORDER)
     spans = "; ".join(f"{size}: {min(found):.2f}-{max(found):.2f}" for size, found in grouped.items())
     return Claim(
-        "3", "order of the variances near the teacher", "docs/objectives.md; medians of random trees of horizon 4 and 5",
+        "3", "order of the variances near the teacher", "docs/concepts/objectives.md; medians of random trees of horizon 4 and 5",
         "exact < exact + KL-to-go - V < immediate < (iv) < (iii) < (ii) < (i), means grad V or g1; not a theorem (3c)",
         f"immediate = 1: {shown}; exact + KL-to-go with a leave-one-out baseline of 2, 4, 8, 16 samples: {spans}",
         all(parts.values()), {"ratios": ratios, "medians": medians, "leave_one_out": grouped}, parts,
@@ -351,7 +351,7 @@ def kl_baseline(instances: int = 2000) -> Claim:
         "it neither always helps nor never": 0 < helps < instances,
     }
     return Claim(
-        "5", "the KL baseline helps iff 0 < KL < 2 b* (b* of the costs -r)", "docs/objectives.md, identity 1",
+        "5", "the KL baseline helps iff 0 < KL < 2 b* (b* of the costs -r)", "docs/concepts/objectives.md, identity 1",
         "an equivalence; identity 1 and b* to 1e-10; the share of cases that it helps is reported",
         f"{agree} of {instances} agree; identity to {worst['identity 1']:.1e}, b* to {worst['b*']:.1e}; "
         f"helps in {100 * share:.0f} %",

@@ -227,7 +227,7 @@ def quick_answer() -> Claim:
     trial = run_trial(hack, {**ARMS, at_bound: Arm("to_go", 1.0, reward_coef=bound)})
     rate, found = trial.start.hack, trial.arms
     return trial.claim(
-        "a", "an answer at once, 5 % of the teacher's", "docs/objectives.md, discounts",
+        "a", "an answer at once, 5 % of the teacher's", "docs/concepts/objectives.md, discounts",
         f"future terms collapse, exact stays at {rate:g}, masks change nothing; beside to-go, coef {COEF:g} is too small and "
         f"{bound:.2f} = K / (difference of rewards) ends at {rate:g}",
         trial.collapsed(TO_GO, KL_TO_GO, TO_GO_GUARDED)
@@ -244,7 +244,7 @@ def attractor() -> Claim:
     constant = f"{TO_GO_UNCENTRED}, constant normaliser"
     trial = run_trial(hack, {**ARMS, constant: replace(ARMS[TO_GO_UNCENTRED], normalizer="constant")})
     return trial.claim(
-        "b", "a format error in which the teacher is certain", "docs/objectives.md, masks",
+        "b", "a format error in which the teacher is certain", "docs/concepts/objectives.md, masks",
         "future terms and the uncentred mask collapse; a centred mask ends where exact does, above the teacher's rate; to-go with "
         f"an uncentred mask collapses in spite of a reward whose difference, times coef, is {paid:.1f}: less than the KL of a "
         "response; it ends at 0.998, with a constant normaliser at 0.493; all safeguards with a centred mask hold",
@@ -262,7 +262,7 @@ def loop() -> Claim:
     mixed = "leave-one-out mask"
     trial = run_trial(hack_gym.loop(), {**ARMS, mixed: Arm("immediate", 0.0, "leave_one_out", masked=True)})
     return trial.claim(
-        "c", "a repetition loop that costs nothing", "docs/objectives.md, discounts and masks",
+        "c", "a repetition loop that costs nothing", "docs/concepts/objectives.md, discounts and masks",
         "future terms and the uncentred mask collapse; a KL-centred mask ends where exact does, above the teacher's rate, one with "
         "leave-one-out higher; all safeguards hold",
         trial.collapsed(TO_GO, KL_TO_GO, MASK_UNCENTRED)
@@ -279,7 +279,7 @@ def early_end() -> Claim:
     trial = run_trial(hack_gym.early_end(), {**ARMS, **groups})
     two, four, sixteen = (trial.arms[name].hack - trial.arms[EXACT].hack for name in sizes.values())
     return trial.claim(
-        "d", "an early end of the turn", "docs/objectives.md, discounts and masks",
+        "d", "an early end of the turn", "docs/concepts/objectives.md, discounts and masks",
         "future terms and the uncentred mask collapse; a KL-centred mask ends where exact does, above the teacher's rate, one with "
         "leave-one-out higher in small groups; all safeguards hold",
         trial.collapsed(TO_GO, KL_TO_GO, MASK_UNCENTRED)
@@ -302,7 +302,7 @@ def parser_exploit() -> Claim:
     )
     start, found = trial.start, trial.arms
     return trial.claim(
-        "e", "malformed text for which the verifier pays", "docs/objectives.md, masks",
+        "e", "malformed text for which the verifier pays", "docs/concepts/objectives.md, masks",
         "the reward alone ends at the hack; exact beside it holds to the tilt law, above the teacher's rate; a mask without the "
         "negative reward is worse than none; all safeguards hold, and so does the reward alone with errors at -1",
         found[OUTCOME_ALONE].hack > 0.999 and found[OUTCOME_ALONE].paid > start.paid

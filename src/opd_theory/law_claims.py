@@ -44,7 +44,7 @@ def branch_law(horizons: tuple[int, ...] = (32, 128), discounts: tuple[float, ..
     shown = ", ".join(f"T {c['horizon']} discount {c['discount']:g}: {c['ascent']:.4f}" for c in cases)
     parts = {name: off < 5e-5 for name, off in worst.items()}
     return Claim(
-        "8", "branch law: pi(branch) ~ q(branch) exp(-K of the branch)", "docs/objectives.md, discounts",
+        "8", "branch law: pi(branch) ~ q(branch) exp(-K of the branch)", "docs/concepts/objectives.md, discounts",
         "ascent on KL-to-go ends at the law, four digits; 0.05 becomes 0.46 at T = 32, discount 1", shown, all(parts.values()),
         {"cases": cases}, parts,
     )  # fmt: skip

@@ -220,7 +220,7 @@ def mask_law() -> Claim:
     )
     shown = "; ".join(f"{name}: {found[name]:.3f}" for name in _CASES)
     return Claim(
-        "12", "masking errors with an uncentred sampled advantage rewards them", "docs/safeguards.md, the trap",
+        "12", "masking errors with an uncentred sampled advantage rewards them", "docs/concepts/safeguards.md, the trap",
         "P(error) where training's functions come to rest: 0.241 behind a mask (the teacher's: 0.02), 0.026 with the KL baseline; "
         "0.176 beside a reward of 0.1 (0.161 with a constant normaliser); KL 2 beside a reward of 2.5 ends at 0 from 0.02 and "
         "at 0.756 from 0.5 and 0.8 (at 0 with a constant); each by the law of `opd.objectives.mask_law`",
@@ -249,7 +249,7 @@ def tilt_law() -> Claim:
         }.items()
     }
     return Claim(
-        "13", "tilt law: the optimum of distillation and reward is q exp(alpha R)", "docs/objectives.md, masks",
+        "13", "tilt law: the optimum of distillation and reward is q exp(alpha R)", "docs/concepts/objectives.md, masks",
         f"2 % becomes {100 * law:.3f} % at alpha = 3 with K = {_K_OK} nats that remain among the good actions",
         "; ".join(f"{name}: {100 * rate:.3f} %" for name, rate in found.items()),
         all(abs(rate - law) < 5e-6 for rate in found.values()), {"law": law, **found},

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from opd.batch import Batch, pack
-from opd.checks import rules
+from opd.checks import startup
 from opd.checks.startup import run_checks
 from opd.config import Config, MaskConfig, ObjectiveConfig, RewardConfig
-from opd.data.task_data import read_tasks
+from opd.data.tasks import read_tasks
 from opd.errors import DataError, ScoreError
 from opd.local.backend import LocalBackend
 from opd.local.build import build
@@ -90,7 +90,7 @@ def probe(config: Config, *, num_prompts: int = 16, samples: int = 4, repeats: i
             "a probe compares distributions, and a teacher with a url gives none; load it in process (model)"
         )
     backend = build(config, task_data.make_environment)
-    rules.require(run_checks(config, backend, task_data))
+    startup.require(run_checks(config, backend, task_data))
     if backend.cross_tokenizer:
         names = ", ".join(f"'{name}'" for name in backend.cross_tokenizer)
         raise DataError(

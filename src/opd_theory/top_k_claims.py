@@ -75,7 +75,7 @@ def top_k_tails(*, vocab: int = 512, steps: int = 3000, sizes: tuple[int, ...] =
     }
     shown = "; ".join(f"{name} {kl:.3f}" for name, kl in found.items())
     return Claim(
-        "9", "top-k supports need the tail's bucket", f"docs/objectives.md, top-k supports; one state, vocabulary {vocab}",
+        "9", "top-k supports need the tail's bucket", f"docs/concepts/objectives.md, top-k supports; one state, vocabulary {vocab}",
         f"full < k = {' < '.join(map(str, sizes[::-1]))} < start; both wrong forms end above k = {sizes[0]}, the unnormalised one "
         "above its start", f"start {start:.3f}; {shown}", all(parts.values()),
         {"start": start, "final": found}, parts,
@@ -167,7 +167,7 @@ def biased_head() -> Claim:
         "with the residual: the teacher": gap(torch.softmax(right, -1), logq.exp()) < 1e-6,
     }
     return Claim(
-        "10", "a head by autodiff with a sampled tail is biased", "docs/objectives.md; four of eight tokens in the head",
+        "10", "a head by autodiff with a sampled tail is biased", "docs/concepts/objectives.md; four of eight tokens in the head",
         f"p(S) = (q_S / e) / (q_S / e + q_tail) = {law:.6f}; the teacher's is {mass:.4f}, and that of the tail residual",
         f"p(S) = {found:.6f}; with the residual {float(torch.softmax(right, -1)[inside].sum()):.6f}",
         all(parts.values()), {"law": law, "ascent": found, "teacher": mass}, parts,
@@ -240,7 +240,7 @@ def k_estimators(instances: int = 5) -> Claim:
         worst = {name: max(worst.get(name, 0.0), off) for name, off in found.items()}
     parts = {name: off < 1e-12 for name, off in worst.items()}
     return Claim(
-        "11", "differentiating k1, k2, k3", "docs/objectives.md; enumeration over six tokens",
+        "11", "differentiating k1, k2, k3", "docs/concepts/objectives.md; enumeration over six tokens",
         "k1: zero; k2: the reverse KL's gradient; k3: the forward KL's (to 1e-12), though k1 and k3 have the KL as their mean",
         "largest differences " + ", ".join(f"{name} {off:.1e}" for name, off in worst.items()),
         all(parts.values()), worst, parts,

@@ -1,13 +1,33 @@
 """Notices before the first step: keys and data without effect, and objectives that reward what they should not."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from opd.checks.rules import Finding
-from opd.config import Config, FileTask, PythonTask, SftConfig, TaskConfig, changed, without_effect
-from opd.data.task_data import PromptSets, has_verdict
+from opd.config import Config, FileTask, PythonTask, SftConfig, TaskConfig
+from opd.config.node import Node
+from opd.data.tasks import PromptSets, has_verdict
 from opd.objectives.mask_law import largest_kl
 from opd.records import Prompt
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures.
+
+    As text it is the line of `opd check`.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        verdict = ("warn" if self.warning else "ok  ") if self.passed else "FAIL"
+        return f"{verdict}  {self.name}: {self.detail}"
+
 
 REWARD = "reward"
 """The name of the finding that says what becomes of rewards."""
@@ -103,24 +123,32 @@ def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment:
     return lines
 
 
+def _named_verifiers(config: Config | SftConfig, task: TaskConfig) -> dict[str, str]:
+    """The verifier and the grader that a task of records names, by key; a grader only where one is asked."""
+    if not isinstance(task, FileTask | PythonTask):
+        return {}
+    verifier = task.verifier if task.verifier in ("math", "number") else None
+    grader = task.grader if isinstance(config, Config) and config.evaluation.every else None
+    return {key: value for key, value in (("verifier", verifier), ("grader", grader)) if value}
+
+
 def _idle_verifiers(config: Config | SftConfig, prompts: PromptSets) -> list[str]:
-    """Verifiers and graders that the recipe names, and that have no answer to compare with."""
-    graded = isinstance(config, Config) and config.evaluation.every > 0  # otherwise no grader is asked, which is said
-    lines = []
-    for name, splits in prompts.items():
-        task = config.tasks[name]
-        if not isinstance(task, FileTask | PythonTask) or any(
-            p.answer is not None for found in splits.values() for p in found
-        ):
-            continue
-        named = {"verifier": task.verifier if task.verifier in ("math", "number") else None}
-        named |= {"grader": task.grader if graded else None}
-        lines += [
-            f"tasks.{name}.{key} = '{value}': no prompt has an answer (the key 'answer' of its record)"
-            for key, value in named.items()
-            if value
-        ]
-    return lines
+    """Verifiers and graders that the recipe names, without an answer to compare with."""
+    return [
+        f"tasks.{name}.{key} = '{value}': no prompt has an answer (the key 'answer' of its record)"
+        for name, splits in prompts.items()
+        if all(p.answer is None for found in splits.values() for p in found)
+        for key, value in _named_verifiers(config, config.tasks[name]).items()
+    ]
+
+
+def _replaced(config: Config) -> list[str]:
+    """Verifiers and graders that the recipe names, and that the user's reward replaces."""
+    return [
+        f"tasks.{name}.{key} = '{value}': the reward function takes its place"
+        for name, task in config.tasks.items()
+        for key, value in _named_verifiers(config, task).items()
+    ]
 
 
 def _held_out_prompts_in_training(configs: Mapping[str, TaskConfig], prompts: PromptSets) -> list[str]:
@@ -149,16 +177,6 @@ def _unread_answers(config: Config, prompts: PromptSets) -> list[str]:
         if isinstance(task, FileTask | PythonTask) and answered and task.verifier == "none" and task.grader is None:
             lines.append(f"{answered} answers of tasks.{name}: verifier = 'none'; choose a verifier")
     return lines
-
-
-def _replaced(config: Config) -> list[str]:
-    """What the user's reward takes the place of, where the recipe names it."""
-    named: dict[str, str | None] = {}
-    for name, task in config.tasks.items():
-        if isinstance(task, FileTask | PythonTask):
-            named[f"tasks.{name}.verifier"] = task.verifier if task.verifier in ("math", "number") else None
-            named[f"tasks.{name}.grader"] = task.grader if config.evaluation.every else None
-    return [f"{key} = '{value}': the reward function takes its place" for key, value in named.items() if value]
 
 
 def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: int, what: str) -> list[str]:
@@ -235,3 +253,86 @@ def _outweighed(config: Config) -> str:
         f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise reward.coef"
         f"{other if objective.normalizer != 'constant' else ''} (docs/concepts/safeguards.md)"
     )
+
+
+_Row: TypeAlias = tuple[str, bool, str]
+_OBJECTIVE = ("type", "divergence", "top_k", "tail_residual", "discount", "baseline", "extrapolation")
+
+
+def without_effect(config: Config | SftConfig) -> list[str]:
+    """A line for each key that differs from its default and changes nothing, with the reason."""
+    rows = [*_shared(config), *(_trained(config) if isinstance(config, Config) else _tuned(config))]
+    found = [f"{key}: {why}" for path, idle, why in rows if idle for key in changed(config, path)]
+    return found + [f"{key}: {why}" for key, why in _of_tasks(config)]
+
+
+def changed(config: Node, path: str) -> list[str]:
+    """`key = value` for every key at or below `path` that differs from its default."""
+    *tables, leaf = path.split(".")
+    node: Node = config
+    for table in tables:
+        node = getattr(node, table)
+    value = getattr(node, leaf)
+    if isinstance(value, Node):
+        return [line for name in type(value).model_fields for line in changed(config, f"{path}.{name}")]
+    return [] if node.is_default(leaf) else [f"{path} = {json.dumps(value, default=str)}"]
+
+
+def _shared(config: Config | SftConfig) -> Iterator[_Row]:
+    yield "lora", config.trainable == "full", "trainable = 'full' trains no adapter"
+    constant = config.optimizer.schedule == "constant"
+    yield "optimizer.final_lr_fraction", constant, "with optimizer.schedule = 'constant' the rate does not fall"
+
+
+def _of_tasks(config: Config | SftConfig) -> Iterator[tuple[str, str]]:
+    train = isinstance(config, Config)
+    for name, task in config.tasks.items():
+        if len(config.tasks) == 1 and task.weight != 1.0:
+            yield f"tasks.{name}.weight = {task.weight:g}", "there is no other task"
+        if isinstance(task, FileTask) and task.grader is not None and not (train and config.evaluation.every):
+            why = "evaluation.every = 0" if train else "'opd sft' measures none"
+            yield f"tasks.{name}.grader = {json.dumps(task.grader)}", f"it grades held-out rewards, and {why}"
+        if not train and task.checks.rules and not config.evaluation.num_prompts:
+            yield f"tasks.{name}.checks", "evaluation.num_prompts = 0, so no response is checked"
+
+
+def _trained(config: Config) -> Iterator[_Row]:
+    off = config.reward.coef == 0
+    for key in ("baseline", "format_error"):
+        yield f"reward.{key}", off, "reward.coef = 0, so no reward is trained on"
+    for key in (*(f"objective.{name}" for name in _OBJECTIVE), "mask.format_errors", "alignment.credit"):
+        yield key, config.objective.coef == 0, "objective.coef = 0, so nothing is distilled"
+    clips = config.objective.epochs > 1 or config.backend == "ray"
+    yield (
+        "objective.loss",
+        not clips,
+        "in the first epoch the student is the policy that sampled, so nothing is clipped",
+    )
+    yield from _measured(config)
+    yield "cluster.merge_adapter", config.trainable == "full", "trainable = 'full' trains no adapter"
+    checked = any(task.checks.rules for task in config.tasks.values())
+    yield "reward.format_error", not off and not checked, "no task has checks, so there is no format error to see"
+    for name in ("format_errors", "flagged_advantage"):
+        sees = checked or getattr(config.detectors, name).action == "off"
+        yield f"detectors.{name}", not sees, "no task has checks, so there is no format error to see"
+    for name in type(config.detectors).model_fields:
+        detector = getattr(config.detectors, name)
+        if isinstance(detector, Node) and getattr(detector, "action", "") == "off":
+            for key in set(type(detector).model_fields) - {"action"}:
+                yield f"detectors.{name}.{key}", True, f"detectors.{name}.action = 'off'"
+
+
+def _measured(config: Config) -> Iterator[_Row]:
+    evaluation = config.evaluation
+    why = "evaluation.every = 0, so no held-out reward is measured"
+    yield "evaluation.held_out_prompts", not evaluation.every, why
+    yield "detectors.held_out", not evaluation.every and config.detectors.held_out.action != "off", why
+    late = evaluation.every > config.steps
+    yield "evaluation.every", late, f"steps = {config.steps}, so no held-out reward is measured"
+    few = evaluation.before_prompts > evaluation.num_prompts
+    why = "so there is no table" if not evaluation.num_prompts else "and no others are measured before the first step"
+    yield "evaluation.before_prompts", few, f"evaluation.num_prompts = {evaluation.num_prompts}, {why}"
+
+
+def _tuned(config: SftConfig) -> Iterator[_Row]:
+    yield "max_new_tokens", not config.evaluation.num_prompts, "evaluation.num_prompts = 0, so nothing is sampled"

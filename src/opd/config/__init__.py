@@ -5,29 +5,28 @@ name the nearest known key. Importing this package needs no torch.
 """
 
 from opd.config.detectors import DetectorsConfig as DetectorsConfig
-from opd.config.episodes import ChecksConfig as ChecksConfig
-from opd.config.episodes import EpisodesConfig as EpisodesConfig
-from opd.config.no_effect import changed as changed
-from opd.config.no_effect import without_effect as without_effect
 from opd.config.node import nearest as nearest
 from opd.config.objective import CorrectionConfig as CorrectionConfig
 from opd.config.objective import MaskConfig as MaskConfig
 from opd.config.objective import ObjectiveConfig as ObjectiveConfig
 from opd.config.objective import RewardConfig as RewardConfig
 from opd.config.parse import AnyConfig as AnyConfig
+from opd.config.parse import config_changes as config_changes
 from opd.config.parse import dump_config as dump_config
 from opd.config.parse import load_config as load_config
 from opd.config.parse import parse_config as parse_config
 from opd.config.parse import read_recipe as read_recipe
-from opd.config.resume import config_changes as config_changes
-from opd.config.resume import require_resumable as require_resumable
-from opd.config.resume import resumed_config as resumed_config
+from opd.config.parse import require_resumable as require_resumable
+from opd.config.parse import resumed_config as resumed_config
 from opd.config.teachers import RemoteConfig as RemoteConfig
 from opd.config.teachers import TeacherConfig as TeacherConfig
 from opd.config.tree import AlignmentConfig as AlignmentConfig
+from opd.config.tree import ChecksConfig as ChecksConfig
 from opd.config.tree import ComputeConfig as ComputeConfig
 from opd.config.tree import Config as Config
+from opd.config.tree import EpisodesConfig as EpisodesConfig
 from opd.config.tree import FileTask as FileTask
+from opd.config.tree import GeneratedTask as GeneratedTask
 from opd.config.tree import LoraConfig as LoraConfig
 from opd.config.tree import OptimizerConfig as OptimizerConfig
 from opd.config.tree import PythonTask as PythonTask

@@ -1,4 +1,4 @@
-"""[objective], [mask] and [reward]: the loss of the student (docs/objectives.md)."""
+"""[objective], [mask] and [reward]: the loss of the student (docs/concepts/objectives.md)."""
 
 from typing import Annotated, Literal
 

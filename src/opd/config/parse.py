@@ -1,5 +1,6 @@
 """From a TOML recipe and `key=value` overrides to a checked configuration, with one clear line for the first fault."""
 
+import fnmatch
 import json
 import re
 import tomllib
@@ -188,3 +189,95 @@ def _leaf_keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
             yield from _leaf_keys(types[0], f"{above}{name}.")
         else:
             yield above + name
+
+
+# Models and prompts may lie elsewhere: that they are the same ones is checked by their identities.
+_MAY_CHANGE = (
+    "student",
+    *(f"teachers.*.{key}" for key in ("model", "adapter", "url", "server", "served_model", "api_key_env")),
+    *(f"teachers.*.{key}" for key in ("engines", "gpus_per_engine", "engine_args")),
+    *("tasks.*.path", "tasks.*.held_out_path"),
+    *("remote.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
+    *("sampling.max_rows", "episodes.max_concurrent"),
+)
+_MAY_NOT = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
+_MEASURED = "evaluation.num_prompts"
+# an evaluation uses none of these
+_TRAINED = ("checkpoint.*", "logging.*", "compute.score_cache", "compute.score_cache_folder")
+_ON_REQUEST = ("optimizer.*", "evaluation.*", "detectors.*")
+_LIST = "docs/how-to/resume-and-export.md lists it"
+
+
+def resumed_config(
+    config: Config, overrides: Sequence[str], *, evaluation: bool = False, allow_changes: bool = False
+) -> Config:
+    """The configuration of a run that continues, with `key=value` overrides of where and how it runs, and of `steps`.
+
+    evaluation: the run is only evaluated, so the number of prompts may change, and steps may not. allow_changes: settings of the
+    optimizer, the evaluation and the detectors may change too. Raises ConfigError for any other.
+    """
+    tree = json.loads(dump_config(config))
+    known = dict(_leaves(tree))
+    apply_overrides(tree, overrides)
+    for name in sorted(set(tree["teachers"]) - set(config.teachers)):
+        has = ", ".join(config.teachers)
+        raise ConfigError(f"teachers.{name}: this run has no teacher '{name}' ({has}){nearest(name, config.teachers)}")
+    changed = parse_config(tree, source="overrides")
+    for key, _, new in config_changes(config, changed):
+        if key in known and allow_changes and _is_one_of(key, _ON_REQUEST):
+            continue
+        if key not in known or not _may_change(key, evaluation=evaluation):
+            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, config, evaluation=evaluation)}")
+    return changed
+
+
+def require_resumable(before: Config, now: Config, *, allow_changes: bool = False) -> None:
+    """Raise ConfigError when a run of the configuration `before` cannot continue with that of `now`."""
+    for key, _, new in config_changes(before, now):
+        if allow_changes and _is_one_of(key, _ON_REQUEST):
+            continue
+        if not _may_change(key, evaluation=False) and key != "template_time":
+            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, before, evaluation=False)}")
+
+
+def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value after) of everything that differs; a key that only one of them has is None in the other."""
+    old, new = (dict(_leaves(json.loads(dump_config(config)))) for config in (before, after))
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _is_one_of(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _may_change(key: str, *, evaluation: bool) -> bool:
+    if evaluation and (key == _MEASURED or _is_one_of(key, _TRAINED)):
+        return key == _MEASURED
+    if key == "steps":
+        return not evaluation
+    return key not in _MAY_NOT and _is_one_of(key, _MAY_CHANGE)
+
+
+def _why_not(key: str, config: Config, *, evaluation: bool) -> str:
+    if key == "output":
+        return "a run is where its folder is; move the folder, and name its new place"
+    if evaluation:
+        return f"a run is evaluated as it was trained; only {_MEASURED}, and where and how it runs, may change: {_LIST}"
+    if _is_one_of(key, _ON_REQUEST):
+        return (
+            "this changes what the run learns from here on; add --allow-changes to `opd train --resume`, or call "
+            "Trainer(run).resume(..., allow_changes=True)"
+        )
+    start = "lora.start" if config.trainable == "lora" else "student"
+    return (
+        "a run that continues keeps what it learns from; start a new one (once this one is done, "
+        f"{start} = 'RUN/student' begins where it is). What may change is where and how it runs: {_LIST}"
+    )
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value

@@ -1,16 +1,98 @@
 """The recipes of `opd train` and `opd sft`, and their smaller tables (docs/configuration.md)."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+import regex
+from pydantic import Field, field_validator, model_validator
 
 from opd.config.detectors import DetectorsConfig
-from opd.config.episodes import ChecksConfig, EpisodesConfig
 from opd.config.node import EachOnce, Node, NonNegative, Positive
 from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.rules import require_consistent
 from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig
+
+Rule: TypeAlias = Literal[
+    "tool_call",
+    "unknown_tool",
+    "tool_arguments",
+    "dropped_call",
+    "tags",
+    "code_fence",
+    "answer_pattern",
+    "truncated",
+    "repetition",
+    "invalid_utf8",
+    "after_answer",
+]
+
+_TAG_NAME = re.compile(r"[A-Za-z][\w-]*")
+# setting -> the rule that reads it, and what to write where that rule is asked for without it
+_READ_BY = {
+    "tags": ("tags", "tags = ['think', 'answer'] for <think>...</think><answer>...</answer>"),
+    "answer_pattern": ("answer_pattern", r"answer_pattern = 'Answer: \d+', a regular expression"),
+    "answer_end": ("after_answer", "answer_end = '</answer>', the text that an answer ends with"),
+    "max_repetition": ("repetition", ""),
+}
+
+
+class EpisodesConfig(Node):
+    """Limits of an episode of several turns, and of the environments and tools that answer the student.
+
+    max_turns: turns of the student in one episode. max_concurrent: environments that run at once. step_timeout_s: seconds in which
+    an environment must answer. tool_timeout_s: seconds in which one tool must answer; all tools of one turn get 0.8 of
+    `step_timeout_s`. max_observation_chars: characters of one message of an environment or a tool. tool_syntax: how the student
+    writes a call; "hermes" is <tool_call>{...}</tool_call>, "json" is a message that is one JSON object.
+    """
+
+    max_turns: Positive = 8
+    max_concurrent: Positive = 64
+    step_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    tool_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    max_observation_chars: Positive = 4000
+    tool_syntax: Literal["hermes", "json"] = "hermes"
+
+
+class ChecksConfig(Node):
+    """Format errors that opd looks for in the student's text: one for each of `rules`, none by default (docs/concepts/safeguards.md).
+
+    tags: tags that the last turn must have, in this order, once each. answer_pattern: a regular expression that must match within
+    the last 8,192 characters of the last turn, in one second. answer_end: the text after which a turn must say nothing more.
+    max_repetition: the fraction of 3-grams that may repeat earlier ones.
+    """
+
+    rules: Annotated[list[Rule], EachOnce] = Field(default_factory=list)
+    tags: Annotated[list[str], EachOnce] = Field(default_factory=list)
+    answer_pattern: str | None = None
+    answer_end: str | None = None
+    max_repetition: Annotated[float, Field(gt=0, lt=1)] = 0.7
+
+    @field_validator("tags")
+    @classmethod
+    def _tag_names(cls, tags: list[str]) -> list[str]:
+        for tag in tags:
+            if not _TAG_NAME.fullmatch(tag):
+                raise ValueError(f"'{tag}' is no name of a tag; write it without brackets, such as 'think' for <think>")
+        return tags
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            regex.compile(pattern or "")
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"answer_pattern is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _rules_and_settings(self) -> "ChecksConfig":
+        for setting, (rule, advice) in _READ_BY.items():
+            if rule in self.rules and not getattr(self, setting):
+                raise ValueError(f"rule '{rule}' needs the setting {setting}: write {advice}, or drop the rule")
+            if rule not in self.rules and not self.is_default(setting):
+                raise ValueError(f"{setting} belongs to the rule '{rule}': add '{rule}' to rules, or drop {setting}")
+        return self
 
 
 class GeneratedTask(Node):

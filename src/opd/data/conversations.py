@@ -11,13 +11,8 @@ from opd.text.call_template import tool_call
 
 _ROLES = ("system", "user", "assistant", "tool")
 _BESIDE: Mapping[str, tuple[str, ...]] = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
-_SHAREGPT: Mapping[str, str] = {"from": "role", "value": "content"}
-_SENDERS: Mapping[str, str] = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-}  # of ShareGPT
+_SHAREGPT: Mapping[str, str] = {"from": "role", "value": "content"}  # its keys, and below its names of roles
+_SENDERS: Mapping[str, str] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
 
 def read_messages(messages: Any, key: str) -> tuple[Message, ...]:
@@ -36,9 +31,10 @@ def read_messages(messages: Any, key: str) -> tuple[Message, ...]:
         read = _message(message, f"{key}[{place}]")
         if read["role"] == "assistant":
             given = read.pop("tool_calls", ())
-            waiting = [(_id_of(call), _call(call, number + k, f"{key}[{place}]")) for k, call in enumerate(given)]
+            calls = [_call(call, number + k, f"{key}[{place}]") for k, call in enumerate(given)]
+            waiting = [(call.get("id"), read_call) for call, read_call in zip(given, calls, strict=True)]
             number += len(waiting)
-            read |= {"tool_calls": tuple(call for _, call in waiting)} if waiting else {}
+            read |= {"tool_calls": tuple(calls)} if calls else {}
         elif read["role"] == "tool" and waiting:
             answered = next((pair for pair in waiting if pair[0] == read.get("tool_call_id")), waiting[0])
             waiting.remove(answered)
@@ -97,10 +93,6 @@ def _call(call: Any, number: int, name: str) -> dict[str, Any]:
             f"{name}: arguments of the call of '{function['name']}' must be an object or its JSON text, got {arguments!r:.40}"
         )
     return tool_call(number, function["name"], arguments)
-
-
-def _id_of(call: Any) -> Any:
-    return call.get("id") if isinstance(call, dict) else None
 
 
 def order_fault(messages: Sequence[Message]) -> str:
@@ -168,18 +160,10 @@ def check_prompt(prompt: Prompt, where: str) -> None:
 
 def _require_plain(prompt: Prompt) -> None:
     """Raise DataError for invalid text, an id that cannot be printed, or a message without role and content."""
-    fields = {
-        "the id": prompt.id,
-        "the task": prompt.task,
-        "the teacher": prompt.teacher,
-        "the answer": prompt.answer,
-        "messages": prompt.messages,
-        "demonstration": prompt.demonstration,
-        "meta": prompt.meta,
-        "tools": prompt.tools,
-    }
-    for name, value in fields.items():
-        plain_data(value, name, strict=False)
+    for field in ("id", "task", "teacher", "answer"):
+        plain_data(getattr(prompt, field), f"the {field}", strict=False)
+    for field in ("messages", "demonstration", "meta", "tools"):
+        plain_data(getattr(prompt, field), field, strict=False)
     if not all(c.isprintable() for c in prompt.id):
         raise DataError(f"the id {prompt.id!a} has characters that cannot be printed")
     for message in (*prompt.messages, *prompt.demonstration):

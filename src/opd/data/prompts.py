@@ -149,7 +149,8 @@ class _Reading:
             raise DataError(f'no teacher; add "teacher" to the record or set {self.setting}teacher')
         messages, completed = _conversation(given, self.completion, self.setting)
         self._require_turn(messages)
-        answer, demonstration = _answer(given), _demonstration(given)
+        answer = _answer(given)
+        demonstration = read_messages(given["demonstration"], "demonstration") if "demonstration" in given else ()
         if completed and self.completion == "answer":
             answer = _as_answer(completed, answer)
         elif completed and self.completion != "drop":
@@ -288,10 +289,6 @@ def _as_answer(completed: tuple[Message, ...], answer: str | None) -> str:
     if not first["content"].strip():
         raise DataError("the assistant's message, which becomes the answer, is empty; write it, or remove it")
     return first["content"]
-
-
-def _demonstration(given: Mapping[str, Any]) -> tuple[Message, ...]:
-    return read_messages(given["demonstration"], "demonstration") if "demonstration" in given else ()
 
 
 def _tools(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

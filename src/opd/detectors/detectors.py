@@ -7,23 +7,14 @@ for each default, are in `opd.config.detectors`. To add a detector, write its cl
 import math
 from typing import Any
 
-from opd.config.detectors import (
-    AurocConfig,
-    DetectorsConfig,
-    FlaggedAdvantageConfig,
-    FormatErrorsConfig,
-    GoodhartConfig,
-    HeldOutConfig,
-    OverlapConfig,
-    TeacherDriftConfig,
-    TruncationConfig,
-)
+from opd.config import detectors as settings
 from opd.detectors.statistics import (
     Detector,
     Mark,
     Measurement,
     Measurements,
     Smoothed,
+    Threshold,
     Tracked,
     Values,
     above,
@@ -31,37 +22,68 @@ from opd.detectors.statistics import (
     cusum,
     finite,
 )
-from opd.detectors.thresholds import CommonTokens, LowKl, Repetition, SpecialTokens, Truncation
 
 _FEW_STEPS = 5  # with fewer a standard error from successive differences says little
 _SURE = 4.0  # standard errors above a fixed threshold, which no choice of the most extreme mean has made small
 
 
-def make_detectors(config: DetectorsConfig) -> dict[str, list[Detector[Any]]]:
+def make_detectors(config: settings.DetectorsConfig) -> dict[str, list[Detector[Any]]]:
     """The detectors of each table of the recipe, as they are before the first step."""
+    loops = Threshold(
+        config.repetition,
+        "detectors/looping/mean",
+        symptom="responses that are loops",
+        advice="read them; lower objective.discount, or set reward.coef > 0 and the check 'repetition'",
+    )
+    cut = Threshold(
+        config.truncation,
+        "response/truncated/mean",
+        symptom="responses cut at a limit of tokens",
+        advice="raise sampling.max_new_tokens, or set reward.coef > 0 and the check 'truncated'",
+    )
+    low_kl = Threshold(
+        config.low_kl_windows,
+        "detectors/low_kl/mean",
+        symptom="long responses with 256 tokens on which the teacher is five times nearer to the student than on the rest",
+        advice="read them: the student may hide in passages of which the teacher is sure",
+    )
+    special_tokens = Threshold(
+        config.special_tokens,
+        "detectors/special_tokens/mean",
+        symptom="special tokens with a log ratio beyond 15 nats",
+        advice="where responses are whole, compare the tokenizers and chat templates (opd align); where they end early, lower "
+        "objective.discount",
+    )
+    common_tokens = Threshold(
+        config.common_tokens,
+        "detectors/common_gain/mean",
+        "detectors/common_actions/mean",
+        symptom="positive advantage on the five most common tokens, above their fraction of the tokens",
+        advice="read the responses: a style may be learned instead of answers",
+    )
     return {
         "goodhart": [Goodhart(config.goodhart)],
         "log_ratio_reward_auroc": [Auroc(config.log_ratio_reward_auroc)],
         "flagged_advantage": [FlaggedAdvantage(config.flagged_advantage)],
-        "repetition": [Repetition(config.repetition)],
-        "truncation": [Truncation(config.truncation), Length(config.truncation)],
-        "low_kl_windows": [LowKl(config.low_kl_windows)],
+        "repetition": [loops],
+        "truncation": [cut, Length(config.truncation)],
+        "low_kl_windows": [low_kl],
         "overlap": [Overlap(config.overlap)],
-        "special_tokens": [SpecialTokens(config.special_tokens)],
-        "common_tokens": [CommonTokens(config.common_tokens)],
+        "special_tokens": [special_tokens],
+        "common_tokens": [common_tokens],
         "teacher_drift": [TeacherDrift(config.teacher_drift)],
         "format_errors": [FormatErrors(config.format_errors)],
         "held_out": [HeldOut(config.held_out, train_memory=config.goodhart.memory)],
     }
 
 
-class Goodhart(Detector[GoodhartConfig]):
+class Goodhart(Detector[settings.GoodhartConfig]):
     """1: the distillation reward rises while the reward falls. Value: how far the reward is below its best."""
 
     reads = ("reward/mean", "kl/token/mean", "kl/sequence/mean")
     where = "a task with a verifier"
 
-    def __init__(self, config: GoodhartConfig) -> None:
+    def __init__(self, config: settings.GoodhartConfig) -> None:
         super().__init__(config)
         self._reward = Tracked(config.memory)
         self._kl = [Smoothed(config.memory), Smoothed(config.memory)]
@@ -86,7 +108,7 @@ class Goodhart(Detector[GoodhartConfig]):
         return {"": Measurement(best.mean - reward.mean, message)}
 
 
-class Auroc(Detector[AurocConfig]):
+class Auroc(Detector[settings.AurocConfig]):
     """2: AUROC of the log ratio of a response against its reward, pooled over steps.
 
     A step weighs by its precision where scores say nothing of rewards, 12 pairs / (n + 1) for n responses, the inverse of
@@ -96,7 +118,7 @@ class Auroc(Detector[AurocConfig]):
     reads = ("detectors/auroc/mean", "detectors/auroc_pairs/sum", "detectors/auroc_of/sum")
     where = "steps in which responses differ in reward"
 
-    def __init__(self, config: AurocConfig) -> None:
+    def __init__(self, config: settings.AurocConfig) -> None:
         super().__init__(config)
         self._total = self._precision = self._squares = 0.0
         self._since: int | None = None
@@ -122,13 +144,13 @@ class Auroc(Detector[AurocConfig]):
         return {"": Measurement(pooled, message)}
 
 
-class FlaggedAdvantage(Detector[FlaggedAdvantageConfig]):
+class FlaggedAdvantage(Detector[settings.FlaggedAdvantageConfig]):
     """3: the mean advantage of tokens with format errors, less that of the others (0 where it is integrated)."""
 
     reads = ("detectors/flagged_advantage/mean",)
     where = "responses with format errors"
 
-    def __init__(self, config: FlaggedAdvantageConfig) -> None:
+    def __init__(self, config: settings.FlaggedAdvantageConfig) -> None:
         super().__init__(config)
         self._gap = Smoothed(config.memory)
         self._since: int | None = None
@@ -151,7 +173,7 @@ class FlaggedAdvantage(Detector[FlaggedAdvantageConfig]):
         return {"": Measurement(gap.mean, message)}
 
 
-class Length(Detector[TruncationConfig]):
+class Length(Detector[settings.TruncationConfig]):
     """5: responses that grow fast, or that shrink while the reverse KL of a token rises.
 
     Value: the mean length, divided by the shortest of the last `window` steps.
@@ -159,7 +181,7 @@ class Length(Detector[TruncationConfig]):
 
     reads = ("response/length/mean",)
 
-    def __init__(self, config: TruncationConfig) -> None:
+    def __init__(self, config: settings.TruncationConfig) -> None:
         super().__init__(config)
         self._length, self._kl = Smoothed(config.memory), Smoothed(config.memory)
         self._marks: list[Mark] = []
@@ -191,7 +213,7 @@ class Length(Detector[TruncationConfig]):
         return {"length": Measurement(length.mean / short.mean if short.mean > 0.0 else math.nan, message)}
 
 
-class Overlap(Detector[OverlapConfig]):
+class Overlap(Detector[settings.OverlapConfig]):
     """7: student and teacher differ more and more, by their likeliest tokens ("topk") or by their entropies ("gap"); or the student
     becomes far more certain than its teacher ("entropy").
 
@@ -201,7 +223,7 @@ class Overlap(Detector[OverlapConfig]):
     reads = ("student/topk_overlap/mean", "student/entropy_gap/mean", "teacher/entropy/mean")
     where = "an objective with distributions"
 
-    def __init__(self, config: OverlapConfig) -> None:
+    def __init__(self, config: settings.OverlapConfig) -> None:
         super().__init__(config)
         self._overlap, self._gap = Tracked(config.memory), Tracked(config.memory, lowest=True)
         self._student, self._teacher = Smoothed(config.memory), Smoothed(config.memory)
@@ -250,7 +272,7 @@ class Overlap(Detector[OverlapConfig]):
         return Measurement(student.mean / start.mean, message)
 
 
-class TeacherDrift(Detector[TeacherDriftConfig]):
+class TeacherDrift(Detector[settings.TeacherDriftConfig]):
     """10: the student loses one of its teachers.
 
     Values, by teacher: the reverse KL divided by its lowest, and how far the reward is below its best.
@@ -258,7 +280,7 @@ class TeacherDrift(Detector[TeacherDriftConfig]):
 
     reads = ("kl/token/TEACHER/mean",)
 
-    def __init__(self, config: TeacherDriftConfig) -> None:
+    def __init__(self, config: settings.TeacherDriftConfig) -> None:
         super().__init__(config)
         self._kl: dict[str, Tracked] = {}
         self._reward: dict[str, Tracked] = {}
@@ -273,17 +295,16 @@ class TeacherDrift(Detector[TeacherDriftConfig]):
             kl, reward = finite(values, key), finite(values, f"detectors/reward/{name}/mean")
             if kl is not None:
                 tracked = self._kl.setdefault(name, Tracked(self.config.memory, lowest=True))
-                if tracked.add(kl[0], step) is not None:
-                    measured[f"{name}/kl"] = self._kl_of(name, tracked)
+                if (nearest := tracked.add(kl[0], step)) is not None:
+                    measured[f"{name}/kl"] = self._kl_of(name, tracked.now, nearest)
             if reward is not None:
                 tracked = self._reward.setdefault(name, Tracked(self.config.memory))
-                if tracked.add(reward[0], step) is not None:
-                    measured[f"{name}/reward"] = self._reward_of(name, tracked)
+                if (best := tracked.add(reward[0], step)) is not None:
+                    measured[f"{name}/reward"] = self._reward_of(name, tracked.now, best)
         return measured
 
-    def _kl_of(self, name: str, kl: Tracked) -> Measurement:
-        now, nearest, message = kl.now, kl.extreme, None
-        assert nearest is not None
+    def _kl_of(self, name: str, now: Smoothed, nearest: Mark) -> Measurement:
+        message = None
         if above(now, nearest.stream, max(self.config.min_rise, (self.config.rise - 1.0) * nearest.mean)):
             message = (
                 f"the reverse KL to teacher '{name}' rose from {nearest.mean:.3g} to {now.mean:.3g} nats a token since step "
@@ -291,9 +312,8 @@ class TeacherDrift(Detector[TeacherDriftConfig]):
             )
         return Measurement(now.mean / nearest.mean if nearest.mean > 0.0 else math.nan, message)
 
-    def _reward_of(self, name: str, reward: Tracked) -> Measurement:
-        now, best, message = reward.now, reward.extreme, None
-        assert best is not None
+    def _reward_of(self, name: str, now: Smoothed, best: Mark) -> Measurement:
+        message = None
         if above(best.stream, now, self.config.drop):
             message = (
                 f"the reward on the prompts of teacher '{name}' fell from {best.mean:.2f} to {now.mean:.2f} since step "
@@ -302,7 +322,7 @@ class TeacherDrift(Detector[TeacherDriftConfig]):
         return Measurement(best.mean - now.mean, message)
 
 
-class FormatErrors(Detector[FormatErrorsConfig]):
+class FormatErrors(Detector[settings.FormatErrorsConfig]):
     """11: a CUSUM of the rate of format errors. Value: the sum.
 
     z = (rate - p) / sqrt(p (1 - p) / episodes) with the reference p = low + 3 sqrt(low (1 - low) / (episodes memory)), low the
@@ -311,7 +331,7 @@ class FormatErrors(Detector[FormatErrorsConfig]):
 
     reads = ("format/errors/mean", "detectors/episodes/sum")
 
-    def __init__(self, config: FormatErrorsConfig) -> None:
+    def __init__(self, config: settings.FormatErrorsConfig) -> None:
         super().__init__(config)
         self._rate = Tracked(config.memory, lowest=True)
         self._total = 0.0
@@ -344,12 +364,12 @@ class FormatErrors(Detector[FormatErrorsConfig]):
         return min(low + 3.0 * math.sqrt(low * (1.0 - low) / (num_episodes * steps)), 1.0 - least)
 
 
-class HeldOut(Detector[HeldOutConfig]):
+class HeldOut(Detector[settings.HeldOutConfig]):
     """12: the held-out reward falls and the training reward does not follow. Value: how far the former is below its best."""
 
     reads = ("reward/mean", "held_out/reward/mean")
 
-    def __init__(self, config: HeldOutConfig, *, train_memory: int) -> None:
+    def __init__(self, config: settings.HeldOutConfig, *, train_memory: int) -> None:
         super().__init__(config)
         self._train, self._held_out = Smoothed(train_memory), Tracked(config.memory)
 

@@ -1,4 +1,4 @@
-"""The metrics of one step that only the detectors of reward hacking read (docs/safeguards.md)."""
+"""The metrics of one step that only the detectors of reward hacking read (docs/concepts/safeguards.md)."""
 
 import zlib
 from collections import Counter

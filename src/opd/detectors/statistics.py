@@ -1,11 +1,12 @@
-"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums."""
+"""The base class of the detectors, and their statistics: moving averages with standard errors and extremes, cumulative sums;
+and the detector of a fraction that must stay low."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
-from opd.config.detectors import DetectorConfig
+from opd.config.detectors import DetectorConfig, ThresholdConfig
 
 Values: TypeAlias = Mapping[str, float]
 """The plain metrics of a step, by name."""
@@ -144,3 +145,30 @@ class Detector(Generic[Settings]):
     def measure(self, step: int, *found: float) -> Measurements:
         """The same from the values of `reads`, which are finite."""
         raise NotImplementedError
+
+
+class Threshold(Detector[ThresholdConfig]):
+    """A fraction that has risen above its threshold, or has stayed there for long. Value: its moving average."""
+
+    def __init__(self, config: ThresholdConfig, *reads: str, symptom: str, advice: str) -> None:
+        """reads: the metric, and a metric that is subtracted from it, if any; symptom, advice: for the message."""
+        super().__init__(config)
+        self.reads = reads
+        self._symptom, self._advice = symptom, advice
+        self._fraction = Tracked(config.memory, lowest=True)
+        self._since: int | None = None
+        self._steps = 0
+
+    def measure(self, step: int, *found: float) -> Measurements:
+        threshold, low = self.config.threshold, self._fraction.add(found[0] - sum(found[1:]), step)
+        now = self._fraction.now
+        over = low is not None and now.mean > threshold
+        self._since, self._steps = began(self._since, step, over), self._steps + 1 if over else 0
+        message = None
+        if low is not None and over:
+            risen = above(now, low.stream, threshold / 2.0)
+            if risen or self._steps >= self.config.patience:
+                before = f" ({low.mean:.1%} at step {low.step})" if risen else ""
+                level = f"{now.mean:.1%} (threshold {threshold:.0%}) since step {self._since}{before}"
+                message = f"{self._symptom}: {level}; {self._advice}"
+        return {"": Measurement(now.mean, message)}

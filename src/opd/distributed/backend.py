@@ -1,33 +1,205 @@
 """The parts of a run on a Ray cluster (`opd.roles.Backend`): ranks that learn, engines that sample, teachers at either."""
 
+import os
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
 
-from opd.batch import consecutive
+from opd.batch import Batch, consecutive, split
 from opd.config import Config
-from opd.distributed.cluster import join
-from opd.distributed.engines import AllTeacherEngines, StudentEngines
-from opd.distributed.group import RankGroup, RankLearner, RankTeachers
+from opd.distributed.cluster import cause_of, join
+from opd.distributed.engines import StudentEngines, start_teachers
+from opd.distributed.rank import Rank, RankFacts, Saved, TeacherOf
 from opd.episodes.player import EpisodePlayer, MakeEnvironment
+from opd.errors import RunError, one_line
 from opd.local.backend import distances_of
-from opd.metrics import merge
+from opd.metrics import Metrics, merge
 from opd.models.loading import gguf_folder, load_tokenizer
 from opd.models.lora import adapter_config
-from opd.records import ScoredRollout
-from opd.remote.client import Client, Deployment
-from opd.remote.discovery import connect_all, connect_started
-from opd.remote.protocol import ServerProtocol
+from opd.objective import divisor
+from opd.records import Rollout, ScoredRollout
+from opd.remote.client import Client
 from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
+from opd.remote.teacher import (
+    LocalAndRemoteTeachers,
+    RemoteTeacher,
+    connect_all,
+    connect_started,
+    identities_of,
+    with_servers,
+)
 from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
-from opd.text.template import freeze
-from opd.text.turn_end import turn_end
+from opd.text.template import freeze, turn_end
+
+
+class RankGroup:
+    """Calls every rank at once. When one fails or dies, all are ended, and the error names the one that failed."""
+
+    def __init__(self, config: Config) -> None:
+        """Starts the ranks, which begin to load; `facts` waits for them."""
+        cluster = config.cluster
+        remote = ray.remote(Rank).options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank)
+        self.size = cluster.learner_ranks
+        self._actors: list[Any] = [remote.remote(config, rank, self.size, os.getcwd()) for rank in range(self.size)]
+        self._order = threading.Lock()
+        self._met = False
+        self._error: BaseException | None = None
+        self._loading = self._start("build", [()] * self.size)
+
+    @cached_property
+    def facts(self) -> RankFacts:
+        """What the ranks hold, once every rank has loaded its models. Raises the first error of a rank."""
+        return self._wait(self._loading)[0]
+
+    def packing_errors(self) -> dict[str, dict[str, float]]:
+        """The packing errors at the first rank; none after the ranks have met, when no rank has whole weights."""
+        if self._met:
+            return {}
+        return self._call("packing_errors", [()])[0]
+
+    def meet(self) -> None:
+        """Join the ranks to a process group and shard the weights, once."""
+        if self._met:
+            return
+        [address] = self._call("free_address", [()])
+        self._met = True
+        self._call("meet", [(address,)] * self.size)
+
+    def all(self, method: str, *args: Any) -> list[Any]:
+        return self.each(method, [args] * self.size)
+
+    def each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call every rank with its own arguments, after the weights are sharded."""
+        self.meet()
+        return self._call(method, args)
+
+    def weights(self) -> Any:
+        """Ray's reference to the files of the student's folder, at the first rank; the other ranks take part in making them."""
+        self.meet()
+        with self._order:
+            self._require_alive()
+            made = [actor.files.options(num_returns=2).remote() for actor in self._actors]
+        self._wait([done for done, _ in made])
+        return made[0][1]
+
+    def _call(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._wait(self._start(method, args))
+
+    def _start(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call the first `len(args)` ranks, usually all."""
+        with self._order:  # every rank gets the calls of several threads in the same order
+            self._require_alive()
+            return [getattr(actor, method).remote(*a) for actor, a in zip(self._actors[: len(args)], args, strict=True)]
+
+    def _wait(self, refs: Sequence[Any]) -> list[Any]:
+        pending, ready = list(refs), []
+        try:
+            while pending:
+                ready, pending = ray.wait(pending, num_returns=1)
+                ray.get(ready)
+        except RayTaskError as error:
+            raise self._end(cause_of(error)) from None
+        except RayActorError as error:
+            rank = next(i for i, ref in enumerate(refs) if ref in ready)
+            raise self._end(
+                RunError(f"learner rank {rank} of {self.size} died ({one_line(str(error))[:200]})")
+            ) from None
+        return ray.get(list(refs))
+
+    def _end(self, error: BaseException) -> BaseException:
+        """End all ranks; every later call raises the first error."""
+        with self._order:
+            self._error = self._error or error
+        self.close()
+        return self._error
+
+    def _require_alive(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+
+@dataclass(frozen=True)
+class RankTeachers:
+    """Teachers at the ranks; each rank scores its own part of the rollouts."""
+
+    group: RankGroup
+    teacher_of: TeacherOf
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Each rollout with its own teacher's score, in the order given."""
+        sizes = [len(r.token_ids) for r in rollouts]
+        bounds = consecutive(sizes, [r.id for r in rollouts], self.group.size)
+        found = self.group.each("score", [(list(rollouts[a:b]), self.teacher_of) for a, b in bounds])
+        scored = [item for part in found for item in part]
+        # Ray returns copies; the rollouts stay the caller's
+        return [replace(item, rollout=rollout) for item, rollout in zip(scored, rollouts, strict=True)]
+
+
+class RankLearner:
+    """The learner on several ranks (`opd.roles.Learner`): any number of them gives the same gradient."""
+
+    def __init__(self, group: RankGroup, config: Config) -> None:
+        self.group = group
+        self._config = config
+        self._changes = 0  # the student's version
+        self._files: tuple[int, Any] = (-1, None)
+
+    def score_student(self, batch: Batch) -> Batch:
+        found = self.group.each("score_student", [(part,) for part in split(batch, self.group.size)])
+        names = dict.fromkeys(name for part in found for name in part)
+        columns: dict[str, Any] = {n: torch.cat([part[n] for part in found if part]) for n in names}
+        return replace(batch, **columns)
+
+    def forward_backward(self, batch: Batch) -> Metrics:
+        shared = divisor(self._config.objective, batch)
+        return merge(self.group.each("forward_backward", [(part, shared) for part in split(batch, self.group.size)]))
+
+    def optim_step(self) -> Metrics:
+        found = self.group.all("optim_step")[0]
+        self._changes += 1  # only now: calls in between get the student before the step
+        return found
+
+    def weights(self) -> Any:
+        """Ray's reference to the files of the student's folder, which do not pass through this process."""
+        return self.version()[1]
+
+    def version(self) -> tuple[int, Any]:
+        """The number of changes to the student, and its weights."""
+        changes = self._changes
+        if self._files[0] != changes:
+            self._files = changes, self.group.weights()
+        return self._files
+
+    def save(self, folder: Path) -> Mapping[str, Any]:
+        """Every rank writes its shards into a folder that all nodes share. Raises RunError where they do not share it."""
+        saved: list[Saved] = self.group.all("save", str(folder.resolve()))
+        here = {file.name for file in folder.iterdir()}
+        for rank, found in enumerate(saved):
+            if found.files - here:
+                raise RunError(
+                    f"learner rank {rank} on {found.node} wrote '{min(found.files - here)}' to '{folder.resolve()}', which is not "
+                    "the folder here; put output on a disk that all nodes share"
+                )
+        return saved[0].values
+
+    def load(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint of any number of ranks."""
+        self.group.all("load", str(folder.resolve()), dict(values))
+        self._changes += 1
 
 
 def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":
@@ -49,16 +221,14 @@ def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":
         client = Client(config.remote)
         started.callback(client.close)
         remote = connect_all(config, loaded.tokenizer, client)
-        teachers = AllTeacherEngines(config)  # they start while the ranks load
-        started.callback(teachers.close)
+        teachers = start_teachers(config, started)  # they start while the ranks load
         group = RankGroup(config)
         started.callback(group.close)
         learner = RankLearner(group, config)
         engines = StudentEngines(config, learner.version)
         started.callback(engines.close)
-        group.build()
-        remote |= connect_started(config, loaded.tokenizer, client, teachers.deployments)
         rows = group.facts.teachers.vocab_size
+        remote |= connect_started(config, loaded.tokenizer, client, teachers)
         chat = Chat(loaded.tokenizer, rows=rows, generation_config=loaded.generation_config)
         player = EpisodePlayer(chat, config.episodes, end_ids=chat.end.ids, make_environment=make_environment)
         return RayBackend(config, loaded.tokenizer, player, client, remote, engines, learner, started.pop_all())
@@ -87,77 +257,51 @@ class RayBackend:
 
     @property
     def student_context(self) -> Limit | None:
-        """The longest sequence that the student takes, at its ranks and engines."""
         context = self.engines.context()
         return smallest((self._group.facts.student_context, None if context is None else Limit(context)))
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What must not change during a run."""
         return {**self._group.facts.identities, **identities_of(self.remote)}
 
     def facts(self) -> TeacherFacts:
-        """What the teachers are."""
-        inside = self._group.facts.teachers
-        return replace(
-            inside,
-            contexts={
-                **inside.contexts,
-                **{n: None if t.context is None else Limit(t.context) for n, t in self.remote.items()},
-            },
-            without_distributions=inside.without_distributions | self.remote.keys(),
-            unknown_tokenizers={n: t.unknown for n, t in self.remote.items()},
-            templates={**inside.templates, **templates_of(self.remote)},
-        )
+        return with_servers(self._group.facts.teachers, self.remote)
 
     def sampler(self) -> Sampler:
-        """A sampler of the student at its engines."""
         limit = self._group.facts.student_context
-        return self._sampler_of(self.engines, None if limit is None else limit.tokens)
-
-    def _sampler_of(
-        self, deployment: Deployment, context: int | None = None, protocol: ServerProtocol | None = None
-    ) -> RemoteSampler:
         return RemoteSampler(
-            deployment,
+            self.engines,
             self.client,
             temperature=self.config.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
-            context=context,
+            context=None if limit is None else limit.tokens,
             player=self.player,
-            protocol=protocol,
         )
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
-        """The prompts' own teachers; followed: the targets that training follows."""
         ranks = RankTeachers(self._group, lambda rank: rank.teachers(keep_hidden=keep_hidden, followed=followed))
         return LocalAndRemoteTeachers(ranks, self.remote) if self.remote else ranks
 
     def student_as_teacher(self) -> Teacher:
-        """The student as the teacher of every prompt."""
         return RankTeachers(self._group, lambda rank: rank.student_as_teacher())
 
     def models_as_teachers(self, names: Collection[str]) -> Teacher:
-        """Single models."""
         return RankTeachers(self._group, lambda rank: rank.models_as_teachers(list(names)))
 
     def model_names(self) -> Collection[str]:
-        """Every model that scores the student's tokens at the ranks."""
         return self._group.facts.model_names
 
     def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
         """A sampler of a teacher behind a server; None for a teacher at the ranks, which do not sample."""
         if teacher not in self.remote:
             return None
-        found = self.remote[teacher]
-        return StandaloneSampler(self._sampler_of(found.deployment, protocol=found.protocol), self.tokenizer)
+        return StandaloneSampler(self.remote[teacher].sampler(self.config, self.player), self.tokenizer)
 
     def learner(self) -> RankLearner:
         """The learner on all ranks, which shard their weights at its first call."""
         return self.rank_learner
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
-        """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
         bounds = consecutive(
             [len(s.rollout.token_ids) for s in scored], [s.rollout.id for s in scored], self._group.size
         )
@@ -165,13 +309,10 @@ class RayBackend:
         return distances_of(merge(found), [s.score.teacher for s in scored])
 
     def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
-        """Of each model, before its weights are sharded."""
         return self._group.packing_errors()
 
     def export(self, folder: Path) -> None:
-        """Write the student."""
         self._group.all("export", str(folder.resolve()))
 
     def close(self) -> None:
-        """End everything that this run started, and leave the cluster."""
         self.started.close()

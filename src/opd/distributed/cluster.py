@@ -23,7 +23,6 @@ class Placement:
 
 
 def student_placement(config: Config) -> Placement:
-    """The resources of the student's engines."""
     cluster = config.cluster
     return Placement(cluster.engines, cluster.gpus_per_engine, cluster.cpus_per_engine)
 

@@ -100,16 +100,15 @@ class Engine:
             for name in self._versions if self._plan.loads == "adapters" else ():
                 self._load_version(name)
         elif not self.awake:
-            self._try_or_restart(lambda: self._post("/wake_up"))
+            self._try_or_restart(lambda: self._ask("/wake_up"))
             self.awake = True
-        url = f"http://{self._host}:{self._port}"
-        return EngineState(url, self._context, tuple(self._versions), self.starts)
+        return EngineState(self._url, self._context, tuple(self._versions), self.starts)
 
     def sleep(self) -> None:
         """Free the device; the weights stay in main memory. `state` wakes the server."""
         if self.awake and self._plan.sleeps and self._process is not None and self._process.poll() is None:
             try:
-                self._post("/sleep?level=1&mode=wait")
+                self._ask("/sleep?level=1&mode=wait")
             except _Unanswered:
                 self._end()  # `state` restarts it
         self.awake = False
@@ -124,13 +123,13 @@ class Engine:
             self._write(place, files)
         if self._plan.loads == "adapters" and len(self._versions) >= self._plan.max_versions:
             old = self._versions.popleft()
-            self._try_or_restart(lambda: self._post("/v1/unload_lora_adapter", {"lora_name": old}))
-            self._drop(old)
+            self._try_or_restart(lambda: self._ask("/v1/unload_lora_adapter", {"lora_name": old}))
+            shutil.rmtree(self._home / old, ignore_errors=True)
         if not self._try_or_restart(lambda: self._load_version(name)):
             self._load_version(name)
         self._versions.append(name)
         while self._plan.loads == "weights" and len(self._versions) > 1:
-            self._drop(self._versions.popleft())
+            shutil.rmtree(self._home / self._versions.popleft(), ignore_errors=True)
 
     def _is_alive(self) -> bool:
         """Whether the server answers, within some time: its process may outlive its engine core."""
@@ -142,7 +141,7 @@ class Engine:
             time.sleep(_POLL_S * (attempt + 1))
         return False
 
-    def _try_or_restart(self, call: Callable[[], None]) -> bool:
+    def _try_or_restart(self, call: Callable[[], object]) -> bool:
         """Whether the call succeeded; if the server failed meanwhile, it was restarted instead."""
         try:
             call()
@@ -165,9 +164,6 @@ class Engine:
     def _home(self) -> Path:
         assert self._folder is not None, "state() comes first"
         return self._folder
-
-    def _drop(self, name: str) -> None:
-        shutil.rmtree(self._home / name, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writes(self, what: str, place: Path) -> Iterator[None]:
@@ -203,15 +199,15 @@ class Engine:
         """Let the server load a version from its folder."""
         place = str(self._home / name)
         if self._plan.loads == "adapters":
-            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
             return
         # running requests end first; the prefix cache belongs to the old weights
-        self._post("/pause?mode=wait&clear_cache=true")
+        self._ask("/pause?mode=wait&clear_cache=true")
         log_size = (self._home / _LOG).stat().st_size
         try:
-            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
+            self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": place}})
         finally:
-            self._post("/resume")
+            self._ask("/resume")
         with (self._home / _LOG).open("rb") as log:
             log.seek(log_size)
             if _NOT_LOADED in log.read():  # vLLM reports success all the same
@@ -299,24 +295,22 @@ class Engine:
                     f"{(lines_of(log, began) or ['none'])[-1][:200]}; {keep_log(log)}"
                 )
             time.sleep(_POLL_S)
-        models = self._ask("GET", "/v1/models").json()["data"]
+        models = self._ask("/v1/models", method="GET").json()["data"]
         self._context = next((entry.get("max_model_len") for entry in models if entry["id"] == plan.name), None)
 
     def _answers(self) -> bool:
         try:
-            return self._client.get(self._at("/health"), timeout=5).status_code == 200
+            return self._client.get(f"{self._url}/health", timeout=5).status_code == 200
         except httpx2.TransportError:
             return False
 
-    def _at(self, path: str) -> str:
-        return f"http://{self._host}:{self._port}{path}"
+    @property
+    def _url(self) -> str:
+        return f"http://{self._host}:{self._port}"
 
-    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> None:
-        self._ask("POST", path, body)
-
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None, *, method: str = "POST") -> httpx2.Response:
         try:
-            answer = self._client.request(method, self._at(path), json=body)
+            answer = self._client.request(method, self._url + path, json=body)
         except httpx2.TransportError as error:
             raise _Unanswered(f"engine of {self._plan.who} does not answer {path}: {error or type(error)}") from None
         if answer.status_code != 200:

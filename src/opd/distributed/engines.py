@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from opd.config import Config
 from opd.distributed.cluster import Placement, cause_of, enter, student_placement, teacher_placements
 from opd.distributed.engine import Engine, EnginePlan, EngineState, Files
 from opd.errors import RunError, one_line
-from opd.remote.client import Endpoint
+from opd.remote.client import Deployment, Endpoint
 
 _RETRY_S = 1.0
 _STOP_S = 5.0  # for an engine to stop in order; an engine that still starts is killed
@@ -136,8 +136,35 @@ class GroupLock:
                 self._changed.notify_all()
 
 
-class StudentEngines:
-    """The engines that sample from the student (`opd.remote.client.Deployment`); `latest` loads its weights there.
+class _Engines(Deployment):
+    """The engines of one model."""
+
+    def __init__(self, plan: EnginePlan, pool: EnginePool) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._moving = threading.Lock()  # several threads sample
+        self._now: Endpoint | None = None
+
+    def latest(self) -> Endpoint:
+        with self._moving:
+            return self._now or self._refreshed()
+
+    def relocate(self) -> Endpoint:
+        """Where the engines are now. An engine that died is restarted with the versions that are in use."""
+        with self._moving:
+            return self._refreshed()
+
+    def _refreshed(self) -> Endpoint:
+        raise NotImplementedError
+
+    def _endpoint(self, who: str, states: Sequence[EngineState]) -> Endpoint:
+        contexts = [s.context for s in states if s.context is not None]
+        urls = tuple(s.url for s in states)
+        return Endpoint(who, urls, self._plan.name, context=min(contexts, default=None), api_key=self._plan.api_key)
+
+
+class StudentEngines(_Engines):
+    """The engines that sample from the student; `latest` loads its weights there.
 
     Adapters of several versions are served side by side, so episodes that began with an older one continue with it. Whole
     weights replace each other: an update waits for the requests in flight, and later requests wait for the update.
@@ -145,14 +172,12 @@ class StudentEngines:
 
     def __init__(self, config: Config, version: Callable[[], tuple[int, Any]]) -> None:
         """version: the student's version, and Ray's reference to the files of its folder; engines start with version 0."""
-        self._plan = student_plan(config)
-        self._pool = EnginePool([self._plan], student_placement(config))
+        plan = student_plan(config)
+        super().__init__(plan, EnginePool([plan], student_placement(config)))
         self._newest = version
         self._loaded: deque[tuple[str, Any]] = deque(maxlen=self._plan.max_versions)
         self._version: int | None = None
-        self._moving = threading.Lock()  # several threads sample
         self._lock = GroupLock()
-        self._now: Endpoint | None = None
 
     def context(self) -> int | None:
         """The longest sequence that all engines take, in tokens."""
@@ -172,11 +197,6 @@ class StudentEngines:
                 return self._refreshed()
             return self._now or self._refreshed()
 
-    def relocate(self) -> Endpoint:
-        """Where the engines are now. An engine that died is restarted with the versions that are in use."""
-        with self._moving:
-            return self._refreshed()
-
     def in_use(self) -> AbstractContextManager[Any]:
         return self._locked(_REQUESTS)
 
@@ -187,7 +207,6 @@ class StudentEngines:
         return self._lock.hold(group) if self._plan.loads == "weights" else contextlib.nullcontext()
 
     def close(self) -> None:
-        """End every engine."""
         self._pool.close()
 
     def _refreshed(self) -> Endpoint:
@@ -196,30 +215,19 @@ class StudentEngines:
             for name, files in self._loaded:  # an engine on a new node holds none
                 if name not in state.versions:
                     self._pool.load(index, name, files)
-        self._now = _endpoint("the student's engine", states, self._plan)
+        self._now = self._endpoint("the student's engine", states)
         if self._plan.loads == "adapters" and self._loaded:
             self._now = replace(self._now, model=self._loaded[-1][0])
         return self._now
 
 
-class TeacherEngines:
-    """The engines of one teacher model (`opd.remote.client.Deployment`), number `model` of its pool."""
+class TeacherEngines(_Engines):
+    """The engines of one teacher model, number `model` of its pool."""
 
     def __init__(self, plan: EnginePlan, pool: EnginePool, model: int, lock: GroupLock) -> None:
-        self._plan = plan
-        self._pool = pool
+        super().__init__(plan, pool)
         self._model = model
         self._lock = lock
-        self._moving = threading.Lock()
-        self._now: Endpoint | None = None
-
-    def latest(self) -> Endpoint:
-        with self._moving:
-            return self._now or self._refreshed()
-
-    def relocate(self) -> Endpoint:
-        with self._moving:
-            return self._refreshed()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -228,34 +236,21 @@ class TeacherEngines:
                 self.relocate()  # wakes the model
             yield
 
-    def updating(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
     def _refreshed(self) -> Endpoint:
-        self._now = _endpoint(f"an engine of {self._plan.who}", self._pool.states(self._model), self._plan)
+        self._now = self._endpoint(f"an engine of {self._plan.who}", self._pool.states(self._model))
         return self._now
 
 
-class AllTeacherEngines:
-    """The engines of all teachers; `deployments`: by teacher, the engines of its model."""
-
-    def __init__(self, config: Config) -> None:
-        started = {name: teacher for name, teacher in config.teachers.items() if teacher.engines is not None}
-        self._pools: list[EnginePool] = []
-        engines: dict[str, TeacherEngines] = {}
-        for models, placement in teacher_placements(config):
-            plans = [teacher_plan(config, model) for model in models]
-            pool = EnginePool(plans, placement)
-            self._pools.append(pool)
-            lock = GroupLock()
-            for index, model in enumerate(models):
-                engines[model] = TeacherEngines(plans[index], pool, index, lock)
-        self.deployments = {name: engines[teacher.source or ""] for name, teacher in started.items()}
-
-    def close(self) -> None:
-        """End every engine."""
-        for pool in self._pools:
-            pool.close()
+def start_teachers(config: Config, started: ExitStack) -> dict[str, TeacherEngines]:
+    """Start the engines of all teachers, which `started` closes; by teacher, the engines of its model."""
+    engines: dict[str, TeacherEngines] = {}
+    for models, placement in teacher_placements(config):
+        plans = [teacher_plan(config, model) for model in models]
+        pool, lock = EnginePool(plans, placement), GroupLock()
+        started.callback(pool.close)
+        for index, model in enumerate(models):
+            engines[model] = TeacherEngines(plans[index], pool, index, lock)
+    return {name: engines[t.source or ""] for name, t in config.teachers.items() if t.engines is not None}
 
 
 def student_plan(config: Config) -> EnginePlan:
@@ -300,12 +295,6 @@ def teacher_plan(config: Config, source: str) -> EnginePlan:
         dtype=config.compute.dtype,
         teachers=names,
     )
-
-
-def _endpoint(who: str, states: Sequence[EngineState], plan: EnginePlan) -> Endpoint:
-    contexts = [s.context for s in states if s.context is not None]
-    urls = tuple(s.url for s in states)
-    return Endpoint(who, urls, plan.name, context=min(contexts, default=None), api_key=plan.api_key)
 
 
 def _args(config: Config, model: str, own: Sequence[str], gpus: int, given: Sequence[str]) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ TeacherOf: TypeAlias = Callable[[LocalBackend], Teacher]
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What the driver knows of the models that ranks hold."""
+    """Facts about the models that ranks hold, for the driver."""
 
     teachers: TeacherFacts
     identities: Mapping[str, str]
@@ -62,32 +62,28 @@ class Saved:
 
 
 class Rank:
-    """Builds the parts of a recipe as the local backend does, then shards their weights (`opd.distributed.group`)."""
+    """Builds the parts of a recipe as the local backend does, then shards their weights (`opd.distributed.backend.RankGroup`)."""
+
+    _backend: LocalBackend  # from `build` on
+    _learner: LocalLearner  # from `meet` on
 
     def __init__(self, config: Config, rank: int, world: int, folder: str) -> None:
         self._config = config
         self._rank = rank
         self._world = world
         self._folder = folder
-        self._built: LocalBackend | None = None
-        self._learner: LocalLearner | None = None
 
     def build(self) -> RankFacts:
         """Load the models into main memory: only a shard of them goes to the device."""
         enter(self._folder)
         here = self._config.compute.model_copy(update={"device": "cpu"})
-        self._built = backend = build(self._config.model_copy(update={"compute": here}), remote=False)
+        self._backend = backend = build(self._config.model_copy(update={"compute": here}), remote=False)
         return RankFacts(
             teachers=backend.facts(),
             identities=backend.identities,
             model_names=tuple(backend.model_names()),
             student_context=backend.student_context,
         )
-
-    @property
-    def _backend(self) -> LocalBackend:
-        assert self._built is not None, "build() comes first"
-        return self._built
 
     def free_address(self) -> str:
         """HOST:PORT of this rank, free for the process group."""
@@ -96,8 +92,6 @@ class Rank:
             return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """As of the backend, before the weights are sharded."""
-        assert self._learner is None
         return self._backend.packing_errors()
 
     def meet(self, address: str) -> None:
@@ -116,45 +110,40 @@ class Rank:
             shard(network, mesh, trainable if network is student.network else [], compute_dtype=half)
         self._learner = backend.learner()
 
-    @property
-    def _trained(self) -> LocalLearner:
-        assert self._learner is not None, "meet() comes first"
-        return self._learner
+    def _stand_by(self, *, gradients: bool = False) -> dict[str, Any]:
+        """Without rollouts, take part in the passes of the other ranks; returns no results."""
+        with torch.set_grad_enabled(gradients):
+            self._learner.stand_by()
+        return {}
 
     def score(self, rollouts: Sequence[Rollout], teacher_of: TeacherOf) -> list[ScoredRollout]:
-        """The scores of this rank's rollouts."""
         return teacher_of(self._backend).score(rollouts)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Metrics:
         if not scored:
-            with torch.no_grad():
-                self._trained.stand_by()
-            return {}
+            return self._stand_by()
         batch, _ = pack(scored, logprob_floor=self._config.objective.teacher_logprob_floor)
-        return self._trained.distances(batch)
+        return self._learner.distances(batch)
 
     def score_student(self, batch: Batch | None) -> dict[str, Tensor]:
         """The columns that scoring adds to this rank's part of a batch."""
         if batch is None:
-            with torch.no_grad():
-                self._trained.stand_by()
-            return {}
-        found = self._trained.score_student(batch)
+            return self._stand_by()
+        found = self._learner.score_student(batch)
         names = ("student_logprobs", "reverse_kl", "best_baseline")
         return {name: column for name in names if (column := getattr(found, name)) is not None}
 
     def forward_backward(self, batch: Batch | None, shared: float) -> Metrics:
         if batch is None:
-            self._trained.stand_by()
-            return {}
-        return self._trained.forward_backward(batch, shared=shared)
+            return self._stand_by(gradients=True)
+        return self._learner.forward_backward(batch, shared=shared)
 
     def optim_step(self) -> Metrics:
-        return self._trained.optim_step()
+        return self._learner.optim_step()
 
     def files(self) -> tuple[bool, dict[str, np.ndarray]]:
         """True when it is done, and the files of the student's folder from the first rank; the other ranks only take part."""
-        found = {name: _full(p) for name, p in self._trained.weights().items()}
+        found = {name: _full(p) for name, p in self._learner.weights().items()}
         if self._rank:
             return True, {}
         student = self._backend.student
@@ -169,14 +158,14 @@ class Rank:
 
     def export(self, folder: str) -> None:
         """Write the student from the first rank; the other ranks only take part."""
-        found = {name: _full(p) for name, p in self._trained.weights().items()}
+        found = {name: _full(p) for name, p in self._learner.weights().items()}
         if not self._rank:
             student = self._backend.student
             export(student.network, student.adapter, Path(folder), weights=found)
 
     def save(self, folder: str) -> Saved:
         """Write this rank's shards of the weights and the optimizer's moments."""
-        tensors, values = self._trained.state()
+        tensors, values = self._learner.state()
         writer = HuggingFaceStorageWriter(path=folder, save_distributed=True)
         with _one_line_of(folder, "write the checkpoint"):
             state_dict_saver.save(dict(tensors), storage_writer=writer)
@@ -185,10 +174,10 @@ class Rank:
 
     def load(self, folder: str, values: Mapping[str, Any]) -> None:
         """Read this rank's shards from a checkpoint of any number of ranks."""
-        tensors = self._trained.blank_state(with_moments=bool(values["num_updates"]))
+        tensors = self._learner.blank_state(with_moments=bool(values["num_updates"]))
         with _one_line_of(folder, "read the checkpoint"):
             state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(path=folder))
-        self._trained.load_state(tensors, values)
+        self._learner.load_state(tensors, values)
 
 
 @contextmanager
@@ -209,29 +198,29 @@ def _full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
+@dataclass(frozen=True, eq=False)
 class ShardedWeights:
-    """What a sharded network does with the other ranks (`opd.models.network.Shards`)."""
+    """The weights of a sharded network (`opd.models.network.Shards`)."""
 
-    def __init__(self, network: Network, mesh: DeviceMesh, trainable: list[nn.Parameter], *, tied: bool) -> None:
-        self._network = network
-        self._mesh = mesh
-        self._trainable = trainable
-        self._tied = tied
+    network: Network
+    mesh: DeviceMesh
+    trainable: Sequence[nn.Parameter]
+    tied: bool
 
     def most(self, count: int) -> int:
-        found = torch.tensor(count, device=self._mesh.device_type)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._mesh.get_group())
+        found = torch.tensor(count, device=self.mesh.device_type)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
         return int(found)
 
     def head(self) -> Tensor:
-        base = self._network.base
-        module = base.get_input_embeddings() if self._tied else base.get_output_embeddings()
+        base = self.network.base
+        module = base.get_input_embeddings() if self.tied else base.get_output_embeddings()
         weight = cast(Any, module).weight
         # the gradient is the sum over the ranks' tokens
         return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
     def keep_trainable(self) -> None:
-        for parameter in self._trainable:
+        for parameter in self.trainable:
             parameter.requires_grad_(True)
 
 

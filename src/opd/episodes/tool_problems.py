@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import EpisodesConfig, ToolTask
+from opd.data.tasks import GeneratedPrompts
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.errors import DataError
 from opd.records import Message, Prompt
@@ -31,18 +32,11 @@ _DRAWS_PER_PROBLEM = 50
 _MAX_CHARS, _MAX_DEPTH, _MAX_BITS = 500, 30, 1000  # of an expression; of the numerator and denominator of a value
 _TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|[-+*/()])")
 
-_CALCULATOR_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {"expression": {"type": "string"}},
-    "required": ["expression"],
-    "additionalProperties": False,
-}
-_LOOKUP_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {"key": {"type": "string"}},
-    "required": ["key"],
-    "additionalProperties": False,
-}
+
+def _schema(argument: str) -> Mapping[str, Any]:
+    """The schema of a tool that takes one text."""
+    properties = {argument: {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": [argument], "additionalProperties": False}
 
 
 def calculate(expression: str) -> str:
@@ -140,10 +134,6 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def _calculator(problem: Mapping[str, Any]) -> Tool:
-    return Tool("calculator", "Evaluate arithmetic.", _CALCULATOR_SCHEMA, calculate)
-
-
 def _lookup(problem: Mapping[str, Any]) -> Tool:
     table = problem.get("table", {})
 
@@ -152,7 +142,7 @@ def _lookup(problem: Mapping[str, Any]) -> Tool:
             raise ValueError(f"no entry {key[:40]!a}")
         return table[key]
 
-    return Tool("lookup", "Find a code in the table.", _LOOKUP_SCHEMA, find)
+    return Tool("lookup", "Find a code in the table.", _schema("key"), find)
 
 
 def _draw_sum(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
@@ -171,30 +161,26 @@ def _draw_code(draw: random.Random) -> tuple[str, str, Mapping[str, Any]]:
     return f"What is the code of {keys[0]}?", codes[0], {"table": table, "arguments": {"key": keys[0]}}
 
 
-_TOOLS: Mapping[str, Callable[[Mapping[str, Any]], Tool]] = {"calculator": _calculator, "lookup": _lookup}
+_CALCULATOR = Tool("calculator", "Evaluate arithmetic.", _schema("expression"), calculate)
+_TOOLS: Mapping[str, Callable[[Mapping[str, Any]], Tool]] = {
+    "calculator": lambda problem: _CALCULATOR,
+    "lookup": _lookup,
+}
 _DRAWS = {"calculator": _draw_sum, "lookup": _draw_code}
 
 
-class ToolProblems:
+class ToolProblems(GeneratedPrompts):
     """A task of generated problems with one tool, which solves each; held-out problems are never trained on."""
 
-    def __init__(self, name: str, config: ToolTask, limits: EpisodesConfig) -> None:
-        self.name = name
-        self._config = config
-        self._limits = limits
-        self._splits: dict[str, list[Prompt]] = {}
+    _config: ToolTask
 
-    def prompts(self, split: str) -> list[Prompt]:
-        if not self._splits:
-            self._splits = self._draw()
-        return self._splits[split]
+    def __init__(self, name: str, config: ToolTask, limits: EpisodesConfig) -> None:
+        super().__init__(name, config)
+        self._limits = limits
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         """1 where the response, without its thoughts and the white space around it, is the answer."""
         return exact(response, prompt.answer or "")
-
-    def grade(self, prompt: Prompt, response: str) -> float | None:
-        return self.reward(prompt, response)
 
     def environment(self, prompt: Prompt) -> ToolEnvironment:
         tool = _TOOLS[self._config.problems](prompt.meta)
@@ -207,12 +193,11 @@ class ToolProblems:
         name = _TOOLS[self._config.problems](prompt.meta).name
         return "<tool_call>" + json.dumps({"name": name, "arguments": prompt.meta["arguments"]}) + "</tool_call>"
 
-    def _draw(self) -> dict[str, list[Prompt]]:
+    def draw(self, count: int) -> list[Prompt]:
         config = self._config
-        wanted = config.held_out_size + config.size
         draw = random.Random(f"{config.problems}:{config.seed}")
         found: dict[tuple[str, str], Prompt] = {}
-        for index in range(_DRAWS_PER_PROBLEM * wanted):
+        for index in range(_DRAWS_PER_PROBLEM * count):
             question, answer, meta = _DRAWS[config.problems](draw)
             found.setdefault(
                 (question, answer),
@@ -226,11 +211,10 @@ class ToolProblems:
                     tools=(_TOOLS[config.problems](meta).schema,),
                 ),
             )
-            if len(found) == wanted:
+            if len(found) == count:
                 break
         else:
             raise DataError(
-                f"tasks.{self.name}: found {len(found)} distinct problems, expected {wanted}; lower size + held_out_size"
+                f"tasks.{self.name}: found {len(found)} distinct problems, expected {count}; lower size + held_out_size"
             )
-        prompts = list(found.values())
-        return {"held_out": prompts[: config.held_out_size], "train": prompts[config.held_out_size :]}
+        return list(found.values())

@@ -5,35 +5,28 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import ReasoningGymTask, nearest
+from opd.data.tasks import GeneratedPrompts
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.chat import user_message
-from opd.text.thinking import behind_thoughts
+from opd.text.special_tags import behind_thoughts
 
 _MAX_DRAWS_PER_PROMPT = 50  # after this many repeated questions in a row the generator counts as exhausted
 
 
-class ReasoningGym:
+class ReasoningGym(GeneratedPrompts):
     """A reasoning-gym data set: `size` training prompts and `held_out_size` others, all with distinct questions."""
 
-    def __init__(self, name: str, config: ReasoningGymTask) -> None:
-        self.name = name
-        self._config = config
-        self._dataset = _create(name, config)
-        self._splits: dict[str, list[Prompt]] = {}
+    _config: ReasoningGymTask
 
-    def prompts(self, split: str) -> list[Prompt]:
-        if not self._splits:
-            self._splits = self._draw()
-        return self._splits[split]
+    def __init__(self, name: str, config: ReasoningGymTask) -> None:
+        super().__init__(name, config)
+        self._dataset = _create(name, config)
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         """1 for the right answer after the thoughts, else the data set's partial credit; 0 for thoughts that do not end."""
         said = behind_thoughts(response)
         return 0.0 if said is None else float(self._dataset.score_answer(said.strip(), dict(prompt.meta["entry"])))
-
-    def grade(self, prompt: Prompt, response: str) -> float | None:
-        return self.reward(prompt, response)
 
     def environment(self, prompt: Prompt) -> None:
         return None
@@ -41,20 +34,18 @@ class ReasoningGym:
     def solution(self, prompt: Prompt, messages: Sequence[Message]) -> str | None:
         return prompt.answer
 
-    def _draw(self) -> dict[str, list[Prompt]]:
-        """Walk the generator once: the first new questions are held out, the next are for training."""
+    def draw(self, count: int) -> list[Prompt]:
         config = self._config
-        wanted = config.held_out_size + config.size
         found: dict[str, Prompt] = {}
         index = barren = 0
-        while len(found) < wanted:
+        while len(found) < count:
             entry: dict[str, Any] = self._dataset[index]
             question = entry["question"]
             barren = barren + 1 if question in found else 0
             if barren > _MAX_DRAWS_PER_PROMPT:
                 raise DataError(
                     f"tasks.{self.name}: reasoning-gym '{config.dataset}' gave {len(found)} distinct questions, "
-                    f"expected {wanted} (size + held_out_size); lower them or widen params"
+                    f"expected {count} (size + held_out_size); lower them or widen params"
                 )
             if question not in found:
                 found[question] = Prompt(
@@ -66,8 +57,7 @@ class ReasoningGym:
                     meta=MappingProxyType({"entry": entry}),
                 )
             index += 1
-        prompts = list(found.values())
-        return {"held_out": prompts[: config.held_out_size], "train": prompts[config.held_out_size :]}
+        return list(found.values())
 
 
 def _create(name: str, config: ReasoningGymTask) -> Any:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import TextArenaTask, nearest
+from opd.data.tasks import GeneratedPrompts
 from opd.errors import ConfigError, DataError, describe_error
 from opd.records import Message, Prompt
 from opd.roles import Step
@@ -33,30 +34,24 @@ _UNFIT = {
 }
 
 
-class TextArena:
+class TextArena(GeneratedPrompts):
     """A task whose prompts are the openings of one game, each from its own seed."""
 
+    _config: TextArenaTask
+
     def __init__(self, name: str, config: TextArenaTask) -> None:
-        self.name = name
-        self._config = config
+        super().__init__(name, config)
         self._family = _family(name, config)
-        self._splits: dict[str, list[Prompt]] = {}
         self._require_playable()
 
-    def prompts(self, split: str) -> list[Prompt]:
-        if not self._splits:
-            config = self._config
-            draw = random.Random(f"{config.game}:{config.seed}")
-            found = [self._prompt(seed) for seed in _draw_seeds(draw, config.held_out_size + config.size)]
-            self._splits = {"held_out": found[: config.held_out_size], "train": found[config.held_out_size :]}
-        return self._splits[split]
+    def draw(self, count: int) -> list[Prompt]:
+        return [
+            self._prompt(seed) for seed in _draw_seeds(random.Random(f"{self._config.game}:{self._config.seed}"), count)
+        ]
 
     def reward(self, prompt: Prompt, response: str) -> float | None:
         """None: the game gives the reward of an episode."""
         return None
-
-    def grade(self, prompt: Prompt, response: str) -> float | None:
-        return self.reward(prompt, response)
 
     def environment(self, prompt: Prompt) -> "GameEnvironment":
         return GameEnvironment(self._config, prompt.meta["seed"], prompt.messages[0]["content"])

@@ -23,8 +23,7 @@ from opd.models.network import Network
 from opd.models.packing_check import packed_gaps
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
-from opd.remote.sampler import RemoteSampler
-from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, templates_of
+from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, with_servers
 from opd.roles import (
     INITIAL_STUDENT,
     Limit,
@@ -36,13 +35,12 @@ from opd.roles import (
     smallest,
 )
 from opd.text.teacher_prompt import different_renderings, same_template
-from opd.text.template import clock_of
+from opd.text.template import clock_of, turn_end
 from opd.text.tokenizer import fingerprint
-from opd.text.turn_end import turn_end
 
 
 def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """(reverse KL in nats per token, top-k overlap) of each teacher, from what the learner found."""
+    """(reverse KL in nats per token, top-k overlap) of each teacher, from the learner's metrics."""
     found = values(metrics)
     return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
 
@@ -57,18 +55,16 @@ def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
 class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
-    policies: every model that scores, by name. targets: what each teacher key of a prompt stands for; training takes `followed`
-    instead, which also has the reference of an extrapolation. Two kinds of teachers are in neither: `cross_tokenizer`, with
-    another tokenizer, and `remote`, behind a server. vocab_size: the number of ids that the heads of the student and of the
-    teachers with its tokenizer share.
+    policies: every model that scores, by name. targets: the target of each teacher; training takes `followed` instead, with the
+    reference of an extrapolation. remote: teachers behind servers, which have neither. vocab_size: the number of ids that the
+    heads of the student and of the teachers with its tokenizer share.
     """
 
     config: Config
     student: Policy
-    policies: Mapping[str, Policy]
+    policies: Mapping[str, Policy | CrossTokenizerPolicy]
     targets: Mapping[str, Target]
     followed: Mapping[str, Target]
-    cross_tokenizer: Mapping[str, CrossTokenizerPolicy]
     remote: Mapping[str, RemoteTeacher]
     vocab_size: int
     make_environment: MakeEnvironment
@@ -78,7 +74,17 @@ class LocalBackend:
         for teacher in self.remote.values():
             teacher.client.close()
 
-    def sampler(self, policy: Policy | None = None) -> LocalSampler:
+    @property
+    def cross_tokenizer(self) -> dict[str, CrossTokenizerPolicy]:
+        """The policies with another tokenizer than the student's."""
+        return {name: p for name, p in self.policies.items() if isinstance(p, CrossTokenizerPolicy)}
+
+    @property
+    def same_tokenizer(self) -> dict[str, Policy]:
+        """The policies with the student's tokenizer."""
+        return {name: p for name, p in self.policies.items() if isinstance(p, Policy)}
+
+    def sampler(self, policy: Policy | CrossTokenizerPolicy | None = None) -> LocalSampler:
         """A sampler of the student, or of a teacher when its policy is given."""
         policy = policy or self.student
         return LocalSampler(
@@ -91,27 +97,21 @@ class LocalBackend:
             player=episode_player(self.chat_network(policy), self.config.episodes, self.make_environment),
         )
 
-    def chat_network(self, policy: Policy) -> Network:
+    def chat_network(self, policy: Policy | CrossTokenizerPolicy) -> Network:
         """The network whose chat template renders a policy's prompts: its own, or the student's where the recipe says so."""
-        cross_tokenizer = any(
-            (c.network, c.adapter) == (policy.network, policy.adapter) for c in self.cross_tokenizer.values()
-        )
-        own = cross_tokenizer or policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
+        own = policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
         return policy.network if own else self.student.network
 
     @property
     def tokenizer(self) -> Any:
-        """The student's."""
         return self.student.network.tokenizer
 
     @property
     def student_context(self) -> Limit | None:
-        """The longest sequence that the student takes."""
         return self.student.network.limit
 
     @property
     def identities(self) -> Mapping[str, str]:
-        """What must not change under a run: its teachers, the student's base, their tokenizers and templates."""
         return self._identities
 
     @cached_property
@@ -120,14 +120,14 @@ class LocalBackend:
         named |= identities_of(self.remote)
         named["the student's tokenizer"] = fingerprint(self.tokenizer)
         for name, policy in self.policies.items():
-            if name in self.cross_tokenizer or policy.prompts is not None:
+            if policy.prompts is not None:
                 tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
                 named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
         if self.config.trainable == "lora":
             named["the student's base"] = self.student.network.fingerprint()
         return named
 
-    def _identity(self, name: str, policy: Policy) -> str:
+    def _identity(self, name: str, policy: Policy | CrossTokenizerPolicy) -> str:
         """A hash of a teacher: of its base's weights and of its adapter's files."""
         adapter = self.config.lora.start if name == INITIAL_STUDENT else self.config.teachers[name].adapter
         base = policy.network.fingerprint()
@@ -141,31 +141,29 @@ class LocalBackend:
         return f"{base}+{digest.hexdigest()[:32]}"
 
     def _templates(self) -> dict[str, OtherTemplate]:
-        """The teachers in process with the student's vocabulary that render a conversation otherwise than the student."""
+        """The teachers with the student's vocabulary and another chat template."""
         found = {}
-        for name, policy in self.policies.items():
-            if name in self.cross_tokenizer or name not in self.config.teachers:
-                continue
+        for name, policy in self.same_tokenizer.items():
             apart = different_renderings(self.tokenizer, policy.network.tokenizer)
-            if apart is not None:
+            if apart is not None and name in self.config.teachers:
                 none = "" if policy.network.tokenizer.chat_template else "it has none"
                 found[name] = OtherTemplate(policy.prompts is not None, apart.student, apart.teacher, unknown=none)
         return found
 
     def facts(self) -> TeacherFacts:
-        """What start-up checks need to know of the teachers."""
-        return TeacherFacts(
+        facts = TeacherFacts(
             contexts=self._contexts(),
             vocab_size=self.vocab_size,
             cross_tokenizer={name: policy.network.vocab_size for name, policy in self.cross_tokenizer.items()},
-            without_distributions=frozenset(self.cross_tokenizer.keys() | self.remote.keys()),
-            unknown_tokenizers={name: teacher.unknown for name, teacher in self.remote.items()},
+            without_distributions=frozenset(self.cross_tokenizer),
+            unknown_tokenizers={},
             notes=[note for network in self._networks() for note in network.notes],
-            templates={**self._templates(), **templates_of(self.remote)},
+            templates=self._templates(),
             turn_ends=self._turn_ends(),
             reads_clock=any(clock_of(network.tokenizer) for network in self._networks()),
             own_readings=self._own_readings(),
         )
+        return with_servers(facts, self.remote)
 
     def _networks(self) -> list[Network]:
         """Every set of weights, the student's first."""
@@ -182,7 +180,6 @@ class LocalBackend:
         return found
 
     def packing_errors(self) -> dict[str, dict[str, float]]:
-        """Of the student and of each model that scores: how far its packed passes are from its plain ones."""
         names = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
@@ -194,40 +191,28 @@ class LocalBackend:
         return found
 
     def student_as_teacher(self) -> LocalTeachers:
-        """The student as the teacher of every prompt."""
         target = (Part("student", self.student),)
         return self.local_teachers(dict.fromkeys(self.config.teachers, target), keep_hidden=False)
 
     def models_as_teachers(self, names: Collection[str]) -> LocalTeachers:
-        """Single models as teachers, by name: of prompts whose teacher is called so."""
-        return self.local_teachers({n: (Part(n, self.policies[n]),) for n in names}, keep_hidden=False)
+        return self.local_teachers({n: (Part(n, self.same_tokenizer[n]),) for n in names}, keep_hidden=False)
 
     def model_names(self) -> Collection[str]:
-        """The models in process that score the student's tokens."""
-        return [name for name in self.policies if name not in self.cross_tokenizer]
+        return list(self.same_tokenizer)
 
     def distances(self, scored: Sequence[ScoredRollout]) -> Mapping[str, tuple[float, float]]:
-        """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
         batch, _ = pack(scored, logprob_floor=self.config.objective.teacher_logprob_floor)
         return distances_of(self.learner().distances(batch), batch.teachers)
 
     def export(self, folder: Path) -> None:
-        """Write the student where a run keeps it."""
         export(self.student.network, self.student.adapter, folder)
 
     def teachers(self, *, keep_hidden: bool, followed: bool = False) -> Teacher:
-        """The prompts' own; followed: what training follows, which an extrapolation moves past them."""
         targets = self.followed if followed else self.targets
-        here = self.local_teachers(targets, keep_hidden=keep_hidden, cross_tokenizer=self.cross_tokenizer)
+        here = self.local_teachers(targets, keep_hidden=keep_hidden)
         return LocalAndRemoteTeachers(here, self.remote) if self.remote else here
 
-    def local_teachers(
-        self,
-        targets: Mapping[str, Target],
-        *,
-        keep_hidden: bool,
-        cross_tokenizer: Mapping[str, CrossTokenizerPolicy] | None = None,
-    ) -> LocalTeachers:
+    def local_teachers(self, targets: Mapping[str, Target], *, keep_hidden: bool) -> LocalTeachers:
         """Teachers in process that score as `targets` say."""
         return LocalTeachers(
             targets,
@@ -235,7 +220,6 @@ class LocalBackend:
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,
-            cross_tokenizer=cross_tokenizer,
         )
 
     def standalone_sampler(self, teacher: str) -> StandaloneSampler | None:
@@ -244,40 +228,32 @@ class LocalBackend:
             policy = self.policies[teacher]
             return StandaloneSampler(self.sampler(policy), policy.network.tokenizer)
         if teacher in self.remote:
-            return StandaloneSampler(self._remote_sampler(self.remote[teacher]), self.student.network.tokenizer)
+            # it reads prompts in the student's chat template
+            player = episode_player(self.student.network, self.config.episodes, self.make_environment)
+            return StandaloneSampler(self.remote[teacher].sampler(self.config, player), self.tokenizer)
         return None
 
-    def _remote_sampler(self, teacher: RemoteTeacher) -> RemoteSampler:
-        """A sampler of a remote teacher, which reads prompts in the student's chat template."""
-        return RemoteSampler(
-            teacher.deployment,
-            teacher.client,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.sampling.max_new_tokens,
-            context=None,
-            player=episode_player(self.student.network, self.config.episodes, self.make_environment),
-            protocol=teacher.protocol,
-        )
-
     def _contexts(self) -> dict[str, Limit | None]:
-        """The longest sequence that each target can score, None where nothing limits it; but for what `_own_readings` has."""
-        limits = {
+        """The longest sequence that each target can score in the student's tokens; None where nothing limits it."""
+        return {
             n: smallest(p.policy.network.limit for p in target if p.policy.prompts is None)
             for n, target in self.followed.items()
+            if not isinstance(target, CrossTokenizerPolicy)
         }
-        remote = {n: None if teacher.context is None else Limit(teacher.context) for n, teacher in self.remote.items()}
-        return limits | remote
 
     def _own_readings(self) -> dict[str, list[OwnReading]]:
-        """The models that read a prompt otherwise than the student. How many tokens of another tokenizer a response has is known
-        only once it is sampled; there is at least its end."""
-        room = self.config.sampling.max_new_tokens
-        own = [(n, p.policy.prompts, p.policy.network, room) for n, target in self.followed.items() for p in target]
-        own += [(name, policy.teacher_side, policy.network, 1) for name, policy in self.cross_tokenizer.items()]
+        """The models with a chat template or tokens of their own. The length of a response in another tokenizer is unknown before
+        it is sampled; it has at least its end."""
         found: dict[str, list[OwnReading]] = {}
-        for name, prompts, network, least in own:
-            if prompts is not None and network.limit is not None:
-                found.setdefault(name, []).append(OwnReading(prompts.length, network.limit, least))
+        for name, target in self.followed.items():
+            if isinstance(target, CrossTokenizerPolicy):
+                policies, room = [target], 1
+            else:
+                policies, room = [part.policy for part in target], self.config.sampling.max_new_tokens
+            for policy in policies:
+                if policy.prompts is not None and policy.network.limit is not None:
+                    reading = OwnReading(policy.prompts.length, policy.network.limit, room)
+                    found.setdefault(name, []).append(reading)
         return found
 
     def learner(self) -> LocalLearner:
@@ -294,11 +270,7 @@ class LocalBackend:
 
     def _heads(self) -> dict[str, TeacherHead]:
         """The output head of every policy that can give distributions."""
-        found = {
-            n: TeacherHead(policy.network.head_weight())
-            for n, policy in self.policies.items()
-            if n not in self.cross_tokenizer
-        }
+        found = {name: TeacherHead(policy.network.head_weight()) for name, policy in self.same_tokenizer.items()}
         for name, policy in self.cross_tokenizer.items():
             if (shared := policy.shared_vocabulary) is not None:
                 ours, theirs = shared.student[: self.vocab_size], shared.teacher[: policy.network.vocab_size]

@@ -16,16 +16,13 @@ from opd.models.loading import load_network
 from opd.models.lora import add_adapter, add_student_adapter
 from opd.models.network import Network
 from opd.remote.client import Client
-from opd.remote.discovery import connect_all
-from opd.remote.teacher import RemoteTeacher
+from opd.remote.teacher import RemoteTeacher, connect_all
 from opd.roles import INITIAL_STUDENT
-from opd.text.shared_vocabulary import shared_vocabulary
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, same_template
 from opd.text.teacher_text import TeacherSide
-from opd.text.template import freeze
-from opd.text.tokenizer import described_token, difference, ids_without_rows
-from opd.text.turn_end import turn_end
+from opd.text.template import freeze, turn_end
+from opd.text.tokenizer import described_token, difference, ids_without_rows, shared_vocabulary
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 
@@ -61,7 +58,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
         policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
     cross_tokenizer = _cross_tokenizer(config, network, policies)
     same_tokenizer = {name: policy for name, policy in policies.items() if name not in cross_tokenizer}
-    policies |= _with_own_prompts(config, network, same_tokenizer)
+    same_tokenizer |= _with_own_prompts(config, network, same_tokenizer)
     sharing = dict.fromkeys([network, *(policy.network for policy in same_tokenizer.values())])
     narrowest = min(sharing, key=lambda n: n.vocab_size)
     vocab_size = narrowest.vocab_size
@@ -69,16 +66,18 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
     for each in sharing:
         each.vocab_size = vocab_size
     connected = _connected(config, network.tokenizer) if remote else {}
-    apart = cross_tokenizer.keys() | {name for name, teacher in config.teachers.items() if teacher.remote}
-    targets = {name: _target(config, name, policies) for name in config.teachers if name not in apart}
-    followed = {name: _extrapolated(config, target, policies) for name, target in targets.items()}
+    targets: dict[str, Target] = {
+        name: cross_tokenizer.get(name) or _target(config, name, same_tokenizer)
+        for name, teacher in config.teachers.items()
+        if not teacher.remote
+    }
+    followed = {name: _extrapolated(config, target, same_tokenizer) for name, target in targets.items()}
     return LocalBackend(
         config,
         Policy(network, "student" if lora else None),
-        policies,
+        {name: cross_tokenizer.get(name) or same_tokenizer[name] for name in policies},
         targets,
         followed,
-        cross_tokenizer,
         connected,
         vocab_size,
         make_environment,
@@ -98,7 +97,7 @@ def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
 
 
 def _target(config: Config, name: str, policies: Mapping[str, Policy]) -> Target:
-    """What a teacher key stands for: one policy, or several whose weights sum to one."""
+    """A teacher's policy, or the policies of a mixture, with weights that sum to one."""
     weights = config.teachers[name].weights or {name: 1.0}
     total = sum(weights.values())
     return tuple(Part(part, policies[part], weight / total) for part, weight in weights.items())
@@ -107,7 +106,7 @@ def _target(config: Config, name: str, policies: Mapping[str, Policy]) -> Target
 def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]) -> Target:
     """lambda log q + (1 - lambda) log pi_ref: with lambda above 1 away from the reference, past the teacher."""
     weight, reference = config.objective.extrapolation, config.objective.reference
-    if reference is None:
+    if reference is None or isinstance(target, CrossTokenizerPolicy):
         return target
     name = INITIAL_STUDENT if reference == _INITIAL else reference
     scaled = tuple(replace(part, weight=weight * part.weight) for part in target)
@@ -115,15 +114,15 @@ def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]
 
 
 def _load(source: str, config: Config | SftConfig) -> Network:
-    """A model, whose chat template reads the run's clock."""
+    """A model with a chat template that reads the run's clock."""
     network = load_network(source, config.compute)
     if config.template_time is not None:
         freeze(network.tokenizer, config.template_time)
     return network
 
 
-def build_student(config: SftConfig) -> Policy:
-    """A student to fine-tune, without teachers."""
+def build_student(config: Config | SftConfig) -> Policy:
+    """The student alone, without teachers: to fine-tune it, or to write it."""
     network = _student(config.started())
     _require_rows(network, network.vocab_size, network.source)
     return Policy(network, "student" if config.trainable == "lora" else None)
@@ -152,7 +151,8 @@ def _cross_tokenizer(
         what = _other_tokens(config, name, student, network)
         if what is None:
             continue
-        _require_text_alone(config, name, what)
+        if (why := _need_beyond_text(config, name)) is not None:
+            raise ModelError(f"teacher '{name}': {what}, {why}")
         student_side = student_side or StudentSide(
             student.tokenizer, generation_config=student.base.generation_config, vocab_size=student.vocab_size
         )
@@ -162,9 +162,7 @@ def _cross_tokenizer(
             generation_config=network.base.generation_config,
             vocab_size=network.vocab_size,
         )
-        mask = config.alignment.non_canonical == "mask"
         _require_rows(network, network.vocab_size, network.source, teacher_side.end_ids)
-        floor = config.objective.teacher_logprob_floor
         shared = None
         if config.objective.type == "top_k":
             tags = teacher_side.counterparts(student_side.table)
@@ -172,11 +170,15 @@ def _cross_tokenizer(
                 student_side.table, student_side.end_ids, teacher_side.table, teacher_side.end_ids, tags
             )
         found[name] = CrossTokenizerPolicy(
-            network, policy.adapter, teacher_side, student_side, floor,
-            mask_non_canonical=mask,
+            network,
+            policy.adapter,
+            teacher_side,
+            student_side,
+            config.objective.teacher_logprob_floor,
+            mask_non_canonical=config.alignment.non_canonical == "mask",
             shared_vocabulary=shared,
             own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
-        )  # fmt: skip
+        )
     if not found and config.alignment != AlignmentConfig():
         raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
     return found
@@ -248,31 +250,25 @@ def _require_rows(network: Network, rows: int, source: str, ends: Sequence[int] 
     network.notes += [note] if note not in network.notes else []
 
 
-def _require_text_alone(config: Config, name: str, what: str) -> None:
-    """Raise ModelError where a recipe needs more of a teacher with another tokenizer than the probability of a text."""
+def _need_beyond_text(config: Config, name: str) -> str | None:
+    """Why a recipe needs more of a teacher with another tokenizer than the probability of a text; None where it does not."""
     objective = config.objective
     if objective.tail_residual:
-        raise ModelError(
-            f"teacher '{name}': {what}, and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
-        )
+        return "and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
     if objective.type == "top_k" and config.mask.format_errors != "off":
-        raise ModelError(
-            f"teacher '{name}': {what}, so part of type = 'top_k' is a sampled log ratio without a baseline, and "
-            "mask.format_errors would reward errors; leave it at 'off', or write objective.type = 'immediate' with "
-            "baseline = 'leave_one_out'"
+        return (
+            "so part of type = 'top_k' is a sampled log ratio without a baseline, and mask.format_errors would reward errors; "
+            "leave it at 'off', or write objective.type = 'immediate' with baseline = 'leave_one_out'"
         )
     if objective.needs_distributions and objective.type != "top_k":
-        raise ModelError(
-            f"teacher '{name}': {what}, and the objective needs its distribution over the student's tokens (type = "
-            f"'{objective.type}', baseline = '{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with "
-            "baseline = 'none' or 'leave_one_out', which follow the text in chunks, or 'top_k', which also compares what the two "
-            "vocabularies have in common"
+        return (
+            f"and the objective needs its distribution over the student's tokens (type = '{objective.type}', baseline = "
+            f"'{objective.baseline}'); write objective.type = 'immediate' or 'to_go' with baseline = 'none' or 'leave_one_out', "
+            "which follow the text in chunks, or 'top_k', which also compares what the two vocabularies have in common"
         )
     if objective.reference == name or objective.extrapolation != 1.0:
-        raise ModelError(f"teacher '{name}': {what}, so objective.extrapolation has no common tokens; leave it at 1.0")
+        return "so objective.extrapolation has no common tokens; leave it at 1.0"
     for mixture, teacher in config.teachers.items():
         if name in (teacher.weights or ()):
-            raise ModelError(
-                f"teacher '{name}': {what}, so it cannot be a part of teachers.{mixture}.weights, which mixes distributions "
-                "token by token"
-            )
+            return f"so it cannot be a part of teachers.{mixture}.weights, which mixes distributions token by token"
+    return None

@@ -1,6 +1,7 @@
 """The learner in process: the student's trainable weights, their gradient and their optimizer."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from opd.batch import Batch
 from opd.checkpoint import write_tensors
@@ -226,6 +229,18 @@ def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tens
             f"the checkpoint is of another student: {len(odd)} weights differ in name or shape from the {len(wanted)} that train, "
             f"first '{odd[0].removeprefix('student/')}'; resume with the model, transformers and peft that wrote it"
         )
+
+
+def read_weights(folder: Path, network: Network, adapter: str | None) -> None:
+    """Give a student its trained weights from a checkpoint, which one process or the ranks of a cluster wrote."""
+    network.activate(adapter, trainable=True)
+    wanted = {f"student/{n}": p.detach() for n, p in network.model.named_parameters() if p.requires_grad}
+    reader = HuggingFaceStorageReader(path=str(folder))  # reads a plain safetensors file as well as shards
+    sizes = {name: getattr(saved, "size", ()) for name, saved in reader.read_metadata().state_dict_metadata.items()}
+    _require_same_weights(wanted, {name: torch.empty(size, device="meta") for name, size in sizes.items()})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        state_dict_loader.load(dict(wanted), storage_reader=reader, no_dist=True)
 
 
 def imitation_batch(rollouts: Sequence[Rollout]) -> Batch:

@@ -1,7 +1,7 @@
 """Sampling in process: packed prompts, then a KV cache with rows that grow by a token a pass, end, and make room."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -9,45 +9,34 @@ from torch import Tensor
 
 from opd.config import EpisodesConfig
 from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
-from opd.models.kv_cache import KVCache
+from opd.models.attention import KVCache
 from opd.models.network import Network
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
-from opd.roles import Seed
-from opd.seeds import generator_of
+from opd.roles import Seed, generator_of
 from opd.text.chat import Chat
 
-_REFILL = (
-    0.25  # waiting prompts begin once this fraction of the rows is free: a pass for each that ends would cost more
-)
+# Waiting prompts begin once this fraction of the rows is free: a pass for each that ends would cost more.
+_REFILL = 0.25
 
 
+@dataclass(eq=False)
 class LocalSampler:
     """Samples from the full distribution softmax(logits / temperature) of one adapter of a network.
 
-    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, whatever else is sampled
-    beside it, so splitting a batch changes nothing but rounding.
+    The draws are a function of (weights, prompts, seed) alone: row i uses row i of `uniforms`, so splitting a batch changes nothing
+    but rounding.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        *,
-        adapter: str | None,
-        temperature: float,
-        max_new_tokens: int,
-        max_rows: int,
-        max_tokens: int,
-        player: EpisodePlayer,
-    ) -> None:
-        self._network = network
-        self._adapter = adapter
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._max_rows = max_rows
-        self._max_tokens = max_tokens
-        self._player = player
-        self._version = 0
+    network: Network
+    _: KW_ONLY
+    adapter: str | None
+    temperature: float
+    max_new_tokens: int
+    max_rows: int
+    max_tokens: int
+    player: EpisodePlayer
+    _version: int = field(default=0, init=False)
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """The learner trains the very weights that this sampler reads; only the version moves."""
@@ -62,26 +51,24 @@ class LocalSampler:
             if turn not in draws:
                 draws.clear()
                 own = seed if turn == 0 else (*seed, "turn", turn)
-                draws[turn] = uniforms(own, len(rows), self._max_new_tokens)
+                draws[turn] = uniforms(own, len(rows), self.max_new_tokens)
             return self._take_turns(episodes, draws[turn])
 
-        with self._network.merged(self._adapter):
-            return self._player.play(rows, take_turns, version=self._version)
+        with self.network.merged(self.adapter):
+            return self.player.play(rows, take_turns, version=self._version)
 
     def _take_turns(self, episodes: Sequence[Episode], draws: Tensor) -> list[Taken]:
         """One turn of each episode, as many tokens as its limit and the student's context allow."""
-        limit = self._network.max_context
-        room = [
-            self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - len(e.token_ids))
-            for e in episodes
-        ]
+        limit = self.network.max_context
+        most = self.max_new_tokens
+        room = [most if limit is None else min(most, limit - len(e.token_ids)) for e in episodes]
         taken = [Taken([], [], "context")] * len(episodes)
         fits = [i for i, left in enumerate(room) if left > 0]
         mine = draws[[episodes[i].row for i in fits]]
         grown = self._grow([episodes[i].token_ids for i in fits], mine, [room[i] for i in fits])
         for i, row in zip(fits, grown, strict=True):
             assert row.finish is not None
-            cut = row.finish == "length" and room[i] < self._max_new_tokens
+            cut = row.finish == "length" and room[i] < most
             taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
         return taken
 
@@ -94,28 +81,28 @@ class LocalSampler:
         """
         responses = [_Response() for _ in prompts]
         waiting = list(range(len(prompts)))[::-1]
-        cache, samples = KVCache(self._network.device), list[list[int]]()  # the samples that each row stands for
+        cache, samples = KVCache(self.network.device), list[list[int]]()  # the samples that each row stands for
         hidden = torch.empty(0)
         while waiting or samples:
-            free = self._max_rows - sum(map(len, samples))
-            if waiting and (not samples or free >= _REFILL * self._max_rows):
+            free = self.max_rows - sum(map(len, samples))
+            if waiting and (not samples or free >= _REFILL * self.max_rows):
                 begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 shared: dict[tuple[int, ...], list[int]] = {}
                 for sample in begun:
                     shared.setdefault(tuple(prompts[sample]), []).append(sample)
-                found = self._network.prefill(list(shared), cache, max_tokens=self._max_tokens)
+                found = self.network.prefill(list(shared), cache, max_tokens=self.max_tokens)
                 hidden = found if not samples else torch.cat([hidden, found])
                 samples += shared.values()
             owners = [row for row, members in enumerate(samples) for _ in members]
             drawn = [sample for members in samples for sample in members]
             places = [len(responses[sample].tokens) for sample in drawn]
-            logits = self._network.logits(hidden).float() / self._temperature
+            logits = self.network.logits(hidden).float() / self.temperature
             tokens, logprobs = invert(logits, torch.tensor(owners), draws[drawn, places])
             for sample, token, logprob in zip(drawn, tokens, logprobs, strict=True):
-                responses[sample].append(token, logprob, ends=self._player.end_ids, limit=room[sample])
+                responses[sample].append(token, logprob, ends=self.player.end_ids, limit=room[sample])
             inputs = _part(cache, samples, responses)
             if samples:
-                hidden = self._network.decode(inputs, cache)
+                hidden = self.network.decode(inputs, cache)
         return responses
 
 
@@ -153,7 +140,7 @@ class _Response:
 
 
 def _part(cache: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
-    """Copy the rows whose samples part, drop those whose samples ended; returns each row's next token."""
+    """Copy rows where samples part, drop rows without samples; returns each row's next token."""
     inputs: list[int] = []
     for row in range(len(samples)):
         by_token: dict[int, list[int]] = {}

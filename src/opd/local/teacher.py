@@ -5,7 +5,7 @@ its score comes back in chunks. Both read tokens in the same packed passes (`rea
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -28,11 +28,10 @@ from opd.records import (
     ScoredRollout,
 )
 from opd.text.alignment import TurnPair, chunk_score, pair_turns, same_tokens
-from opd.text.shared_vocabulary import SharedVocabulary
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, Shown, as_sampled
 from opd.text.teacher_text import TeacherSide
-from opd.text.tokenizer import described_token
+from opd.text.tokenizer import SharedVocabulary, described_token
 from opd.text.tool_calls import Syntax
 
 
@@ -70,6 +69,11 @@ class CrossTokenizerPolicy:
     shared_vocabulary: SharedVocabulary | None = None
     own_syntax: Syntax | None = None
 
+    @property
+    def prompts(self) -> TeacherSide:
+        """It always renders prompts itself."""
+        return self.teacher_side
+
 
 @dataclass(frozen=True)
 class Part:
@@ -80,14 +84,14 @@ class Part:
     weight: float = 1.0
 
 
-Target: TypeAlias = tuple[Part, ...]
-"""What a prompt's teacher key stands for, log q = sum_k weight_k log q_k: one part for an ordinary teacher."""
+Target: TypeAlias = tuple[Part, ...] | CrossTokenizerPolicy
+"""A teacher: log q = sum_k weight_k log q_k over its parts, one for an ordinary teacher; or a teacher with another tokenizer."""
 
 
 @dataclass(frozen=True)
 class ReadSequence:
-    """What a policy gives for the actions of one sequence: logprobs [actions] float64 nats; hidden [actions, width] float32, its
-    states before them, and [0, width] where they were not asked for."""
+    """A policy's scores of the actions of one sequence: logprobs [actions] float64 nats; hidden [actions, width] float32, its
+    states before them, or [0, width] where they are not kept."""
 
     logprobs: np.ndarray
     hidden: np.ndarray
@@ -136,48 +140,36 @@ def read_logprobs(
     return found
 
 
+@dataclass(frozen=True)
 class LocalTeachers:
     """Scores each rollout by the teacher that its prompt names.
 
     With `keep_hidden` a score carries the teacher's hidden states before each action, from which the heads give the
-    full distribution; without, the sampled tokens' log-probabilities alone. Teachers in `cross_tokenizer` have another tokenizer
-    and score in chunks.
+    full distribution; without, the sampled tokens' log-probabilities alone. Teachers with another tokenizer score in chunks.
     """
 
-    def __init__(
-        self,
-        targets: Mapping[str, Target],
-        *,
-        vocab_size: int,
-        temperature: float,
-        max_tokens: int,
-        keep_hidden: bool,
-        cross_tokenizer: Mapping[str, CrossTokenizerPolicy] | None = None,
-    ) -> None:
-        self._targets = dict(targets)
-        self._cross_tokenizer = dict(cross_tokenizer or {})
-        self._vocab_size = vocab_size
-        self._temperature = temperature
-        self._max_tokens = max_tokens
-        self._keep_hidden = keep_hidden
+    targets: Mapping[str, Target]
+    _: KW_ONLY
+    vocab_size: int
+    temperature: float
+    max_tokens: int
+    keep_hidden: bool
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Each rollout with its own teacher's score, in the order given; a `FailedScore` says why there is none."""
         scores: dict[int, Score] = {}
         # All teachers, in their order: the ranks of a sharded teacher ask it together, whether they have rollouts for it or not.
-        for teacher in (*self._targets, *self._cross_tokenizer):
+        for teacher, target in self.targets.items():
             places = [i for i, r in enumerate(rollouts) if r.prompt.teacher == teacher]
-            found = self._scores_of(teacher, [rollouts[i] for i in places])
+            found = self._scores_of(teacher, target, [rollouts[i] for i in places])
             scores.update(zip(places, found, strict=True))
         return [ScoredRollout(r, scores[i]) for i, r in enumerate(rollouts)]
 
-    def _scores_of(self, teacher: str, rollouts: Sequence[Rollout]) -> list[Score]:
-        if teacher in self._cross_tokenizer:
-            policy = self._cross_tokenizer[teacher]
+    def _scores_of(self, teacher: str, target: Target, rollouts: Sequence[Rollout]) -> list[Score]:
+        if isinstance(target, CrossTokenizerPolicy):
             return score_cross_tokenizer(
-                teacher, policy, rollouts, temperature=self._temperature, max_tokens=self._max_tokens
+                teacher, target, rollouts, temperature=self.temperature, max_tokens=self.max_tokens
             )
-        target = self._targets[teacher]
         scores: list[Score | None] = [None] * len(rollouts)
         inputs: dict[int, list[list[Shown]]] = {}
         for i, rollout in enumerate(rollouts):
@@ -200,7 +192,7 @@ class LocalTeachers:
         for part, values, _ in parts:
             logprobs += np.float32(part.weight) * values
         components = tuple((part.weight, values) for part, values, _ in parts) if len(parts) > 1 else ()
-        if not self._keep_hidden:
+        if not self.keep_hidden:
             return SampledScore(teacher, logprobs, components)
         states = tuple(HiddenPart(part.name, part.weight, hidden) for part, _, hidden in parts)
         return HiddenScore(teacher, logprobs, states, components)
@@ -216,10 +208,10 @@ class LocalTeachers:
                 policy,
                 [each.token_ids for each in shown],
                 [each.mask for each in shown],
-                head=policy.network.head_weight()[: self._vocab_size],
-                temperature=self._temperature,
-                max_tokens=self._max_tokens,
-                keep_hidden=self._keep_hidden,
+                head=policy.network.head_weight()[: self.vocab_size],
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                keep_hidden=self.keep_hidden,
             )
         )
         found = []
@@ -231,7 +223,7 @@ class LocalTeachers:
         return found
 
 
-def _inputs(teacher: str, target: Target, rollout: Rollout) -> list[list[Shown]]:
+def _inputs(teacher: str, target: Sequence[Part], rollout: Rollout) -> list[list[Shown]]:
     """The sequences that each part of a target reads of a rollout. Raises DataError for a rollout that one cannot read."""
     found = []
     for part in target:

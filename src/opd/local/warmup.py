@@ -8,15 +8,15 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from opd.config import ObjectiveConfig, OptimizerConfig
-from opd.data.stream import PromptStream
-from opd.episodes.demonstrations import Demonstrator, Replay, recorded_turn
+from opd.data.tasks import PromptStream
+from opd.episodes.player import Demonstrator, Replay, recorded_turn
 from opd.errors import DataError
 from opd.local.backend import LocalBackend
 from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import chat_of, episode_player
 from opd.metrics import values
 from opd.records import Prompt, Rollout
-from opd.seeds import generator_of
+from opd.roles import generator_of
 from opd.text.chat import Chat
 
 
@@ -65,9 +65,8 @@ def _demonstrations(backend: LocalBackend, prompts: Sequence[Prompt], step: int)
         chat = chat_of(backend.chat_network(policy))
         rollouts = backend.sampler(policy).sample([p for p in mine if _accepts(chat, p)], num_samples=1, seed=seed)
         rollouts = [r for r in rollouts if r.failure is None and r.num_actions]
-        # a template of its own renders what the student never reads
-        own = teacher in backend.cross_tokenizer or policy.prompts is not None
-        found += _rewritten(backend, rollouts) if own else rollouts
+        # the student never reads text in the teacher's own template
+        found += rollouts if policy.prompts is None else _rewritten(backend, rollouts)
     # a teacher's context may be longer than the student's
     long = {(r.prompt.id, r.sample) for r in found if limit is not None and len(r.token_ids) > limit}
     return [r for r in found if r.failure is None and r.num_actions and (r.prompt.id, r.sample) not in long]

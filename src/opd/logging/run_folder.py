@@ -7,6 +7,7 @@ checkpoints/       the states that `--resume` continues from
 alarms.jsonl       the alarms of the detectors of reward hacking
 before.json        the student's evaluation before the first step
 parity.json        the parity table; parity.md the same as text
+evaluations/       the parity tables of earlier checkpoints, by step
 curves.png         the curves of the metrics
 student/           the trained student, a PEFT adapter or a Hugging Face folder
 changes.jsonl      settings that a resumed run changed on request
@@ -38,7 +39,7 @@ _OWN_CODE = "own_code.txt"
 _CHANGES = "changes.jsonl"
 _WRITTEN = frozenset(
     ("config.json", "metrics.jsonl", "rollouts", "checkpoints", "alarms.jsonl", "before.json", "parity.json", "parity.md",
-     "curves.png", "student", "export", "tensorboard", "trackio", _OWN_CODE, _CHANGES, ".lock")
+     "evaluations", "curves.png", "student", "export", "tensorboard", "trackio", _OWN_CODE, _CHANGES, ".lock")
 )  # fmt: skip
 _LOCK = ".lock"  # not config.json, which is replaced when a run has moved
 _PLAIN = ("sample", "part", "reward", "finish", "policy_version")  # fields of a rollout that JSON holds as they are
@@ -76,9 +77,14 @@ class RunFolder:
         return folder
 
     def require_own_code(self, given: Sequence[str]) -> None:
-        """Raise RunError when the run was started with callables of the user's that are not given now."""
+        """Raise RunError unless the user's Python objects that are given now are those with which the run was started."""
         path = self.path / _OWN_CODE
-        missing = [name for name in (path.read_text().split() if path.exists() else []) if name not in given]
+        began = path.read_text().split() if path.exists() else []
+        if added := [name for name in given if name not in began]:
+            raise RunError(
+                f"run '{self.path}' was started without {', '.join(added)} from Python; leave it out, or start a new run with it"
+            )
+        missing = [name for name in began if name not in given]
         if missing:
             arguments = ", ".join(f"{name}=..." for name in missing)
             raise RunError(
@@ -166,6 +172,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         with explain_io(self.path / name):
+            (self.path / name).parent.mkdir(exist_ok=True)
             replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def note_changes(self, step: int, changes: Sequence[tuple[str, Any, Any]]) -> None:

@@ -1,6 +1,6 @@
 """The architectures for which packed passes are right, and the longest sequence: read from a config and a model's modules.
 
-What they do not say, the start-up check finds on the weights themselves (`opd.models.packing_check`).
+The start-up check then measures packed passes on the weights themselves (`opd.models.packing_check`).
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 
 def require_packable_config(config: Any, *, source: str) -> None:
-    """Raise ModelError for a config whose model is known to be wrong in packed passes, before its weights are read."""
+    """Raise ModelError for the config of a model that packed passes cannot run, before its weights are read."""
     text = config.get_text_config()
     why = _layers_named(text) or _keys_named(text)
     if why is not None:

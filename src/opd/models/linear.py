@@ -15,8 +15,8 @@ _FEW = 512  # rows; up to here W x^T, a product with a few columns, is faster on
 
 
 class _Whole:
-    """A layer's weight with an adapter's update added, W + scale B A, in a buffer that lives as long as the layer: a new one for
-    every step would cost as much in fresh memory pages as what it saves."""
+    """A layer's weight with an adapter's update added, W + scale B A, in one buffer: fresh memory for every step would cost as much
+    time as the sum saves."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -24,7 +24,7 @@ class _Whole:
         self._state: tuple[Any, ...] = ()
 
     def make(self, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        """The sum; it stays as it is until it is made of other parts."""
+        """The sum, made anew where the parts have changed."""
         found = self.current(weight, down, up, scale)
         if found is None:
             kept, self._parts = self._sum, ()  # an error on the way leaves no sum that counts
@@ -42,8 +42,8 @@ class _Whole:
 
 
 def _state(scale: float, *parts: Tensor) -> tuple[Any, ...]:
-    """What tells what they hold from what they held before: torch counts what is written into each, but for what fused optimizers
-    write, and what is written through `.data`."""
+    """A state of tensors that changes with their values: their addresses, and torch's counts of writes. Fused optimizers and writes
+    through `.data` are not counted."""
     return scale, *((part.data_ptr(), part._version) for part in parts)
 
 
@@ -64,13 +64,13 @@ def fuse_adapters(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[None]:
     """For passes of few tokens without gradients: every linear layer with its active adapter added to a copy of its weight.
 
-    The copies stay for what comes next with the same weights (`fuse_adapters`); the model's own are not touched. Weights of half
-    precision stay as they are: adding to them would round the update away.
+    Later passes with the same weights use the copies too (`fuse_adapters`). Weights of half precision get no copy: adding to them
+    would round the update away.
     """
     with torch.no_grad():
         sums = [(name, layer, *_sum(layer)) for name, layer in _linear_layers(model)]
-    # Attention may turn its rows as complex numbers, whose parts must lie together; an MLP's are wide, and putting them together
-    # took 7 % of sampling.
+    # Attention may read its rows as complex numbers, so they must be contiguous. Making the wide rows of MLPs contiguous took 7 %
+    # of sampling.
     forwards = [
         (layer, partial(few_rows, weight, bias, together="mlp" not in name))
         for name, layer, weight, bias in sums
@@ -102,12 +102,12 @@ def _linear_layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
     for name, child in model.named_children():
         if type(child) is LoraLinear or type(child) is nn.Linear:
             yield f"{path}{name}", child
-        elif not isinstance(child, BaseTunerLayer):  # what other tuners make of their parts, only they know
+        elif not isinstance(child, BaseTunerLayer):  # other tuners use their parts in ways of their own
             yield from _linear_layers(child, f"{path}{name}.")
 
 
 def _sum(layer: Any) -> tuple[Tensor | None, Tensor | None]:
-    """A layer's weight with its active adapter's update, and its bias; None for what only peft can add."""
+    """A layer's weight with its active adapter's update, and its bias; None where only peft can add the update."""
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
     if type(layer.base_layer) is not nn.Linear or (adapters := _plain_adapters(layer)) is None:
@@ -184,7 +184,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def few_rows(weight: Tensor, bias: Tensor | None, x: Tensor, *, together: bool = True) -> Tensor:
-    """W x + bias of x [..., in], whose rows are few: [..., out], with the memory of its rows or else of its columns together."""
+    """W x + bias [..., out] of a few rows x [..., in]; together: rows are contiguous, otherwise columns are."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW or weight.device.type != "cpu":
         return nn.functional.linear(x, weight, bias)

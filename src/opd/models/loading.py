@@ -73,7 +73,7 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
 
 
 def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]]:
-    """A model with every weight from its files, and lines about what of these is left out."""
+    """A model with every weight from its files, and notes about weights that are left out."""
     found: Any = AutoModelForCausalLM.from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -169,7 +169,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         with _one_line(str(path)), quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
             model, _ = _read_model(str(path.parent), str(path), gguf_file=path.name, dtype=torch.float32)
-            # What was read is no longer quantised: without this, saving would ask for a GGUF writer.
+            # The weights are no longer quantised: without this, saving would ask for a GGUF writer.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
@@ -194,10 +194,10 @@ def _one_line(source: str) -> Iterator[None]:
         raise
     except _LOADERS_SAY as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the machine's own (disk full, no permission), not the model's
+            raise  # of the machine (disk full, no permission), not of the model
         if asks_for_own_code(error, source):
             raise ModelError(f"model '{source}' {OWN_CODE}") from None
-        # what is no folder is asked of the hub
+        # transformers asks the hub for a source that is no folder
         where = "" if Path(source).exists() else "there is no such folder here, and as a model of the hub: "
         damaged = (
             "; a file of weights is cut short or damaged: copy it again" if isinstance(error, SafetensorError) else ""
@@ -206,7 +206,7 @@ def _one_line(source: str) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        # so tokenizers says that a file is damaged
+        # tokenizers raises a bare Exception for a damaged file
         raise ModelError(f"model '{source}': its tokenizer cannot be loaded: {first_line(error)}") from None
 
 

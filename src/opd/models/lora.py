@@ -1,8 +1,8 @@
 """LoRA adapters: reading a folder, checking what it computes, attaching it to a network, and writing a student.
 
 PEFT's own layers compute an adapter of every kind that passes the checks, or products that give the same (`opd.models.linear`).
-opd refuses what acts outside the linear layers, by the name of its field: rows of the embeddings, whole copies of modules and
-changed base weights would also act on the student and the other teachers on the same base, or on none of them.
+opd refuses an adapter that acts outside the linear layers, by the name of its field: rows of the embeddings, whole copies of
+modules and changed base weights would also act on the student and the other teachers on the same base, or on none of them.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 def adapter_config(folder: str, who: str) -> PeftLoraConfig:
     """The adapter_config.json of a LoRA adapter that opd computes. who: names it in errors.
 
-    Raises ModelError where the folder holds no LoRA adapter, and for a field that makes it compute what opd does not.
+    Raises ModelError where the folder holds no LoRA adapter, and for a field that opd does not support.
     """
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
@@ -117,11 +118,8 @@ def require_inner_layers(network: Network, names: Iterable[str], config: PeftLor
 
 
 def require_same_adapter(network: Network, ours: str, theirs: str, who: str, config: PeftLoraConfig) -> None:
-    """Raise ModelError where adapter `theirs`, as PEFT has loaded it, cannot be what `ours` computes with the same weights.
-
-    Both are compared layer by layer: which layers they have, the ranks, the scales, and that neither is of another kind than
-    W x + scale B A x.
-    """
+    """Raise ModelError where adapter `theirs`, as PEFT has loaded it, would compute something else than `ours` with the same
+    weights: on other layers, with another rank or scale, or not W x + scale B A x."""
     for name, layer in lora_layers(network.base):
         has = [adapter for adapter in (ours, theirs) if adapter in layer.lora_A]
         if not has:
@@ -173,7 +171,6 @@ def _narrowed(config: PeftLoraConfig) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A field's value, short."""
     plain = sorted(value) if isinstance(value, set) else value
     text = json.dumps(plain, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -202,8 +199,8 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
 
 
 def _start_from(network: Network, folder: str) -> None:
-    """Give the student's adapter the weights of another one; raises ModelError where that one computes something else, or has
-    another base."""
+    """Copy the weights of an adapter into the student's. Raises ModelError where it computes something else, or has another
+    base."""
     who = f"adapter '{folder}' (lora.start)"
     config = _load_adapter(network, folder, who, name="start", otherwise="start without it")
     require_same_adapter(network, "student", "start", who, config)
@@ -228,8 +225,7 @@ def add_adapter(network: Network, folder: str, *, teacher: str, name: str) -> No
 
 
 def _load_adapter(network: Network, folder: str, who: str, *, name: str, otherwise: str) -> PeftLoraConfig:
-    """Load an adapter with PEFT itself, beside the others. Raises ModelError where PEFT would leave some of it out, or change what
-    the base computes."""
+    """Load an adapter with PEFT, beside the others. Raises ModelError where PEFT would leave weights out, or change the base."""
     config, names = adapter_config(folder, who), adapter_names(folder, who)
     require_inner_layers(network, names, config, who)
     before = network.fingerprint()
@@ -260,7 +256,7 @@ def _load_adapter(network: Network, folder: str, who: str, *, name: str, otherwi
 
 
 def _other_names(found: set[str], wanted: set[str]) -> str:
-    """Why an adapter's weights are not those of its layers on this base: PEFT leaves out what has no counterpart."""
+    """How an adapter's file differs from its layers on this base: PEFT ignores weights without a layer."""
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     said = []
     if missing:
@@ -272,7 +268,7 @@ def _other_names(found: set[str], wanted: set[str]) -> str:
 
 
 def _json_object(path: Path, what: str) -> dict[str, Any]:
-    """Raise ModelError for a file without one; what: names it in errors."""
+    """The JSON object in a file; what: names the file in errors. Raises ModelError where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -296,9 +292,8 @@ def export(
     weights: the trained weights by name, when the model itself holds only a part of them. tokenizer: whether the tokenizer and its
     chat template are written too.
     """
-    staging, kind = folder.with_name(f".{folder.name}.partial"), getattr(torch, dtype)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    kind = getattr(torch, dtype)
+    with _whole_folder(folder) as staging:
         if adapter is None:
             kept = None if weights is None else {name: w.to(kind) for name, w in weights.items()}
             model = network.base if weights is not None else network.base.to(kind)  # type: ignore[call-arg]  # a decorator hides its signature
@@ -308,6 +303,15 @@ def export(
             _write_adapter(network, adapter, staging, kind, weights)
         if tokenizer:
             network.tokenizer.save_pretrained(staging)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its place at the end: whole, or not at all."""
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors writes files for their owner alone
         shutil.rmtree(folder, ignore_errors=True)
@@ -362,6 +366,7 @@ def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, w
         add_adapter(network, str(adapter), teacher=whose, name="merged")
         assert isinstance(network.model, PeftModel)
         model = network.model.merge_and_unload()
-    with quiet():
-        model.save_pretrained(folder)
-    network.tokenizer.save_pretrained(folder)
+    with _whole_folder(folder) as staging:
+        with quiet():
+            model.save_pretrained(staging)
+        network.tokenizer.save_pretrained(staging)

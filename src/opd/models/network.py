@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from opd.errors import ModelError
 from opd.models.architecture import decoder_layers, length_limit
-from opd.models.attention import Plan, TreePlan, use_plans
-from opd.models.kv_cache import KVCache
+from opd.models.attention import KVCache, Plan, TreePlan, use_plans
 from opd.models.linear import few_rows, merged
 from opd.models.packing import MicroBatch, TokenTree, pack_trees
 from opd.roles import Limit
@@ -29,7 +28,7 @@ _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Shards(Protocol):
-    """What a network needs of its weights once they lie on several ranks."""
+    """The weights of a network that are sharded over several ranks."""
 
     def most(self, count: int) -> int:
         """The largest count of all ranks; a collective call."""
@@ -97,7 +96,6 @@ class Network:
 
     @property
     def _backbone(self) -> torch.nn.Module:
-        """The layers below the head."""
         return cast(torch.nn.Module, self.base.base_model)
 
     def _whole_head(self) -> Tensor:
@@ -132,7 +130,7 @@ class Network:
     def checkpoint_layers(self) -> None:
         """Activation checkpointing: from now on keep only the input of each layer for the gradient, and compute the layer again."""
         for layer in decoder_layers(self.base):
-            # of this one module, inside of what FSDP does around its call
+            # FSDP's hooks stay around the call of the module
             layer.forward = partial(checkpointed, layer.forward)
 
     def remember_fingerprint(self) -> None:

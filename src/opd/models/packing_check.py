@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from opd.models.architecture import decoder_layers
-from opd.models.attention import own_attention
-from opd.models.kv_cache import KVCache
+from opd.models.attention import KVCache, own_attention
 from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
@@ -85,7 +84,6 @@ class _Probe:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._sequences = _sequences(network)
-        self._known: list[Tensor] = []
         self.gaps: Mapping[str, Callable[[], float]] = {
             "plan": self._plan_gap,
             "head": self._head_gap,
@@ -97,11 +95,10 @@ class _Probe:
             "grown rows": self._rows_gap,
         }
 
-    @property
+    @cached_property
     def _plain(self) -> list[Tensor]:
-        """The model's own logits of each sequence, made once."""
-        self._known = self._known or [self._own(sequence) for sequence in self._sequences]
-        return self._known
+        """The model's own logits of each sequence."""
+        return [self._own(sequence) for sequence in self._sequences]
 
     def _own(self, sequence: Sequence[int], first: int = 0) -> Tensor:
         """The model's own logits [tokens, vocab] of a sequence that begins at position `first`."""
@@ -124,10 +121,10 @@ class _Probe:
         return _gap(self._packed(_tree(sequences)), plain)
 
     def _plan_gap(self) -> float:
-        """Infinite for a model that does not hand on to its attention what it was called with."""
+        """Infinite for a model that does not pass its keyword arguments on to attention."""
         cache = KVCache(self._network.device)
         self._network.prefill(self._sequences[:1], cache, max_tokens=_TOKENS)
-        return 0.0 if cache.num_layers else math.inf
+        return 0.0 if cache.is_filled else math.inf
 
     def _head_gap(self) -> float:
         """Logits of large random states by the model itself and by its head alone."""
@@ -159,7 +156,7 @@ class _Probe:
         return _gap([states @ head.T], [logits])
 
     def _distant_gap(self) -> float:
-        """A sequence at the first positions beside one at the last ones: what a long sequence would do to a short one."""
+        """A short sequence at the first positions beside one at the last positions, as beside a long sequence."""
         far = self._sequences[-1]
         tree = _tree([self._sequences[0], far])
         first = max(0, (self._network.max_context or _FAR) - len(far))
@@ -182,7 +179,7 @@ class _Probe:
         return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
 
     def gradient_gap(self) -> float:
-        """Gradients of weighted log-probabilities for the embeddings of a pass: what flows back through every layer."""
+        """Gradients of weighted log-probabilities for the embeddings of a pass, which flow through every layer."""
         network, sequences = self._network, self._sequences
         tree = _tree(sequences)
         with _inputs(network) as given:
@@ -269,7 +266,7 @@ class _Widened(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.nn.functional.embedding:  # a table is large, its rows are few
             return func(*args, **kwargs).float()
-        if name.endswith("_") and not name.endswith("__"):  # in place: what is written to stays what it is
+        if name.endswith("_") and not name.endswith("__"):  # in place: the target keeps its dtype
             return func(args[0], *tree_map(_wide, tuple(args[1:])), **tree_map(_wide, kwargs))
         return func(*tree_map(_wide, tuple(args)), **tree_map(_wide, kwargs))
 

@@ -84,7 +84,7 @@ def require_loaded(model: Any, info: Mapping[str, Any], source: str) -> list[str
 
 
 def difference_of_names(found: Collection[str], wanted: Collection[str]) -> str:
-    """How names in a file differ from those that are wanted, and what to do; "" where no rule explains most of them."""
+    """The rule by which names in a file differ from the wanted names, and what to do; "" where no rule explains most of them."""
     inner = _extra_part(found, wanted)
     if inner is not None:
         return f"its names hold '{inner}.', which those of the model do not: rewrite the file without it"
@@ -114,8 +114,8 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], own: Mapping[str, 
 
 
 def _is_inside(model: nn.Module, key: str) -> bool:
-    """Whether a weight belongs to what the model computes (a bias that it lacks, one layer more), and not to another part beside
-    it, such as a vision tower or a value head."""
+    """Whether the model lacks a weight that belongs inside it (a bias, one layer more), and not to a part beside it, such as a
+    vision tower or a value head."""
     parts, module, path = key.split("."), model, list[str]()
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     layered = False
@@ -140,8 +140,8 @@ def _is_further_head(model: Any, index: str) -> bool:
 
 
 def _common(names: Sequence[str]) -> str:
-    """What all names begin with, up to a point, as a remark."""
-    first, last = min(names).split("."), max(names).split(".")  # in order, what these share all share
+    """The common beginning of several names, as a remark."""
+    first, last = min(names).split("."), max(names).split(".")  # sorted names share what the first and the last share
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     prefix = ".".join(part for part, _ in shared)
     return f" (all of them begin with '{prefix}.')" if prefix and len(names) > 1 else ""

@@ -58,7 +58,7 @@ def negative_kl(
     """The mean of the log ratio at the state: b(s_t) = E_a[r_a | s_t] = -KL_t.
 
     Centres the sampled immediate term. It lowers the variance iff 0 < KL_t < -2 b* with b* of `score_weighted`, so not
-    always (identity 1 of docs/objectives.md).
+    always (identity 1 of docs/concepts/objectives.md).
     """
     return masked(-reverse_kl, mask).detach()
 

@@ -1,1 +1,1 @@
-"""Models behind servers: teachers by URL, and the engines that sample (docs/distributed.md)."""
+"""Models behind servers: teachers by URL, and the engines that sample (docs/concepts/distributed.md)."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx2
 import msgspec
@@ -30,7 +30,7 @@ class BadAnswer(Exception):
 
 
 class Refused(Exception):
-    """An answer that a retry will not change; fix: what to do, where that is known."""
+    """An answer that a retry will not change; fix: the remedy, where it is known."""
 
     def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
@@ -83,43 +83,34 @@ class Endpoint:
         return found
 
 
-class Deployment(Protocol):
-    """A model behind servers. A user's servers stay where they are; engines of this run restart, update and sleep."""
+class Deployment:
+    """A model behind servers. Engines of this run restart, load new weights and sleep; a user's servers stay as they are."""
 
     def latest(self) -> Endpoint:
         """Where the latest weights are served, for new work; engines of the student load them first."""
-        ...
+        raise NotImplementedError
 
     def relocate(self) -> Endpoint | None:
         """Where the servers are now, for requests that failed; None where servers never move."""
-        ...
+        return None
 
     def in_use(self) -> AbstractContextManager[Any]:
         """Held while requests are made: the model stays awake, and its weights do not change."""
-        ...
+        return nullcontext()
 
     def updating(self) -> AbstractContextManager[Any]:
         """Held while weights are loaded: where they replace the weights in use, requests wait."""
-        ...
+        return nullcontext()
 
 
 @dataclass(frozen=True)
-class StaticDeployment:
-    """Servers that stay where they are (`Deployment`)."""
+class StaticDeployment(Deployment):
+    """Servers that stay where they are."""
 
     endpoint: Endpoint
 
     def latest(self) -> Endpoint:
         return self.endpoint
-
-    def relocate(self) -> None:
-        return None
-
-    def in_use(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def updating(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -138,8 +129,7 @@ class Request(Generic[T]):
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """The value that a request got, or the reason why it got none; retries: attempts after the first; fix: what to do, where that
-    is known."""
+    """The value that a request got, or the reason why it got none; retries: attempts after the first; fix: as in `Refused`."""
 
     value: T | None
     reason: str = ""
@@ -206,25 +196,27 @@ class Client:
         first = self._turn
         self._turn += 1
         made = 0
+
+        async def attempt() -> T:
+            nonlocal made
+            made += 1
+            return await self._once(request, request.endpoint.urls[(first + made - 1) % len(request.endpoint.urls)])
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Failed),
+            stop=stop_after_attempt(request.attempts or self._limits.attempts),
+            wait=self._wait,
+            reraise=True,
+        )
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_Failed),
-                stop=stop_after_attempt(request.attempts or self._limits.attempts),
-                wait=self._wait,
-                reraise=True,
-            ):
-                with attempt:
-                    made = attempt.retry_state.attempt_number
-                    url = request.endpoint.urls[(first + made - 1) % len(request.endpoint.urls)]
-                    return Answer(await self._once(request, url), retries=made - 1)
+            return Answer(await retrying(attempt), retries=made - 1)
         except Refused as error:
             return Answer(None, f"{request.endpoint.who}: {error}", made - 1, error.fix)
         except _Failed as error:
             return Answer(None, f"{request.endpoint.who}: {error} ({made} attempts)", made - 1)
-        raise AssertionError("unreachable")
 
     def _wait(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt: random below a bound that doubles, and not below what the server asks for."""
+        """Seconds before the next attempt: random below a bound that doubles, and at least the wait that the server asks for."""
         longest = self._limits.longest_wait_s
         drawn = wait_random_exponential(multiplier=self._limits.first_wait_s, max=longest)(state)
         error = state.outcome.exception() if state.outcome else None
@@ -300,7 +292,7 @@ def _server_message(answer: httpx2.Response) -> str:
 
 
 def _fix(request: Request[Any], answer: httpx2.Response) -> str:
-    """What to do about a refusal, where its status code says it."""
+    """The remedy for a refusal, where its status code says it."""
     match answer.status_code:
         case 401 | 403 if env := request.endpoint.key_env:
             return f"fix the API key in {env}"

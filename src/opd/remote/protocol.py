@@ -1,4 +1,4 @@
-"""What opd asks of every kind of server, and the checks that their answers share. Pure functions."""
+"""The interface of every kind of server, and the checks that their answers share. Pure functions."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -75,7 +75,7 @@ class ServerProtocol(Protocol):
         ...
 
     def sample_body(self, endpoint: Endpoint, token_ids: Sequence[int], params: SamplingParams) -> dict[str, Any]:
-        """Ask for one response from the full distribution, whatever the model's generation config says."""
+        """Ask for one response from the full distribution, without the model's generation config."""
         ...
 
     def read_sample(self, answer: Mapping[str, Any], params: SamplingParams) -> Sampled:
@@ -96,7 +96,7 @@ class RawScores:
 
 def checked_scores(token_ids: Sequence[int], raw: RawScores, *, top: int, fix: str = "") -> Scores:
     """The scores of an answer. The likeliest tokens may include the token itself. Raises BadAnswer where there are fewer than
-    `top`; fix: what to do about that.
+    `top`; fix: the remedy for that.
 
     All places at once: the driver reads every token that remote teachers score, with `top` = 20 twenty-one values each.
     """

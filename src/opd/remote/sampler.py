@@ -1,6 +1,7 @@
 """Samples from a model behind servers: one request for each turn of an episode, all at once."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,10 @@ from opd.records import Prompt, Rollout
 from opd.remote.client import Answer, Client, Deployment, Endpoint, Request
 from opd.remote.protocol import Sampled, SamplingParams, ServerProtocol
 from opd.remote.vllm import VllmProtocol
-from opd.roles import Seed
-from opd.seeds import generator_of
+from opd.roles import Seed, generator_of
 
 
+@dataclass(eq=False)
 class RemoteSampler:
     """Samples from the full distribution of a model behind servers (`opd.roles.Sampler`). context: the longest sequence that the
     model takes, in tokens, where its servers allow more.
@@ -22,65 +23,51 @@ class RemoteSampler:
     samples by seed repeats itself. A turn that no server answers ends its episode, which counts as lost. Threads may share one.
     """
 
-    def __init__(
-        self,
-        deployment: Deployment,
-        client: Client,
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        context: int | None,
-        player: EpisodePlayer,
-        protocol: ServerProtocol | None = None,
-    ) -> None:
-        self._protocol = protocol or VllmProtocol()
-        self._deployment = deployment
-        self._client = client
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._context = context
-        self._player = player
-        self._now: tuple[Endpoint | None, int] = (None, 0)  # where new calls go, and the policy version there
+    deployment: Deployment
+    client: Client
+    _: KW_ONLY
+    temperature: float
+    max_new_tokens: int
+    context: int | None
+    player: EpisodePlayer
+    protocol: ServerProtocol = field(default_factory=VllmProtocol)
+    _now: tuple[Endpoint | None, int] = field(
+        default=(None, 0), init=False
+    )  # where new calls go; the policy version there
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """Later calls sample from the latest weights."""
-        with self._deployment.updating():
-            self._now = self._deployment.latest(), policy_version
+        with self.deployment.updating():
+            self._now = self.deployment.latest(), policy_version
 
     def sample(self, prompts: Sequence[Prompt], *, num_samples: int, seed: Seed) -> list[Rollout]:
         rows = numbered(prompts, num_samples)
-        with self._deployment.in_use():
+        with self.deployment.in_use():
             endpoint, version = self._now
-            endpoint = endpoint or self._deployment.latest()
-            return self._player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
+            endpoint = endpoint or self.deployment.latest()
+            return self.player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
 
     def _take_turns(self, episodes: Sequence[Episode], *, endpoint: Endpoint, seed: Seed) -> list[Taken]:
-        limit = min((c for c in (self._context, endpoint.context) if c is not None), default=None)
-        room = [self._room(e, limit) for e in episodes]
+        limits = [c for c in (self.context, endpoint.context) if c is not None]
+        room = [min([self.max_new_tokens, *(c - len(e.token_ids) for c in limits)]) for e in episodes]
         fits = [i for i, left in enumerate(room) if left > 0]
         requests = [self._request(endpoint, episodes[i], room[i], seed) for i in fits]
-        answers = self._client.send_to(self._deployment, requests)
+        answers = self.client.send_to(self.deployment, requests)
         taken = [Taken([], [], "context")] * len(episodes)
         for i, answer in zip(fits, answers, strict=True):
-            taken[i] = _taken(answer, cut=room[i] < self._max_new_tokens)
+            taken[i] = _taken(answer, cut=room[i] < self.max_new_tokens)
         return taken
-
-    def _room(self, episode: Episode, limit: int | None) -> int:
-        """The number of tokens that the next turn may have."""
-        if limit is None:
-            return self._max_new_tokens
-        return min(self._max_new_tokens, limit - len(episode.token_ids))
 
     def _request(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Request[Sampled]:
         params = SamplingParams(
             max_tokens=room,
-            temperature=self._temperature,
+            temperature=self.temperature,
             seed=generator_of(*seed, "row", episode.row, "turn", episode.turn).initial_seed(),
-            end_ids=self._player.end_ids,
+            end_ids=self.player.end_ids,
         )
-        body = self._protocol.sample_body(endpoint, episode.token_ids, params)
-        read = partial(self._protocol.read_sample, params=params)
-        return Request(endpoint, self._protocol.path, body, read)
+        body = self.protocol.sample_body(endpoint, episode.token_ids, params)
+        read = partial(self.protocol.read_sample, params=params)
+        return Request(endpoint, self.protocol.path, body, read)
 
 
 def _taken(answer: Answer[Sampled], *, cut: bool) -> Taken:

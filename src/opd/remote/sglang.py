@@ -2,7 +2,7 @@
 
 Written against the documentation and the source of SGLang 0.5.23. `input_token_logprobs` holds [log-probability, token id, text]
 for every token of the prompt, null for the first's, under the model as it is: `sampling_params.temperature` does not touch them.
-`logprob_start_len` = 0 asks for all of them, and the server then computes the whole prompt, whatever its prefix cache holds.
+`logprob_start_len` = 0 asks for all of them; the server then computes the whole prompt, also the part in its prefix cache.
 `input_top_logprobs` holds the k likeliest tokens at each place, in the same form, the token itself only if it is one of them.
 """
 

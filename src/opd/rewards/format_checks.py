@@ -8,17 +8,17 @@ import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import regex
 
-from opd.config.episodes import ChecksConfig, Rule
+from opd.config.tree import ChecksConfig, Rule
 from opd.records import Flag, Rollout
 from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
 
 MIN_WORDS = 20
@@ -36,16 +36,11 @@ _TAIL = 16  # tokens before a turn, in which a tag that the prompt opened is sea
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 
 
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of a turn; start = end where something is missing."""
-
-    start: int
-    end: int
+Span: TypeAlias = tuple[int, int]
+"""Characters [start, end) of a turn; start = end where something is missing."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A format error: its rule, and its characters [start, end)."""
 
     rule: Rule
@@ -77,36 +72,17 @@ class CheckedTurn:
     @property
     def end(self) -> Span:
         """The place of something missing."""
-        return Span(len(self.text), len(self.text))
+        return len(self.text), len(self.text)
 
 
 def check_turn(turn: CheckedTurn, rules: Sequence[Rule]) -> list[Found]:
     """The errors of these rules: rule by rule, in the order of the text."""
-    return [Found(rule, span.start, span.end) for rule in rules for span in CHECKS[rule](turn)]
+    return [Found(rule, start, end) for rule in rules for start, end in CHECKS[rule](turn)]
 
 
-def tool_call(turn: CheckedTurn) -> list[Span]:
-    """Calls that are not the JSON object that the syntax requires, or that do not end."""
-    return _call_errors(turn, "unparsed")
-
-
-def unknown_tool(turn: CheckedTurn) -> list[Span]:
-    """Calls of a tool that does not exist."""
-    return _call_errors(turn, "unknown")
-
-
-def tool_arguments(turn: CheckedTurn) -> list[Span]:
-    """Calls whose arguments are outside the tool's schema."""
-    return _call_errors(turn, "arguments")
-
-
-def dropped_call(turn: CheckedTurn) -> list[Span]:
-    """Text that looks like a call, and is none in the syntax."""
-    return _call_errors(turn, "dropped")
-
-
-def _call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
-    return [Span(error.start, error.end) for error in turn.parsed.errors if error.reason == reason]
+def call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
+    """The calls that fail for this reason."""
+    return [(error.start, error.end) for error in turn.parsed.errors if error.reason == reason]
 
 
 def tags(turn: CheckedTurn) -> list[Span]:
@@ -123,7 +99,7 @@ def tags(turn: CheckedTurn) -> list[Span]:
     for found in re.finditer("|".join(map(re.escape, order)), turn.text):
         rank = order[found[0]]
         if rank in seen or rank < max(seen, default=0):
-            wrong.append(Span(*found.span()))
+            wrong.append(found.span())
         seen.add(rank)
     unpaired = any((rank in seen) != (rank + 1 in seen) for rank in range(0, len(order), 2))
     if unpaired or (turn.last and len(seen) < len(order)):
@@ -141,7 +117,7 @@ def code_fence(turn: CheckedTurn) -> list[Span]:
                 opened = found
         elif sign[0] == opened[1][0] and len(sign) >= len(opened[1]) and not behind.strip():
             opened = None
-    return [] if opened is None else [Span(opened.start(1), opened.end())]
+    return [] if opened is None else [(opened.start(1), opened.end())]
 
 
 def answer_pattern(turn: CheckedTurn) -> list[Span]:
@@ -173,7 +149,7 @@ def repetition(turn: CheckedTurn) -> list[Span]:
     codes = np.array([numbers.setdefault(word[0], len(numbers)) for word in words], dtype=np.uint64)
     found = _repeated(codes, 3, limit)
     if found is not None:
-        return [Span(words[found[0]].start(), words[found[1] - 1].end())]
+        return [(words[found[0]].start(), words[found[1] - 1].end())]
     long = [word for word in words if len(word[0]) >= MIN_CHARACTERS]
     return [span for word in long for span in _loops(word[0], word.start(), limit)]
 
@@ -181,7 +157,7 @@ def repetition(turn: CheckedTurn) -> list[Span]:
 def _loops(text: str, offset: int, limit: float) -> list[Span]:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     found = _repeated(codes, _CHARACTERS, limit)
-    return [] if found is None else [Span(offset + found[0], offset + found[1])]
+    return [] if found is None else [(offset + found[0], offset + found[1])]
 
 
 def _repeated(codes: np.ndarray, width: int, limit: float) -> tuple[int, int] | None:
@@ -208,7 +184,7 @@ def invalid_utf8(turn: CheckedTurn) -> list[Span]:
     for found in _ESCAPED.finditer(text):
         width = len(found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         start = found.start() - surplus
-        spans.append(Span(start, start + width))
+        spans.append((start, start + width))
         surplus += len(found[0]) - width
     return spans
 
@@ -221,17 +197,15 @@ def after_answer(turn: CheckedTurn) -> list[Span]:
         return []
     behind = turn.text[place + len(ending) :]
     start = len(turn.text) - len(behind.lstrip())
-    return [Span(start, len(turn.text.rstrip()))] if behind.strip() else []
+    return [(start, len(turn.text.rstrip()))] if behind.strip() else []
 
 
-Check: TypeAlias = Callable[[CheckedTurn], list[Span]]
-
-CHECKS: Mapping[Rule, Check] = MappingProxyType(
+CHECKS: Mapping[Rule, Callable[[CheckedTurn], list[Span]]] = MappingProxyType(
     {
-        "tool_call": tool_call,
-        "unknown_tool": unknown_tool,
-        "tool_arguments": tool_arguments,
-        "dropped_call": dropped_call,
+        "tool_call": partial(call_errors, reason="unparsed"),  # not the JSON object of the syntax, or without an end
+        "unknown_tool": partial(call_errors, reason="unknown"),
+        "tool_arguments": partial(call_errors, reason="arguments"),  # outside the schema of the tool
+        "dropped_call": partial(call_errors, reason="dropped"),  # it looks like a call, and is none in the syntax
         "tags": tags,
         "code_fence": code_fence,
         "answer_pattern": answer_pattern,

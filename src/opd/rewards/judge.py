@@ -9,7 +9,7 @@ from opd.config import ChecksConfig
 from opd.records import Rollout
 from opd.rewards.format_checks import flag_errors
 from opd.rewards.reward import TIMEOUTS, Reward, TimedOut, rewards_of
-from opd.text.token_bytes import token_bytes
+from opd.text.tokenizer import token_bytes
 
 
 class Judge:

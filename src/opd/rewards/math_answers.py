@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from opd.rewards.math_brackets import closing_brace
-from opd.rewards.math_units import MONTH, SCALES, TEXT
+from opd.rewards.math_text import MONTH, SCALES, TEXT, closing_brace
 from opd.rewards.math_values import read_value
 
 _BOX = re.compile(r"\\f?boxed\s*(\{)?|\\fbox\s*(\{)?")

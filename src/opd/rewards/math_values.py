@@ -11,8 +11,16 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from opd.rewards.math_brackets import alike, brackets_of, closing_brace, grouped
-from opd.rewards.math_units import FUNCTIONS, TEXT, without_scale, without_unit
+from opd.rewards.math_text import (
+    FUNCTIONS,
+    TEXT,
+    alike,
+    brackets_of,
+    closing_brace,
+    grouped,
+    without_scale,
+    without_unit,
+)
 from opd.rewards.time_limit import limited
 
 _MAX_CHARS, _MAX_EXPONENT = 1000, 400
@@ -291,34 +299,31 @@ def _undefined(value: Any) -> bool:
 
 def _equal(reference: Any, response: Any, factor: Fraction, rounded: bool) -> bool:
     """reference * factor is the response."""
-    from math_verify.grader import (
-        is_assignment_relation,
-        is_equation,
-        is_relation,
-        sympy_expr_eq,
-        take_first_relation,
-        take_last_relation,
-    )
+    from math_verify import grader
 
     if _listed(reference, response) or _listed(response, reference):
         return False
-    if is_equation(response) and not is_relation(reference):
-        named = is_assignment_relation(response)
-        if not named and take_last_relation(response).lhs.free_symbols:
+    if grader.is_equation(response) and not grader.is_relation(reference):
+        named = grader.is_assignment_relation(response)
+        if not named and grader.take_last_relation(response).lhs.free_symbols:
             return False  # an equation, and not the number behind its sign
-        response = take_last_relation(response).rhs
-    elif is_relation(reference) and not is_relation(response) and is_equation(reference):
-        if not _is_name(take_first_relation(reference).lhs):
+        response = grader.take_last_relation(response).rhs
+    elif grader.is_relation(reference) and not grader.is_relation(response) and grader.is_equation(reference):
+        if not _is_name(grader.take_first_relation(reference).lhs):
             return False  # the other way round: the number behind its sign, and not the equation
-        reference = take_last_relation(reference).rhs
+        reference = grader.take_last_relation(reference).rhs
     if _number_of(reference) and _number_of(response):
         return _close(_exact(reference) * _exact(factor), _exact(response), rounded)
     if factor != 1:
         return False
     reference, response = _exact(reference), _exact(response)
-    if not is_relation(reference) and not is_relation(response) and _length(reference) != _length(response):
+    if (
+        not grader.is_relation(reference)
+        and not grader.is_relation(response)
+        and _length(reference) != _length(response)
+    ):
         return False
-    return sympy_expr_eq(reference, response, 6, 15, allow_set_relation_comp=True)
+    return grader.sympy_expr_eq(reference, response, 6, 15, allow_set_relation_comp=True)
 
 
 def _listed(ends: Any, relation: Any) -> bool:

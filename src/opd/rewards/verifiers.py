@@ -1,6 +1,6 @@
 """Verifiers: what a response is worth against a reference answer, in [0, 1].
 
-Each reads what the response says behind its thoughts (`opd.text.thinking`): a thought that is not closed is worth 0.
+Each reads what the response says behind its thoughts (`opd.text.special_tags`): a thought that is not closed is worth 0.
 """
 
 import re
@@ -12,7 +12,7 @@ from opd.rewards.math_answers import choice, says, stated_answer
 from opd.rewards.math_values import equal_values, read_value
 from opd.rewards.reward import TimedOut
 from opd.rewards.time_limit import BOUNDED
-from opd.text.thinking import behind_thoughts
+from opd.text.special_tags import behind_thoughts
 
 MATH_LIMIT_S = 20.0  # the parser has 5 s for each of several steps, by signals, which do not interrupt C code
 

@@ -1,4 +1,4 @@
-"""A rollout in two tokenisations, turn by turn: chunks, what is masked and why, and the score that comes of it."""
+"""A rollout in two tokenizations, turn by turn: its chunks, the reasons of masked tokens, its score, and a report."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,22 +9,25 @@ import numpy as np
 from opd.errors import DataError
 from opd.records import ChunkScore, Rollout
 from opd.text.chunks import Chunks, align, fold
-from opd.text.shared_vocabulary import SharedVocabulary
-from opd.text.student_text import UNWRITTEN, Masked, StudentSide, StudentText, spell
-from opd.text.teacher_calls import OwnSyntax, Seen
+from opd.text.student_text import UNWRITTEN, Masked, StudentSide, StudentText, spell, student_turns
 from opd.text.teacher_text import TeacherSide, TeacherText
+from opd.text.tokenizer import SharedVocabulary
 from opd.text.tool_calls import Syntax
+from opd.text.transcribe import OwnSyntax, Seen
 
-# nats: a token that the student chose and its teacher all but rules out is an artefact, until shown otherwise
-ALARM = -15.0
-LARGEST = "largest_chunk"  # the one fact that is a maximum, in bytes; the others are counts
+ALARM = (
+    -15.0
+)  # nats; a lower log ratio of one token is more likely a fault of the alignment than a choice of the student
+LARGEST = "largest_chunk"  # bytes; the only fact that is a maximum, the others are counts
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """chunks: over the student's tokens and the teacher's, the end of the turn on both sides included when the student chose
-    it, -1 for tokens of a call's wrapper that stand in none; masked [student tokens], faulty [chunks]: `Masked`, the latter for
-    every token of a chunk that has a masked one."""
+    """One response in the tokens of the student and of the teacher.
+
+    chunks: of both sides' tokens, with the end of the turn where the student ended it; -1 for tokens around a call that are in no
+    chunk. masked [student tokens]: `Masked`. faulty [chunks]: the `Masked` of a chunk with a masked token, for all of its tokens.
+    """
 
     chunks: Chunks
     masked: np.ndarray
@@ -33,26 +36,21 @@ class Pairing:
 
     @property
     def chunk_ids(self) -> np.ndarray:
-        """The chunk of each student token [tokens] int64, numbered over the chunks that are kept; -1 where it is masked."""
+        """The chunk of each student token [tokens] int64, numbered over the kept chunks; -1 for a masked token."""
         kept = self.faulty == Masked.NOT
-        numbers = np.where(kept, np.cumsum(kept) - 1, -1)
-        found = (
-            np.where(self.chunks.student >= 0, numbers[self.chunks.student], -1)
-            if len(numbers)
-            else self.chunks.student
-        )
-        return np.where(self.masked == Masked.NOT, found, -1)
+        numbers = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last one for tokens without a chunk
+        return np.where(self.masked == Masked.NOT, numbers[self.chunks.student], -1)
 
     @property
     def single(self) -> np.ndarray:
-        """The chunks that are kept and have one token on each side, [chunks] bool."""
+        """The kept chunks with one token on each side, [chunks] bool."""
         ours = np.bincount(self.chunks.student[self.chunk_ids >= 0], minlength=len(self.chunks))
         _, theirs = self.chunks.counts()
         return (ours == 1) & (theirs == 1) & (self.faulty == Masked.NOT)
 
     @property
     def kept_sizes(self) -> np.ndarray:
-        """Bytes of each chunk of text that is kept (the end of a turn is none), [chunks of text]."""
+        """Bytes of each kept chunk of text, so without the end of the turn, [chunks of text]."""
         whole = self.chunks.sizes()[: len(self.chunks) - self.ends_turn]
         return whole[self.faulty[: len(whole)] == Masked.NOT]
 
@@ -69,9 +67,10 @@ class Pairing:
 def pair(
     student_text: StudentText, teacher_text: TeacherText, *, ends_turn: bool, blocks: np.ndarray | None = None
 ) -> Pairing:
-    """Line up a response with itself. With `ends_turn` both sides get one more token of one unit, the end of the turn.
+    """Align the student's and the teacher's tokens of a response. With `ends_turn` both sides get one more token of length 1, the
+    end of the turn.
 
-    blocks: where the teacher reads another text (`Transcript`), the bytes that both have; nothing else is compared.
+    blocks: the bytes that both texts have, where the teacher reads another text (`Transcript`). Only these are compared.
     """
     ours = _side(student_text.ends, student_text.masked, blocks, 0)
     theirs = _side(teacher_text.ends, teacher_text.masked, blocks, 1)
@@ -83,7 +82,7 @@ def pair(
     if len(lined_up[0]) == 0 or lined_up[0][-1] == 0:
         nothing = np.zeros(0, dtype=np.int64)
         chunks = Chunks(np.full(len(masked), -1), np.full(len(bad), -1), nothing)
-        # nothing but, say, the first space of a text, which the student's own decoder takes away
+        # such as a response that is one space, which the student's decoder removes
         alone = np.where(masked == Masked.NOT, np.uint8(Masked.NO_COUNTERPART), masked)
         return Pairing(chunks, alone, np.zeros(0, dtype=np.uint8), ends_turn=False)
     found = align(*lined_up)
@@ -91,7 +90,7 @@ def pair(
     faulty = np.zeros(len(chunks), dtype=np.uint8)
     read = chunks.teacher >= 0
     np.maximum.at(faulty, chunks.teacher[read], bad[read])
-    # A control token that is not written has no bytes: it is masked alone, the chunk in which it stands is whole without it.
+    # A control token that is not written has no bytes, so it is masked alone, and its chunk stays whole.
     written = np.isin(masked, UNWRITTEN, invert=True) & (chunks.student >= 0)
     np.maximum.at(faulty, chunks.student[written], masked[written])
     of_chunk = np.append(faulty, np.uint8(Masked.NOT))[chunks.student]
@@ -100,7 +99,7 @@ def pair(
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's tokens: where they end, why they are masked, whether they have a part in what is compared, [tokens] each."""
+    """The tokens of one side: where they end, why they are masked, whether they are compared, [tokens] each."""
 
     ends: np.ndarray
     masked: np.ndarray
@@ -117,7 +116,7 @@ def _side(ends: np.ndarray, masked: np.ndarray, blocks: np.ndarray | None, colum
 
 
 def _spread(chunks: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The chunks of all tokens of a side, -1 for those that are not inside; behind them, the end of the turn keeps its own."""
+    """The chunks of all tokens of a side, -1 for those that are not inside. The end of the turn, behind them, keeps its own."""
     found = np.full(len(inside) + len(chunks) - int(inside.sum()), -1, dtype=np.int64)
     found[np.append(np.flatnonzero(inside), np.arange(len(inside), len(found)))] = chunks
     return found
@@ -125,12 +124,12 @@ def _spread(chunks: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TurnPair:
-    """One turn of the student: its tokens [start, stop) in the rollout, what they spell, how the teacher reads it, the chunks.
+    """One turn of the student, the tokens [start, stop) of the rollout, aligned with the teacher's tokens of its text.
 
-    ends_turn: the student chose to end it, which is its last token. rewritten: the teacher's template shows the turns before
-    otherwise than it showed them when they were written. canonical: the student's own tokenizer would write the text so.
-    untranscribed: calls in it or before it are read as they were written, though the teacher's own syntax was asked for.
-    end_ids: the teacher's tokens for the student's end, where it ended the turn.
+    ends_turn: the turn ends with the student's end token. rewritten: the teacher's template now renders the earlier turns in
+    another way than before. canonical: the student's tokenizer gives the same tokens for the text. untranscribed: the teacher
+    reads calls in this turn or before it as the student wrote them, although its own syntax was asked for. end_ids: the teacher's
+    tokens for the student's end token.
     """
 
     start: int
@@ -153,17 +152,12 @@ def pair_turns(
     mask_non_canonical: bool = False,
     own_syntax: Syntax | None = None,
 ) -> list[TurnPair]:
-    """Line up every turn of the student with the teacher's reading of it.
+    """Align every turn of the student with the teacher's tokens of it.
 
-    Each turn is read behind the conversation as the teacher's own template renders it at that point. With `own_syntax`, how
-    the student writes calls, the teacher reads them as its own template writes them. Raises DataError when the teacher cannot
-    read the conversation.
+    The teacher reads a turn behind the conversation before it, as its own template renders that. own_syntax: the syntax of the
+    student's calls; the teacher then reads calls as its own template writes them. Raises DataError when the teacher cannot read
+    the conversation.
     """
-    turns = [t for t in rollout.turns if t.author == "student"]
-    answers = [
-        i for i, m in enumerate(rollout.messages) if i >= len(rollout.prompt.messages) and m["role"] == "assistant"
-    ]
-    assert len(turns) == len(answers), rollout.id
     shared = teacher_side.counterparts(student_side.table)
     own = (
         OwnSyntax(rollout, student_side.table, teacher_side, own_syntax)
@@ -172,17 +166,17 @@ def pair_turns(
     )
     found: list[TurnPair] = []
     written = ""
-    for turn, answer in zip(turns, answers, strict=True):
+    for turn, answer in student_turns(rollout):
         ids = rollout.token_ids[turn.start : turn.end].astype(np.int64)
         ends_turn = len(ids) > 0 and int(ids[-1]) in student_side.end_ids
         body = ids[: len(ids) - ends_turn]
         student_text = spell(student_side.table, body, shared)
         strange = student_side.strange(body, shared)
         if mask_non_canonical:
-            reason = np.where(
-                strange & (student_text.masked == Masked.NOT), np.uint8(Masked.NON_CANONICAL), student_text.masked
+            other = strange & (student_text.masked == Masked.NOT)
+            student_text = replace(
+                student_text, masked=np.where(other, np.uint8(Masked.NON_CANONICAL), student_text.masked)
             )
-            student_text = replace(student_text, masked=reason)
         if own is None:
             seen = Seen(teacher_side.render(rollout.messages[:answer], rollout.prompt.tools), None, untranscribed=False)
         else:
@@ -206,7 +200,7 @@ def pair_turns(
 
 
 def same_tokens(turn: TurnPair, token_ids: np.ndarray, teacher_ids: np.ndarray, cells: SharedVocabulary) -> np.ndarray:
-    """Where both sides chose the same token, or both ended the turn: [pairs, 2], places in the turn's tokens and in the
+    """The places where both sides chose the same token, or both ended the turn: [pairs, 2], in the turn's tokens and in the
     teacher's tokens of the response.
 
     token_ids: of the turn; teacher_ids: of the response, its end included when the turn ends.
@@ -226,7 +220,7 @@ def _at(flags: np.ndarray, chunks: np.ndarray) -> np.ndarray:
 def chunk_score(
     teacher: str, rollout: Rollout, turns: Sequence[TurnPair], logprobs: Sequence[np.ndarray]
 ) -> ChunkScore:
-    """The score of a rollout from the teacher's log-probabilities of its tokens, turn by turn."""
+    """The score of a rollout. logprobs: the teacher's log-probabilities of its own tokens, turn by turn."""
     chunks = np.full(len(rollout.token_ids), -1, dtype=np.int32)
     spread = np.zeros(len(rollout.token_ids), dtype=np.float32)
     facts: list[Mapping[str, int]] = []
@@ -245,11 +239,11 @@ def chunk_score(
 
 
 def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
-    """How the two sides lined up, in figures that add up over turns and rollouts (`total`).
+    """Figures of an alignment that add up over turns and rollouts (`total`).
 
-    tokens: the student's; teacher_tokens; bytes, of which bytes/kept lie in chunks that are kept and bytes/one_to_one in chunks
-    of one token on each side; chunks of text, kept; largest_chunk: bytes; alarms: one-to-one chunks below -15 nats; straddles;
-    rewritten, non_canonical and untranscribed turns; masked/REASON tokens.
+    tokens: the student's; teacher_tokens; bytes: of the text, bytes/kept: in kept chunks, bytes/one_to_one: in chunks of one token
+    on each side; chunks: kept chunks of text; largest_chunk: bytes; alarms: one-to-one chunks below -15 nats; rewritten,
+    non_canonical, untranscribed: turns; straddles, masked/REASON: tokens.
     """
     pairing = turn.pairing
     text = len(pairing.chunks) - pairing.ends_turn
@@ -280,7 +274,7 @@ def turn_facts(turn: TurnPair, logprobs: np.ndarray) -> dict[str, int]:
 
 
 def total(facts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The figures of several turns or rollouts together: sums, and the largest chunk."""
+    """The figures of several turns or rollouts: sums, and the largest chunk."""
     every = list(facts)
     whole: Counter[str] = Counter()
     for each in every:
@@ -288,3 +282,98 @@ def total(facts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     if every:
         whole[LARGEST] = max(each.get(LARGEST, 0) for each in every)
     return dict(whole)
+
+
+Facts = Mapping[str, int]
+
+_PER_TURN = ("straddles", "rewritten", "non_canonical", "untranscribed", "alarms")
+
+
+def shares(facts: Facts) -> dict[str, float]:
+    """The figures of a report: fractions in [0, 1], means, and counts per turn; nan where there is nothing to count.
+
+    one_to_one: of the bytes, in chunks of one token on both sides. masked, masked/REASON: of the student's tokens.
+    tokens_per_chunk (the student's), bytes_per_chunk: means. largest_chunk: bytes. straddles, alarms, rewritten, non_canonical,
+    untranscribed: per turn.
+    """
+
+    def ratio(count: float, of: str) -> float:
+        return count / facts[of] if facts.get(of) else float("nan")
+
+    hidden = {name: count for name, count in facts.items() if name.startswith("masked/")}
+    kept = facts.get("tokens", 0) - sum(hidden.values())
+    return {
+        "one_to_one": ratio(facts.get("bytes/one_to_one", 0), "bytes"),
+        "masked": ratio(sum(hidden.values()), "tokens"),
+        **{name: ratio(count, "tokens") for name, count in sorted(hidden.items())},
+        "tokens_per_chunk": ratio(kept - facts.get("ended", 0), "chunks"),
+        "bytes_per_chunk": ratio(facts.get("bytes/kept", 0), "chunks"),
+        LARGEST: float(facts.get(LARGEST, 0)),
+        **{name: ratio(facts.get(name, 0), "turns") for name in _PER_TURN},
+    }
+
+
+def describe(facts: Facts) -> str:
+    """The figures in one line."""
+    if not facts.get("bytes"):
+        return "no text in it"
+    found = shares(facts)
+    reasons = [
+        f"{name.removeprefix('masked/')} {100 * share:.1f} %"
+        for name, share in found.items()
+        if name.startswith("masked/") and share > 0
+    ]
+    per_turn = [f"{name} {found[name]:.2f}" for name in _PER_TURN if found[name] > 0]
+    return (
+        f"{100 * found['one_to_one']:.1f} % of {facts.get('bytes', 0)} bytes in one-to-one chunks, "
+        f"{found['tokens_per_chunk']:.2f} student tokens a chunk, the largest {facts.get(LARGEST, 0)} bytes, "
+        f"{100 * found['masked']:.1f} % of tokens masked"
+        + (f" ({', '.join(reasons)})" if reasons else "")
+        + (f"; a turn: {', '.join(per_turn)}" if per_turn else "")
+    )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One chunk of a response: the bytes of its tokens on both sides, and the reason if it is masked."""
+
+    student: tuple[bytes, ...]
+    teacher: tuple[bytes, ...]
+    masked: str | None
+
+
+def sides(turn: TurnPair, token_ids: Sequence[int], student_side: StudentSide, teacher_side: TeacherSide) -> list[Side]:
+    """A turn chunk by chunk. A masked token without a chunk stands alone; the two sides' tokens around a call stand together.
+
+    token_ids: of the turn, [stop - start].
+    """
+    ours = [student_side.table.of(int(t)) for t in token_ids]
+    theirs = [teacher_side.table.of(int(t)) for t in turn.teacher_text.token_ids[turn.teacher_text.first :]]
+    theirs += [b"<end of turn>"] * turn.ends_turn
+    pairing = turn.pairing
+    if not len(pairing.chunks):
+        return [Side((piece,), (), _name(reason)) for piece, reason in zip(ours, pairing.masked, strict=True)]
+    found: list[Side] = []
+    places = [_places(side, len(pairing.chunks)) for side in (pairing.chunks.student, pairing.chunks.teacher)]
+    for place in range(2 * len(pairing.chunks) + 1):
+        mine, other = (np.flatnonzero(side == place) for side in places)
+        lonely = [i for i in mine if int(pairing.masked[i]) in UNWRITTEN]
+        found += [Side((ours[i],), (), _name(pairing.masked[i])) for i in lonely]
+        student = tuple(ours[i] for i in mine if i not in lonely)
+        teacher = tuple(theirs[j] for j in other)
+        if place % 2:
+            found.append(Side(student, teacher, _name(pairing.faulty[place // 2])))
+        elif student or teacher:
+            found.append(Side(student, teacher, _name(Masked.SYNTAX)))
+    return found
+
+
+def _places(chunks: np.ndarray, num: int) -> np.ndarray:
+    """Where each token is shown, [tokens]: 2 c + 1 in chunk c of `num`, 2 c before it where it is in none."""
+    before = np.maximum.accumulate(np.where(chunks < 0, -1, chunks))
+    behind = np.minimum.accumulate(np.where(chunks < 0, num, chunks)[::-1])[::-1]
+    return np.where(before == behind, 2 * behind + 1, 2 * behind)
+
+
+def _name(reason: int) -> str | None:
+    return None if reason == Masked.NOT else Masked(int(reason)).name.lower()

@@ -1,7 +1,7 @@
-"""How a chat template writes tool calls: it is given calls as data, and what it makes of them is read off its text.
+"""How a chat template writes tool calls, found by rendering calls that are given as data.
 
-Nothing here knows a syntax. Calls of made-up names and arguments show which pieces of the text are the template's own, and a
-text that does not consist of just those pieces around the calls is not taken apart.
+Nothing here knows a syntax. Calls with made-up names and arguments show which pieces of the text are the template's own. A text
+with other pieces around its calls is not taken apart.
 """
 
 import json
@@ -19,8 +19,8 @@ from opd.text.tool_calls import Syntax, parse_calls
 
 
 class Apply(Protocol):
-    """A conversation and its tools as a template writes them, the generation prompt behind them or not; raises DataError where
-    the template refuses them."""
+    """Renders a conversation and its tools, with the generation prompt or without; raises DataError where the template refuses
+    them."""
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str: ...
 
@@ -34,9 +34,9 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Payload:
-    """What every syntax writes of a call: its name, without quotation marks, or its arguments as a JSON object.
+    """A part of a call that every syntax writes: its name, without quotation marks, or its arguments as a JSON object.
 
-    call: its number in the turn; characters [start, end) of the text.
+    call: the number of the call in the turn; start, end: characters of the text.
     """
 
     call: int
@@ -49,9 +49,9 @@ class Payload:
 class CallText:
     """Calls as a template writes them.
 
-    text: special tokens quoted in it as they are; own: the characters [start, end) that are no quotes, where special tokens are
-    the template's; payloads: in the text's order, as far as they were found. joined: it is what the template writes behind the
-    text of an answer; otherwise it stands alone, and `led` says whether the white space before an answer stands before it too.
+    text: with quoted special tokens restored; own: the characters [start, end) outside quotes, where special tokens are the
+    template's; payloads: those that were found, in order. joined: the calls follow the text of an answer. Otherwise they stand
+    alone, and `led` tells whether the template's white space before an answer stands before them too.
     """
 
     text: str
@@ -62,7 +62,7 @@ class CallText:
 
 
 def tool_call(number: int, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call as data. Some templates ask for ids of nine letters or digits, and none for others."""
+    """A call as data. Some templates require ids of nine letters or digits, and no template requires others."""
     return {"id": f"{number:09d}", "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
@@ -71,8 +71,8 @@ def with_calls(
 ) -> tuple[Message, ...]:
     """The conversation with the assistant's calls as data: "tool_calls", and the text outside them as "content".
 
-    A turn in which anything is no call though it was meant as one stays the text that it is. Each tool's answer gets the id
-    and the name of the call that it answers, in order; where there is none, an id of its own.
+    A turn with a faulty call stays text. The answers of tools get the ids and names of the calls before them, in order; an answer
+    without a call gets an id of its own.
     """
     found: list[Message] = []
     waiting: list[Mapping[str, Any]] = []
@@ -100,7 +100,7 @@ def with_calls(
 
 
 def calls_as_text(message: Message) -> Message:
-    """A message with calls as data, for a template without calls: they follow its text, in tags."""
+    """A message with calls as data as text, for a template that writes no calls: the calls follow the content, in tags."""
     written = [
         "<tool_call>" + json.dumps(call["function"], ensure_ascii=False) + "</tool_call>"
         for call in message["tool_calls"]
@@ -110,7 +110,7 @@ def calls_as_text(message: Message) -> Message:
 
 
 class CallTemplate:
-    """One template, and how it takes a call's arguments: as an object, or as the text of one (`as_text`)."""
+    """A template that writes calls. It takes the arguments of a call as an object, or as JSON text (`as_text`)."""
 
     def __init__(self, apply: Apply, ends: Sequence[str], *, as_text: bool) -> None:
         """ends: the special tokens that end a turn, as the template writes them."""
@@ -131,10 +131,10 @@ class CallTemplate:
     def write(
         self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], quotes: Quotes, *, text: str
     ) -> CallText | None:
-        """What the template writes for these calls, between what opens the turn, or the text before them, and what ends it.
+        """The template's text of these calls, without its text before them and the end of the turn.
 
-        text: of the answer before them, if there is any. None where the template refuses them, does not end the turn behind
-        them, or shows none of them there.
+        text: the text of the answer before the calls, if there is any. None where the template refuses the calls, does not end the
+        turn behind them, or does not show them there.
         """
         made_up = [
             self._shape(tool_call(k, f"{_NAME}{k}x", {f"{_KEY}{k}x": _VALUE}) | {"id": call["id"]})
@@ -161,7 +161,7 @@ class CallTemplate:
     def _frame(
         self, calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str
     ) -> "_Frame | None":
-        """What stands around calls, found with made-up ones."""
+        """The template's text around calls, found with made-up calls."""
         probe = _TEXT
         while probe in json.dumps([list(tools), text], ensure_ascii=False, default=dict):
             probe += _TEXT
@@ -171,7 +171,7 @@ class CallTemplate:
         if text:
             before, shown, _ = self._answer(probe, calls, tools).partition(probe)
             if shown:
-                # What a template writes behind a text may depend on it: on where a thought ends.
+                # What a template writes behind a text may depend on the end of a thought in it.
                 opening = self._apply([_QUESTION], tools, generate=True)
                 opening = opening.removesuffix(opened_thinking(opening, text))
                 whole = self._answer(text, calls, tools)
@@ -195,14 +195,14 @@ class CallTemplate:
     def _inside(
         self, frame: "_Frame", calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
     ) -> str | None:
-        """What the template writes for calls within their frame; None where that is not what stands around them."""
+        """The template's text of calls within a frame; None where their text has another frame."""
         whole = self._answer(frame.content, calls, tools)
         if not whole.startswith(frame.start):
             return None
         return self._without_end(whole.removeprefix(frame.start), frame.after)
 
     def _without_end(self, rest: str, after: str) -> str | None:
-        """The text without what ends a turn: what follows any answer (`after`), or another token that ends turns."""
+        """The text without the end of the turn: the text that follows any answer (`after`), or another end token."""
         if rest.endswith(after):
             return rest.removesuffix(after)
         shown = rest.rstrip()
@@ -217,15 +217,15 @@ class CallTemplate:
 
     @cached_property
     def _escapes(self) -> bool:
-        """Whether a character outside ASCII in an argument is not written as it is."""
+        """Whether the template escapes characters outside ASCII in arguments."""
         call = self._shape(tool_call(0, _NAME, {_KEY: "\U00100000"}))
         return "\U00100000" not in self._answer("", [call], [_tool(_NAME)])
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Around calls: the content of their message, all that the template writes before them, what follows any answer; and how
-    the calls stand to what is before them (`CallText`)."""
+    """The text around calls. content: of their message; start: everything that the template writes before the calls; after: the
+    text that follows any answer; joined, led: as in `CallText`."""
 
     content: str
     start: str
@@ -235,9 +235,9 @@ class _Frame:
 
 
 def call_template(apply: Apply, ends: Sequence[str]) -> CallTemplate | None:
-    """How a template is given calls; None where it does not write them.
+    """The template as one that writes calls; None where it writes none.
 
-    One that writes the arguments as JSON is given them in the way in which it does.
+    It gets arguments as an object or as text, whichever it writes as JSON.
     """
     found: CallTemplate | None = None
     for as_text in (False, True):
@@ -276,9 +276,9 @@ def _marked_value(value: Any, quotes: Quotes) -> Any:
 
 
 def _found(skeleton: str, text: str, functions: Sequence[Mapping[str, Any]]) -> list[Payload]:
-    """Where the payloads stand in a text that the template wrote as it wrote the skeleton, whose calls are made up.
+    """The payloads in the template's text of calls. skeleton: its text of made-up calls.
 
-    The text is followed piece by piece; where it goes another way than the skeleton, nothing more is found.
+    Both texts are compared piece by piece, and the search ends where they differ.
     """
     found: list[Payload] = []
     place = position = 0
@@ -299,7 +299,7 @@ def _found(skeleton: str, text: str, functions: Sequence[Mapping[str, Any]]) -> 
 
 
 def _end_of(wanted: Any, text: str, start: int) -> int | None:
-    """Where the payload that begins here ends, where it is this name, or this object in JSON."""
+    """The end of the payload at `start`: this name, or this object in JSON; None for anything else."""
     if isinstance(wanted, str):
         return start + len(wanted) if text.startswith(wanted, start) else None
     try:

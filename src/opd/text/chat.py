@@ -1,7 +1,7 @@
-"""Conversations as the student's tokens: its own chat template around what it sampled.
+"""Conversations as the student's tokens: its own chat template around its sampled tokens.
 
-Tokens in, tokens out: what the student sampled is never rendered or encoded again. Text that somebody else wrote (a prompt, an
-observation) is text even where it looks like a special token.
+Sampled tokens are never rendered or encoded again. Text of others (a prompt, an observation) stays text, even where it looks like
+a special token.
 """
 
 import re
@@ -18,21 +18,19 @@ from opd.records import Message, Prompt, Turn
 from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.special_tags import TAGS, thinking_opening
-from opd.text.template import apply_template, template_shows_tools, with_tools
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import described_token
+from opd.text.template import TurnEnd, apply_template, template_shows_tools, turn_end, with_tools
+from opd.text.tokenizer import TokenBytes, described_token, token_bytes
 from opd.text.tool_calls import tools_text
-from opd.text.turn_end import TurnEnd, turn_end
 
-_SAID = ("content", "tool_call_id", "name")  # what of a message somebody wrote
+_SAID = ("content", "tool_call_id", "name")  # the text in a message
 
 
 class Chat:
     """How one tokenizer writes conversations."""
 
     def __init__(self, tokenizer: Any, *, rows: int | None = None, generation_config: Any = None) -> None:
-        """rows: the models that read it have embeddings for the ids below; None: for all. generation_config: the model's, which
-        may name more tokens that end a turn."""
+        """rows: the models have embeddings for the ids below (None: for all). generation_config: of the model; it may name more end
+        tokens."""
         self.tokenizer = tokenizer
         self._rows = rows
         self._generation_config = generation_config
@@ -48,21 +46,21 @@ class Chat:
         return self.encode(self.render(prompt, prompt.messages, quotes), quotes, prompt)
 
     def quotes(self) -> Quotes:
-        """Placeholders for what looks like one of this tokenizer's special tokens in somebody's text."""
+        """Placeholders for text that looks like one of this tokenizer's special tokens."""
         return Quotes(_any_of(self._literals - TAGS))
 
     def quoted(self, message: Message, quotes: Quotes, *, trusted: bool = True) -> Message:
-        """A message with placeholders. Tags of calls and of thinking are the student's and a prompt's (`trusted`) system message's
-        own; where a user, a tool or an environment writes them they are text."""
+        """A message with placeholders. Tags of calls and of thinking are real in a message of the student, and in the system
+        message of a prompt (`trusted`). From a user, a tool or an environment they are text."""
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
         message = self._shown_calls(message, quotes)
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
-        pattern = None if own else self._cross_tokenizer
+        pattern = None if own else self._every_literal
         said = {key: quotes.mark(message[key], pattern=pattern) for key in _SAID if key in message}
         return {"role": message["role"], **said, **calls}
 
     def _shown_calls(self, message: Message, quotes: Quotes) -> Message:
-        """A message of a prompt with its calls as the template takes them, or as text where it writes none."""
+        """A message with its calls as the template takes them, or as text where the template writes no calls."""
         if "tool_calls" not in message:
             return message
         if self._calls is None:
@@ -73,7 +71,7 @@ class Chat:
         """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
         are the prompt's (all)."""
         quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
-        tools = [_marked(tool, quotes, self._cross_tokenizer) for tool in prompt.tools]
+        tools = [_marked(tool, quotes, self._every_literal) for tool in prompt.tools]
         if not self._templated:
             return "\n\n".join(m["content"] for m in (with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
@@ -89,7 +87,7 @@ class Chat:
 
     @cached_property
     def _calls(self) -> CallTemplate | None:
-        """How the template is given calls; None where it writes none."""
+        """The template as one that writes calls; None where it writes none."""
         return call_template(self._apply, [self.literal(i) for i in self.end.ids]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
@@ -105,7 +103,7 @@ class Chat:
         return self._with_rows(ids, f"prompt '{prompt.id}'")
 
     def encode_turn(self, text: str, *, record: str = "a turn") -> list[int]:
-        """The token ids of a turn that somebody wrote for the student, its end token left out. record: names it in errors."""
+        """The token ids of a turn that was written for the student, without an end token. record: names it in errors."""
         quotes = self.quotes()
         return self._with_rows(self._encoder.encode(quotes.mark(text), quotes).ids, record)
 
@@ -143,7 +141,7 @@ class Chat:
 
     @cached_property
     def _literals(self) -> frozenset[str]:
-        """What may not be typed: the special tokens, named or not, and the added tokens that the template itself writes."""
+        """Tokens that text cannot produce: special tokens, named or not, and added tokens that the template writes."""
         tokens = list(getattr(self.tokenizer, "added_tokens_decoder", {}).values())
         added, special = {str(token) for token in tokens}, {str(token) for token in tokens if token.special}
         template = getattr(self.tokenizer, "chat_template", None) or ""
@@ -151,13 +149,13 @@ class Chat:
         return frozenset(self.tokenizer.all_special_tokens) | special | structural | (TAGS & added)
 
     @cached_property
-    def _cross_tokenizer(self) -> re.Pattern[str]:
-        """What may not be typed by anybody but the student."""
+    def _every_literal(self) -> re.Pattern[str]:
+        """Any of `_literals`: in text that the student did not write, tags are text too."""
         return _any_of(self._literals)
 
     @cached_property
     def _hidden(self) -> frozenset[int]:
-        """The special tokens that are no part of a text."""
+        """The special tokens that `decode` leaves out."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return frozenset(special - self._special_tags)
 
@@ -197,10 +195,10 @@ def user_message(text: str) -> tuple[Message, ...]:
 
 @dataclass
 class Stretch:
-    """Tokens of a conversation whose beginning the template has not rewritten since: what becomes one rollout.
+    """Tokens of a conversation up to the point where the template rewrites it. A stretch becomes one rollout.
 
-    before: the messages that its prompt renders; messages: with those that followed, up to the student's last answer. opened: the
-    thinking tag that the template wrote before that answer.
+    before: the messages of its prompt; messages: with those that followed, up to the student's last answer. opened: the thinking
+    tag that the template wrote before that answer.
     """
 
     before: tuple[Message, ...]
@@ -215,8 +213,8 @@ class Stretch:
 class Conversation:
     """A conversation in which the student takes turns, as tokens.
 
-    A template may show an earlier turn otherwise than it was (Qwen3 drops what was thought). Then what the student would be
-    given next is no continuation of what it has seen, and a new stretch begins.
+    A template may rewrite an earlier turn (Qwen3 drops its thoughts). Then the next prompt does not continue the tokens that the
+    student has seen, and a new stretch begins.
     """
 
     chat: Chat
@@ -244,7 +242,7 @@ class Conversation:
 
     @property
     def token_ids(self) -> list[int]:
-        """What the student is given for its next turn."""
+        """The context of the student's next turn."""
         return self.stretches[-1].token_ids
 
     @property
@@ -253,7 +251,7 @@ class Conversation:
         return tuple(self._messages)
 
     def answer(self, token_ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int]) -> Message:
-        """Take the student's turn as it was sampled; returns the message that it means."""
+        """Add a sampled turn of the student; returns its message."""
         stretch = self.stretches[-1]
         ended = len(token_ids) > 0 and token_ids[-1] in ends
         said = token_ids[:-1] if ended else token_ids  # not every tokenizer calls the end of a turn special
@@ -270,7 +268,7 @@ class Conversation:
         return message
 
     def observe(self, observations: Sequence[Message]) -> None:
-        """Add what the environment said and open the student's next turn."""
+        """Add the environment's messages and open the student's next turn."""
         self._messages.extend(observations)
         self._rendering = self.chat.render(self.prompt, self._messages, self._quotes, trusted=len(self.prompt.messages))
         added = self._seen.continued(self._rendering)
@@ -285,28 +283,28 @@ class Conversation:
         stretch.turns.append(Turn("observation", start, start + len(ids)))
 
     def _stretch(self) -> Stretch:
-        """A new one, whose prompt is the conversation so far."""
+        """A new stretch. Its prompt is the conversation so far."""
         ids = self.chat.encode(self._rendering, self._quotes, self.prompt)
         messages = tuple(self._messages)
         return Stretch(messages, messages, list(ids), [0.0] * len(ids), [Turn("prompt", 0, len(ids))])
 
     def prompt_of(self, stretch: Stretch) -> Prompt:
-        """The prompt of a stretch: this conversation's own, or what its template made of the turns before."""
+        """The prompt of a stretch, with the turns before it."""
         return replace(self.prompt, messages=stretch.before)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the student was given last, the answer that it gave, and the special token with which it ended its turn."""
+    """The last context of the student as text, its answer, and the end token of that answer."""
 
     rendering: str
     answer: str
     closing: str
 
     def continued(self, rendering: str) -> str | None:
-        """What a later rendering adds behind the answer; None where it does not begin with what the student has seen.
+        """The text that a later rendering adds behind the answer; None where it does not begin with the context and the answer.
 
-        White space around an answer is passed over: templates trim it, and the sampled tokens stay as they are.
+        White space around the answer may differ: templates trim it, and the sampled tokens stay.
         """
         if not rendering.startswith(self.rendering):
             return None

@@ -1,8 +1,7 @@
-"""Two tokenisations of one text, cut into the finest chunks whose bytes are equal on both sides.
+"""Two tokenizations of one text, cut into the smallest chunks with equal bytes on both sides.
 
-A cut is where a student token and a teacher token end at the same byte. Between two cuts lies a chunk: its log ratio is
-log q(chunk) - log pi(chunk), and the chunks' log ratios add up to that of the whole text. Nothing here reads strings: tokens
-are byte spans.
+A chunk ends where a student token and a teacher token end at the same byte. Its log ratio is log q(chunk) - log pi(chunk), and
+the log ratios of all chunks add up to that of the text. Tokens are byte spans here; nothing reads strings.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Chunks:
-    """Which chunk each token of both sides belongs to, chunks numbered from 0 in order.
+    """The chunk of each token of both sides, numbered from 0 in order.
 
     student [student tokens], teacher [teacher tokens]: int64; ends [chunks]: the byte at which each chunk ends.
     """
@@ -25,7 +24,7 @@ class Chunks:
         return len(self.ends)
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens of the student and of the teacher each chunk holds, [chunks]."""
+        """The numbers of student tokens and of teacher tokens in each chunk, [chunks]."""
         ours, theirs = (np.bincount(side[side >= 0], minlength=len(self)) for side in (self.student, self.teacher))
         return ours, theirs
 
@@ -35,18 +34,18 @@ class Chunks:
 
 
 def align(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
-    """The finest common partition of two tokenisations of the same bytes.
+    """The finest common partition of two tokenizations of the same bytes.
 
-    student_ends, teacher_ends: where each token ends, in bytes from the start, not falling; the last of both is the length.
-    A token without bytes belongs to the chunk in which it stands: to the one that its place starts, or, at the very end, to
-    the last. Any number of sequences is aligned at once when each one's ends go on where the one before stopped.
+    student_ends, teacher_ends: the byte at which each token ends, not falling; the last one of both is the length of the text.
+    A token without bytes belongs to the chunk that starts at its place, or, at the end of the text, to the last chunk. Several
+    sequences can be aligned in one call when the ends of each continue those of the one before.
     Raises ValueError when the two sides do not end at the same byte. O(student tokens + teacher tokens).
     """
     if len(student_ends) == 0 or len(teacher_ends) == 0 or student_ends[-1] != teacher_ends[-1]:
         last = [int(ends[-1]) if len(ends) else 0 for ends in (student_ends, teacher_ends)]
         raise ValueError(f"the student's tokens end at byte {last[0]}, the teacher's at {last[1]}: not the same text")
     total = int(student_ends[-1])
-    # A mark for every byte is linear, and several times faster than merging two sorted lists in numpy.
+    # One mark a byte is linear, and several times faster than merging two sorted lists in numpy.
     marks = np.zeros(total + 1, dtype=np.uint8)
     marks[student_ends] = 1
     marks[teacher_ends] += marks[teacher_ends] == 1
@@ -58,7 +57,7 @@ def align(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
 
 
 def _places(ends: np.ndarray, cuts_before: np.ndarray, num_chunks: int) -> np.ndarray:
-    """The chunk of each token from where it ends; one without bytes opens the next chunk."""
+    """The chunk of each token, by the byte at which it ends; a token without bytes is in the chunk that starts there."""
     found = cuts_before[ends]
     empty = np.diff(ends, prepend=0) == 0
     if empty.any():
@@ -69,10 +68,10 @@ def _places(ends: np.ndarray, cuts_before: np.ndarray, num_chunks: int) -> np.nd
 
 @dataclass(frozen=True)
 class Folded:
-    """The tokens of a text of which blocks of bytes alone are compared, the blocks put one behind the other.
+    """The tokens of a text over some of its blocks of bytes, joined.
 
-    ends [tokens]: where each token ends in the blocks together, not falling; inside [tokens] bool: whether it has a part in
-    them; torn [tokens] bool: whether it also has bytes outside, or crosses from one block to the next.
+    ends [tokens]: the byte of the joined blocks at which each token ends, not falling; inside [tokens] bool: the token has bytes in
+    a block; torn [tokens] bool: it also has bytes outside, or in two blocks.
     """
 
     ends: np.ndarray
@@ -83,7 +82,7 @@ class Folded:
 def fold(ends: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Folded:
     """Tokens that end at these bytes, over the blocks [starts, starts + sizes), which are in order and do not overlap.
 
-    A token without bytes is inside where the byte that its place starts is, or, at the very end, the last one.
+    A token without bytes is inside where the next byte is in a block, or, at the end of the text, the last byte.
     """
     if not len(starts) or not len(ends):
         nothing = np.zeros(len(ends), dtype=bool)

@@ -1,7 +1,7 @@
 """A text in a tokenizer's own tokens, with quoted special tokens kept text.
 
-Quotes are taken out before a template renders a conversation, and stand as placeholder characters until the text is encoded,
-so that every special token that is then found is the template's own.
+Placeholder characters replace quotes before a template renders a conversation, until the text is encoded. So every special token
+in the rendering is the template's own.
 """
 
 import json
@@ -15,16 +15,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from opd.errors import DataError
-from opd.text.token_bytes import TokenBytes
-from opd.text.tokenizer import encode_text
+from opd.text.tokenizer import TokenBytes, encode_text
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
 PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
 
 
 class Quotes:
-    """Placeholders for what looks like a special token but is text. Characters of the placeholders' own plane count as quotes,
-    so that a placeholder is never anything else."""
+    """Placeholders for text that looks like a special token. Characters of the placeholders' own plane count as quotes, so a
+    placeholder is unambiguous."""
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
         self._pattern = pattern
@@ -33,8 +32,7 @@ class Quotes:
     def mark(
         self, text: str, *, outside: Sequence[tuple[int, int]] = (), pattern: re.Pattern[str] | None = None
     ) -> str:
-        """The text with placeholders for its quotes, or for what another `pattern` finds; spans of characters `outside` are left
-        as they are."""
+        """The text with placeholders for its quotes, or for the matches of another `pattern`; the spans `outside` stay."""
         pattern = pattern or self._pattern
         found, position = [], 0
         for start, stop in outside:
@@ -58,7 +56,7 @@ class Quotes:
 
     @property
     def plain_in_json(self) -> bool:
-        """Whether all that was quoted stands in a JSON string as it is."""
+        """Whether JSON escapes no character of the quotes."""
         return all(json.dumps(quoted, ensure_ascii=False)[1:-1] == quoted for quoted in self._quoted)
 
     def neutral(self, marked: str) -> str:
@@ -84,7 +82,7 @@ class Encoded:
         return self.text.encode()
 
     def byte_offsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token starts and stops in the text's bytes by the tokenizer's own account, [tokens] each."""
+        """The bytes of the text at which each token starts and stops, by the tokenizer's own offsets, [tokens] each."""
         byte_of = np.concatenate([[0], np.cumsum([len(c.encode()) for c in self.text])]).astype(np.int64)
         pairs = [(start + base, stop + base) for base, run in self.runs for start, stop in run.offsets]
         spans = np.array(pairs, dtype=np.int64).reshape(-1, 2)
@@ -100,7 +98,7 @@ class _Literal:
 
 
 class Encoder:
-    """One tokenizer, and which of its tokens are special where a template writes them and text where somebody quotes them."""
+    """One tokenizer, and its tokens that are special where a template writes them and text where they are quoted."""
 
     def __init__(self, tokenizer: Any, table: TokenBytes, literals: Sequence[str], *, name: str) -> None:
         self._tokenizer = tokenizer
@@ -116,7 +114,7 @@ class Encoder:
     def encode(self, marked: str, quotes: Quotes) -> Encoded:
         """The tokenizer's encoding of the whole; with quotes in it, run by run between special tokens, quotes as text.
 
-        Raises DataError when this tokenizer does not encode what stands between special tokens by itself.
+        Raises DataError when this tokenizer does not encode the text between special tokens by itself.
         """
         text = quotes.restore(marked)
         if text == marked:

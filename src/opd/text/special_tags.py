@@ -1,10 +1,10 @@
-"""Structural tokens by what they mean: thinking and tool-call tags under the spellings that are in use."""
+"""The tags with which models mark thoughts and tool calls, and the text of a response behind its thoughts."""
 
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from opd.text.token_bytes import TokenBytes
+from opd.text.tokenizer import TokenBytes
 
 THOUGHTS: Mapping[str, str] = MappingProxyType({
     "<think>": "</think>",
@@ -36,9 +36,9 @@ TAGS = frozenset().union(*_ROLES)
 
 
 def counterparts(student: TokenBytes, teacher: TokenBytes) -> dict[int, str]:
-    """The student's added tokens that the teacher has too, by name or by role, and how the teacher writes them.
+    """The student's added tokens that the teacher has too, by name or by role, and the teacher's names of them.
 
-    Added tokens that are ordinary text for the student and that the teacher has no tag for stay the text that they are.
+    An added token stays text if it is ordinary text for the student and the teacher has no tag for it.
     """
     theirs = set(teacher.added.values())
     found: dict[int, str] = {}
@@ -84,3 +84,22 @@ def opens_thinking(text: str) -> bool:
 def opened_thinking(rendering: str, text: str) -> str:
     """The thinking tag, and the white space behind it, with which a generation prompt ends where the text opens its own."""
     return thinking_opening(rendering) if opens_thinking(text) else ""
+
+
+_TAG = re.compile("|".join(re.escape(tag) for pair in THOUGHTS.items() for tag in pair), re.IGNORECASE)
+_CLOSING = {opening.casefold(): closing.casefold() for opening, closing in THOUGHTS.items()}
+
+
+def behind_thoughts(response: str) -> str | None:
+    """The text behind the last closing tag of a thought, all of it without a tag; None while a thought is not closed.
+
+    A closing tag alone closes a thought that the prompt opened. Within a thought only its own closing tag counts, in any case.
+    """
+    start, closing = 0, None
+    for found in _TAG.finditer(response):
+        tag = found[0].casefold()
+        if closing is None and tag in _CLOSING:
+            closing = _CLOSING[tag]
+        elif closing is None or tag == closing:
+            start, closing = found.end(), None
+    return response[start:] if closing is None else None

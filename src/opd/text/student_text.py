@@ -1,7 +1,7 @@
-"""The student's side of an alignment: the text that sampled tokens spell, and where each of them ends in it.
+"""The student's side of an alignment: the text of its sampled tokens, and where each token ends in it.
 
-The sampled ids are taken as they are; nothing is decoded and encoded again. What has no place in a text (control tokens
-without a counterpart, ids beyond the vocabulary, bytes that are no UTF-8) is kept out of it and marked with the reason.
+The sampled ids stay as they are; nothing is decoded and encoded again. Tokens without a place in a text are left out of it and
+marked with the reason: control tokens without a counterpart, ids beyond the vocabulary, bytes that are no UTF-8.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from opd.text.template import opened_by
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.tokenizer import encode_text
-from opd.text.turn_end import turn_end
+from opd.records import Rollout, Turn
+from opd.text.template import opened_by, turn_end
+from opd.text.tokenizer import TokenBytes, encode_text, token_bytes
 
 
 class Masked(IntEnum):
@@ -49,12 +48,21 @@ class StudentText:
         return int(self.ends[-1]) if len(self.ends) else 0
 
 
+def student_turns(rollout: Rollout) -> list[tuple[Turn, int]]:
+    """The turns of the student in a rollout, each with the place of its message in `rollout.messages`."""
+    first = len(rollout.prompt.messages)
+    places = [i for i, message in enumerate(rollout.messages) if i >= first and message["role"] == "assistant"]
+    turns = [turn for turn in rollout.turns if turn.author == "student"]
+    assert len(turns) == len(places), rollout.id
+    return list(zip(turns, places, strict=True))
+
+
 class StudentSide:
-    """How the student writes: its tokenizer, its tokens' bytes, its end-of-turn tokens; opened: the thinking tag that its
-    generation prompt ends with."""
+    """The student's tokenizer, the bytes of its tokens, its end tokens; opened: the thinking tag at the end of its generation
+    prompt."""
 
     def __init__(self, tokenizer: Any, *, generation_config: Any = None, vocab_size: int | None = None) -> None:
-        """Raises ModelError when the tokenizer does not tell its tokens' bytes, or when no token ends a turn."""
+        """Raises ModelError when the bytes of the tokens are unknown, or when no token ends a turn."""
         self.tokenizer = tokenizer
         self.table = token_bytes(tokenizer, vocab_size=vocab_size)
         self.end = turn_end(tokenizer, generation_config, who="the student")
@@ -66,11 +74,11 @@ class StudentSide:
         return encode_text(self.tokenizer, text, parse_special=False)
 
     def strange(self, token_ids: np.ndarray, symbols: Mapping[int, str]) -> np.ndarray:
-        """Which tokens the tokenizer itself would not have written where they stand, [tokens] bool.
+        """The tokens that the tokenizer would not produce for the text, [tokens] bool.
 
-        A text has many spellings; log pi of the sampled one is below that of the text, so a student of many spellings
-        looks further from its teachers than it is, and is drawn to them. Each stretch between control tokens is compared with
-        the tokenizer's encoding of it; a stretch that is no UTF-8, or that the tokenizer itself changes, is not judged.
+        A text has many tokenizations, and log pi of the sampled one is below that of the text. A student that uses many of them
+        looks further from its teachers than it is. Each stretch between control tokens is compared with the tokenizer's encoding
+        of it. A stretch that is no UTF-8, or that the tokenizer changes, is not compared.
         """
         found = np.zeros(len(token_ids), dtype=bool)
         for start, stop in self._stretches(token_ids, symbols):
@@ -91,7 +99,7 @@ class StudentSide:
         return found
 
     def _stretches(self, token_ids: np.ndarray, symbols: Mapping[int, str]) -> Iterator[tuple[int, int]]:
-        """[start, stop) of the tokens between those that are no text."""
+        """[start, stop) of each run of tokens that are text."""
         inside = np.minimum(token_ids, len(self.table) - 1)
         apart = (token_ids >= len(self.table)) | self.table.unknown[inside] | self.table.control[inside]
         apart |= np.isin(token_ids, list(symbols))

@@ -1,7 +1,7 @@
-"""A teacher of the student's vocabulary that has another chat template: it reads the sampled tokens after its own prompt.
+"""A teacher with the student's vocabulary and another chat template: it reads the sampled tokens behind its own prompt.
 
-Equal ids are no proof of an equal prompt. The response stays as it was sampled; the conversation before each turn is rendered and
-encoded as the teacher's own template has it.
+Equal ids do not prove equal prompts. The response stays as it was sampled. The teacher's own template renders the conversation
+before each turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,14 @@ from opd.records import Message, Prompt, Rollout, Turn, read_only
 from opd.text.chat import Chat
 from opd.text.encoding import Quotes
 from opd.text.special_tags import opens_thinking, thinking_opening
-from opd.text.template import REFUSALS, Frame, frame_of, require_generation_prompt
+from opd.text.student_text import student_turns
+from opd.text.template import frame_or_none, require_generation_prompt
 
 _QUESTION: Message = {"role": "user", "content": "?"}
-_THOUGHT: Message = {
-    "role": "assistant",
-    "content": "<think>\n...\n</think>\n\n!",
-}  # some templates drop those of earlier turns
-_TOOL: Mapping[str, Any] = {
-    "type": "function",
-    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
-}
+# some templates drop the thoughts of earlier turns
+_THOUGHT: Message = {"role": "assistant", "content": "<think>\n...\n</think>\n\n!"}
+_FUNCTION = {"name": "f", "description": "", "parameters": {"type": "object"}}
+_TOOL: Mapping[str, Any] = {"type": "function", "function": _FUNCTION}
 _CONVERSATIONS: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]] = (
     ((_QUESTION,), ()),
     (({"role": "system", "content": "!"}, _QUESTION), ()),
@@ -36,7 +33,7 @@ _CONVERSATIONS: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]] 
 
 @dataclass(frozen=True)
 class Shown:
-    """Tokens that a teacher reads: token_ids [tokens] int32, and which of them are actions of the student, mask [tokens] bool."""
+    """Tokens that a teacher reads: token_ids [tokens] int32; mask [tokens] bool, the actions of the student."""
 
     token_ids: np.ndarray
     mask: np.ndarray
@@ -48,29 +45,25 @@ def as_sampled(rollout: Rollout) -> list[Shown]:
 
 
 class OwnPrompt:
-    """How one teacher is shown the student's turns, each behind its own template's prompt."""
+    """Shows one teacher the student's turns, each behind the prompt of the teacher's own template."""
 
     def __init__(self, chat: Chat, student: Chat, *, name: str) -> None:
         """chat: the teacher's; student: the student's. Raises ModelError when the teacher's template has no generation prompt."""
         self._name = name
         self._chat, self._student = chat, student
-        frame = _frame_or_none(chat.tokenizer)
+        frame = frame_or_none(chat.tokenizer)
         if frame is not None and frame.before == frame.plain:
             require_generation_prompt(chat.tokenizer, who=f"teacher '{name}'")
         self._gap = "" if frame is None else frame.gap
 
     def read(self, rollout: Rollout) -> list[Shown]:
-        """What the teacher reads: the rollout itself where both templates render its conversation alike, else one sequence a turn.
-        Their actions in order are those of the rollout. Raises DataError when the template refuses the conversation."""
-        answers = [
-            i for i, m in enumerate(rollout.messages) if i >= len(rollout.prompt.messages) and m["role"] == "assistant"
-        ]
-        turns = [t for t in rollout.turns if t.author == "student"]
-        assert len(turns) == len(answers), rollout.id
-        if not turns:
-            return as_sampled(rollout)
+        """The rollout itself where both templates render its conversation alike, else one sequence for each turn.
+
+        The actions of the sequences, in order, are those of the rollout. Raises DataError when the template refuses the
+        conversation.
+        """
         found, same = [], True
-        for turn, answer in zip(turns, answers, strict=True):
+        for turn, answer in student_turns(rollout):
             before, text = rollout.messages[:answer], rollout.messages[answer]["content"]
             trusted = len(rollout.prompt.messages)
             own, quotes = self._render(rollout.prompt, before, trusted)
@@ -91,7 +84,7 @@ class OwnPrompt:
             raise DataError(f"teacher '{self._name}': {error}") from None
 
     def _begun(self, own: str, student: str, text: str) -> str:
-        """The teacher's prompt, so that a thinking block is open where it is open for the student, and once."""
+        """The teacher's prompt. A thinking block is open at its end where one is open for the student, and only one."""
         if opens_thinking(text):
             return own[: len(own) - len(thinking_opening(own))]
         if not thinking_opening(own) and (opening := thinking_opening(student)):
@@ -107,14 +100,6 @@ class OwnPrompt:
         response = rollout.token_ids[turn.start : turn.end]
         token_ids = np.concatenate([np.array(prompt, dtype=np.int32), response])
         return Shown(read_only(token_ids), read_only(np.arange(len(token_ids)) >= len(prompt)))
-
-
-def _frame_or_none(tokenizer: Any) -> Frame | None:
-    """What a template writes around an answer; None where it has no place for one, and can still show the question."""
-    try:
-        return frame_of(tokenizer)
-    except REFUSALS:
-        return None
 
 
 def _render(chat: Chat, prompt: Prompt, messages: Sequence[Message], trusted: int) -> tuple[str, Quotes]:

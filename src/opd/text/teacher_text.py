@@ -1,8 +1,7 @@
 """The teacher's side of an alignment: its own chat template, its own tokens, and where they end in the response.
 
-A response is read in the place where the teacher itself would write it: behind its own rendering of the conversation with the
-generation prompt. What somebody typed is text there, in the response and in the turns before it, even where it looks like a
-special token.
+The teacher reads a response where it would write one itself: behind its own rendering of the conversation with the generation
+prompt. Text that looks like a special token stays text, in the response and in the turns before it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +17,16 @@ from opd.text.call_template import CallTemplate, call_template, calls_as_text
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.special_tags import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
 from opd.text.student_text import Masked, StudentSide, StudentText
-from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools
-from opd.text.token_bytes import TokenBytes, token_bytes
-from opd.text.transcribe import Transcript
-from opd.text.turn_end import turn_end
+from opd.text.template import REFUSALS, apply_template, require_generation_prompt, template_shows_tools, turn_end
+from opd.text.tokenizer import TokenBytes, token_bytes
 
 
 @dataclass(frozen=True)
 class TeacherText:
     """One response in a teacher's tokens.
 
-    token_ids [tokens]: of the prompt and the response, no end token; first: the response's first token; ends [response
-    tokens]: the byte of the response at which each ends, not falling; masked [response tokens]: `Masked`, why it cannot be
-    used.
+    token_ids [tokens]: of the prompt and the response, without an end token; first: the response's first token; ends [response
+    tokens]: the byte of the response at which each token ends, not falling; masked [response tokens]: `Masked`.
     """
 
     token_ids: np.ndarray
@@ -40,8 +36,23 @@ class TeacherText:
 
 
 @dataclass(frozen=True)
+class Transcript:
+    """A turn with tool calls as the teacher's template writes it.
+
+    text: the teacher reads it in place of the student's text; tags: its characters [start, end) in which special tokens are real
+    ones of the teacher. blocks [blocks, 3] int64: (byte of the student's text, byte of this text, length) of what both texts have,
+    in order. led: the template writes its white space before an answer before this one too.
+    """
+
+    text: str
+    tags: tuple[tuple[int, int], ...]
+    blocks: np.ndarray
+    led: bool
+
+
+@dataclass(frozen=True)
 class Rendering:
-    """A conversation as the teacher sees it when its turn begins: `marked` has placeholders where special tokens are quoted."""
+    """A conversation with the generation prompt of the teacher; `marked` has placeholders for quoted special tokens."""
 
     marked: str
     quotes: Quotes
@@ -52,13 +63,13 @@ class Rendering:
 
 
 class TeacherSide:
-    """How one teacher reads: its template, its tokens' bytes, its end-of-turn tokens."""
+    """The tokenizer of one teacher: its template, the bytes of its tokens, its end tokens."""
 
     def __init__(
         self, tokenizer: Any, *, name: str, generation_config: Any = None, vocab_size: int | None = None
     ) -> None:
-        """Raises ModelError when the tokenizer does not tell its tokens' bytes, when its template has no generation prompt, and
-        when no token ends a turn."""
+        """Raises ModelError when the bytes of the tokens are unknown, when the template has no generation prompt, and when no token
+        ends a turn."""
         self.name = name
         self.tokenizer = tokenizer
         self.table: TokenBytes = token_bytes(tokenizer, vocab_size=vocab_size)
@@ -67,8 +78,7 @@ class TeacherSide:
         who = f"teacher '{name}'"
         frame = require_generation_prompt(tokenizer, who=who) if self._templated else None
         self._gap = frame.gap if frame else ""
-        # Added tokens that the template writes are structure, whether they are called special or not. Not so tags, which are
-        # anybody's, and white space, which some vocabularies hold as added tokens.
+        # Added tokens that the template writes are structure, special or not. Not so tags and white space: a response has them too.
         own = frame.whole if frame else ""
         structural = [t for t in self.table.added.values() if t in own and t.strip() and t not in TAGS]
         self._encoder = Encoder(tokenizer, self.table, [*self.table.names.values(), *structural], name=who)
@@ -77,21 +87,24 @@ class TeacherSide:
         self.end_ids = self.end.ids
 
     def counterparts(self, student: TokenBytes) -> dict[int, str]:
-        """The student's tags that this teacher has tokens of its own for; the last student's are kept."""
+        """The student's tags for which this teacher has tokens; the result for the last student is kept."""
         if self._asked is None or self._asked[0] is not student:
             self._asked = (student, counterparts(student, self.table))
         return self._asked[1]
 
     def ends_of(self, token_id: int, student_side: StudentSide) -> tuple[int, ...]:
-        """The end tokens that an end token of the student stands for: its namesake. The one that the student's template writes also
-        stands for those without a namesake, and one that stands for none means ending, whichever token says it."""
+        """The teacher's end tokens for an end token of the student: the one of the same name.
+
+        The student's `end_id` also stands for the teacher's end tokens without a namesake. All of the teacher's end tokens, where
+        the student's token stands for none.
+        """
         names = {student_side.table.of(i): i for i in student_side.end_ids}
         owners = [(i, names.get(self.table.of(i), student_side.end_id)) for i in self.end_ids]
         return tuple(i for i, owner in owners if owner == token_id) or self.end_ids
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Rendering:
-        """The conversation with the generation prompt, the tools as this teacher is shown them; quoted special tokens are kept
-        apart from the template's own. Calls that are data ("tool_calls") are for a template that writes them (`calls`)."""
+        """The conversation with its tools and the generation prompt, quoted special tokens as placeholders. Calls as data
+        ("tool_calls") become text where the template does not write calls (`calls`)."""
         quotes = self._encoder.quotes()
         shown = [calls_as_text(m) if "tool_calls" in m and self.calls is None else m for m in messages]
         quoted = [{**m, "content": quotes.mark(m["content"])} for m in shown]
@@ -113,10 +126,10 @@ class TeacherSide:
     def read(
         self, before: Rendering, student_text: StudentText, transcript: Transcript | None = None, *, opened: str = ""
     ) -> TeacherText:
-        """The spelled text behind the rendering, or what it was transcribed to, in the teacher's tokens.
+        """The student's text, or its transcript, behind the rendering, in the teacher's tokens.
 
-        opened: the thinking tag that the student's generation prompt opens; the teacher then reads a thought too.
-        Raises DataError when quoted special tokens cannot be told from real ones in this tokenizer's encoding.
+        opened: the thinking tag at the end of the student's generation prompt; the teacher's prompt then opens a thought too.
+        Raises DataError when this tokenizer's encoding does not tell quoted special tokens from real ones.
         """
         written = student_text if transcript is None else transcript
         opening = opened_thinking(before.marked, written.text)
@@ -133,11 +146,11 @@ class TeacherSide:
         boundary = prompt + len(gap.encode())
         first = int(np.searchsorted(ends, prompt, side="right"))
         while first > 0 and ends[first - 1] == prompt and self._invisible(encoded.ids, ends, first - 1):
-            first -= 1  # a space that the tokenizer puts before a text is part of writing it
+            first -= 1  # the space that the tokenizer puts before a text is part of the response
         masked = np.where(lossy[first:], np.uint8(Masked.LOSSY), np.uint8(Masked.NOT))
         if 0 < first < len(ends) and ends[first - 1] < prompt:
             masked[0] = Masked.STRADDLE
-        # White space that the template writes before an answer is the teacher's to write: it goes with the first chunk.
+        # The template's white space before an answer is part of the first chunk: the teacher would write it too.
         inside = np.maximum(ends[first:] - boundary, 0)
         ids = np.array([*self._leading, *encoded.ids], dtype=np.int64)
         return TeacherText(ids, first + len(self._leading), inside, masked)
@@ -163,7 +176,7 @@ class TeacherSide:
 
 
 def _spans(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token ends in the text's bytes, and which tokens do not spell what stands there."""
+    """The byte of the text at which each token ends, and the tokens with other bytes than the text has there."""
     array = np.array(encoded.ids, dtype=np.int64)
     joined = table.join(array).tobytes()
     if joined == encoded.whole:
@@ -176,9 +189,10 @@ def _spans(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]
 
 
 def _around_gaps(places: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`_spans` where bytes that the vocabulary lacks were left out; `places` [bytes written]: where each of the others ends.
+    """`_spans` where the tokenizer leaves out bytes that its vocabulary lacks; `places` [bytes written]: the ends of the others.
 
-    The tokenizer's own offsets are wrong behind such a byte. What was left out goes with the token behind it, which is marked.
+    The tokenizer's own offsets are wrong behind such a byte. A byte that is left out counts for the token behind it, which is
+    marked.
     """
     ends = np.append(0, places)[np.cumsum(lengths)]
     ends[-1] = size
@@ -186,8 +200,8 @@ def _around_gaps(places: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np
 
 
 def _walk(encoded: Encoded, table: TokenBytes) -> tuple[np.ndarray, np.ndarray]:
-    """Token by token. A space that the tokenizer put in is passed over; where a token does not spell what stands there, the
-    tokenizer's own offsets say how far the change reaches, and all tokens of that stretch are marked."""
+    """`_spans`, token by token. A space that the tokenizer adds is passed over. Where a token has other bytes than the text, the
+    tokenizer's offsets tell how far the change reaches, and all tokens of that stretch are marked."""
     pieces = [table.of(i) for i in encoded.ids]
     starts, stops = encoded.byte_offsets()
     ends, lossy = np.zeros(len(pieces), dtype=np.int64), np.zeros(len(pieces), dtype=bool)
@@ -232,11 +246,11 @@ def _end(ends: np.ndarray, index: int) -> int:
 
 
 def _spaced(piece: bytes, table: TokenBytes) -> bool:
-    """Whether a token may begin with a space that its tokenizer put there: alone only where it puts one before a text."""
+    """Whether the tokenizer may have added the space at the start of a token; a space alone only where it begins texts with one."""
     return piece.startswith(b" ") and (len(piece) > 1 or table.dummy_prefix)
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:
-    """What a tokenizer without a template puts before every text (a BOS token)."""
+    """The BOS token, where a tokenizer without a template puts one before every text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("a").input_ids)[:1] == [bos] else []

@@ -1,4 +1,4 @@
-"""How a chat template is rendered, and what it writes around an answer.
+"""How a chat template is rendered, what it writes around an answer, and which tokens end a turn.
 
 A template may read the clock (`strftime_now`) and draw at random (`random`, `lipsum`). Both are frozen here: every rendering of one
 tokenizer sees the moment that `freeze` gave it, and the same draws.
@@ -18,7 +18,8 @@ from transformers.utils import chat_template_utils
 
 from opd.errors import ModelError
 from opd.records import Message
-from opd.text.special_tags import thinking_opening, without_thinking
+from opd.text.special_tags import TAGS, thinking_opening, without_thinking
+from opd.text.tokenizer import described_token, end_token_ids
 from opd.text.tool_calls import tools_text
 
 _PROBE, _PROBE_QUESTION = "aXbYcZ", "dXeYfZ"
@@ -49,9 +50,9 @@ def clock_of(tokenizer: Any) -> str:
 def apply_template(
     tokenizer: Any,
     messages: Sequence[Message],
-    tools: Sequence[Any],
+    tools: Sequence[Any] = (),
     *,
-    natively: bool,
+    natively: bool = False,
     generate: bool = True,
 ) -> str:
     """A conversation as a chat template renders it. Where it does not show tools (`natively`), the system message does."""
@@ -156,12 +157,12 @@ def frame_of(tokenizer: Any) -> Frame | None:
     question: Sequence[Message] = _QUESTION
     answer: Message = {"role": "assistant", "content": _PROBE}
     try:
-        before = apply_template(tokenizer, question, (), natively=False)
+        before = apply_template(tokenizer, question)
     except REFUSALS:
         question = [_SYSTEM, *_QUESTION]
-        before = apply_template(tokenizer, question, (), natively=False)
-    plain = apply_template(tokenizer, question, (), natively=False, generate=False)
-    whole = apply_template(tokenizer, [*question, answer], (), natively=False, generate=False)
+        before = apply_template(tokenizer, question)
+    plain = apply_template(tokenizer, question, generate=False)
+    whole = apply_template(tokenizer, [*question, answer], generate=False)
     head, found, after = whole.partition(_PROBE)
     return Frame(before, plain, head, after, *_questions(tokenizer, question, answer)) if found else None
 
@@ -170,21 +171,24 @@ def _questions(tokenizer: Any, question: Sequence[Message], answer: Message) -> 
     """What a template writes before a question at first, and between an answer and a further one."""
     further: Message = {"role": "user", "content": _PROBE_QUESTION}
     try:
-        opening = apply_template(tokenizer, [*question[:-1], further], (), natively=False, generate=False)
-        whole = apply_template(tokenizer, [*question, answer, further], (), natively=False, generate=False)
+        opening = apply_template(tokenizer, [*question[:-1], further], generate=False)
+        whole = apply_template(tokenizer, [*question, answer, further], generate=False)
     except REFUSALS:
         return "", ""
     return opening.partition(_PROBE_QUESTION)[0], whole.partition(_PROBE)[2].partition(_PROBE_QUESTION)[0]
 
 
+def frame_or_none(tokenizer: Any) -> Frame | None:
+    """What a chat template writes around an answer; None where it has no place for one, and without a template."""
+    try:
+        return frame_of(tokenizer)
+    except REFUSALS:
+        return None
+
+
 def opened_by(tokenizer: Any) -> str:
     """The thinking tag, and the white space behind it, with which a chat template's generation prompt ends; "" without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    try:
-        frame = frame_of(tokenizer)
-    except REFUSALS:
-        return ""
+    frame = frame_or_none(tokenizer)
     return thinking_opening(frame.before) if frame else ""
 
 
@@ -202,3 +206,80 @@ def require_generation_prompt(tokenizer: Any, *, who: str) -> Frame:
             f"add_generation_prompt = true ends with {frame.before[-40:]!r}; give it a template that opens the assistant's turn"
         )
     return frame
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """ids: every token that ends a turn, sorted; written: the one that the model's chat template writes behind an answer, or the
+    tokenizer's end token where the template writes none; note: how template, tokenizer and generation config disagree, "" where
+    they agree."""
+
+    ids: tuple[int, ...]
+    written: int
+    note: str = ""
+
+
+def turn_end(tokenizer: Any, generation_config: Any = None, *, who: str) -> TurnEnd:
+    """The tokens that end a turn of a model: its template's, its tokenizer's and its generation config's.
+
+    Raises ModelError where the template ends a turn with a text that holds no token of its own, and where nothing ends a turn.
+    """
+    template = _of_template(tokenizer, who)
+    declared = end_token_ids(tokenizer, generation_config)
+    ids = tuple(sorted({*declared} if template is None else {*declared, template}))
+    if not ids:
+        raise ModelError(
+            f"{who}: neither its chat template, its tokenizer nor its generation config has an end token, so no response could "
+            "end; set eos_token in its tokenizer_config.json"
+        )
+    own, config = end_token_ids(tokenizer), end_token_ids(None, generation_config)
+    written: int = template if template is not None else own[0] if own else ids[0]
+    agree = written in (own or ids) and written in (config or ids)
+    return TurnEnd(ids, written, "" if agree else _disagreement(tokenizer, template, config, written))
+
+
+def _of_template(tokenizer: Any, who: str) -> int | None:
+    """The first added token that the template writes behind an answer, or behind one that a question follows; None where it writes
+    white space alone, or has no place for an answer."""
+    frame = frame_or_none(tokenizer)
+    if frame is None:
+        return None
+    added = {str(token): int(i) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    names = sorted((name for name in added if name.strip() and name not in TAGS), key=len, reverse=True)
+    found = [piece for piece in _pieces(frame.after, names) or _behind_answer(frame, names) if piece in names]
+    if found:
+        return added[found[0]]
+    if not frame.after.strip():
+        return None
+    count = len(tokenizer(frame.after.strip(), add_special_tokens=False).input_ids)
+    declared = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_token_ids(tokenizer)) or "none"
+    raise ModelError(
+        f"{who}: its chat template ends a turn with {frame.after.strip()!r}, which holds no special or added token "
+        f"({count} tokens of text; the tokenizer's end token: {declared}), so no turn could end there; add it to the tokenizer as "
+        "one token, or give the model a chat template that ends a turn with its end token"
+    )
+
+
+def _pieces(text: str, names: Sequence[str]) -> list[str]:
+    """A text cut at these names, without the white space between."""
+    cut = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return [piece.strip() for piece in cut if piece.strip()]
+
+
+def _behind_answer(frame: Frame, names: Sequence[str]) -> list[str]:
+    """What ends an answer of a template that ends it only where a question follows: without what opens every question."""
+    between, opening = _pieces(frame.between, names), _pieces(frame.opening, names)
+    while between and opening and between[-1] == opening[-1]:
+        between.pop()
+        opening.pop()
+    return between
+
+
+def _disagreement(tokenizer: Any, template: int | None, config: Sequence[int], written: int) -> str:
+    own = tokenizer.eos_token_id
+    said = [] if template is None else [f"the chat template ends a turn with {described_token(tokenizer, template)}"]
+    if own is not None:
+        said.append(f"the tokenizer's end token is {described_token(tokenizer, own)}")
+    if config:
+        said.append(f"the generation config names {', '.join(described_token(tokenizer, i) for i in config)}")
+    return f"{', '.join(said)}: any of them ends a turn, and fine-tuning teaches {described_token(tokenizer, written)}"

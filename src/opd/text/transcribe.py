@@ -1,20 +1,26 @@
 """A turn with tool calls as another template writes it, and the bytes that both texts have in common.
 
-What is common follows from what the texts are, never from how they happen to look: the text outside calls, the names, the
-arguments piece by piece of their JSON, and of the rest whole words and signs where it begins or ends alike.
+Common are the text outside calls, the names of the tools, the arguments by pieces of their JSON, and the whole words and signs
+with which the text around them begins or ends on both sides.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from opd.text.call_template import CallText, Payload
-from opd.text.tool_calls import Call
+from opd.errors import DataError
+from opd.records import Rollout
+from opd.text.call_template import CallTemplate, CallText, Payload, with_calls
+from opd.text.special_tags import TAGS
+from opd.text.student_text import StudentText, spell
+from opd.text.teacher_text import Rendering, TeacherSide, Transcript
+from opd.text.tokenizer import TokenBytes
+from opd.text.tool_calls import Call, Syntax, parse_calls
 
 Write: TypeAlias = Callable[[int, int, str], CallText | None]
 """The teacher's text of the calls [first, last) of a turn, behind a text (`CallTemplate.write`)."""
@@ -31,29 +37,13 @@ _CHARACTER = re.compile(
 _DECODER = json.JSONDecoder()
 
 
-@dataclass(frozen=True)
-class Transcript:
-    """A turn as the teacher's template writes it.
-
-    text: what the teacher reads in place of what the student wrote; tags: the characters [start, end) of it in which special
-    tokens are the teacher's own rather than text that looks so. blocks [blocks, 3] int64: (byte of the student's text, byte of
-    this one, bytes) of what both have, in order. led: whether the white space that the template writes before an answer is
-    before this one.
-    """
-
-    text: str
-    tags: tuple[tuple[int, int], ...]
-    blocks: np.ndarray
-    led: bool
-
-
 def transcribe(
     text: str, tags: Sequence[tuple[int, int]], calls: Sequence[Call], payloads: Sequence[Payload], write: Write
 ) -> Transcript | None:
-    """The student's turn with every run of calls as the teacher writes it; None where it writes one of them in no way.
+    """The student's turn with every run of calls as the teacher writes it; None where the teacher cannot write one of them.
 
-    text, tags: as in `Spelling`; calls and payloads: of the turn, in its order. Text outside calls stays as it is, but for
-    white space where the template has its own: between an answer's text and the calls behind it, and behind the last call.
+    text, tags: as in `StudentText`; calls and payloads: of the turn, in order. Text outside calls stays, except white space that
+    the template writes itself: between the text of an answer and the calls behind it, and behind the last call.
     """
     whole = _Whole(text, tags)
     position, led = 0, True
@@ -79,7 +69,7 @@ def transcribe(
 
 
 class _Whole:
-    """A transcript while it grows: its text, and in characters its tags and what it has in common with the student's text."""
+    """A transcript while it grows: its text, and its tags and the blocks that it shares with the student's text, in characters."""
 
     def __init__(self, text: str, tags: Sequence[tuple[int, int]]) -> None:
         self._text, self._tags = text, tags
@@ -105,7 +95,7 @@ class _Whole:
 
 
 def payloads_of(text: str, calls: Sequence[Call]) -> list[Payload]:
-    """Where each call's name and its arguments stand in a text that `parse_calls` has read, in the text's order."""
+    """The places of each call's name and arguments in a text that `parse_calls` has read, in order."""
     found: list[Payload] = []
     for number, call in enumerate(calls):
         for key, start, end in _members(text, text.index("{", call.start)):
@@ -141,7 +131,8 @@ def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
 def _common(student: tuple[str, int, int], own: Sequence[Payload], written: CallText) -> list[Block]:
     """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it.
 
-    Wrappers are compared between the same two payloads; around one that is found on one side alone, at the run's own edges.
+    Text around payloads is compared between the same two payloads. Where a payload is found on one side alone, only the text at
+    the edges of the run is compared.
     """
     text, position, end = student
     pairs = _in_one_order(own, written.payloads)
@@ -169,7 +160,7 @@ def _common(student: tuple[str, int, int], own: Sequence[Payload], written: Call
 
 
 def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tuple[Payload, Payload]]:
-    """The payloads of both texts; of a call whose parts stand in another order, the arguments alone."""
+    """The payloads that both texts have, in one order. Of a call with its parts in another order, the arguments alone."""
     theirs = {(p.call, p.part): p for p in written}
     pairs = [(p, theirs[p.call, p.part]) for p in own if (p.call, p.part) in theirs]
     crossed = {a.call for (a, b), (_, d) in pairwise(pairs) if d.start < b.start}
@@ -181,7 +172,7 @@ def _in_one_order(own: Sequence[Payload], written: Sequence[Payload]) -> list[tu
 
 
 def _wrapper(ours: str, theirs: str, at: tuple[int, int], *, head: bool, tail: bool) -> list[Block]:
-    """What two wrappers that stand at these places begin with (`head`) and end with (`tail`), in whole words and signs."""
+    """The whole words and signs with which two wrappers at these places both begin (`head`) and end (`tail`)."""
     one, other = list(_signs(ours)), list(_signs(theirs))
     first = _alike(one, other) if head else 0
     last = _alike(one[first:][::-1], other[first:][::-1]) if tail else 0
@@ -201,7 +192,7 @@ def _alike(one: Sequence[_Piece], other: Sequence[_Piece]) -> int:
 
 
 def _signs(text: str) -> Iterator[_Piece]:
-    """A text by words and other signs; what comes last is its end."""
+    """A text by words and other signs; the last piece is its end."""
     position = 0
     for found in _SIGN.finditer(text):
         yield found[2], position, found.start(2), found.end()
@@ -225,7 +216,7 @@ def _pieces(text: str) -> Iterator[_Piece]:
 
 
 def _characters(text: str) -> Iterator[_Piece]:
-    """The inside of a JSON string, each character or escape with what it stands for."""
+    """The inside of a JSON string: each character, or the character that an escape stands for."""
     for found in _CHARACTER.finditer(text):
         value = json.loads(f'"{found[0]}"') if found[0][0] == "\\" else found[0]
         yield ("character", value), found.start(), found.start(), found.end()
@@ -234,8 +225,7 @@ def _characters(text: str) -> Iterator[_Piece]:
 def _corresponding(
     ours: str, theirs: str, at: tuple[int, int], pieces: Callable[[str], Iterator[_Piece]]
 ) -> list[Block]:
-    """What is written alike of one value that is written twice, at these places; nothing where its pieces stand in another
-    order."""
+    """The equal parts of one value that both texts have at these places; nothing where its pieces are in another order."""
     if ours == theirs:
         return [(*at, len(ours))]
     one, other = list(pieces(ours)), list(pieces(theirs))
@@ -245,7 +235,7 @@ def _corresponding(
 
 
 def _equal_parts(ours: str, theirs: str, at: tuple[int, int], pairs: Iterable[tuple[_Piece, _Piece]]) -> list[Block]:
-    """Of pieces that correspond, what is written alike, and the white space before them where that is."""
+    """Of pieces that correspond, those that are equal, and the white space before them where it is equal."""
     start, place = at
     found: list[Block] = []
     for (_, a, b, c), (_, x, y, z) in pairs:
@@ -272,3 +262,92 @@ def _in_bytes(blocks: Sequence[Block], ours: str, theirs: str) -> np.ndarray:
     plain = np.array(blocks, dtype=np.int64).reshape(-1, 3)
     starts, places, stops = one[plain[:, 0]], other[plain[:, 1]], one[plain[:, 0] + plain[:, 2]]
     return np.stack([starts, places, stops - starts], axis=1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a teacher reads of a turn: the conversation before it, and a transcript in place of the student's text (None: the text).
+
+    untranscribed: calls in the turn or before it stay as the student wrote them, because the template does not write them.
+    """
+
+    before: Rendering
+    transcript: Transcript | None
+    untranscribed: bool
+
+
+class OwnSyntax:
+    """Shows one rollout to one teacher in the teacher's own syntax of calls, as far as its template writes calls."""
+
+    def __init__(self, rollout: Rollout, table: TokenBytes, teacher_side: TeacherSide, syntax: Syntax) -> None:
+        """table, syntax: the student's tokens, and its syntax of calls."""
+        self._table = table
+        self._teacher_side = teacher_side
+        self._syntax: Syntax = syntax
+        self._tools = rollout.prompt.tools
+        self._messages = with_calls(rollout.messages, self._tools, syntax=syntax)
+        # The ids of tools' answers stay, because some templates require them.
+        self._as_written = tuple(
+            {**said, "tool_call_id": m["tool_call_id"]} if "tool_call_id" in m else said
+            for said, m in zip(rollout.messages, self._messages, strict=True)
+        )
+
+    def see(self, answer: int, token_ids: np.ndarray, student_text: StudentText) -> Seen:
+        """The turn that is message `answer` of the rollout; token_ids, student_text: of the turn without its end token.
+
+        Raises DataError when the teacher cannot read the conversation.
+        """
+        told = any("tool_calls" in m for m in self._messages[: answer + 1])
+        before = self._told(answer) if self._teacher_side.calls is not None or not told else None
+        if before is None:
+            return Seen(self._teacher_side.render(self._as_written[:answer], self._tools), None, untranscribed=told)
+        own = self._messages[answer].get("tool_calls", ())
+        if not own:
+            return Seen(before, None, untranscribed=False)
+        transcript = self._transcript(token_ids, student_text, own, before)
+        return Seen(before, transcript, untranscribed=transcript is None)
+
+    def _told(self, answer: int) -> Rendering | None:
+        """The conversation before a turn with calls as data; None where the template refuses them."""
+        try:
+            return self._teacher_side.render(self._messages[:answer], self._tools)
+        except DataError:
+            return None
+
+    def _transcript(
+        self, token_ids: np.ndarray, student_text: StudentText, own: Sequence[Mapping[str, Any]], before: Rendering
+    ) -> Transcript | None:
+        template: CallTemplate | None = self._teacher_side.calls
+        assert template is not None
+        # The student writes calls in its own tags; the teacher may have other tags, or none.
+        own_tags = {i: literal for i, literal in self._table.added.items() if literal in TAGS}
+        literal = spell(self._table, token_ids, {**self._teacher_side.counterparts(self._table), **own_tags})
+        parsed = parse_calls(literal.text, self._tools, syntax=self._syntax)
+        wanted = [(call["function"]["name"], call["function"]["arguments"]) for call in own]
+        if parsed.errors or [(c.name, c.arguments) for c in parsed.calls] != wanted:
+            return None  # control tokens within a call, which the message does not show
+        places = _Places(literal, student_text)
+        calls = [replace(c, start=places.of(c.start), end=places.of(c.end)) for c in parsed.calls]
+        payloads = [
+            replace(p, start=places.of(p.start), end=places.of(p.end)) for p in payloads_of(literal.text, parsed.calls)
+        ]
+
+        def write(first: int, last: int, text: str) -> CallText | None:
+            return template.write(own[first:last], self._tools, before.quotes, text=text)
+
+        return transcribe(student_text.text, student_text.tags, calls, payloads, write)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Maps places between two texts of a turn that differ in their tags alone."""
+
+    one: StudentText
+    other: StudentText
+
+    def of(self, place: int) -> int:
+        """The same place, in characters; it lies within no tag."""
+        byte = len(self.one.text[:place].encode())
+        before = int(np.searchsorted(self.one.ends, byte, side="right"))  # tokens that end here or earlier
+        start, start_there = (int(side.ends[before - 1]) if before else 0 for side in (self.one, self.other))
+        return len(self.other.text.encode()[: start_there + byte - start].decode())
