@@ -55,7 +55,7 @@ class EpisodesConfig(Node):
 
 
 class ChecksConfig(Node):
-    """Format errors that opd looks for in the student's text: one for each of `rules`, none by default (docs/concepts/safeguards.md).
+    """Format errors that opd finds in the student's text, one for each of `rules`, none by default (docs/concepts/safeguards.md).
 
     tags: tags that the last turn must have, in this order, once each. answer_pattern: a regular expression that must match within
     the last 8,192 characters of the last turn, in one second. answer_end: the text after which a turn must say nothing more.
