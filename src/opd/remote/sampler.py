@@ -31,9 +31,8 @@ class RemoteSampler:
     context: int | None
     player: EpisodePlayer
     protocol: ServerProtocol = field(default_factory=VllmProtocol)
-    _now: tuple[Endpoint | None, int] = field(
-        default=(None, 0), init=False
-    )  # where new calls go; the policy version there
+    # where new calls go, and the policy version there
+    _now: tuple[Endpoint | None, int] = field(default=(None, 0), init=False)
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """Later calls sample from the latest weights."""
