@@ -14,7 +14,7 @@ from test_tools import call, heard, make, step
 
 from opd.config import EpisodesConfig
 from opd.episodes import environment as hosting
-from opd.episodes.tools import Tool, ToolEnvironment
+from opd.episodes.environment import Tool, ToolEnvironment
 from opd.errors import DataError, RunError
 from opd.roles import Step
 

@@ -16,9 +16,9 @@ from zoo import toy, toy_bpe
 
 import opd
 from opd.config import EpisodesConfig
+from opd.episodes.environment import Tool, ToolEnvironment
 from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.episodes.tool_problems import calculate
-from opd.episodes.tools import Tool, ToolEnvironment
 from opd.local.teacher import CrossTokenizerPolicy, score_cross_tokenizer
 from opd.records import ChunkScore, Message, Prompt, Rollout
 from opd.text.call_template import tool_call

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import opd
 from opd.config import EpisodesConfig
+from opd.episodes.environment import Tool, ToolEnvironment
 from opd.episodes.tool_problems import calculate
-from opd.episodes.tools import Tool, ToolEnvironment
 from opd.roles import Step
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}

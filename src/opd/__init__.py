@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from opd.callbacks import STOP, Callback
     from opd.checks.notices import Finding
     from opd.config import Config, SftConfig, load_config, parse_config
-    from opd.episodes.tools import Tool, ToolEnvironment
+    from opd.episodes.environment import Tool, ToolEnvironment
     from opd.errors import OpdError
     from opd.evaluate import Cell, ParityRow
     from opd.finetune import SftResult, resume_sft, sft
@@ -30,7 +30,7 @@ _HOMES = {
     "opd.callbacks": ("STOP", "Callback"),
     "opd.checks.notices": ("Finding",),
     "opd.config": ("Config", "SftConfig", "load_config", "parse_config"),
-    "opd.episodes.tools": ("Tool", "ToolEnvironment"),
+    "opd.episodes.environment": ("Tool", "ToolEnvironment"),
     "opd.errors": ("OpdError",),
     "opd.evaluate": ("Cell", "ParityRow"),
     "opd.logging.run_folder": ("read_metrics", "read_rollouts"),

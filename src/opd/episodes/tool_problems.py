@@ -10,7 +10,7 @@ from typing import Any
 
 from opd.config import EpisodesConfig, ToolTask
 from opd.data.tasks import GeneratedPrompts
-from opd.episodes.tools import Tool, ToolEnvironment
+from opd.episodes.environment import Tool, ToolEnvironment
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.rewards.verifiers import exact
