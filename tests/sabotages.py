@@ -353,7 +353,7 @@ SABOTAGES: Mapping[str, Mapping[str, Sabotage]] = {
     },
     "comparison": {
         "a cell for each token": Sabotage(
-            "text.shared_vocabulary:shared_vocabulary",
+            "text.tokenizer:shared_vocabulary",
             lambda f: lambda *args: replace(f(*args), student=f(*args).student[::-1].copy()),
         ),
         "all in one chunk": Sabotage("text.chunks:align", instead(one_chunk)),
