@@ -6,7 +6,7 @@ in the rendering is the template's own.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,16 @@ class Quotes:
             found += [pattern.sub(self._placeholder, text[position:start]), text[start:stop]]
             position = stop
         return "".join([*found, pattern.sub(self._placeholder, text[position:])])
+
+    def mark_all(self, value: Any, *, pattern: re.Pattern[str] | None = None) -> Any:
+        """A JSON value with placeholders in its strings and keys."""
+        if isinstance(value, str):
+            return self.mark(value, pattern=pattern)
+        if isinstance(value, Mapping):
+            return {self.mark_all(k, pattern=pattern): self.mark_all(v, pattern=pattern) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.mark_all(item, pattern=pattern) for item in value)
+        return value
 
     def restore(self, marked: str) -> str:
         return re.sub(PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
