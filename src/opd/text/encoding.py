@@ -21,6 +21,13 @@ _FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
 PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
 
 
+def byte_offsets(text: str) -> np.ndarray:
+    """The byte at which each character of a text starts, and the last one ends, [characters + 1] int64."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    lengths = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
 class Quotes:
     """Placeholders for text that looks like a special token. Characters of the placeholders' own plane count as quotes, so a
     placeholder is unambiguous."""
@@ -93,7 +100,7 @@ class Encoded:
 
     def byte_offsets(self) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of the text at which each token starts and stops, by the tokenizer's own offsets, [tokens] each."""
-        byte_of = np.concatenate([[0], np.cumsum([len(c.encode()) for c in self.text])]).astype(np.int64)
+        byte_of = byte_offsets(self.text)
         pairs = [(start + base, stop + base) for base, run in self.runs for start, stop in run.offsets]
         spans = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         return byte_of[spans[:, 0]], byte_of[spans[:, 1]]

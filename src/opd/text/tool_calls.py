@@ -140,7 +140,7 @@ def _hermes(text: str, known: Toolbox) -> list[Call | CallError]:
 
 def _tagged(text: str, tag: re.Match[str], following: re.Match[str] | None, known: Toolbox) -> Call | CallError:
     """The call that an opening tag begins; one that is not framed as a call ends with the next tag, or with the text."""
-    start = _skip_space(text, tag.end())
+    start = skip_space(text, tag.end())
     end, fault = _frame(text, start)
     closing = None if fault else _CLOSING.match(text, end)
     if closing is None:
@@ -155,7 +155,7 @@ def _tagged(text: str, tag: re.Match[str], following: re.Match[str] | None, know
 
 def _whole(text: str, known: Toolbox) -> list[Call | CallError]:
     """The turn as one call; nothing where it is an answer. Objects within other text are left to `_dropped`."""
-    start, stop = _skip_space(text, 0), len(text.rstrip(" \t\n\r"))
+    start, stop = skip_space(text, 0), len(text.rstrip(" \t\n\r"))
     if not known.names or not text.startswith("{", start):
         return []
     end, fault = _frame(text, start)
@@ -179,7 +179,8 @@ def _names_known(text: str, known: Toolbox) -> bool:
     return any(found[2] in known for found in _NAMED.finditer(text))
 
 
-def _skip_space(text: str, start: int) -> int:
+def skip_space(text: str, start: int) -> int:
+    """The first place from `start` on that is no white space of JSON."""
     found = _SPACE.match(text, start)
     return found.end() if found else start
 
