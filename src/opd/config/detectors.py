@@ -1,4 +1,4 @@
-"""The detectors of reward hacking: what each does on an alarm, and from which figures it raises one (docs/safeguards.md).
+"""The detectors of reward hacking: their action on an alarm, and the thresholds of an alarm (docs/safeguards.md).
 
 Streams are smoothed by moving averages over `memory` steps, and a change counts only beyond six of its own standard errors
 (`opd.detectors.statistics`), so that small batches make detectors slower, not nervous.

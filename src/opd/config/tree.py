@@ -55,7 +55,7 @@ class EpisodesConfig(Node):
 
 
 class ChecksConfig(Node):
-    """Format errors that opd looks for in what the student writes: one for each of `rules` (docs/safeguards.md), none by default.
+    """Format errors that opd looks for in the student's turns: one for each of `rules` (docs/safeguards.md), none by default.
 
     tags: tags that the last turn must have, in this order, once each. answer_pattern: a regular expression that must match within
     the last 8,192 characters of the last turn, in one second. answer_end: the text after which a turn must say nothing more.
@@ -125,7 +125,7 @@ class RecordTask(Node):
     columns: from keys of a record to the data's own names, such as `{ prompt = "question", answer = "solution" }`. A field
     whose key another one takes goes into `meta`.
 
-    completion: what becomes of the assistant's message that a record ends with: the `answer` that is verified, the `demonstration`
+    completion: the use of an assistant's message at the end of a record: the `answer` that is verified, the `demonstration`
     of fine-tuning, or nothing ("drop"). By default `messages` must not end with one, and in records that keep it apart
     ("completion", ShareGPT's "conversations") it is the demonstration. grader: another verifier, for the held-out reward in
     training (`evaluation.every`).

@@ -1,4 +1,4 @@
-"""Verifiers: what a response is worth against a reference answer, in [0, 1].
+"""Verifiers: they compare a response with a reference answer and give a reward in [0, 1].
 
 Each reads what the response says behind its thoughts (`opd.text.special_tags`): a thought that is not closed is worth 0.
 """
@@ -37,7 +37,7 @@ def mathematical(response: str, answer: str) -> float | None:
 
 
 def compared(response: str, answer: str) -> float | None:
-    """What `mathematical` says, in the process that is bounded in time; None where one of its steps takes too long."""
+    """The reward of `mathematical`, in the process with a time limit; None where a step takes too long."""
     try:
         return float(_equals(behind_thoughts(response), answer))
     except TimeoutError:

@@ -84,7 +84,7 @@ class Chat:
         return call_template(self._apply, [self.literal(i) for i in self.end.ids]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
-        """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
+        """The token ids of a rendering, or of text behind it (`opens` False); raises DataError when there are none."""
         alone = not self._templated and opens  # a base model's text begins as its tokenizer begins texts
         if quotes.restore(marked) != marked:
             leading = list(self.tokenizer("").input_ids) if alone else []
@@ -125,7 +125,7 @@ class Chat:
 
     @cached_property
     def end(self) -> TurnEnd:
-        """What ends a turn. Raises ModelError where nothing does."""
+        """The tokens that end a turn. Raises ModelError where there are none."""
         return turn_end(self.tokenizer, self._generation_config, who=f"model '{self.tokenizer.name_or_path}'")
 
     @cached_property

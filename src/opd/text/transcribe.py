@@ -27,7 +27,7 @@ Write: TypeAlias = Callable[[int, int, str], CallText | None]
 """The teacher's text of the calls [first, last) of a turn, behind a text (`CallTemplate.write`)."""
 
 Block: TypeAlias = tuple[int, int, int]
-"""(place in the student's text, place in the teacher's, length) of what both have."""
+"""(place in the student's text, place in the teacher's, length) of equal text."""
 
 _SIGN = re.compile(r"(\s*+)(\w+|\S)")
 _JSON = re.compile(r'([ \t\n\r]*+)("[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+0-9.eE]+|true|false|null|.)', re.DOTALL)
@@ -124,7 +124,7 @@ def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
 
 
 def _common(student: tuple[str, int, int], own: Sequence[Payload], written: CallText) -> list[Block]:
-    """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it.
+    """The blocks that a run of calls, characters [start, end) of the student's text, shares with the teacher's text of it.
 
     Text around payloads is compared between the same two payloads. Where a payload is found on one side alone, only the text at
     the edges of the run is compared.
@@ -177,7 +177,7 @@ def _wrapper(ours: str, theirs: str, at: tuple[int, int], *, head: bool, tail: b
 
 
 _Piece: TypeAlias = tuple[Any, int, int, int]
-"""(what it is, start, start behind the white space, end) of a word, a sign or a character."""
+"""(value, start, start behind the white space, end) of a word, a sign or a character."""
 
 
 def _alike(one: Sequence[_Piece], other: Sequence[_Piece]) -> int:
@@ -261,7 +261,7 @@ def _in_bytes(blocks: Sequence[Block], ours: str, theirs: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a teacher reads of a turn: the conversation before it, and a transcript in place of the student's text (None: the text).
+    """A turn as a teacher reads it: the conversation before it, and a transcript in place of the student's text (None: the text).
 
     untranscribed: calls in the turn or before it stay as the student wrote them, because the template does not write them.
     """
