@@ -1,4 +1,4 @@
-"""Notices before the first step: keys and data without effect, and objectives that reward what they should not."""
+"""Notices before the first step: keys and data without effect, the use of rewards, and objectives that reward errors."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ class Finding:
 
 
 REWARD = "reward"
-"""The name of the finding that says what becomes of rewards."""
+"""The name of the finding on the use of rewards."""
 _NO_EFFECT = "no effect"
 _PLAYED = ("tools", "textarena")  # types of tasks that have environments
 _GROUP_MASK = (
@@ -46,7 +46,7 @@ _TRAIN_ON_IT = (
 
 
 def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: bool) -> list[Finding]:
-    """Keys without effect, prompts that repeat, and what becomes of rewards. reward, environment: whether the user gave one."""
+    """Keys without effect, prompts that repeat, and the use of rewards. reward, environment: whether the user gave one."""
     findings = rewards_used(config, prompts, reward=reward, environment=environment)
     lines = without_effect(config) + _of_prompts(config, prompts, environment=environment)
     lines += _replaced(config) if reward else _idle_verifiers(config, prompts) + _unread_answers(config, prompts)
@@ -70,7 +70,7 @@ def notices_of_tuning(config: SftConfig, prompts: PromptSets) -> list[Finding]:
 
 
 def rewards_used(config: Config, prompts: PromptSets, *, reward: bool, environment: bool) -> list[Finding]:
-    """What becomes of rewards: measured only, or trained on, and where nothing gives one."""
+    """The use of rewards: measured only, or trained on; and the tasks without one."""
     given = [
         name for name, splits in prompts.items() if any(has_verdict(p, config.tasks[name]) for p in splits["train"])
     ]
@@ -152,7 +152,7 @@ def _replaced(config: Config) -> list[str]:
 
 
 def _held_out_prompts_in_training(configs: Mapping[str, TaskConfig], prompts: PromptSets) -> list[str]:
-    """Held-out prompts of files that are trained on, by any task: what they measure is no generalisation."""
+    """Held-out prompts that some task trains on: they do not measure generalisation."""
     trained = {_content(prompt) for splits in prompts.values() for prompt in splits["train"]}
     found: list[str] = []
     for name, config in configs.items():
@@ -195,7 +195,7 @@ def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: 
 
 
 def _content(prompt: Prompt) -> str:
-    """What the student is shown."""
+    """The messages and tools that the student is shown."""
     return json.dumps([[dict(m) for m in prompt.messages], list(prompt.tools)], sort_keys=True, default=dict)
 
 

@@ -1,4 +1,4 @@
-"""Rules across the tables of a training recipe. Each raises ValueError that says what to write instead."""
+"""Rules across the tables of a training recipe. Each raises ValueError with the remedy."""
 
 from typing import TYPE_CHECKING
 
@@ -137,7 +137,7 @@ def _remote_fits(config: "Config") -> None:
 
 
 def _reward_fits(config: "Config") -> None:
-    """Baselines across samples have a group, and what weighs or clips sampled advantages has some."""
+    """Baselines across samples need a group, and weights and clips of sampled advantages need a sampled advantage."""
     objective, reward, groups = config.objective, config.reward, config.sampling.group_size
     if reward.coef > 0 and reward.baseline != "none" and groups < 2:
         raise ValueError(

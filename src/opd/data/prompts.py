@@ -112,7 +112,7 @@ def read_prompts_from(
 
 @dataclass(frozen=True)
 class _Reading:
-    """How the records of a source become the prompts of a task; setting: what precedes the name of a setting in an error."""
+    """Makes prompts of a task from the records of a source. setting: the beginning of the names of settings in errors."""
 
     source: str
     task: str
@@ -204,7 +204,7 @@ class _Reading:
         return prompt, bool(completed)
 
     def _require_turn(self, messages: Sequence[Message]) -> None:
-        """Raise DataError where the last of several messages is the assistant's, and `completion` does not say what to do."""
+        """Raise DataError where the last of several messages is the assistant's, and `completion` is not set."""
         if self.completion is None and messages[-1]["role"] == "assistant" and len(messages) > 1:
             used = " ('answer' and 'demonstration' cut it off and use it)"
             raise DataError(

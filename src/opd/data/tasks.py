@@ -1,4 +1,4 @@
-"""What the tasks of a recipe give to a run: prompts, rewards and environments.
+"""The tasks of a recipe: their prompts, rewards and environments, and the order of prompts.
 
 A new kind of task is a class of `opd.config`, a class here or beside its library, and a case of `make_tasks`.
 """
@@ -44,7 +44,7 @@ class PythonPrompts:
 
 
 class _Records:
-    """What tasks of records have in common: verifiers compare with the answers, and there is no environment."""
+    """The base of tasks of records: verifiers compare with the answers, and there is no environment."""
 
     def __init__(self, name: str, config: FileTask | PythonTask) -> None:
         self.name = name
@@ -102,7 +102,7 @@ class PassedRecords(_Records):
 
 
 class GeneratedPrompts:
-    """What tasks of generated prompts have in common: `draw` makes all prompts, and the first of them are held out."""
+    """The base of tasks of generated prompts: `draw` makes all prompts, and the first of them are held out."""
 
     def __init__(self, name: str, config: GeneratedTask) -> None:
         self.name = name
@@ -177,7 +177,7 @@ PromptSets: TypeAlias = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 @dataclass(frozen=True)
 class TaskData:
-    """What the tasks of a recipe give to a run.
+    """The prompts, rewards and environments of the tasks of a recipe.
 
     reward, grade: of a response; the grade is that of the held-out reward. own_reward, own_grade: the tasks in which they take the
     place of a reward that an environment gave; own_reward is empty unless the user passed a reward function. own_environment:
@@ -258,12 +258,12 @@ def require_teachers(prompts: Sequence[Prompt], teachers: Collection[str]) -> No
 
 
 def has_verdict(prompt: Prompt, task: TaskConfig) -> bool:
-    """Whether the task itself says what a response to this prompt is worth."""
+    """Whether the task itself gives a reward for a response to this prompt."""
     return not isinstance(task, FileTask | PythonTask) or (prompt.answer is not None and task.verifier != "none")
 
 
 def require_callable(name: str, function: object, arguments: str) -> None:
-    """Raise DataError for what cannot be called as it will be."""
+    """Raise DataError for an object that cannot be called with these arguments."""
     if function is None:
         return
     if not callable(function):

@@ -118,7 +118,7 @@ class RunFolder:
             raise RunError(f"run folder '{path}' exists and is not empty; {other}")
 
     def require_removable(self) -> None:
-        """Raise RunError for a folder that is no run of opd, or that holds what opd did not write."""
+        """Raise RunError for a folder that is no run of opd, or that holds files of others."""
         self.config()
         if self.path.is_symlink():
             raise RunError(f"run folder '{self.path}' is a symbolic link; name the folder itself")

@@ -17,6 +17,7 @@ import regex
 
 from opd.config.tasks import ChecksConfig, Rule
 from opd.records import Flag, Rollout
+from opd.text.encoding import byte_offsets
 from opd.text.student_text import UNWRITTEN, Masked, StudentText, spell
 from opd.text.tokenizer import TokenBytes
 from opd.text.tool_calls import Parsed, Reason, Syntax, parse_calls
@@ -248,7 +249,7 @@ def flag_errors(
             settings=checks,
             opened=_opened(rollout.token_ids[max(0, turn.start - _TAIL) : turn.start], table, symbols, checks),
         )
-        places = _byte_offsets(student_text.text)
+        places = byte_offsets(student_text.text)
         for found in check_turn(checked, checks.rules):
             start, end = _tokens(student_text, int(places[found.start]), int(places[found.end]))
             flags.add(Flag(found.rule, turn.start + start, turn.start + end))
@@ -273,13 +274,6 @@ def _opened(before: np.ndarray, table: TokenBytes, symbols: Mapping[int, str], c
         return ""
     text = spell(table, before, symbols).text.rstrip()
     return next((tag for tag in checks.tags if text.endswith(f"<{tag}>")), "")
-
-
-def _byte_offsets(text: str) -> np.ndarray:
-    """The byte at which each character of a text starts, and the last ends, [characters + 1]."""
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    lengths = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
-    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _tokens(student_text: StudentText, start: int, end: int) -> tuple[int, int]:

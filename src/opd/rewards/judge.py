@@ -1,4 +1,4 @@
-"""What episodes are worth, and which format errors they have."""
+"""Rewards and format errors of rollouts."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

@@ -94,13 +94,13 @@ def _letters(text: str) -> str:
 
 
 def _anchored(response: str) -> str | None:
-    """What follows the last "answer is"."""
+    """The text behind the last "answer is"."""
     anchors = list(_ANCHOR.finditer(response))
     return response[anchors[-1].end() :].strip() or None if anchors else None
 
 
 def _boxed(response: str) -> str | None:
-    """What stands in the last box and in those that are joined to it; None where it is empty or not closed."""
+    """The content of the last box and of those that are joined to it; None where one is empty or not closed."""
     boxes: list[tuple[int, int, str]] = []  # of the outermost ones: where they start and end, and what is in them
     for found in _BOX.finditer(response):
         if boxes and found.start() < boxes[-1][1]:

@@ -1,4 +1,4 @@
-"""Units of mathematical answers, before or after a number."""
+"""Units of mathematical answers, before or after a number, and brackets in their text."""
 
 import re
 from typing import TypeAlias
@@ -63,7 +63,7 @@ def _unit(text: str) -> str:
 
 
 def without_scale(unit: str) -> tuple[int, str]:
-    """What a unit multiplies its number with, as "million" does, and the rest of the unit."""
+    """The factor in a unit, such as that of "million", and the rest of the unit."""
     first, _, rest = unit.partition(" ")
     return (SCALES[first], rest) if first in SCALES else (1, unit)
 
@@ -109,7 +109,7 @@ def alike(ours: Brackets, theirs: Brackets) -> bool:
 
 
 def grouped(text: str) -> str:
-    """Brackets of plain writing as LaTeX has them: sqrt(...), ^(...); products of what stands in brackets are products."""
+    """Brackets of plain text as LaTeX: sqrt(...), ^(...); and a product sign between factors in brackets."""
     for opening, command in ((r"\\sqrt\s*\(", r"\sqrt{"), (r"\^\s*\(", "^{")):
         while found := re.search(opening, text):
             depth, place = 1, found.end()

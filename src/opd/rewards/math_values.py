@@ -86,7 +86,7 @@ class Value:
 
 @lru_cache(maxsize=1 << 16)
 def read_value(text: str) -> Value | None:
-    """What the whole of a text means; None where any part of it is not understood. Raises TimeoutError where it takes too long."""
+    """The value of a text; None where any part of it is not understood. Raises TimeoutError where it takes too long."""
     text = _bare(text)
     if not text or len(text) > _MAX_CHARS:
         return None
@@ -112,7 +112,7 @@ def read_value(text: str) -> Value | None:
 
 
 def equal_values(reference: Value, response: Value) -> bool:
-    """Whether a response is worth as much as the reference; what a response may leave out is the unit, and a name before "=".
+    """Whether a response has the value of the reference. It may leave out the unit, and a name before "=".
 
     Raises TimeoutError where it takes too long.
     """
@@ -135,7 +135,7 @@ def equal_values(reference: Value, response: Value) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Without what stands around an answer: white space, emphasis, delimiters of mathematics, a box, a full stop."""
+    """An answer without the marks around it: white space, emphasis, delimiters of mathematics, a box, a full stop."""
     text = "".join(_UNICODE.get(c, c) for c in text)
     before = None
     while text != before:
@@ -159,7 +159,7 @@ def _bare(text: str) -> str:
 
 
 def _words(text: str) -> str | None:
-    """A text in words, which says what it says: "even", "no solution"; None for mathematics."""
+    """A text of words, in lower case: "even", "no solution"; None for mathematics."""
     plain = " ".join(TEXT.sub(r" \1 ", text).replace("-", " ").replace("'", "").split())
     if not re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)*", plain):
         return None
@@ -226,7 +226,7 @@ def _parsed(text: str) -> Any:
 
 
 def _tried(work: Callable[[], Any]) -> Any:
-    """What a function returns; None where it raises."""
+    """The result of a function; None where it raises."""
     try:
         return work()
     except Exception:
@@ -336,7 +336,7 @@ def _listed(ends: Any, relation: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether something stands before "=" as the name of what follows: x, f(x), (x, y)."""
+    """Whether the left side of an equation is a name of the right side: x, f(x), (x, y)."""
     from sympy import Symbol, Tuple
     from sympy.core.function import AppliedUndef
 

@@ -93,7 +93,7 @@ def rewards_of(reward: Reward, rollouts: Sequence[Rollout], *, opened: bool = Fa
 
 @dataclass(frozen=True)
 class Raised:
-    """What an awaitable raised; cancelled: because another one had raised before."""
+    """The error of an awaitable; cancelled: because another one had raised before."""
 
     error: BaseException
     cancelled: bool = False

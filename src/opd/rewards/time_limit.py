@@ -107,7 +107,7 @@ class _TooLong(BaseException):
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer. The limit is a signal's, which only the main thread can have."""
+    """Raise TimeoutError in code that takes longer. Only the main thread has this limit, which is a signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

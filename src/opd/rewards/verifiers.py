@@ -72,7 +72,7 @@ def mathematical(response: str, answer: str) -> float | None:
 
 
 def compared(response: str, answer: str) -> float | None:
-    """What `mathematical` says, in the process that is bounded in time; None where one of its steps takes too long."""
+    """The reward of `mathematical`, in the process with a time limit; None where a step takes too long."""
     try:
         return float(_equals(behind_thoughts(response), answer))
     except TimeoutError:

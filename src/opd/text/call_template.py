@@ -99,16 +99,6 @@ def with_calls(
     return tuple(found)
 
 
-def calls_as_text(message: Message) -> Message:
-    """A message with calls as data as text, for a template that writes no calls: the calls follow the content, in tags."""
-    written = [
-        "<tool_call>" + json.dumps(call["function"], ensure_ascii=False) + "</tool_call>"
-        for call in message["tool_calls"]
-    ]
-    content = "\n".join([*([message["content"]] if message["content"] else []), *written])
-    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
-
-
 class CallTemplate:
     """A template that writes calls. It takes the arguments of a call as an object, or as JSON text (`as_text`)."""
 
@@ -123,7 +113,7 @@ class CallTemplate:
 
         Raises DataError where there are some and JSON would escape them, or this template their placeholders.
         """
-        marked = [_marked(call, quotes) for call in calls]
+        marked = [{**call, "function": quotes.mark_all(call["function"])} for call in calls]
         if marked != [dict(call) for call in calls] and (self._escapes or not quotes.plain_in_json):
             raise DataError("a call quotes a special token, and the chat template would not write it as it is")
         return [self._shape(call) for call in marked]
@@ -150,7 +140,7 @@ class CallTemplate:
             return None
         if skeleton is None or marked is None:
             return None
-        found = _found(skeleton, marked, [_marked(call, quotes)["function"] for call in calls])
+        found = _found(skeleton, marked, [quotes.mark_all(call["function"]) for call in calls])
         if not found:
             return None
         payloads = tuple(
@@ -199,14 +189,11 @@ class CallTemplate:
         whole = self._answer(frame.content, calls, tools)
         if not whole.startswith(frame.start):
             return None
-        return self._without_end(whole.removeprefix(frame.start), frame.after)
-
-    def _without_end(self, rest: str, after: str) -> str | None:
-        """The text without the end of the turn: the text that follows any answer (`after`), or another end token."""
-        if rest.endswith(after):
-            return rest.removesuffix(after)
+        rest = whole.removeprefix(frame.start)
+        if rest.endswith(frame.after):
+            return rest.removesuffix(frame.after)
         shown = rest.rstrip()
-        end = next((end for end in self._ends if shown.endswith(end)), None)
+        end = next((end for end in self._ends if shown.endswith(end)), None)  # another end token than behind an answer
         return None if end is None else shown.removesuffix(end)
 
     def _shape(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,6 +207,16 @@ class CallTemplate:
         """Whether the template escapes characters outside ASCII in arguments."""
         call = self._shape(tool_call(0, _NAME, {_KEY: "\U00100000"}))
         return "\U00100000" not in self._answer("", [call], [_tool(_NAME)])
+
+
+def shown_calls(template: CallTemplate | None, message: Message, quotes: Quotes) -> Message:
+    """A message with calls as data, as its template takes them. Without a template for calls they follow its text, in tags."""
+    calls = message["tool_calls"]
+    if template is not None:
+        return {**message, "tool_calls": template.shaped(calls, quotes)}
+    written = [f"<tool_call>{json.dumps(call['function'], ensure_ascii=False)}</tool_call>" for call in calls]
+    content = "\n".join([*filter(None, [message["content"]]), *written])
+    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
 
 
 @dataclass(frozen=True)
@@ -257,22 +254,6 @@ _UNQUOTED = Quotes(re.compile(r"(?!)"))
 def _tool(name: str) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {}}
     return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
-
-
-def _marked(call: Mapping[str, Any], quotes: Quotes) -> dict[str, Any]:
-    return {**call, "function": _marked_value(call["function"], quotes)}
-
-
-def _marked_value(value: Any, quotes: Quotes) -> Any:
-    match value:
-        case str():
-            return quotes.mark(value)
-        case list():
-            return [_marked_value(item, quotes) for item in value]
-        case dict():
-            return {quotes.mark(key): _marked_value(item, quotes) for key, item in value.items()}
-        case _:
-            return value
 
 
 def _found(skeleton: str, text: str, functions: Sequence[Mapping[str, Any]]) -> list[Payload]:

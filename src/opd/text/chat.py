@@ -5,7 +5,7 @@ a special token.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 
 from opd.errors import DataError
 from opd.records import Message, Prompt, Turn
-from opd.text.call_template import CallTemplate, call_template, calls_as_text
+from opd.text.call_template import CallTemplate, call_template, shown_calls
 from opd.text.encoding import PLANE, Encoder, Quotes
 from opd.text.special_tags import TAGS, thinking_opening
 from opd.text.template import TurnEnd, apply_template, template_shows_tools, turn_end, with_tools
@@ -53,25 +53,18 @@ class Chat:
         """A message with placeholders. Tags of calls and of thinking are real in a message of the student, and in the system
         message of a prompt (`trusted`). From a user, a tool or an environment they are text."""
         own = message["role"] == "assistant" or (trusted and message["role"] == "system")
-        message = self._shown_calls(message, quotes)
+        if "tool_calls" in message:
+            message = shown_calls(self._calls, message, quotes)
         calls = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
         pattern = None if own else self._every_literal
         said = {key: quotes.mark(message[key], pattern=pattern) for key in _SAID if key in message}
         return {"role": message["role"], **said, **calls}
 
-    def _shown_calls(self, message: Message, quotes: Quotes) -> Message:
-        """A message with its calls as the template takes them, or as text where the template writes no calls."""
-        if "tool_calls" not in message:
-            return message
-        if self._calls is None:
-            return calls_as_text(message)
-        return {**message, "tool_calls": self._calls.shaped(message["tool_calls"], quotes)}
-
     def render(self, prompt: Prompt, messages: Sequence[Message], quotes: Quotes, *, trusted: int | None = None) -> str:
         """The conversation with the generation prompt, quoted special tokens as placeholders; `trusted`: how many of the messages
         are the prompt's (all)."""
         quoted = [self.quoted(m, quotes, trusted=trusted is None or i < trusted) for i, m in enumerate(messages)]
-        tools = [_marked(tool, quotes, self._every_literal) for tool in prompt.tools]
+        tools = [quotes.mark_all(tool, pattern=self._every_literal) for tool in prompt.tools]
         if not self._templated:
             return "\n\n".join(m["content"] for m in (with_tools(quoted, tools_text(tools)) if tools else quoted))
         try:
@@ -91,7 +84,7 @@ class Chat:
         return call_template(self._apply, [self.literal(i) for i in self.end.ids]) if self._templated else None
 
     def encode(self, marked: str, quotes: Quotes, prompt: Prompt, *, opens: bool = True) -> list[int]:
-        """The token ids of a rendering, or of what follows (`opens` False); raises DataError when there are none."""
+        """The token ids of a rendering, or of text behind it (`opens` False); raises DataError when there are none."""
         alone = not self._templated and opens  # a base model's text begins as its tokenizer begins texts
         if quotes.restore(marked) != marked:
             leading = list(self.tokenizer("").input_ids) if alone else []
@@ -132,7 +125,7 @@ class Chat:
 
     @cached_property
     def end(self) -> TurnEnd:
-        """What ends a turn. Raises ModelError where nothing does."""
+        """The tokens that end a turn. Raises ModelError where there are none."""
         return turn_end(self.tokenizer, self._generation_config, who=f"model '{self.tokenizer.name_or_path}'")
 
     @cached_property
@@ -177,15 +170,6 @@ class Chat:
 def _any_of(literals: Collection[str]) -> re.Pattern[str]:
     """Any of these, the longest first, and the placeholders' own characters."""
     return re.compile("|".join([*map(re.escape, sorted(literals, key=len, reverse=True)), PLANE]))
-
-
-def _marked(value: Any, quotes: Quotes, pattern: re.Pattern[str]) -> Any:
-    """A JSON value with placeholders in its strings."""
-    if isinstance(value, str):
-        return quotes.mark(value, pattern=pattern)
-    if isinstance(value, Mapping):
-        return {_marked(key, quotes, pattern): _marked(item, quotes, pattern) for key, item in value.items()}
-    return [_marked(item, quotes, pattern) for item in value] if isinstance(value, list | tuple) else value
 
 
 def user_message(text: str) -> tuple[Message, ...]:

@@ -6,7 +6,7 @@ in the rendering is the template's own.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,13 @@ from opd.text.tokenizer import TokenBytes, encode_text
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # placeholders: the last private-use plane
 PLANE = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+
+
+def byte_offsets(text: str) -> np.ndarray:
+    """The byte at which each character of a text starts, and the last one ends, [characters + 1] int64."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    lengths = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 class Quotes:
@@ -39,6 +46,16 @@ class Quotes:
             found += [pattern.sub(self._placeholder, text[position:start]), text[start:stop]]
             position = stop
         return "".join([*found, pattern.sub(self._placeholder, text[position:])])
+
+    def mark_all(self, value: Any, *, pattern: re.Pattern[str] | None = None) -> Any:
+        """A JSON value with placeholders in its strings and keys."""
+        if isinstance(value, str):
+            return self.mark(value, pattern=pattern)
+        if isinstance(value, Mapping):
+            return {self.mark_all(k, pattern=pattern): self.mark_all(v, pattern=pattern) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.mark_all(item, pattern=pattern) for item in value)
+        return value
 
     def restore(self, marked: str) -> str:
         return re.sub(PLANE, lambda m: self._quoted[ord(m[0]) - _FIRST], marked) if self._quoted else marked
@@ -83,7 +100,7 @@ class Encoded:
 
     def byte_offsets(self) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of the text at which each token starts and stops, by the tokenizer's own offsets, [tokens] each."""
-        byte_of = np.concatenate([[0], np.cumsum([len(c.encode()) for c in self.text])]).astype(np.int64)
+        byte_of = byte_offsets(self.text)
         pairs = [(start + base, stop + base) for base, run in self.runs for start, stop in run.offsets]
         spans = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         return byte_of[spans[:, 0]], byte_of[spans[:, 1]]

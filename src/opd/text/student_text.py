@@ -35,7 +35,7 @@ UNWRITTEN = (Masked.NO_COUNTERPART, Masked.UNKNOWN_ID)  # no part of the text th
 
 @dataclass(frozen=True)
 class StudentText:
-    """text: what the teacher is to read; ends [tokens]: the byte of `text` at which each token ends; masked [tokens]: `Masked`;
+    """text: for the teacher to read; ends [tokens]: the byte of `text` at which each token ends; masked [tokens]: `Masked`;
     tags: the characters [start, stop) of `text` that are the teacher's own tokens rather than text that looks so."""
 
     text: str

@@ -13,7 +13,7 @@ import numpy as np
 
 from opd.errors import DataError
 from opd.records import Message, Prompt
-from opd.text.call_template import CallTemplate, call_template, calls_as_text
+from opd.text.call_template import CallTemplate, call_template, shown_calls
 from opd.text.encoding import Encoded, Encoder, Quotes
 from opd.text.special_tags import TAGS, counterparts, opened_thinking, opens_thinking, thinking_opening, thinking_tag
 from opd.text.student_text import Masked, StudentSide, StudentText
@@ -106,11 +106,8 @@ class TeacherSide:
         """The conversation with its tools and the generation prompt, quoted special tokens as placeholders. Calls as data
         ("tool_calls") become text where the template does not write calls (`calls`)."""
         quotes = self._encoder.quotes()
-        shown = [calls_as_text(m) if "tool_calls" in m and self.calls is None else m for m in messages]
+        shown = [shown_calls(self.calls, m, quotes) if "tool_calls" in m else m for m in messages]
         quoted = [{**m, "content": quotes.mark(m["content"])} for m in shown]
-        for message in quoted:
-            if self.calls is not None and "tool_calls" in message:
-                message["tool_calls"] = self.calls.shaped(message["tool_calls"], quotes)
         if not self._templated:
             return Rendering("\n\n".join(m["content"] for m in quoted), quotes)
         return Rendering(self._apply(quoted, tools, generate=True), quotes)

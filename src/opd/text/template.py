@@ -1,4 +1,4 @@
-"""How a chat template is rendered, what it writes around an answer, and which tokens end a turn.
+"""Rendering chat templates, the text that they write around an answer, and the tokens that end a turn.
 
 A template may read the clock (`strftime_now`) and draw at random (`random`, `lipsum`). Both are frozen here: every rendering of one
 tokenizer sees the moment that `freeze` gave it, and the same draws.
@@ -114,11 +114,11 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template writes around an answer to one question.
+    """The text that a template writes around an answer to one question.
 
-    before: the question with the generation prompt; plain: without it; head: what stands before the answer once it is given;
-    after: what follows it; opening, between: what stands before a question at first, and between an answer and a further one; ""
-    where the template refuses these.
+    before: the question with the generation prompt; plain: without it; head: all text before the answer, once it is given; after:
+    the text behind it; opening, between: the text before a first question, and between an answer and a next question ("" where the
+    template refuses these).
     """
 
     before: str
@@ -152,8 +152,8 @@ class Frame:
 
 
 def frame_of(tokenizer: Any) -> Frame | None:
-    """What a chat template writes around an answer; None where it shows no answer. Raises one of `REFUSALS` where it renders no
-    conversation of a question and an answer."""
+    """The text that a chat template writes around an answer; None where it shows no answer. Raises one of `REFUSALS` where it
+    renders no question and answer."""
     question: Sequence[Message] = _QUESTION
     answer: Message = {"role": "assistant", "content": _PROBE}
     try:
@@ -168,7 +168,7 @@ def frame_of(tokenizer: Any) -> Frame | None:
 
 
 def _questions(tokenizer: Any, question: Sequence[Message], answer: Message) -> tuple[str, str]:
-    """What a template writes before a question at first, and between an answer and a further one."""
+    """The text before a first question, and between an answer and a next question."""
     further: Message = {"role": "user", "content": _PROBE_QUESTION}
     try:
         opening = apply_template(tokenizer, [*question[:-1], further], generate=False)
@@ -179,7 +179,7 @@ def _questions(tokenizer: Any, question: Sequence[Message], answer: Message) -> 
 
 
 def frame_or_none(tokenizer: Any) -> Frame | None:
-    """What a chat template writes around an answer; None where it has no place for one, and without a template."""
+    """The text that a chat template writes around an answer; None where it shows none, and without a template."""
     try:
         return frame_of(tokenizer)
     except REFUSALS:
@@ -193,7 +193,7 @@ def opened_by(tokenizer: Any) -> str:
 
 
 def require_generation_prompt(tokenizer: Any, *, who: str) -> Frame:
-    """What the template writes around an answer. Raises ModelError when its generation prompt does not open the model's turn."""
+    """The text around an answer. Raises ModelError when the generation prompt does not open the model's turn."""
     try:
         frame = frame_of(tokenizer)
     except REFUSALS as error:
@@ -267,7 +267,7 @@ def _pieces(text: str, names: Sequence[str]) -> list[str]:
 
 
 def _behind_answer(frame: Frame, names: Sequence[str]) -> list[str]:
-    """What ends an answer of a template that ends it only where a question follows: without what opens every question."""
+    """The end of an answer that a template writes only before a next question, without the text that opens every question."""
     between, opening = _pieces(frame.between, names), _pieces(frame.opening, names)
     while between and opening and between[-1] == opening[-1]:
         between.pop()

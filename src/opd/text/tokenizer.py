@@ -1,4 +1,4 @@
-"""What a tokenizer says of itself: the bytes of its tokens, its end tokens, and what its vocabulary shares with another one.
+"""Facts of a tokenizer: the bytes of its tokens, its end tokens, and the tokens that its vocabulary shares with another one.
 
 Three families write text in three ways: byte-level BPE maps each byte to a printable character, SentencePiece writes a space
 as U+2581 and bytes that it has no piece for as <0xAB>, WordPiece marks what continues a word with ##. The tokenizer's own

@@ -1,8 +1,8 @@
 """Tool calls in the text of a turn.
 
-The text is a model's and may be anything: it is read strictly, in linear time, and nothing in it raises or is executed. What
-is written as a call but is none (no JSON, no such tool, arguments outside the schema), and what was meant to be a call but is
-not written as the syntax asks, is an error with its place in the text.
+A model may write any text. It is read strictly, in linear time, and nothing in it raises or is executed. A faulty call (no JSON,
+no such tool, arguments outside the schema), and text that was meant as a call but is none in the syntax, is an error with its
+place in the text.
 """
 
 import json
@@ -22,8 +22,8 @@ Syntax: TypeAlias = Literal["hermes", "json"]
 the whole turn is one JSON object {"name", "parameters" or "arguments"} (Llama 3.1)."""
 
 Reason: TypeAlias = Literal["unparsed", "unknown", "arguments", "dropped"]
-"""Not the JSON object that the syntax asks for; a tool that there is not; arguments outside its schema; meant as a call, but
-nothing that the syntax sees."""
+"""Not the JSON object of the syntax; a tool that does not exist; arguments outside its schema; text that was meant as a call, and
+is none in the syntax."""
 
 MAX_CALL_BYTES = 64 * 1024
 MAX_DEPTH = 32
@@ -59,7 +59,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CallError:
-    """What is no call though it was meant as one: characters [start, end) of the text. detail: printable ASCII, at most 200."""
+    """A failed call: characters [start, end) of the text. detail: printable ASCII, at most 200 characters."""
 
     reason: Reason
     detail: str
@@ -122,7 +122,7 @@ def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _hermes(text: str, known: Toolbox) -> list[Call | CallError]:
-    """What stands between tags. A tag within a call's own strings is text; closing tags alone are left to `_dropped`."""
+    """The calls and errors between tags. A tag within a string of a call is text; `_dropped` finds closing tags alone."""
     found: list[Call | CallError] = []
     tags = list(_TAG.finditer(text))
     position = 0
@@ -140,7 +140,7 @@ def _hermes(text: str, known: Toolbox) -> list[Call | CallError]:
 
 def _tagged(text: str, tag: re.Match[str], following: re.Match[str] | None, known: Toolbox) -> Call | CallError:
     """The call that an opening tag begins; one that is not framed as a call ends with the next tag, or with the text."""
-    start = _skip_space(text, tag.end())
+    start = skip_space(text, tag.end())
     end, fault = _frame(text, start)
     closing = None if fault else _CLOSING.match(text, end)
     if closing is None:
@@ -155,7 +155,7 @@ def _tagged(text: str, tag: re.Match[str], following: re.Match[str] | None, know
 
 def _whole(text: str, known: Toolbox) -> list[Call | CallError]:
     """The turn as one call; nothing where it is an answer. Objects within other text are left to `_dropped`."""
-    start, stop = _skip_space(text, 0), len(text.rstrip(" \t\n\r"))
+    start, stop = skip_space(text, 0), len(text.rstrip(" \t\n\r"))
     if not known.names or not text.startswith("{", start):
         return []
     end, fault = _frame(text, start)
@@ -179,7 +179,8 @@ def _names_known(text: str, known: Toolbox) -> bool:
     return any(found[2] in known for found in _NAMED.finditer(text))
 
 
-def _skip_space(text: str, start: int) -> int:
+def skip_space(text: str, start: int) -> int:
+    """The first place from `start` on that is no white space of JSON."""
     found = _SPACE.match(text, start)
     return found.end() if found else start
 
@@ -264,9 +265,9 @@ def _judged(value: Mapping[str, Any], known: Toolbox, keys: tuple[str, ...]) -> 
 
 
 def _dropped(text: str, known: Toolbox, taken: Sequence[Call | CallError]) -> list[CallError]:
-    """What was meant as a call and is none for the syntax; signs with nothing but white space between them are one.
+    """Text that was meant as a call and is none in the syntax; signs with nothing but white space between them are one error.
 
-    taken: what has been read already, in order. Where there are no tools, nothing is meant as a call.
+    taken: the calls and errors that were read already, in order. Without tools nothing is meant as a call.
     """
     if not known.names:
         return []
@@ -286,7 +287,7 @@ def _dropped(text: str, known: Toolbox, taken: Sequence[Call | CallError]) -> li
 
 
 def _signs(text: str, known: Toolbox) -> Iterator[tuple[int, int, str]]:
-    """(start, end, what) of each sign that a call was meant."""
+    """(start, end, description) of each sign that a call was meant."""
     for found in _TAG_LIKE.finditer(text):
         if _names_a_call(found[1].lower()):
             yield found.start(), found.end(), "a tag that is not the syntax's, or without its counterpart"

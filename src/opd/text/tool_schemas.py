@@ -42,7 +42,7 @@ class Toolbox:
         return isinstance(name, str) and name in self._validators
 
     def fault(self, name: str, arguments: Mapping[str, Any], *, key: str) -> str:
-        """Where the arguments first leave their schema and what it asks for there, or "" where they are within it.
+        """The first place at which the arguments violate their schema, and the demand of the schema there; "" where they fit.
 
         key: what the arguments are called in the path. The text may be as long as the arguments.
         """
@@ -83,7 +83,7 @@ _turn: ContextVar[Toolbox] = ContextVar("turn")  # whose steps are counted
 
 
 def kind(value: Any) -> str:
-    """What JSON calls it."""
+    """The JSON type of a value."""
     match value:
         case None:
             return "null"

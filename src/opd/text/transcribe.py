@@ -16,20 +16,20 @@ import numpy as np
 from opd.errors import DataError
 from opd.records import Rollout
 from opd.text.call_template import CallTemplate, CallText, Payload, with_calls
+from opd.text.encoding import byte_offsets
 from opd.text.special_tags import TAGS
 from opd.text.student_text import StudentText, spell
 from opd.text.teacher_text import Rendering, TeacherSide, Transcript
 from opd.text.tokenizer import TokenBytes
-from opd.text.tool_calls import Call, Syntax, parse_calls
+from opd.text.tool_calls import Call, Syntax, parse_calls, skip_space
 
 Write: TypeAlias = Callable[[int, int, str], CallText | None]
 """The teacher's text of the calls [first, last) of a turn, behind a text (`CallTemplate.write`)."""
 
 Block: TypeAlias = tuple[int, int, int]
-"""(place in the student's text, place in the teacher's, length) of what both have."""
+"""(place in the student's text, place in the teacher's, length) of equal text."""
 
 _SIGN = re.compile(r"(\s*+)(\w+|\S)")
-_SPACE = re.compile(r"[ \t\n\r]*")
 _JSON = re.compile(r'([ \t\n\r]*+)("[^"\\]*+(?:\\.[^"\\]*+)*+"|[-+0-9.eE]+|true|false|null|.)', re.DOTALL)
 _CHARACTER = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.|.", re.DOTALL
@@ -110,16 +110,11 @@ def _members(text: str, start: int) -> Iterator[tuple[str, int, int]]:
     """(key, start, end of the value) of each member of the JSON object that begins here."""
     position = start
     while text[position] != "}":
-        key, end = _DECODER.raw_decode(text, _past_space(text, position + 1))
-        begin = _past_space(text, _past_space(text, end) + 1)
+        key, end = _DECODER.raw_decode(text, skip_space(text, position + 1))
+        begin = skip_space(text, skip_space(text, end) + 1)
         _, end = _DECODER.raw_decode(text, begin)
         yield key, begin, end
-        position = _past_space(text, end)
-
-
-def _past_space(text: str, start: int) -> int:
-    found = _SPACE.match(text, start)
-    return found.end() if found else start
+        position = skip_space(text, end)
 
 
 def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
@@ -129,7 +124,7 @@ def _runs(text: str, calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
 
 
 def _common(student: tuple[str, int, int], own: Sequence[Payload], written: CallText) -> list[Block]:
-    """What a run of calls, characters [start, end) of the student's text, has in common with the teacher's text of it.
+    """The blocks that a run of calls, characters [start, end) of the student's text, shares with the teacher's text of it.
 
     Text around payloads is compared between the same two payloads. Where a payload is found on one side alone, only the text at
     the edges of the run is compared.
@@ -182,7 +177,7 @@ def _wrapper(ours: str, theirs: str, at: tuple[int, int], *, head: bool, tail: b
 
 
 _Piece: TypeAlias = tuple[Any, int, int, int]
-"""(what it is, start, start behind the white space, end) of a word, a sign or a character."""
+"""(value, start, start behind the white space, end) of a word, a sign or a character."""
 
 
 def _alike(one: Sequence[_Piece], other: Sequence[_Piece]) -> int:
@@ -258,7 +253,7 @@ def _merged(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _in_bytes(blocks: Sequence[Block], ours: str, theirs: str) -> np.ndarray:
-    one, other = (np.cumsum([0, *(len(c.encode()) for c in text)]) for text in (ours, theirs))
+    one, other = byte_offsets(ours), byte_offsets(theirs)
     plain = np.array(blocks, dtype=np.int64).reshape(-1, 3)
     starts, places, stops = one[plain[:, 0]], other[plain[:, 1]], one[plain[:, 0] + plain[:, 2]]
     return np.stack([starts, places, stops - starts], axis=1)
@@ -266,7 +261,7 @@ def _in_bytes(blocks: Sequence[Block], ours: str, theirs: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a teacher reads of a turn: the conversation before it, and a transcript in place of the student's text (None: the text).
+    """A turn as a teacher reads it: the conversation before it, and a transcript in place of the student's text (None: the text).
 
     untranscribed: calls in the turn or before it stay as the student wrote them, because the template does not write them.
     """
