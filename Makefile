@@ -1,10 +1,10 @@
-# On a fresh machine (git, Python 3.11+, make): `make demo`, `make test`.
+# On a fresh machine (git, Python 3.11+, make): `make demo`, `make quick`, `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test fuzz mutants check format reference docs docs-serve clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test quick fuzz mutants check format reference docs docs-serve clean
 
 install: .venv/installed
 
@@ -85,8 +85,12 @@ demo-distributed: install model vllm
 
 # Everything that a change must pass; .ci/run calls this.
 test: install model vllm check docs
-	$(BIN)/pytest -n 2 -m 'not processes'
-	$(BIN)/pytest -m processes
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes
+	$(BIN)/pytest tests/processes
+
+# The tests of tests/unit: no model, no server and no network; a minute on two cores.
+quick: install
+	$(BIN)/pytest -n 2 --dist worksteal tests/unit
 
 # Arbitrary bytes through the alignment of two tokenizers, and as turns full of tool calls, guided by coverage, for this many
 # seconds each.

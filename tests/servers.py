@@ -1,17 +1,13 @@
-"""Servers that answer as vLLM and SGLang do for a toy model, or as broken ones do; clusters of such engines."""
+"""Servers that answer as vLLM and SGLang do for a toy model, or as broken ones do."""
 
 import json
-import os
-import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -358,31 +354,3 @@ def sglang_changed(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> F
         handler.say(answer)
 
     return fault
-
-
-ENGINE = [sys.executable, str(Path(__file__).with_name("processes") / "toy_engine.py")]
-
-
-def cluster_of(**changes: Any) -> dict[str, Any]:
-    """The table of a recipe with toy engines."""
-    return {"engine_command": ENGINE, "engine_start_s": 60, "cpus_per_rank": 0, "cpus_per_engine": 0, **changes}
-
-
-def processes(words: str) -> list[int]:
-    """Those whose command has these words."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in command and int(place.name) != os.getpid():
-            found.append(int(place.name))
-    return found
-
-
-def kill(words: str) -> None:
-    victims = processes(words)
-    assert victims, words
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)

@@ -1,9 +1,14 @@
 """Runs: the command line as a test calls it, toy runs from end to end, and what a run has left in its folder."""
 
 import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import pytest
@@ -13,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import opd
+import opd.logging.writers
 from opd import checkpoint
 from opd.cli import app
 from opd.loop import StepReport
@@ -81,6 +87,16 @@ def other_words(path: str) -> None:
     Path(path).write_text(text.replace("say ", "Now for something else: "), encoding="utf-8")
 
 
+DRAW = opd.logging.writers.draw_curves
+
+
+@contextmanager
+def with_pictures() -> Iterator[None]:
+    """Runs draw their curves, which conftest.py leaves out otherwise."""
+    with patch("opd.logging.writers.draw_curves", DRAW):
+        yield
+
+
 def train(tree: dict[str, Any]) -> Run:
     reports: list[StepReport] = []
     rewarded: list[tuple[Prompt, str]] = []
@@ -125,6 +141,16 @@ def refuse(folder: Path, *arguments: str | Path) -> str:
     assert {name: after.get(name) for name in before} == before
     assert not [name for name in after if name.endswith(("metrics.jsonl", ".safetensors")) and name not in before]
     return line
+
+
+def follow_advice(line: str, run: Path, *more: str) -> None:
+    """Run the command that a line advises, which must end the run."""
+    found = re.search(r"continue with: opd (.*)$", line)
+    assert found, line
+    assert shlex.split(found[1])[-1] == str(run)
+    result = invoke(*shlex.split(found[1]), *more)
+    assert result.exit_code == 0, result.output
+    assert (run / "student").is_dir()
 
 
 # Fixtures: where tests take them they are imported as themselves (`tree as tree`), with those that they rest on.

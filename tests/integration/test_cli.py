@@ -2,10 +2,10 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,22 +249,15 @@ def test_an_option_of_another_library_is_answered(recipe: str, tmp_path: Path):
 
 
 def test_a_command_says_within_seconds_what_it_does(recipe: str):
-    """The limit is for a busy machine; on an idle one it is half a second. Imports of a run take several."""
-    began = time.monotonic()
+    """Half a second of a processor; imports of a run take several."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen([sys.executable, "-m", "opd", "train", recipe], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
-        took = time.monotonic() - began
         process.kill()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert first == f"opd {opd.__version__}: loading recipe {recipe}\n"
-    assert took < 5.0
-
-
-def test_help_comes_without_loading_what_a_run_needs():
-    code = (
-        "import sys; from opd.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
 
 def test_a_run_whose_folder_was_moved_goes_on_where_it_is(tree: dict[str, Any], tmp_path: Path):

@@ -1,7 +1,6 @@
 """The floor of a teacher's log-probability acts on each model before its weight, in every path that reads one."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from benches import (
     assert_same_gradient,
     config_of,
     dense_gradient,
-    float64_norms,
     make_bench,
 )
+from benches import in_float64 as in_float64
 from factories import prompt, rollout, scored
 from rich.console import Console
 from torch import Tensor
@@ -35,12 +34,6 @@ from opd.score_cache import from_bytes, to_bytes
 
 FLOOR = -6.0  # the toys' log-probabilities reach from -0.1 to -15
 EXTRAPOLATED = {"extrapolation": 3.0, "reference": "student"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _float64() -> Iterator[None]:
-    with float64_norms():
-        yield
 
 
 @pytest.fixture(scope="module", params=["one teacher", "mixture", "extrapolation"])

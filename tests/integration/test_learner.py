@@ -1,6 +1,5 @@
 """The learner in process: its gradient is that of the written-out loss, however a batch is split, and its steps are safe."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from benches import (
     Bench,
     assert_same_gradient,
     dense_gradient,
-    float64_norms,
     heads_of,
     make_bench,
     with_advantages,
 )
+from benches import bench as bench
+from benches import in_float64 as in_float64
 from factories import toy_model
 from safetensors.torch import load, save
 from torch import Tensor
@@ -30,17 +30,6 @@ from opd.local.learner import LocalLearner, learning_rate
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.records import HiddenScore, Score
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _float64() -> Iterator[None]:
-    with float64_norms():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The learner under each objective: its gradient is that of the formula written out rollout by rollout."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,27 +12,17 @@ from benches import (
     assert_same_gradient,
     config_of,
     dense_gradient,
-    float64_norms,
     make_bench,
     with_advantages,
 )
+from benches import bench as bench
+from benches import in_float64 as in_float64
 from torch import Tensor
 
 from opd.batch import Batch, pack
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.objectives.divergences import forward_kl, jsd, top_k_reverse_kl
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _float64() -> Iterator[None]:
-    with float64_norms():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(tmp_path_factory.mktemp("bench"))
 
 
 def teacher_logits(batch: Batch, bench: Bench, row: int) -> Tensor:

@@ -1,6 +1,5 @@
 """What each term of a loss is multiplied with, summed over and divided by, on batches small enough to write out."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benches import float64_norms, make_bench
+from benches import in_float64 as in_float64
+from benches import make_bench
 from factories import CHECKED, objective_config, prompt, rollout, scored
 
 from opd.batch import Batch, pack
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.records import FailedScore, Flag, HiddenPart, HiddenScore, Rollout, SampledScore, ScoredRollout, Turn
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _float64() -> Iterator[None]:
-    with float64_norms():
-        yield
 
 
 def one_turn(sample: int, logprobs: list[float], *, part: int = 0, reward: float | None = None) -> ScoredRollout:

@@ -1,30 +1,27 @@
-"""A teacher behind a server gives the scores that it gives in process, whatever the server does on the way; what it cannot give is
-counted, with its reason."""
+"""A teacher behind a server gives the scores that it gives in process, whatever the server does on the way; else it says
+why not."""
 
 import json
 import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import servers
-from factories import byte_tokenizer, plain_logprobs, prompt, rollout, toy_model, toy_recipe
+from factories import byte_tokenizer, plain_logprobs, prompt, rollout, toy_model
 from servers import ToyServer, changed, serving, status
 
-import opd
 from opd.config import RemoteConfig
-from opd.errors import ModelError, StalledError
-from opd.logging.run_folder import read_metrics
+from opd.errors import ModelError
 from opd.records import FailedScore, Rollout, SampledScore
 from opd.remote.client import Client, Endpoint
 from opd.remote.teacher import RemoteTeacher, connect
 
-QUICK = RemoteConfig(timeout_s=0.5, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
+PATIENT = RemoteConfig(timeout_s=60, attempts=3, first_wait_s=0.01, longest_wait_s=0.05, max_in_flight=4)
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def server() -> Iterator[ToyServer]:
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    found = Client(QUICK)
+    found = Client(PATIENT)
     yield found
     found.close()
 
@@ -62,13 +59,14 @@ def test_scores_are_those_of_a_plain_forward_pass(server: ToyServer, client: Cli
         assert not scored.score.logprobs[~item.loss_mask].any()
 
 
+SLOW = {"hang": servers.hang, "drip": servers.drip}
+"""They are given up after the client's limit of one request."""
 TRANSIENT = {
     "500": status(500),
     "429": status(429),
     "503 with a wait": status(503, **{"Retry-After": "0.04"}),
     "reset": servers.reset,
-    "hang": servers.hang,
-    "drip": servers.drip,
+    **SLOW,
     "truncated": servers.truncated,
     "cut off": servers.cut_off,
     "rubbish": servers.rubbish,
@@ -90,11 +88,19 @@ def above_zero(entry: dict[str, Any]) -> dict[str, Any]:
     return {token: {"logprob": 0.5} for token in entry}
 
 
+@pytest.fixture
+def client_for(name: str, client: Client) -> Iterator[Client]:
+    """A client that waits for a slow machine, or not long where the server is to be given up."""
+    quick = Client(PATIENT.model_copy(update={"timeout_s": 1.0}))
+    yield quick if name in SLOW else client
+    quick.close()
+
+
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_a_request_that_fails_once_is_retried_and_counted(name: str, server: ToyServer, client: Client):
+def test_a_request_that_fails_once_is_retried_and_counted(name: str, server: ToyServer, client_for: Client):
     server.faults = lambda number: TRANSIENT[name] if number == 1 else None
     items = some_rollouts(3)
-    found = teacher_at(server, client=client).score(items)
+    found = teacher_at(server, client=client_for).score(items)
     assert sum(scored.retries for scored in found) == 1
     for item, scored in zip(items, found, strict=True):
         assert isinstance(scored.score, SampledScore)
@@ -103,10 +109,10 @@ def test_a_request_that_fails_once_is_retried_and_counted(name: str, server: Toy
 
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_a_request_that_always_fails_becomes_a_failed_score_with_its_reason(
-    name: str, server: ToyServer, client: Client
+    name: str, server: ToyServer, client_for: Client
 ):
     bad = some_rollouts(3)[1]
-    teacher = teacher_at(server, client=client)
+    teacher = teacher_at(server, client=client_for)
     server.faults = lambda number: TRANSIENT[name] if server.asked[number]["prompt"] == bad.token_ids.tolist() else None
     found = teacher.score(some_rollouts(3))
     assert [isinstance(scored.score, FailedScore) for scored in found] == [False, True, False]
@@ -149,7 +155,7 @@ def test_an_answer_that_is_not_json_says_what_is_wrong_with_it(
 
 
 def test_a_wait_that_the_server_names_is_kept(server: ToyServer):
-    client = Client(QUICK.model_copy(update={"longest_wait_s": 1.0, "first_wait_s": 0.0}))
+    client = Client(PATIENT.model_copy(update={"longest_wait_s": 1.0, "first_wait_s": 0.0}))
     try:
         teacher = teacher_at(server, client=client)
         server.faults = lambda number: status(429, **{"Retry-After": "0.4"}) if number == 0 else None
@@ -163,13 +169,16 @@ def test_a_wait_that_the_server_names_is_kept(server: ToyServer):
 
 def test_no_more_than_the_bound_is_in_flight(server: ToyServer, client: Client):
     def slow(handler: servers.Handler, body: dict[str, Any]) -> None:
-        time.sleep(0.05)
+        end = time.monotonic() + 30
+        while server.most_in_flight < PATIENT.max_in_flight and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)  # for one too many
         handler.say(handler.answer(body))
 
     teacher = teacher_at(server, client=client)
     server.faults = lambda number: slow
     teacher.score(some_rollouts(12))
-    assert server.most_in_flight == QUICK.max_in_flight
+    assert server.most_in_flight == PATIENT.max_in_flight
 
 
 def test_servers_of_one_teacher_share_the_work_and_stand_in_for_each_other(client: Client):
@@ -230,7 +239,7 @@ def test_a_silent_server_is_given_up_sooner_at_the_start_than_for_scores(server:
         begun = time.perf_counter()
         with pytest.raises(ModelError, match=r"no answer from .* in 0.2 s \(2 attempts\); start the server"):
             connect("t", endpoint, patient, byte_tokenizer())
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - begun < 50
     patient.close()
 
 
@@ -281,125 +290,3 @@ def test_the_key_is_sent_and_shown_nowhere(client: Client, monkeypatch: pytest.M
         monkeypatch.delenv("TOY_KEY")
         with pytest.raises(ModelError, match="environment variable TOY_KEY is not set"):
             teacher_at(server, client=client, key_env="TOY_KEY")
-
-
-def remote_recipe(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
-    """A run of two teachers, one of them (that of the "odd" task) behind a server."""
-    tree = toy_recipe(
-        folder,
-        objective={"type": "immediate"},
-        remote={"timeout_s": 5, "attempts": 2, "first_wait_s": 0.01, "longest_wait_s": 0.02},
-        evaluation={"num_prompts": 2},
-        **changes,
-    )
-    tree["teachers"]["odd"] = {"url": url}
-    return tree
-
-
-def test_a_run_with_a_remote_teacher_is_that_with_the_same_teacher_in_process(tmp_path: Path):
-    here = toy_recipe(tmp_path / "here", objective={"type": "immediate"}, evaluation={"num_prompts": 2})
-    with serving(toy_model(2)) as server:
-        there = remote_recipe(tmp_path / "there", server.url)
-        results = [opd.train(opd.parse_config(tree)) for tree in (here, there)]
-    ours, theirs = (read_metrics(result.run) for result in results)
-    assert len(ours) == len(theirs) == 4
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("loss/total/sum", "optim/grad_norm/mean", "kl/token/mean", "kl/token/odd/mean"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-    by_teacher = {row.teacher: row for row in results[1].parity}
-    assert by_teacher["odd"].expert is not None  # the server was asked for answers of its own
-    assert by_teacher["odd"].after.sampled
-    assert "~: estimated" in (results[1].run / "parity.md").read_text()
-
-
-def test_lost_rollouts_are_counted_and_too_many_stop_a_run_that_goes_on_where_it_was(tmp_path: Path):
-    calm = tmp_path / "calm"
-    with serving(toy_model(2)) as server:
-        tree = remote_recipe(tmp_path / "run", server.url, steps=5, checkpoint={"every": 100})
-        whole = opd.train(opd.parse_config(tree | {"output": str(calm)})).run
-        begun: list[int] = []
-
-        def break_down(report: Any) -> None:
-            begun.append(report.step)
-            if report.step == 2:
-                server.faults = lambda number: status(500)
-
-        with pytest.raises(
-            StalledError, match=r"step 3: 4 of 8 rollouts were lost \(teacher 'odd'.*answers 500.*--resume"
-        ):
-            opd.train(opd.parse_config(tree), callbacks=[break_down])
-        assert begun == [1, 2]
-        run = Path(tree["output"])
-        server.faults = lambda number: status(503) if number % 16 == 0 else None
-        assert opd.Trainer(run).resume().finished
-    lines, wanted = read_metrics(run), read_metrics(whole)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    for a, b in zip(lines, wanted, strict=True):
-        assert a["loss/total/sum"] == pytest.approx(b["loss/total/sum"], rel=1e-6)
-    trained = [[s.rollout.id for s in opd.read_rollouts(r, step)] for r in (run, whole) for step in range(1, 6)]
-    assert trained[:5] == trained[5:]  # no prompt lost, none trained twice
-    assert sum(line.get("remote/retried/sum", 0) for line in lines) > 0
-
-
-def test_a_teacher_that_stays_silent_stops_the_run_below_the_fraction(tmp_path: Path):
-    with serving(toy_model(2)) as server:
-        tree = remote_recipe(tmp_path, server.url, steps=8)
-        tree["remote"]["max_lost_fraction"] = 1.0
-
-        def break_down(report: Any) -> None:
-            server.faults = lambda number: status(500)
-
-        with pytest.raises(StalledError, match="the last 3 steps lost every rollout of teacher 'odd'"):
-            opd.train(opd.parse_config(tree), callbacks=[break_down])
-    lines = read_metrics(Path(tree["output"]))
-    assert [line.get("remote/lost/sum", 0) for line in lines] == [0, 4, 4, 4]
-    assert [line.get("failed/odd/sum", 0) for line in lines] == [0, 4, 4, 4]
-    lost = [s for s in opd.read_rollouts(tree["output"], 2) if isinstance(s.score, FailedScore)]
-    assert len(lost) == 4
-    assert all(s.score.lost and s.retries == 1 for s in lost if isinstance(s.score, FailedScore))
-
-
-def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Path):
-    with serving(toy_model(2)) as server:
-        tree = remote_recipe(tmp_path, server.url)
-        run = opd.train(opd.parse_config(tree)).run
-        server.name = "other"
-        with pytest.raises(opd.errors.CheckError, match="teacher 'odd' is not what this run began with"):
-            opd.Trainer(run).resume()
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"objective": {"type": "exact"}}, "needs whole distributions"),
-        ({"temperature": 0.7}, "at temperature 1, got temperature = 0.7"),
-        ({"warmup": {"steps": 2}}, "learns from teachers in process"),
-        ({"teachers": {"odd": {"url": "http://name:word@host"}}}, "credentials"),
-        ({"teachers": {"odd": {"url": "host:8000"}}}, "is no address of a server"),
-        ({"teachers": {"odd": {"url": "http://host:port"}}}, "is no address of a server"),
-        ({"teachers": {"odd": {"url": ["http://host:1", "http://host:70000"]}}}, "70000' is no address of a server"),
-        ({"teachers": {"odd": {"url": []}}}, "names no server"),
-        ({"teachers": {"odd": {"model": "x", "served_model": "y"}}}, "served_model belongs to url"),
-    ],
-)
-def test_a_recipe_that_needs_more_than_servers_give_is_refused_before_anything_is_loaded(
-    tmp_path: Path, changes: Any, line: str
-):
-    tree = remote_recipe(tmp_path, "http://127.0.0.1:1")
-    for key, value in changes.items():
-        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
-    with pytest.raises(opd.errors.ConfigError, match=line) as refused:
-        opd.parse_config(tree)
-    assert "word" not in str(refused.value)
-
-
-def test_a_config_dump_holds_the_name_of_the_key_and_never_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TOY_KEY", SECRET)
-    with serving(toy_model(2), key=SECRET) as server:
-        tree = remote_recipe(tmp_path, server.url, steps=2)
-        tree["teachers"]["odd"]["api_key_env"] = "TOY_KEY"
-        run = opd.train(opd.parse_config(tree)).run
-    assert json.loads((run / "config.json").read_text())["teachers"]["odd"]["api_key_env"] == "TOY_KEY"
-    for file in run.rglob("*"):
-        if file.is_file():
-            assert SECRET.encode() not in file.read_bytes(), file

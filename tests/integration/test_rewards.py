@@ -191,7 +191,7 @@ def test_one_that_fails_does_not_wait_for_those_that_hang():
     start = time.monotonic()
     with pytest.raises(RewardError, match="prompt 'p1', sample 0: the reward raised ValueError: no"):
         rewards_of(reward, ROLLOUTS)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
 
 
 # In a run

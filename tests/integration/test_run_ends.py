@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from factories import sft_recipe, toy_recipe, write_toml
-from toy_runs import checkpoints, invoke, lines_of, one_line
+from toy_runs import checkpoints, follow_advice, invoke, lines_of, one_line
 
 import opd
 import opd.finetune
@@ -26,16 +25,6 @@ from opd.local.sampler import LocalSampler
 from opd.logging.run_folder import RunFolder
 
 STEPS = 4
-
-
-def compute_advantages(line: str, run: Path, *more: str) -> None:
-    """Run the command that a line advises, which must end the run."""
-    found = re.search(r"continue with: opd (.*)$", line)
-    assert found, line
-    assert shlex.split(found[1])[-1] == str(run)
-    result = invoke(*shlex.split(found[1]), *more)
-    assert result.exit_code == 0, result.output
-    assert (run / "student").is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +114,7 @@ def test_a_failure_leaves_the_last_whole_step_and_advice_that_works(
     assert len(saved) == 1
     assert ("curves.png" in line) == ("picture" in where)
     assert f"{'all 4 steps are' if step == STEPS else f'step {step} is'} saved" in line
-    compute_advantages(line, run)
+    follow_advice(line, run)
     assert_same_run(run, whole)
 
 
@@ -168,7 +157,7 @@ def test_a_writer_that_fails_is_named_and_the_run_goes_on_without_it(
     assert advised
     run = Path(tree["output"])
     assert checkpoints(run) == {0: [], 3: ["step-000003"], None: ["step-000004"]}[fails]
-    compute_advantages(line, run, advised[1])
+    follow_advice(line, run, advised[1])
     assert_same_run(run, whole)
 
 
@@ -189,7 +178,7 @@ def test_a_callback_that_fails_leaves_a_note_and_the_step_that_it_saw(
         opd.train(opd.parse_config(tree), callbacks=[later if kind == "an async error" else on_step])
     assert found.value is error
     said = capsys.readouterr().out.splitlines()[-1] if kind == "an exit" else error.__notes__[-1]
-    compute_advantages(said, Path(tree["output"]))
+    follow_advice(said, Path(tree["output"]))
     assert_same_run(Path(tree["output"]), whole)
 
 
@@ -229,7 +218,7 @@ def test_ctrl_c_in_any_phase_saves_the_last_whole_step_and_says_how_to_go_on(
     said = result.stderr if times == 2 and phase != "while the weights move" else result.stdout
     line = said.splitlines()[-1]
     assert f"stopped after step {step} of {STEPS}; continue with: opd train --resume " in line
-    compute_advantages(line, run)
+    follow_advice(line, run)
     assert_same_run(run, whole)
 
 
@@ -244,7 +233,7 @@ def test_ctrl_c_while_the_last_step_is_saved_ends_the_run_before_its_evaluation(
     assert not (run / "parity.json").exists()
     line = result.stdout.splitlines()[-1]
     assert line.startswith(f"stopped after step {STEPS} of {STEPS}; continue with: ")
-    compute_advantages(line, run)
+    follow_advice(line, run)
     assert_same_run(run, whole)
 
 
@@ -266,7 +255,7 @@ def test_a_third_ctrl_c_stops_without_saving(tree: dict[str, Any], tmp_path: Pat
     run = Path(tree["output"])
     assert line.startswith("opd: stopped after step 2 of 4; continue with: ")
     assert checkpoints(run) == ["step-000002"]
-    compute_advantages(line, run)
+    follow_advice(line, run)
 
 
 def test_ctrl_c_before_a_run_begins_leaves_nothing_and_says_so(
@@ -312,7 +301,7 @@ def test_ctrl_c_before_the_first_step_says_that_none_is_saved(
     monkeypatch.undo()
     [line] = result.stderr.splitlines()
     assert line.startswith("opd: stopped after step 0 of 4; continue with: ")
-    compute_advantages(line, Path(tree["output"]))
+    follow_advice(line, Path(tree["output"]))
     assert_same_run(Path(tree["output"]), whole)
 
 
@@ -345,7 +334,7 @@ def test_fine_tuning_that_ends_early_is_continued_as_its_line_says(
         assert result.exit_code == (2 if how == "a full disk" else 130)
         line = (result.stdout if how == "once" else result.stderr).splitlines()[-1]
     assert "opd sft --resume" in line
-    compute_advantages(line, run)
+    follow_advice(line, run)
     assert lines_of(run) == lines_of(calm)
     for name in ("student/adapter_model.safetensors", "curves.png"):
         assert (run / name).exists()
@@ -403,5 +392,5 @@ def test_a_run_without_a_checkpoint_is_not_evaluated_and_continued_first(
     run = Path(tree["output"])
     line = one_line(invoke("eval", run))
     assert "has no checkpoint yet; continue it with: " in line
-    compute_advantages(line.replace("continue it with", "continue with"), run)
+    follow_advice(line.replace("continue it with", "continue with"), run)
     assert invoke("eval", run).exit_code == 0

@@ -185,11 +185,13 @@ def test_a_process_that_is_killed_as_it_writes_leaves_whole_scores_alone(tmp_pat
     process = writer(tmp_path, 10**9)
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.3)
+    while not list(tmp_path.glob("*/*/*.score")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)  # somewhere within a later one
     process.send_signal(signal.SIGKILL)
     process.communicate()
     written = list(tmp_path.glob("*/*/*.score"))
-    assert written
     found = files(tmp_path).get([some_score(number)[0] for number in range(len(written) + 2)])  # damage would fail
     assert len(found) == len(written)
     for number in range(len(written)):
@@ -316,7 +318,7 @@ print(len(found), len(list(Path(sys.argv[1], "partial").iterdir())), *said, sep=
 
 def test_on_a_full_disk_nothing_more_is_kept_and_what_is_there_is_used(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=600
     )
     line = (
         f"1|0|warning: opd stops caching scores in '{tmp_path}' (File too large). Training continues with the scores that are "

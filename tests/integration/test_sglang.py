@@ -22,7 +22,7 @@ from opd.remote.sampler import RemoteSampler
 from opd.remote.teacher import RemoteTeacher, connect
 from opd.text.chat import Chat
 
-QUICK = RemoteConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)
+QUICK = RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01, longest_wait_s=0.02)
 TOP = 5
 LAST = 257  # the last id of the toy vocabulary, which ends turns
 

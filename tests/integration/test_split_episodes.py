@@ -137,7 +137,7 @@ def groups(draw: st.DrawFn) -> list[tuple[Played, str, int]]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     groups(),
     st.sampled_from(OBJECTIVES),

@@ -2,13 +2,14 @@
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from factories import prompt, rollout, scored, toy_recipe
+from games import Scripted, say
 from templated import save_cross_tokenizer
 from toy_runs import reward_of
 from zoo import toy_ascii
@@ -16,7 +17,7 @@ from zoo import toy_ascii
 import opd
 from opd.config.detectors import DetectorsConfig
 from opd.metrics import values
-from opd.records import FailedScore, Message, ScoredRollout
+from opd.records import FailedScore, ScoredRollout
 from opd.rewards.reward import TIMEOUTS
 from opd.step_metrics import METRICS, PLACEHOLDERS, declared, matches, sampling_metrics
 
@@ -39,19 +40,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-class Talk:
+def talk(prompt: opd.Prompt) -> Scripted:
     """An environment of two turns."""
-
-    def __init__(self) -> None:
-        self._turns = 0
-
-    async def reset(self) -> Sequence[Message]:
-        return ()
-
-    async def step(self, message: Message) -> opd.Step:
-        self._turns += 1
-        answer = [{"role": "tool", "content": "go on"}]
-        return opd.Step(answer, reward=0.5, done=self._turns == 2, events={"heard": 1})
+    return Scripted(lambda turn, text: say("go on", reward=0.5, done=turn == 2, events={"heard": 1}))
 
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -83,7 +74,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         add(kind, opd.train(opd.parse_config(tree)).run)
     tree = recipe(tmp_path_factory.mktemp("talk"), temperature=3.0)
     tree["sampling"]["max_new_tokens"] = 30
-    add("environment", opd.train(opd.parse_config(tree), environment=lambda prompt: Talk()).run)
+    add("environment", opd.train(opd.parse_config(tree), environment=talk).run)
     return dict.fromkeys(values(sampling_metrics(with_servers())), "servers") | found
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from call_turns import CALCULATOR, LISTED, SINGLE, Segment, call, chatml, kept_by_hand
 from factories import CHATML, byte_tokenizer, toy_model, toy_recipe
+from games import Scripted, say
 from templated import policy_of, save_cross_tokenizer
 from zoo import toy, toy_bpe
 
@@ -163,25 +164,15 @@ def save_caller(folder: Path) -> str:
     return str(folder)
 
 
-class Answers:
-    """Says "3" to a first turn, and takes the second as the last."""
-
-    def __init__(self) -> None:
-        self.turn = 0
-
-    async def reset(self) -> Sequence[Message]:
-        return ()
-
-    async def step(self, message: Message) -> opd.Step:
-        self.turn += 1
-        return opd.Step([{"role": "tool", "content": "3"}], done=self.turn == 2, reward=0.0)
-
-
 def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
     student = save_caller(tmp_path / "caller")
     prompts = tmp_path / "calls.jsonl"
     prompts.write_text("".join(json.dumps({"id": k, "prompt": "say a", "tools": [TOOL]}) + "\n" for k in range(4)))
     teacher = save_cross_tokenizer(tmp_path / "foreign", toy_bpe(390, template=chatml(LISTED)), max_context=1200)
+
+    def answers(turn: int, text: str) -> opd.Step:
+        return say("3", done=turn == 2, reward=0.0)
+
     found = {}
     for how in ("as_written", "own_syntax"):
         tree = toy_recipe(
@@ -197,7 +188,7 @@ def test_a_run_shows_what_the_teachers_own_syntax_leaves_out(tmp_path: Path):
             "teachers": {"even": {"model": teacher}},
             "tasks": {"first": {"type": "file", "path": str(prompts), "teacher": "even"}},
         }
-        result = opd.train(opd.parse_config(tree), environment=lambda prompt: Answers())
+        result = opd.train(opd.parse_config(tree), environment=lambda prompt: Scripted(answers))
         [found[how], _] = opd.read_metrics(result.run)
     assert found["as_written"]["align/even/masked/syntax/mean"] == 0.0
     scored = list(opd.read_rollouts(result.run, 1))

@@ -324,7 +324,7 @@ def test_a_run_is_not_continued_with_another_template_of_its_teacher(tmp_path: P
 
 
 def test_a_served_teacher_that_renders_prompts_otherwise_is_refused_or_said(tmp_path: Path):
-    client = Client(RemoteConfig(timeout_s=2.0, attempts=2, first_wait_s=0.01, longest_wait_s=0.05))
+    client = Client(RemoteConfig(timeout_s=60.0, attempts=2, first_wait_s=0.01, longest_wait_s=0.05))
     try:
         with serving(toy_model(7)) as server:
             ours = server.tokenizer

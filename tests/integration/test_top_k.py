@@ -130,7 +130,7 @@ def test_parts_of_a_batch_keep_their_columns(bench: Bench):
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    found = Client(RemoteConfig(timeout_s=5, attempts=2, first_wait_s=0.01, longest_wait_s=0.02))
+    found = Client(RemoteConfig(timeout_s=60, attempts=2, first_wait_s=0.01, longest_wait_s=0.02))
     yield found
     found.close()
 

@@ -14,7 +14,7 @@ from factories import prompt, rollout, save_toy, scored, sft_recipe, toy_recipe,
 from matplotlib.image import imread
 from peft import PeftModel
 from safetensors.torch import load_file
-from toy_runs import Run, newest, other_words, reward_of, train
+from toy_runs import Run, newest, other_words, reward_of, train, with_pictures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
@@ -49,7 +49,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, expert: dict[str, Any]) -> R
     tree["teachers"]["odd"] = {"adapter": f"{expert['output']}/student"}
     for key in ("path", "held_out_path"):
         other_words(tree["tasks"]["second"][key])
-    return train(tree)
+    with with_pictures():
+        return train(tree)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from opd.models.linear import few_rows, fuse_adapters, merged
 from opd.models.network import Network
 from opd.models.packing import TokenTree, pack_trees
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=150), min_size=1, max_size=6)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}

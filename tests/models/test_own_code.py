@@ -69,7 +69,7 @@ def test_a_process_with_yes_on_its_standard_input_runs_none_of_it(tree: dict[str
         input="y\n" * 20,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert finished.returncode == 2

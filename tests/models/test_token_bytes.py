@@ -44,7 +44,7 @@ def test_every_id_of_a_published_tokenizer_decodes_to_its_bytes(name: str):
 
 
 @pytest.mark.parametrize("name", TOYS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=40).filter(lambda t: "\u2581" not in t))
 def test_a_toys_tokens_spell_any_text(name: str, text: str):
     table = token_bytes(toy(name))

@@ -125,7 +125,7 @@ def toy_reader(student: str, teacher: str) -> TeacherSide:
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(TOYS, 2)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_ids_at_all_line_up(student: str, teacher: str, data: st.DataObject):
     """Random tokens: text cut in mid-character, bytes that are no UTF-8, control tokens, ids beyond the vocabulary."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import ray
+from clusters import cluster_of, kill, processes
 from factories import toy_recipe, write_toml
 from ray.cluster_utils import Cluster
-from servers import cluster_of, kill, processes
 
 import opd
 from opd.errors import RunError
@@ -134,7 +134,7 @@ def test_a_killed_driver_leaves_nothing_running_and_its_run_goes_on(cluster: Clu
         time.sleep(0.05)
     driver.kill()
     driver.wait()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while processes("toy_engine.py --model") or processes("ray::Rank"):
         assert time.monotonic() < end, "something goes on without its driver"
         time.sleep(0.2)

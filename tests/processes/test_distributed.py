@@ -12,9 +12,9 @@ from unittest.mock import patch
 import golden
 import pytest
 import torch
+from clusters import cluster_of, processes
 from factories import save_adapter, toy_recipe
 from safetensors.torch import load_file
-from servers import cluster_of, processes
 from templated import save_cross_tokenizer
 from zoo import toy_ascii
 

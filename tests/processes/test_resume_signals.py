@@ -120,7 +120,7 @@ def test_a_run_killed_at_five_random_moments_ends_as_one_that_was_not(
     run = tmp_path / "run"
     moments = random.Random(20)
     # The first before there is any checkpoint.
-    at = [moments.choice([1, 2]), *sorted(moments.sample(range(4, STEPS - 4), 4))]
+    at = [moments.choice([1, 2]), *sorted(moments.sample(range(4, STEPS - 12), 4))]
     arguments = ["train", write_toml(tmp_path / "recipe.toml", long_recipe | {"output": str(run)})]
     for step in at:
         process = command.start(*arguments)

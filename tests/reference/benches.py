@@ -103,6 +103,20 @@ def make_bench(folder: Path, prompts: Sequence[Prompt] = PROMPTS, *, wide: bool 
     return Bench(backend, scored, batch)
 
 
+# Fixtures: a file whose tests take them imports them as themselves (`bench as bench`).
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_float64() -> Iterator[None]:
+    with float64_norms():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
 def with_advantages(batch: Batch, seed: int = 0) -> Batch:
     """The batch with advantages of both signs on its actions, and rollouts of a policy that has moved since."""
     generator = torch.Generator().manual_seed(seed)

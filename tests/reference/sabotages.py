@@ -71,10 +71,6 @@ def adding(extra: Callable[..., Any]) -> Make:
     return lambda f: lambda *args, **kwargs: f(*args, **kwargs) + extra(*args, **kwargs)
 
 
-def with_options(**options: Any) -> Make:
-    return lambda f: lambda *args, **kwargs: f(*args, **{**kwargs, **options})
-
-
 def first_arguments(count: int) -> Make:
     """Without the arguments behind the first ones, as if it did not know of them."""
     return lambda f: lambda *args, **kwargs: f(*args[:count])
@@ -150,7 +146,6 @@ KL_TO_GO_REWARDS = Sabotage(
 FUTURE_OF_WRONG_SIGN = Sabotage(ADV + "future_kl", scaled(-1.0))
 OWN_SAMPLE = Sabotage(BASE + "leave_one_out", instead(with_its_own_sample))
 EXACT_HALVED = Sabotage(EST + "exact_gradients", scaled(0.5))
-SCORES_DOUBLED = Sabotage(EST + "trajectory_gradients", scaled(2.0))
 REWARD_HALVED = Sabotage(ADV + "reward_advantages", scaled(0.5))
 NEGATIVE_REINFORCE = Sabotage("objectives.losses:reinforce", scaled(-1.0))
 

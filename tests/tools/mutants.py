@@ -1,6 +1,6 @@
 """Do the tests notice small faults? Each mutant of a module runs in a fork of one process that has imported everything.
 
-    python tests/tools/mutants.py [--module NAME ...] [--sample N --seed S] [--jobs J] [--results FILE] [--again] [--list]
+    python tests/tools/mutants.py [--module NAME ...] [--sample N --seed S] [--jobs J] [--results FILE] [--again] [--report]
 
 A test that fails kills a mutant. What is left is listed; `mutants_equivalent.txt` names those that no test can kill, and why.
 Results are kept line by line, and a second call goes on where the first one ended (`--again`: the survivors once more).
@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import Mutant, mutants
+from mutations import Mutant, mutants, report, shown
 
 ROOT = Path(__file__).parents[2]
-EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
 _VOCABULARY = [
     "vocabulary",
@@ -249,7 +248,7 @@ class Faults:
         with self.options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if found["status"] != "killed":
-            print(f"{found['status']}: {_shown(line)} {found['test']}", flush=True)
+            print(f"{found['status']}: {shown(line)} {found['test']}", flush=True)
 
 
 def _functions(path: str) -> dict[str, list[types.FunctionType]]:
@@ -339,54 +338,6 @@ def _quiet() -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-
-
-def _shown(line: dict[str, Any]) -> str:
-    _, owner, change = line["key"].split(" | ", 2)
-    before, after = change.split(" -> ", 1)
-    return f"src/opd/{line['module'].replace('.', '/')}.py:{line['line']} in {owner}\n    - {before}\n    + {after}"
-
-
-def equivalent() -> dict[str, str]:
-    """Mutants that no test can kill, with the reason of each."""
-    found = {}
-    for line in EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.exists() else ():
-        if line.strip() and not line.startswith("#"):
-            key, _, reason = line.partition(" :: ")
-            assert reason, f"{EQUIVALENT.name}: no reason for {key}"
-            found[key] = reason
-    return found
-
-
-def report(done: dict[str, dict[str, Any]], known: set[str]) -> float:
-    """Print a table by module and the survivors; returns the share of mutants that died, equivalent ones left out."""
-    print(
-        f"\n{'module':26}{'mutants':>9}{'killed':>8}{'timeout':>9}{'survived':>10}{'equivalent':>12}{'invalid':>9}{'died':>8}"
-    )
-    reasons = equivalent()
-    total: Counter[str] = Counter()
-    for module in [*dict.fromkeys(line["module"] for line in done.values()), "all"]:
-        mine = [d for d in done.values() if d["module"] == module and d["key"] in known] if module != "all" else []
-        count = (
-            total
-            if module == "all"
-            else Counter(
-                "equivalent" if d["status"] == "survived" and d["key"] in reasons else d["status"] for d in mine
-            )
-        )
-        if module != "all":
-            total += count
-        died, alive = count["killed"] + count["timeout"], count["survived"]
-        share = died / max(1, died + alive)
-        print(
-            f"{module:26}{count.total():9}{count['killed']:8}{count['timeout']:9}{alive:10}{count['equivalent']:12}"
-            f"{count['invalid']:9}{share:8.1%}"
-        )
-    print("\nsurvivors:")
-    for line in done.values():
-        if line["status"] == "survived" and line["key"] not in reasons and line["key"] in known:
-            print(_shown(line))
-    return (total["killed"] + total["timeout"]) / max(1, total["killed"] + total["timeout"] + total["survived"])
 
 
 def run(name: str, options: argparse.Namespace, done: dict[str, dict[str, Any]]) -> None:

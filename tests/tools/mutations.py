@@ -4,7 +4,10 @@ import ast
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 
 _COMPARES: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -261,3 +264,51 @@ def _other_calls(func: ast.expr, arguments: list[ast.expr], keywords: list[ast.k
         if func.id in ("min", "max", "any", "all"):
             yield ast.Call(ast.Name(_NAMES[func.id], ast.Load()), arguments, keywords)
         yield from first if func.id not in _CONVERSIONS else ()
+
+
+def shown(line: dict[str, Any]) -> str:
+    _, owner, change = line["key"].split(" | ", 2)
+    before, after = change.split(" -> ", 1)
+    return f"src/opd/{line['module'].replace('.', '/')}.py:{line['line']} in {owner}\n    - {before}\n    + {after}"
+
+
+def equivalent() -> dict[str, str]:
+    """Mutants that no test can kill, with the reason of each."""
+    found = {}
+    for line in EQUIVALENT.read_text(encoding="utf-8").splitlines() if EQUIVALENT.exists() else ():
+        if line.strip() and not line.startswith("#"):
+            key, _, reason = line.partition(" :: ")
+            assert reason, f"{EQUIVALENT.name}: no reason for {key}"
+            found[key] = reason
+    return found
+
+
+def report(done: dict[str, dict[str, Any]], known: set[str]) -> float:
+    """Print a table by module and the survivors; returns the share of mutants that died, equivalent ones left out."""
+    print(
+        f"\n{'module':26}{'mutants':>9}{'killed':>8}{'timeout':>9}{'survived':>10}{'equivalent':>12}{'invalid':>9}{'died':>8}"
+    )
+    reasons = equivalent()
+    total: Counter[str] = Counter()
+    for module in [*dict.fromkeys(line["module"] for line in done.values()), "all"]:
+        mine = [d for d in done.values() if d["module"] == module and d["key"] in known] if module != "all" else []
+        count = (
+            total
+            if module == "all"
+            else Counter(
+                "equivalent" if d["status"] == "survived" and d["key"] in reasons else d["status"] for d in mine
+            )
+        )
+        if module != "all":
+            total += count
+        died, alive = count["killed"] + count["timeout"], count["survived"]
+        share = died / max(1, died + alive)
+        print(
+            f"{module:26}{count.total():9}{count['killed']:8}{count['timeout']:9}{alive:10}{count['equivalent']:12}"
+            f"{count['invalid']:9}{share:8.1%}"
+        )
+    print("\nsurvivors:")
+    for line in done.values():
+        if line["status"] == "survived" and line["key"] not in reasons and line["key"] in known:
+            print(shown(line))
+    return (total["killed"] + total["timeout"]) / max(1, total["killed"] + total["timeout"] + total["survived"])

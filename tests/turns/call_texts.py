@@ -85,7 +85,7 @@ def filled(fragment: str, size: int = 1_000_000) -> str:
     return fragment * (size // len(fragment))
 
 
-thorough = settings(max_examples=200, deadline=None, derandomize=True)
+thorough = settings(max_examples=200)
 RULES: tuple[Rule, ...] = get_args(Rule)
 SETTINGS: dict[str, dict[str, Any]] = {
     "tags": {"tags": ["think", "answer"]},

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from factories import byte_tokenizer
-from pairs import check_chunks
+from pairs import check_chunks, rollout_of
 from zoo import real, toy, toy_bpe
 
 from opd.records import Prompt, Rollout, Turn
@@ -159,19 +159,7 @@ def bytes_reader(answer: str) -> TeacherSide:
 
 def turn_of(text: str, own: StudentSide, prompt: Prompt | None = None, *, ended: bool = True) -> Rollout:
     """A rollout of one turn, behind one token that stands for the prompt."""
-    prompt = prompt or asked()
-    ids = [0, *own.encode(text), *([own.end_ids[-1]] if ended else [])]
-    return Rollout(
-        prompt=prompt,
-        sample=0,
-        token_ids=np.array(ids, dtype=np.int32),
-        loss_mask=np.arange(len(ids)) > 0,
-        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
-        turns=(Turn("prompt", 0, 1), Turn("student", 1, len(ids))),
-        messages=(*prompt.messages, {"role": "assistant", "content": text}),
-        finish="end" if ended else "length",
-        policy_version=0,
-    )
+    return rollout_of(own.encode(text), own, text=text, ended=ended, prompt=prompt or asked())
 
 
 def read(

@@ -8,7 +8,6 @@ from typing import Any
 from factories import byte_tokenizer, prompt
 from textarena import Wrapper, make
 
-import opd
 from opd.config import EpisodesConfig, TextArenaTask
 from opd.episodes.player import Demonstrator, EpisodePlayer
 from opd.episodes.tools import Tool, ToolEnvironment
@@ -91,7 +90,7 @@ def play_scripted(
     **limits: Any,
 ) -> list[Rollout]:
     tokenizer = byte_tokenizer()
-    limits = {"step_timeout_s": 5.0} | limits
+    limits = {"step_timeout_s": 60.0} | limits
     player = EpisodePlayer(
         Chat(tokenizer), EpisodesConfig(**limits), end_ids=[tokenizer.eos_token_id], make_environment=make
     )
@@ -120,20 +119,6 @@ def heard(found: Step) -> list[str]:
     return [m["content"] for m in found.observations]
 
 
-class Echo:
-    """Says what it heard, twice; then the episode is over."""
-
-    def __init__(self) -> None:
-        self.turn = 0
-
-    async def reset(self) -> Sequence[Message]:
-        return ()
-
-    async def step(self, message: Message) -> opd.Step:
-        self.turn += 1
-        heard = [{"role": "tool", "content": f"heard {len(message['content'])}"}]
-        return opd.Step(heard, reward=0.5, done=self.turn == 3, events={"heard": 1})
-
-
-def always_echo(prompt: Prompt) -> Echo:
-    return Echo()
+def always_echo(prompt: Prompt) -> Scripted:
+    """It tells how much it heard, twice; then the episode is over."""
+    return Scripted(lambda turn, text: say(f"heard {len(text)}", reward=0.5, done=turn == 3, events={"heard": 1}))

@@ -1,5 +1,7 @@
 """Responses of a student as a teacher with another tokenizer reads them, and what must hold of each."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from opd.records import Prompt, Rollout, Turn
@@ -31,17 +33,19 @@ CORPUS = {
 PROMPT = Prompt("p", ({"role": "user", "content": "Say it."},), teacher="t", task="task")
 
 
-def rollout_of(ids: list[int], student_side: StudentSide, *, text: str, ended: bool = True) -> Rollout:
+def rollout_of(
+    ids: Sequence[int], student_side: StudentSide, *, text: str, ended: bool = True, prompt: Prompt = PROMPT
+) -> Rollout:
     """A response behind one token that stands for the prompt."""
     every = [0, *ids, *([student_side.end_ids[-1]] if ended else [])]
     return Rollout(
-        prompt=PROMPT,
+        prompt=prompt,
         sample=0,
         token_ids=np.array(every, dtype=np.int32),
         loss_mask=np.arange(len(every)) > 0,
         rollout_logprobs=np.zeros(len(every), dtype=np.float32),
         turns=(Turn("prompt", 0, 1), Turn("student", 1, len(every))),
-        messages=(*PROMPT.messages, {"role": "assistant", "content": text}),
+        messages=(*prompt.messages, {"role": "assistant", "content": text}),
         finish="end" if ended else "length",
         policy_version=0,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd.objectives.advantages import immediate, log_ratio_to_go, reward_advantages
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=40)
 NAN, INF = math.nan, math.inf
 
 

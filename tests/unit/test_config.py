@@ -1,8 +1,6 @@
 """The configuration tree: unknown keys, files and overrides, and that what is dumped is what is parsed."""
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -79,7 +77,7 @@ def test_a_dump_holds_every_value_that_differs_from_its_default():
     assert parse_config(plain) == config
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**40),
     lr=st.floats(1e-9, 10),
@@ -117,11 +115,6 @@ def test_a_configuration_cannot_be_changed():
         config.steps = 3
     with pytest.raises(ValueError, match="frozen"):
         config.optimizer.lr = 3.0
-
-
-def test_reading_a_configuration_needs_no_torch():
-    code = "import sys, opd.config; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- unknown keys ---

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benches import Bench, make_bench, random_case
+from benches import Bench, random_case
+from benches import bench as bench
 from factories import prompt, rollout, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from opd.metrics import Metrics, merge, values
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, agreement
 from opd.records import ChunkScore, FailedScore, Flag, Rollout, ScoredRollout
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60)
 small = st.integers(-3, 3).map(float)
 
 
@@ -337,11 +338,6 @@ def test_agreement_with_another_vocabulary_is_that_of_cells():
         assert float(seen.topk_overlap[row]) == len(both) / 2
     torch.testing.assert_close(seen.student_entropy, -(ours * ours.log()).sum(-1))
     torch.testing.assert_close(seen.teacher_entropy, -(other * other.log()).sum(-1), rtol=1e-6, atol=1e-9)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return make_bench(tmp_path_factory.mktemp("agreement"))
 
 
 def compared(bench: Bench, batch: Batch, **options: Any) -> dict[str, float]:

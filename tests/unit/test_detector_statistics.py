@@ -11,7 +11,7 @@ from opd.config.detectors import AurocConfig, FormatErrorsConfig
 from opd.detectors.detectors import Auroc, FormatErrors
 from opd.detectors.statistics import Mark, Smoothed, Tracked, above, cusum
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60)
 
 
 @quick

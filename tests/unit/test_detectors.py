@@ -340,7 +340,7 @@ def test_the_values_of_detectors_are_metrics():
 odd = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, 1e308, -1e308, 5e-324]))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from([*HEALTHY, "kl/token//mean", "kl/token/a/b/mean", "else"]), odd), max_size=40

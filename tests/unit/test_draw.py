@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opd.objectives.draw import invert
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 @quick

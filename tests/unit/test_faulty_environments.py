@@ -5,6 +5,7 @@ import collections
 import math
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from games import Scripted, heard, play_scripted, say, take_step, tool_call, too
 
 from opd.config import EpisodesConfig
 from opd.episodes import environment as hosting
+from opd.episodes import tools
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.errors import DataError, RunError
+from opd.records import Prompt
 from opd.roles import Step
 
 
@@ -62,7 +65,7 @@ def test_an_environment_that_leaves_in_an_unusual_way_fails_its_episode_at_once(
 
     began = time.monotonic()
     [found] = play_scripted(lambda p: Scripted(leaves))
-    assert time.monotonic() - began < 4.0  # its time limit is 5 s
+    assert time.monotonic() - began < 50.0  # its time limit is 60 s
     assert found.finish == "failed"
     assert "raised" in (found.failure or "") or "was cancelled" in (found.failure or "")
 
@@ -126,14 +129,17 @@ def test_errors_of_tasks_that_an_environment_left_behind_are_not_printed(capfd: 
     assert "late" not in capfd.readouterr().err
 
 
-def test_calls_that_hang_share_the_time_of_their_turn():
+def test_calls_that_hang_share_the_time_of_their_turn(monkeypatch: pytest.MonkeyPatch):
+    now, release = [100.0], threading.Event()
+    monkeypatch.setattr(tools, "time", SimpleNamespace(monotonic=lambda: now[0]))  # a clock that no slow machine moves
+
     def hangs(x: int) -> int:
-        time.sleep(5.0)
+        now[0] += 0.3
+        release.wait(60.0)
         return x
 
-    began = time.monotonic()
     found = take_step(tool_environment(hangs, tool_timeout_s=0.3, step_timeout_s=1.0), tool_call() * 6)
-    assert time.monotonic() - began < 1.0
+    release.set()
     assert found.events["tool_timeouts"] == 6
     texts = heard(found)
     assert texts[2] == "error: f gave no answer in the time that was left of this turn"
@@ -211,10 +217,17 @@ def test_an_opening_that_cannot_be_read_fails_its_episode():
 def test_an_environment_that_ends_its_event_loop_fails_its_episode():
     class Ends(Scripted):
         async def step(self, message: Any) -> Step:
-            asyncio.get_running_loop().call_later(0, asyncio.get_running_loop().stop)
+            loops.append(asyncio.get_running_loop())
+            loops[0].call_later(0, loops[0].stop)
             return say("x")
 
-    [found] = play_scripted(lambda p: Ends(lambda turn, text: Step()), write=lambda p, m: time.sleep(0.2) or "turn")
+    def write(item: Prompt, messages: Any) -> str:
+        while loops and loops[0].is_running():
+            time.sleep(0.01)
+        return "turn"
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    [found] = play_scripted(lambda p: Ends(lambda turn, text: Step()), write=write)
     assert found.failure == "the environment ended the event loop that it runs in"
 
 

@@ -244,7 +244,7 @@ def test_a_million_bytes_that_are_no_text_take_seconds():
 def test_a_pattern_that_takes_for_ever_finds_nothing_within_its_time():
     began = time.monotonic()
     assert found("answer_pattern", "a" * 64 + "!", settings={"answer_pattern": "(a|a)+$"}) == [""]
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 60.0  # a second here; without a limit it takes centuries
 
 
 # configuration

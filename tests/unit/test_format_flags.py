@@ -1,6 +1,5 @@
 """The tokens that are flagged for format errors: those that spell what a rule found."""
 
-import pytest
 from call_texts import (
     ALL,
     BYTES,
@@ -19,7 +18,6 @@ from call_texts import (
 from factories import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from zoo import real
 
 from opd.config.tasks import ChecksConfig
 from opd.records import Finish, Flag
@@ -114,37 +112,6 @@ def test_on_a_token_a_byte_flags_are_the_bytes_of_what_was_found(raw: bytes):
         start, end = (len(checked.text[:place].encode()) for place in (error.start, error.end))
         expected.add(Flag(error.rule, start, end) if start < end else Flag(error.rule, len(raw) - 1, len(raw)))
     assert set(flag_errors(flagged_rollout([[], spelled(raw)]), ALL, BYTES, syntax="hermes").flags) == expected
-
-
-@pytest.mark.real
-def test_real_tokens_are_flagged_where_they_spell_the_error():
-    tokenizer = real("smollm2")
-    table = token_bytes(tokenizer)
-    wrong = tagged(GOOD.replace("add", "sub"))
-    text = f"Let me see, naïve 🙂 漢字:\n{wrong}\n```python\nx = 1\n"
-    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    head = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True, return_dict=False)
-    item = flagged_rollout([head, ids])
-    found = dict(flagged(item, ALL, table))
-    assert found["unknown_tool"].strip() == wrong.encode()
-    assert found["code_fence"].strip() == b"```python"
-    assert found["tags"] == found["answer_pattern"] == b"<|im_end|>"
-    assert set(found) == {"unknown_tool", "code_fence", "tags", "answer_pattern"}
-
-
-@pytest.mark.real
-def test_a_character_in_several_real_tokens_is_flagged_with_all_of_them():
-    tokenizer = real("smollm2")
-    table = token_bytes(tokenizer)
-    whole = tokenizer("𓀀").input_ids
-    assert len(whole) > 2
-    half = flagged_rollout([[1], [*tokenizer("so ").input_ids, *whole[:-1], *tokenizer("on").input_ids]])
-    [(rule, raw)] = flagged(half, config("invalid_utf8"), table)
-    assert (rule, raw) == ("invalid_utf8", "𓀀".encode()[: len(raw)])
-    assert len(raw) > 1
-    loop = flagged_rollout([[1], [*tokenizer("so ").input_ids, *whole * 200]])
-    [(rule, raw)] = flagged(loop, config("repetition"), table)
-    assert raw == "𓀀".encode() * 199
 
 
 def test_a_turn_that_was_whole_is_not_called_cut_where_no_room_was_left_for_another():

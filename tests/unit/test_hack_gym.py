@@ -10,7 +10,7 @@ import torch
 from hacks import SMALL, WRITTEN_OUT, shares, ways, written_out
 from torch import Tensor
 
-from opd_theory import hack_claims, hack_gym
+from opd_theory import hack_gym
 from opd_theory.hack_claims import Trial, rest_by_law, run_trial
 from opd_theory.hack_gym import Arm, Figures, Hack, expected_gradient, follow
 from opd_theory.law_claims import settle
@@ -242,19 +242,3 @@ def test_a_hack_that_no_word_outbids_does_not_collapse():
     trial = run_trial(hack, {"to-go": Arm("to_go", 1.0)})
     assert not trial.collapsed("to-go")
     assert trial.held("to-go")
-
-
-CLAIMS = (
-    hack_claims.quick_answer,
-    hack_claims.attractor,
-    hack_claims.loop,
-    hack_claims.early_end,
-    hack_claims.parser_exploit,
-)
-
-
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c.__name__)
-def test_the_claim_holds(claim):
-    found = claim()
-    assert found.holds, found.measured
-    assert set(found.figures["laws"]) < set(found.figures["arms"])

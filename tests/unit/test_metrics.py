@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from opd.metrics import Max, Mean, Metrics, Sum, mean_of, merge, values, wilson_interval
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60)
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=0, max_size=8)
 
 

@@ -13,7 +13,7 @@ from opd.objectives.divergences import reverse_kl
 from opd.objectives.logprobs import gather_logprobs, token_logprobs
 from opd.objectives.losses import exact_reverse_kl
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=40)
 INF = math.inf
 
 

@@ -120,7 +120,7 @@ def play(
 
     player = EpisodePlayer(
         Chat(tokenizer),
-        EpisodesConfig(**({"step_timeout_s": 5.0, "max_turns": 3} | limits)),
+        EpisodesConfig(**({"step_timeout_s": 60.0, "max_turns": 3} | limits)),
         end_ids=[tokenizer.eos_token_id],
         make_environment=make,
     )
@@ -143,7 +143,7 @@ def guess(made: list[Any], kind: Callable[[], Any] = Client, *, seed: int = 3, *
 
 def closed(made: Sequence[Any]) -> list[int]:
     """How often each client was closed, once the threads of their episodes have ended."""
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while not all(client.closed for client in made) and time.monotonic() < deadline:
         time.sleep(0.01)
     return [client.closed for client in made]
@@ -196,13 +196,14 @@ class Silent(Client):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Lost, "raised ConnectionError: lost"), (Silent, "gave no answer in 0.3 s")]
+    ("kind", "reason"), [(Lost, "raised ConnectionError: lost"), (Silent, "gave no answer in 1 s")]
 )
 def test_a_server_that_fails_ends_its_own_episode_only(kind: Callable[[], Any], reason: str):
     made: list[Any] = []
     bad, good = guess(made, kind), guess(made)
     prompts = [prompt("bad"), prompt("good")]
-    lost, fine = play(lambda p: (bad if p.id == "bad" else good)(p), prompts=prompts, step_timeout_s=0.3)
+    limit = 1.0 if kind is Silent else 60.0  # the other episode keeps it, on a slow machine too
+    lost, fine = play(lambda p: (bad if p.id == "bad" else good)(p), prompts=prompts, step_timeout_s=limit)
     assert lost.failure == f"the environment {reason}"
     assert (fine.failure, fine.reward) == (None, 1.0)
     assert closed(made) == [1, 1]

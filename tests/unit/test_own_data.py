@@ -1,7 +1,6 @@
 """Prompts from a user's own data: Python objects, data sets, and files of other formats than JSON lines; columns by other names."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import date
@@ -189,14 +188,6 @@ def test_a_data_set_gives_the_prompts_of_its_rows():
 def test_a_table_of_pyarrow_gives_the_prompts_of_its_rows():
     rows = [{"prompt": "a", "answer": "4"}, {"prompt": "b", "answer": None}]
     assert made(pa.Table.from_pylist(rows)) == made([rows[0], {"prompt": "b"}])
-
-
-def test_reading_data_needs_no_torch():
-    code = (
-        "import sys; from opd.data import read_prompts_from; read_prompts_from(['x'], task='a', teacher='t'); "
-        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # --- columns ---

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import H100, plan, planned_recipe, write_toml
-from factories import folders as folders
+from factories import write_toml
 from peft import LoraConfig
+from planning import H100, plan, planned_recipe
+from planning import folders as folders
+from planning import read_once as read_once
 from toy_runs import invoke, one_line
 
 from opd.config import Config

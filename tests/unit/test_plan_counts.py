@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import H100, SMALL, byte_tokenizer, plan, planned_recipe
-from factories import folders as folders
+from factories import byte_tokenizer
 from peft import LoraConfig, get_peft_model
+from planning import H100, SMALL, plan, planned_recipe
+from planning import folders as folders
+from planning import read_once as read_once
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 

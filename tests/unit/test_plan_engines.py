@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from factories import H100, planned_recipe
-from factories import folders as folders
+from planning import H100, planned_recipe
+from planning import folders as folders
+from planning import read_once as read_once
 from transformers import LlamaConfig
 
 from opd_plan.memory import engine_running

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opd.text.tool_calls import Syntax, parse_calls
 
-thorough = settings(max_examples=300, deadline=None, derandomize=True)
+thorough = settings(max_examples=300)
 
 # laws
 

@@ -126,7 +126,7 @@ def play(
 
     player = EpisodePlayer(
         Chat(tokenizer),
-        EpisodesConfig(**({"step_timeout_s": 10.0} | limits)),
+        EpisodesConfig(**({"step_timeout_s": 60.0} | limits)),
         end_ids=[tokenizer.eos_token_id],
         make_environment=make,
     )
@@ -213,7 +213,7 @@ def test_an_episode_that_the_recipe_ends_is_worth_nothing_and_leaves_nobody_wait
     environment.run = watch
     found = play(lambda p: VerifiersEpisode(task, environment), ["1", "1"], messages=messages_of(task), max_turns=2)
     assert (found.finish, found.reward) == ("turns", 0.0)
-    for _ in range(100):
+    for _ in range(3000):
         if ended:
             break
         asyncio.run(asyncio.sleep(0.02))

@@ -14,7 +14,7 @@ from opd.objectives.divergences import forward_kl, jsd, reverse_kl, tail_logprob
 from opd.objectives.tiles import tiles
 from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, state_statistics, vocabulary_loss
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=40)
 STATES, VOCAB = 5, 9
 
 

@@ -2,8 +2,11 @@
 
 import ast
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from sabotages import SABOTAGES, Sabotage
 from small_claims import CLAIM, SIZES, small
 
-from opd_theory import written_out
+from opd_theory import hack_claims, mask_claims, written_out
 from opd_theory.claim import Claim
 from opd_theory.gradient_claims import instance
 from opd_theory.report import claim_line
@@ -26,6 +29,8 @@ def test_every_part_of_the_claim_holds(name: str):
     plain = json.loads(json.dumps(asdict(claim)))
     assert plain["parts"] == claim.parts
     assert plain["holds"] is True
+    if CLAIM[name].__module__ == hack_claims.__name__:
+        assert set(claim.figures["laws"]) < set(claim.figures["arms"])
 
 
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, each in SABOTAGES.items() for wrong in each])
@@ -35,6 +40,35 @@ def test_a_claim_fails_when_an_object_that_it_names_is_wrong(name: str, wrong: s
     claim = small(name)
     assert sabotage.calls > 0, "the claim never reached the sabotaged object"
     assert not claim.holds, f"the claim holds with {wrong}"
+
+
+BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
+    "every episode counts as kept": ("opd.objective._normalizer", lambda objective, batch, mask: float(len(batch))),
+    "masked episodes still train": ("opd.objective.without_errors", lambda flagged, *_: torch.ones_like(flagged)),
+    "the KL baseline has the other sign": ("opd.objectives.baselines.negative_kl", lambda kl, mask: kl * mask),
+    "the reward loses its baseline": ("opd.objectives.advantages.reward_advantages", lambda r, *_: r.clamp(min=0.0)),
+    "the learner divides by all episodes": ("opd_theory.mask_claims.divisor", lambda _, batch: float(len(batch))),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_claim_fails_when_the_functions_of_training_are_broken(name: str):
+    target, broken = BROKEN[name]
+    with patch(target, broken):
+        found = mask_claims.mask_law()
+    assert not found.holds, found.measured
+
+
+@pytest.mark.parametrize("name", ["the learner divides by all episodes", "the reward loses its baseline"])
+def test_the_tilt_claim_fails_when_the_functions_of_training_are_broken(name: str):
+    target, broken = BROKEN[name]
+    with patch(target, broken):
+        assert not mask_claims.tilt_law().holds
+
+
+def test_the_claim_on_the_attractor_fails_when_the_gym_divides_both_parts_alike():
+    with patch("opd_theory.hack_gym.normalizers", lambda *_: (1.0, 1.0)):
+        assert not hack_claims.attractor().holds
 
 
 def test_every_claim_has_at_least_three_sabotages_and_no_other_has_any():

@@ -64,7 +64,7 @@ def turns(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("answer", [TAGGED, LISTED, FENCED, BY_KEY, ESCAPED, THINKING], ids=range(6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turn=turns(), ended=st.booleans())
 def test_any_turn_with_calls_keeps_the_laws(answer: str, turn: tuple[str, list[str]], ended: bool):
     text, around = turn
@@ -102,7 +102,7 @@ def test_tokens_without_bytes_belong_to_what_their_place_starts():
     assert last.inside.tolist() == [True, True]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_blocks_of_any_two_texts_line_up_as_by_hand(data: st.DataObject):
     """The pairing alone, against `kept_by_hand`: any blocks, any two tokenisations."""
