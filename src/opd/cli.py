@@ -193,8 +193,7 @@ def check(arguments: Recipe) -> None:
 
         findings = Trainer(config).check()
     for finding in findings:
-        verdict = ("warn" if finding.warning else "ok  ") if finding.passed else "FAIL"
-        typer.echo(f"{verdict}  {finding.name}: {finding.detail}")
+        typer.echo(finding)
     if not all(f.passed for f in findings):
         raise typer.Exit(2)
 

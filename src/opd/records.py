@@ -211,7 +211,7 @@ class ChunkScore:
         logprobs: [tokens], nats: the teacher's log-probability of a chunk at the chunk's last token, 0 elsewhere.
         chunks: [tokens], the number of the chunk of each action, from 0; -1 off the loss mask and for masked tokens.
         num_bytes: The bytes of text in chunks.
-        facts: Counts of the alignment by name (`opd.text.alignment.facts`), with "masked/REASON" for masked tokens.
+        facts: Counts of the alignment by name (`opd.text.alignment.turn_facts`), with "masked/REASON" for masked tokens.
         compared: [tokens] bool, with `part`: the actions at which both models chose the same token, so that their distributions can
             be compared.
         part: The teacher's hidden states before these actions.

@@ -104,7 +104,7 @@ GROUPS: Mapping[str, tuple[tuple[str, str, str], ...]] = MappingProxyType({
         ("align/TEACHER/rewritten/mean", "fraction", "Turns that the template of the teacher writes differently."),
         ("align/TEACHER/non_canonical/mean", "fraction", "Turns in other tokens than the tokenizer of the student would choose."),
         ("align/TEACHER/untranscribed/mean", "fraction", "Turns whose tool calls stayed in the syntax of the student."),
-        ("align/TEACHER/alarms/mean", "per turn", "One-to-one chunks with a log ratio below -15 nats."),
+        ("align/TEACHER/alarms/mean", "per turn", "One-to-one chunks whose log-probability under the teacher is below -15 nats."),
     ),
     "Detectors": (
         ("detectors/episodes/sum", "episodes", "Episodes of the step."),

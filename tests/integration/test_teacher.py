@@ -197,9 +197,7 @@ def test_without_hidden_states_a_score_holds_the_sampled_tokens_alone(backend: L
 @pytest.mark.parametrize("max_tokens", [1, 40, 100])
 def test_the_size_of_a_pass_does_not_change_the_scores(backend: LocalBackend, rollouts: list[Rollout], max_tokens: int):
     def score(limit: int) -> list[ScoredRollout]:
-        teachers = LocalTeachers(
-            backend.targets, vocab_size=backend.vocab_size, temperature=1.0, max_tokens=limit, keep_hidden=True
-        )
+        teachers = LocalTeachers(backend.targets, temperature=1.0, max_tokens=limit, keep_hidden=True)
         return teachers.score(rollouts)
 
     for a, b in zip(score(max_tokens), score(10_000), strict=True):
@@ -249,7 +247,7 @@ def test_a_rollout_over_the_context_is_a_failed_score_that_says_why(tmp_path: Pa
     short = load_network(save_toy(tmp_path / "short", 1, max_context=16), ComputeConfig(device="cpu"))
     long = load_network(save_toy(tmp_path / "long", 1), ComputeConfig(device="cpu"))
     targets = {name: (Part(name, Policy(network, None)),) for name, network in {"short": short, "long": long}.items()}
-    teachers = LocalTeachers(targets, vocab_size=258, temperature=1.0, max_tokens=64, keep_hidden=False)
+    teachers = LocalTeachers(targets, temperature=1.0, max_tokens=64, keep_hidden=False)
     sizes = [("a", 17, "short"), ("b", 16, "short"), ("c", 17, "long"), ("d", 30, "short")]
     scored = teachers.score([of_length(*size) for size in sizes])
     assert [isinstance(s.score, FailedScore) for s in scored] == [True, False, False, True]

@@ -49,6 +49,15 @@ def test_prompts_and_a_reward_of_ones_own_train_without_a_recipe_file(tmp_path: 
     assert [line["step"] for line in result.history] == [1, 2]
 
 
+def test_a_finding_prints_as_the_line_of_opd_check(tmp_path: Path):
+    tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 0})
+    shown = invoke("check", write_toml(tmp_path / "recipe.toml", tree))
+    found = [str(finding) for finding in opd.Trainer(tree).check()]
+    assert found == shown.output.splitlines()[1:]
+    assert {line[:6] for line in found} == {"ok    ", "warn  "}
+    assert str(opd.Finding("a rule", False, "no")) == "FAIL  a rule: no"
+
+
 def test_a_column_mapping_renames_columns_of_a_data_set(tmp_path: Path):
     from datasets import Dataset
 

@@ -324,11 +324,11 @@ def test_a_server_that_dies_while_it_is_given_weights_gets_them_when_it_is_back(
     adapters = [files_of(save_adapter(tmp_path / str(seed), base, seed)) for seed in (1, 2)]
     ask = engine._ask
 
-    def dies(method: str, path: str, body: Any = None) -> Any:
+    def dies(path: str, body: Any = None, **options: Any) -> Any:
         if path.startswith(("/collective_rpc", "/v1/unload_lora_adapter")) and not died:
             died.append(path)
             kill("toy_engine.py --model")
-        return ask(method, path, body)
+        return ask(path, body, **options)
 
     died: list[str] = []
     try:

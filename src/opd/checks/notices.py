@@ -14,12 +14,19 @@ from opd.records import Prompt
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures."""
+    """One check: its name, whether it passed, and the figures; warning: it passed, and somebody should know the figures.
+
+    As text it is the line of `opd check`.
+    """
 
     name: str
     passed: bool
     detail: str
     warning: bool = False
+
+    def __str__(self) -> str:
+        verdict = ("warn" if self.warning else "ok  ") if self.passed else "FAIL"
+        return f"{verdict}  {self.name}: {self.detail}"
 
 
 REWARD = "reward"

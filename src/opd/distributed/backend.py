@@ -212,9 +212,8 @@ def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":
     loaded = load_tokenizer(config.student)
     if config.template_time is not None:
         freeze(loaded.tokenizer, config.template_time)
-    turn_end(
-        loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'"
-    )  # raises where nothing ends one
+    # raises where no token ends a turn
+    turn_end(loaded.tokenizer, loaded.generation_config, who=f"model '{config.student}'")
     with ExitStack() as started:
         join(config)
         started.callback(ray.shutdown)

@@ -6,7 +6,7 @@ The caller provides the turns: an engine samples them, or a script demonstrates 
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -49,6 +49,26 @@ TakeTurns: TypeAlias = Callable[[Sequence["Episode"]], list[Taken]]
 
 MakeEnvironment: TypeAlias = Callable[[Prompt], Environment | None]
 """An environment for one episode on a prompt; None for an episode of one turn."""
+
+
+def turns_with_room(
+    episodes: Sequence["Episode"],
+    take: Callable[[Sequence["Episode"], Sequence[int]], Sequence[Taken]],
+    *,
+    context: int | None,
+    max_new_tokens: int,
+) -> list[Taken]:
+    """One turn of each episode. context: the longest sequence of the model, in tokens; an episode without room for a turn ends.
+
+    take: samples the turns of the other episodes, each of at most so many tokens.
+    """
+    room = [max_new_tokens if context is None else min(max_new_tokens, context - len(e.token_ids)) for e in episodes]
+    fits = [i for i, left in enumerate(room) if left > 0]
+    turns = [Taken([], [], "context")] * len(episodes)
+    for i, turn in zip(fits, take([episodes[i] for i in fits], [room[i] for i in fits]), strict=True):
+        cut = turn.finish == "length" and room[i] < max_new_tokens
+        turns[i] = replace(turn, finish="context") if cut else turn
+    return turns
 
 
 def numbered(prompts: Sequence[Prompt], num_samples: int) -> list[tuple[Prompt, int]]:

@@ -56,8 +56,7 @@ class LocalBackend:
     """The student, its teachers, and what they share, in one process (`opd.roles.Backend`).
 
     policies: every model that scores, by name. targets: the target of each teacher; training takes `followed` instead, with the
-    reference of an extrapolation. remote: teachers behind servers, which have neither. vocab_size: the number of ids that the
-    heads of the student and of the teachers with its tokenizer share.
+    reference of an extrapolation. remote: teachers behind servers, which have neither.
     """
 
     config: Config
@@ -66,7 +65,6 @@ class LocalBackend:
     targets: Mapping[str, Target]
     followed: Mapping[str, Target]
     remote: Mapping[str, RemoteTeacher]
-    vocab_size: int
     make_environment: MakeEnvironment
 
     def close(self) -> None:
@@ -101,6 +99,11 @@ class LocalBackend:
         """The network whose chat template renders a policy's prompts: its own, or the student's where the recipe says so."""
         own = policy.prompts is not None or same_template(self.tokenizer, policy.network.tokenizer)
         return policy.network if own else self.student.network
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that the heads of the student and of the teachers with its tokenizer share."""
+        return self.student.network.vocab_size
 
     @property
     def tokenizer(self) -> Any:
@@ -216,7 +219,6 @@ class LocalBackend:
         """Teachers in process that score as `targets` say."""
         return LocalTeachers(
             targets,
-            vocab_size=self.vocab_size,
             temperature=self.config.temperature,
             max_tokens=self.config.compute.max_tokens,
             keep_hidden=keep_hidden,

@@ -61,10 +61,9 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
     same_tokenizer |= _with_own_prompts(config, network, same_tokenizer)
     sharing = dict.fromkeys([network, *(policy.network for policy in same_tokenizer.values())])
     narrowest = min(sharing, key=lambda n: n.vocab_size)
-    vocab_size = narrowest.vocab_size
-    _require_rows(network, vocab_size, narrowest.source)
+    _require_rows(network, narrowest.vocab_size, narrowest.source)
     for each in sharing:
-        each.vocab_size = vocab_size
+        each.vocab_size = narrowest.vocab_size
     connected = _connected(config, network.tokenizer) if remote else {}
     targets: dict[str, Target] = {
         name: cross_tokenizer.get(name) or _target(config, name, same_tokenizer)
@@ -79,7 +78,6 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
         targets,
         followed,
         connected,
-        vocab_size,
         make_environment,
     )
 

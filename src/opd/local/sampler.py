@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.config import EpisodesConfig
-from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered
+from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered, turns_with_room
 from opd.models.attention import KVCache
 from opd.models.network import Network
 from opd.objectives.draw import invert
@@ -58,22 +58,13 @@ class LocalSampler:
             return self.player.play(rows, take_turns, version=self._version)
 
     def _take_turns(self, episodes: Sequence[Episode], draws: Tensor) -> list[Taken]:
-        """One turn of each episode, as many tokens as its limit and the student's context allow."""
-        limit = self.network.max_context
-        most = self.max_new_tokens
-        room = [most if limit is None else min(most, limit - len(e.token_ids)) for e in episodes]
-        taken = [Taken([], [], "context")] * len(episodes)
-        fits = [i for i, left in enumerate(room) if left > 0]
-        mine = draws[[episodes[i].row for i in fits]]
-        grown = self._grow([episodes[i].token_ids for i in fits], mine, [room[i] for i in fits])
-        for i, row in zip(fits, grown, strict=True):
-            assert row.finish is not None
-            cut = row.finish == "length" and room[i] < most
-            taken[i] = Taken(row.tokens, row.logprobs, "context" if cut else row.finish)
-        return taken
+        def take(fits: Sequence[Episode], room: Sequence[int]) -> list[Taken]:
+            return self._grow([e.token_ids for e in fits], draws[[e.row for e in fits]], room)
+
+        return turns_with_room(episodes, take, context=self.network.max_context, max_new_tokens=self.max_new_tokens)
 
     @torch.no_grad()
-    def _grow(self, prompts: Sequence[list[int]], draws: Tensor, room: Sequence[int]) -> list["_Response"]:
+    def _grow(self, prompts: Sequence[list[int]], draws: Tensor, room: Sequence[int]) -> list[Taken]:
         """Extend every prompt until its turn ends or its `room`, a number of tokens, is used up.
 
         Samples that share all tokens so far (a group, at first) share one row; a row is copied where they part. When responses
@@ -103,7 +94,7 @@ class LocalSampler:
             inputs = _part(cache, samples, responses)
             if samples:
                 hidden = self.network.decode(inputs, cache)
-        return responses
+        return [Taken(r.tokens, r.logprobs, r.finish) for r in responses if r.finish is not None]  # all of them
 
 
 def episode_player(network: Network, limits: EpisodesConfig, make_environment: MakeEnvironment) -> EpisodePlayer:

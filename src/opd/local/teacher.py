@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opd.errors import DataError
 from opd.models.network import Network
@@ -103,7 +102,6 @@ def read_logprobs(
     sequences: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     *,
-    head: Tensor,
     temperature: float,
     max_tokens: int,
     keep_hidden: bool,
@@ -111,10 +109,9 @@ def read_logprobs(
 ) -> list[ReadSequence]:
     """A policy's log-probabilities of the actions (masks [tokens] bool) of sequences [tokens], in packed passes.
 
-    head [vocab, width]: the rows of the output head that are normalised over. ends: of each sequence, the
-    tokens that its last one stands for: the event that the turn ends, by any of them.
+    ends: of each sequence, the tokens that its last one stands for: the event that the turn ends, by any of them.
     """
-    network = policy.network
+    network, head = policy.network, policy.network.head_weight()
     nothing = ReadSequence(np.zeros(0), np.zeros((0, head.shape[1]), dtype=np.float32))
     found = [nothing] * len(sequences)
     every_end = sorted(set().union(*ends))
@@ -150,7 +147,6 @@ class LocalTeachers:
 
     targets: Mapping[str, Target]
     _: KW_ONLY
-    vocab_size: int
     temperature: float
     max_tokens: int
     keep_hidden: bool
@@ -208,7 +204,6 @@ class LocalTeachers:
                 policy,
                 [each.token_ids for each in shown],
                 [each.mask for each in shown],
-                head=policy.network.head_weight()[: self.vocab_size],
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
                 keep_hidden=self.keep_hidden,
@@ -258,7 +253,6 @@ def score_cross_tokenizer(
             policy,
             [np.append(turn.teacher_text.token_ids, end_ids[0]) for turn in every],
             [_scored_tokens(turn) for turn in every],
-            head=network.head_weight(),
             temperature=temperature,
             max_tokens=max_tokens,
             keep_hidden=policy.shared_vocabulary is not None,

@@ -214,6 +214,5 @@ def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """One call of a layer that keeps only its inputs for the gradient."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-    )  # nothing is drawn in a layer
+    # nothing is drawn in a layer
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

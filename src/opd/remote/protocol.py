@@ -127,15 +127,17 @@ def checked_scores(token_ids: Sequence[int], raw: RawScores, *, top: int, fix: s
     return Scores(logprobs, ids, top_k_logprobs)
 
 
-def checked_sample(tokens: list[int], logprobs: Sequence[object], params: SamplingParams, *, stopped: bool) -> Sampled:
-    """A response whose parts agree; stopped: the server says that the response ended, and was not cut. Raises BadAnswer."""
+def checked_sample(tokens: list[int], logprobs: Sequence[object], params: SamplingParams, *, reason: object) -> Sampled:
+    """A response, if its parts agree; reason: the server's finish reason, "stop" or "length". Raises BadAnswer."""
+    if reason not in ("stop", "length"):
+        raise BadAnswer(f"a response that finished by '{reason}'")
     if not tokens or len(tokens) > params.max_tokens or len(logprobs) != len(tokens):
         raise BadAnswer(
             f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, asked for 1 to {params.max_tokens}"
         )
     if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
         raise BadAnswer("token ids that are not whole numbers from 0")
-    ended = tokens[-1] in params.end_ids
+    ended, stopped = tokens[-1] in params.end_ids, reason == "stop"
     if any(t in params.end_ids for t in tokens[:-1]) or stopped != ended:
         last = f"token {tokens[-1]}, {'an' if ended else 'no'} end token"
         raise BadAnswer(f"a response that {'ended' if stopped else 'was cut'} after {last}")

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
-from opd.episodes.player import Episode, EpisodePlayer, Taken, numbered
+from opd.episodes.player import Episode, EpisodePlayer, Taken, numbered, turns_with_room
 from opd.records import Prompt, Rollout
 from opd.remote.client import Answer, Client, Deployment, Endpoint, Request
 from opd.remote.protocol import Sampled, SamplingParams, ServerProtocol
@@ -31,9 +31,8 @@ class RemoteSampler:
     context: int | None
     player: EpisodePlayer
     protocol: ServerProtocol = field(default_factory=VllmProtocol)
-    _now: tuple[Endpoint | None, int] = field(
-        default=(None, 0), init=False
-    )  # where new calls go; the policy version there
+    # where new calls go, and the policy version there
+    _now: tuple[Endpoint | None, int] = field(default=(None, 0), init=False)
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
         """Later calls sample from the latest weights."""
@@ -48,15 +47,12 @@ class RemoteSampler:
             return self.player.play(rows, partial(self._take_turns, endpoint=endpoint, seed=seed), version=version)
 
     def _take_turns(self, episodes: Sequence[Episode], *, endpoint: Endpoint, seed: Seed) -> list[Taken]:
-        limits = [c for c in (self.context, endpoint.context) if c is not None]
-        room = [min([self.max_new_tokens, *(c - len(e.token_ids) for c in limits)]) for e in episodes]
-        fits = [i for i, left in enumerate(room) if left > 0]
-        requests = [self._request(endpoint, episodes[i], room[i], seed) for i in fits]
-        answers = self.client.send_to(self.deployment, requests)
-        taken = [Taken([], [], "context")] * len(episodes)
-        for i, answer in zip(fits, answers, strict=True):
-            taken[i] = _taken(answer, cut=room[i] < self.max_new_tokens)
-        return taken
+        def take(fits: Sequence[Episode], room: Sequence[int]) -> list[Taken]:
+            requests = [self._request(endpoint, e, left, seed) for e, left in zip(fits, room, strict=True)]
+            return list(map(_taken, self.client.send_to(self.deployment, requests)))
+
+        context = min((c for c in (self.context, endpoint.context) if c is not None), default=None)
+        return turns_with_room(episodes, take, context=context, max_new_tokens=self.max_new_tokens)
 
     def _request(self, endpoint: Endpoint, episode: Episode, room: int, seed: Seed) -> Request[Sampled]:
         params = SamplingParams(
@@ -70,10 +66,8 @@ class RemoteSampler:
         return Request(endpoint, self.protocol.path, body, read)
 
 
-def _taken(answer: Answer[Sampled], *, cut: bool) -> Taken:
-    """A turn from an answer; cut: the rest of the context limited its tokens."""
+def _taken(answer: Answer[Sampled]) -> Taken:
     found = answer.value
     if found is None:
         return Taken([], [], "failed", failure=answer.reason, retries=answer.retries)
-    finish = "context" if cut and found.finish == "length" else found.finish
-    return Taken(found.token_ids, found.logprobs, finish, retries=answer.retries)
+    return Taken(found.token_ids, found.logprobs, found.finish, retries=answer.retries)

@@ -90,14 +90,10 @@ class SglangProtocol:
             )
         if [token for _, token, *_ in said] != tokens:
             raise BadAnswer("log-probabilities of other tokens than those of the response")
-        stopped = reason.get("type") == "stop"
         # a server whose logits are NaN says so here, and ends the response with an arbitrary token
-        if stopped and tokens and reason.get("matched") != tokens[-1]:
+        if reason.get("type") == "stop" and tokens and reason.get("matched") != tokens[-1]:
             raise BadAnswer(f"a response that was stopped by {reason.get('matched')!r}")
-        if reason.get("type") not in ("stop", "length"):
-            raise BadAnswer(f"a response that finished by '{reason.get('type')}'")
-        logprobs = [value for value, *_ in said]
-        return checked_sample(tokens, logprobs, params, stopped=stopped)
+        return checked_sample(tokens, [value for value, *_ in said], params, reason=reason.get("type"))
 
 
 def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:

@@ -91,9 +91,7 @@ class VllmProtocol:
         logprobs = (choices[0].get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list):
             raise BadAnswer("no token_ids or no logprobs; a vLLM server returns both")
-        if reason not in ("stop", "length"):
-            raise BadAnswer(f"a response that finished by '{reason}'")
-        return checked_sample(tokens, logprobs, params, stopped=reason == "stop")
+        return checked_sample(tokens, logprobs, params, reason=reason)
 
 
 def _body(endpoint: Endpoint, token_ids: Sequence[int]) -> dict[str, Any]:
