@@ -10,7 +10,7 @@ import pytest
 import torch
 from factories import prompt, rollout, toy_model, toy_recipe
 from servers import serving
-from templated import CHATTY, CLOCK, NO_SYSTEM, TERSE, ending, own_templates, save_templated, templated
+from templated import CHATTY, CLOCK, NO_SYSTEM, TEMPERATURE, TERSE, ending, own_templates, save_templated, templated
 
 import opd
 from opd.align import compare
@@ -27,7 +27,6 @@ from opd.score_cache import identities
 from opd.text.chat import Chat
 from opd.text.teacher_prompt import OwnPrompt, different_renderings
 
-TEMPERATURE = 0.8
 IM_END = "<|im_end|>\n"
 
 

@@ -32,6 +32,8 @@ NO_SYSTEM = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + OPENED
 )
 CLOCK = "<|im_start|>system\nIt is {{ strftime_now('%d %B %Y %H:%M:%S.%f') }}.<|im_end|>\n"
+TEMPERATURE = 0.8
+"""Of the runs of `own_templates`."""
 TURN_END = 258
 """The id of the token <|turn_end|> of a tokenizer with three special tokens."""
 
@@ -131,4 +133,4 @@ def own_templates(
     theirs = save_templated(folder / "theirs", templated(teacher), 1)
     choice = changes.pop("template", None)
     teachers = {n: {"model": theirs} | ({"template": choice} if choice else {}) for n in ("even", "odd")}
-    return toy_recipe(folder, student=ours, teachers=teachers, **changes)
+    return toy_recipe(folder, student=ours, temperature=TEMPERATURE, teachers=teachers, **changes)
