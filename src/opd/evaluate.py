@@ -44,11 +44,9 @@ class Cell:
         mean_length: Tokens of the policy in an episode, on average.
         failed: Those whose environment failed. They have no verdict.
         timeouts: Those with reward 0 because the verifier did not compare them in time.
-        mean_reward: The mean of the rewards.
-        reward_deviation: The standard deviation of the rewards.
+        mean_reward, reward_deviation: The mean and the standard deviation of the rewards.
         kl_token: Reverse KL to the prompts' teacher on the policy's own responses, in nats per token.
-        kl_sequence: The same in nats per episode.
-        kl_byte: The same in nats per byte of text, with a teacher of another tokenizer.
+        kl_sequence, kl_byte: The same per episode, and per byte of text with a teacher of another tokenizer.
         sampled: Whether the reverse KL is an estimate.
     """
 

@@ -13,7 +13,7 @@ With a leave-one-out baseline pull(p) = p x, so that errors fade where
 
     trajectory: c x > D        token: c x / (x + length * p) > D        constant: c > D
 
-Source: the expectation of `opd.objective.follow` and `opd.objectives.losses.reinforce` over batches; claim 12 enumerates it.
+Source: the expectation of `compute_advantages` and `opd.objectives.losses.reinforce` over batches; claim 12 enumerates it.
 """
 
 from collections.abc import Callable

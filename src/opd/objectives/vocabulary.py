@@ -114,23 +114,20 @@ def exact_reverse_kl(
     """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without logits of shape [states, vocab].
 
     This is the immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without
-    the variance of drawing the action. It lacks the future part of grad V. It goes through chunks of states once and forms the
-    gradients in the same pass from their closed form d KL / d logits = p (log p - log q - KL). Memory is
-    O(max_logits + states * width).
+    the variance of drawing the action. It lacks the future part of grad V. Loss and gradients come from one pass over chunks of
+    states, by d KL / d logits = p (log p - log q - KL). Memory is O(max_logits + states * width).
 
     Args:
-        student_hidden: [states, width]; may require a gradient.
-        student_head: [vocab, width]; may require a gradient.
-        teacher_hidden: [states, teacher_width], constants.
-        teacher_head: [vocab, teacher_width], constants.
+        student_hidden, student_head: [states, width] and [vocab, width]; both may require a gradient.
+        teacher_hidden, teacher_head: [states, teacher_width] and [vocab, teacher_width], constants.
         weights: [states], the weight of each state in the loss: 1 / normaliser, times its multiplicity.
         temperature: Divides the logits of both.
         logprob_floor: Lower log-probabilities of the teacher are raised to it (`opd.objectives.target`).
         max_logits: The most logits of one model that exist at once.
 
     Returns:
-        (loss, reverse_kl [states], entropy [states] of the student, floored [states]). `floored` is the student's probability of
-            tokens at which the teacher was raised to the floor. The last three are detached.
+        (loss, reverse_kl, entropy of the student, floored: its probability of tokens at which the teacher was raised to the
+            floor). The last three are [states] and detached.
 
     Source: section 1.3 (g1).
     """
