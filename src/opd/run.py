@@ -16,7 +16,7 @@ from opd.checks.startup import packing_findings, run_checks
 from opd.config import Config, config_changes, dump_config
 from opd.data.tasks import PromptStream, TaskData
 from opd.detectors.monitor import RunMonitor
-from opd.episodes.player import MakeEnvironment, one_turn
+from opd.episodes.player import MakeEnvironment
 from opd.errors import CheckError, ConfigError, one_line
 from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
@@ -84,7 +84,7 @@ class Run:
         self.task_data = task_data
         started = config.started()
         self.say: Callable[[str], None] = partial(print, flush=True)  # until there is a progress line to say it above
-        self.backend = make_backend(started, task_data.make_environment)
+        self.backend = make_backend(started, task_data.make_environment, say=self.say)
         # the run keeps its start time where a template reads the clock
         self.config = started if self.backend.facts().reads_clock else config
         try:
@@ -318,10 +318,12 @@ def export_student(
         write_merged(config.student, adapter, target, dtype=dtype or "float32", whose="the student")
 
 
-def make_backend(config: Config, make_environment: MakeEnvironment = one_turn) -> Backend:
-    """The backend that a recipe names: this process, or a Ray cluster."""
+def make_backend(
+    config: Config, make_environment: MakeEnvironment, *, say: Callable[[str], None] = lambda line: None
+) -> Backend:
+    """The backend that a recipe names: this process, or a Ray cluster. say: shows a line before each model that is loaded."""
     if config.backend == "local":
-        return local.build(config, make_environment)
+        return local.build(config, make_environment, say=say)
     try:
         from opd.distributed.backend import build
     except ImportError as error:

@@ -225,6 +225,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return opd.train(tree).run
 
 
+def test_every_wait_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tree = toy_recipe(tmp_path, steps=2, evaluation={"num_prompts": 2, "before_prompts": 2})
+    opd.train(tree)
+    shown = capsys.readouterr().out
+    waits = [
+        f"loading student '{tree['student']}'",
+        f"loading teacher 'even': '{tmp_path / 'even'}'",
+        "loading teacher 'odd'",
+    ]
+    waits += [
+        "checking the recipe",
+        "evaluating the student before",
+        "step 1/2",
+        "step 2/2",
+        "evaluating the student and its",
+    ]
+    places = [shown.replace("\n", "").find(line) for line in waits]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
 def test_any_checkpoint_is_evaluated(run: Path):
     last = (run / "parity.json").read_text()
     assert invoke("eval", run, "--step", "2").exit_code == 0

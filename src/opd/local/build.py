@@ -1,6 +1,6 @@
 """From a configuration to the local backend: which weights are loaded, each once, and which policies use them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,22 @@ from opd.text.tokenizer import described_token, difference, ids_without_rows, sh
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
 
 
-def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remote: bool = True) -> LocalBackend:
+def build(
+    config: Config,
+    make_environment: MakeEnvironment = one_turn,
+    *,
+    remote: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> LocalBackend:
     """Load the student and every teacher, each set of weights once; `remote=False` leaves out the teachers behind servers.
+
+    say: shows a line before each model that is loaded.
 
     Adapter teachers live on the student's own base while that base stays as it is (`trainable = "lora"`); when the whole
     student is trained they share one frozen copy. Raises ModelError when a teacher does not fit.
     """
     config = config.started()
+    say(f"loading student '{config.student}'")
     network = _student(config)
     lora = config.trainable == "lora"
     loaded: dict[str, Network] = {config.student: network} if lora else {}
@@ -43,6 +52,7 @@ def build(config: Config, make_environment: MakeEnvironment = one_turn, *, remot
             continue
         source = teacher.model or config.student
         if source not in loaded:
+            say(f"loading teacher '{name}': '{source}'")
             loaded[source] = _load(source, config)
         adapter = None
         if teacher.adapter is not None:
