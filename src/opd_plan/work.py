@@ -10,7 +10,6 @@ from opd_plan.shapes import Shape, adapter_of, adapter_parameters, read_shape
 
 # as vLLM reads them
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TURNS = ("tools", "textarena")  # tasks whose episodes have several turns of the student
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def work_of(config: Config, *, prompt_tokens: int) -> Work:
         return shapes[source]
 
     student, sampling = shape(config.student), config.sampling
-    turns = config.episodes.max_turns if any(t.type in _TURNS for t in config.tasks.values()) else 1
+    turns = config.episodes.max_turns if any(t.has_environment for t in config.tasks.values()) else 1
     response = min(turns * sampling.max_new_tokens, (student.context or 10**12) - prompt_tokens)
     if response < 1:
         raise ConfigError(
@@ -159,7 +158,7 @@ def _in_flight(config: Config, rollouts: int) -> int:
     """How many rollouts are sampled at once: where all teachers are served and awake, prompts go one by one (`opd.loop`); games
     are hosted, so many at once."""
     if config.cluster.teachers_sleep or not all(teacher.remote for teacher in config.teachers.values()):
-        hosted = any(task.type in _TURNS for task in config.tasks.values())
+        hosted = any(task.has_environment for task in config.tasks.values())
         return min(rollouts, config.episodes.max_concurrent) if hosted else rollouts
     group = config.sampling.group_size
     return min(rollouts, max(1, config.episodes.max_concurrent // group) * group)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from opd.config.teachers import ServerKind
 from opd.remote.client import BadAnswer
-from opd.remote.protocol import Scores, ServerProtocol
+from opd.remote.protocol_base import Scores, ServerProtocol
+from opd.remote.protocols import protocol_of
 from opd.remote.sglang import SglangProtocol
-from opd.remote.teacher import protocol_of
 from opd.remote.vllm import VllmProtocol
 
 TOP = 3

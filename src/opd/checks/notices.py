@@ -32,7 +32,6 @@ class Finding:
 REWARD = "reward"
 """The name of the finding on the use of rewards."""
 _NO_EFFECT = "no effect"
-_PLAYED = ("tools", "textarena")  # types of tasks that have environments
 _GROUP_MASK = (
     "warning: mask.format_errors with baseline = 'leave_one_out' and no reward: other samples centre an advantage only where they "
     "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
@@ -113,7 +112,7 @@ def _warning(line: str) -> Finding:
 def _of_prompts(config: Config | SftConfig, prompts: PromptSets, *, environment: bool) -> list[str]:
     """Keys that the prompts leave without effect."""
     every = [p for splits in prompts.values() for found in splits.values() for p in found]
-    played = environment or any(task.type in _PLAYED for task in config.tasks.values())
+    played = environment or any(task.has_environment for task in config.tasks.values())
     played = played or any(p.demonstration or p.tools for p in every)
     lines = []
     for name in type(config.episodes).model_fields if not played else ():

@@ -1,7 +1,7 @@
 """[tasks.NAME]: where the prompts of a run come from, and their format checks; [episodes]: the limits of an episode."""
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import regex
 from pydantic import Field, field_validator, model_validator
@@ -96,6 +96,7 @@ class ChecksConfig(Node):
 class GeneratedTask(Node):
     """The keys of every task that generates its prompts."""
 
+    has_environment: ClassVar[bool] = False
     teacher: str
     """The name of the teacher of these prompts."""
     size: Positive = 1000
@@ -112,6 +113,7 @@ class GeneratedTask(Node):
 class RecordTask(Node):
     """The keys of every task whose prompts are records ([their format](#records))."""
 
+    has_environment: ClassVar[bool] = False
     teacher: str | None = None
     """The teacher of records that name none. By default the recipe's only teacher."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -161,6 +163,7 @@ class ReasoningGymTask(GeneratedTask):
 class ToolTask(GeneratedTask):
     """Generated problems that need a tool."""
 
+    has_environment: ClassVar[bool] = True
     type: Literal["tools"]
     problems: Literal["calculator", "lookup"]
     """The problems: sums and a calculator, or codes and a table to look them up in."""
@@ -172,6 +175,7 @@ class TextArenaTask(GeneratedTask):
     A game that opens in the same way with every seed (TowerOfHanoi) is the same game in both splits.
     """
 
+    has_environment: ClassVar[bool] = True
     type: Literal["textarena"]
     game: str
     """The id of the game, such as "GuessTheNumber-v0"."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from opd.config.node import Node, NonNegative, Positive
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
-"""The kinds of servers; each has a case in `opd.remote.teacher.protocol_of`."""
+"""The kinds of servers; each has a case in `opd.remote.protocols.protocol_of`."""
 
 
 class TeacherConfig(Node):

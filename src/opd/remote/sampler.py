@@ -8,7 +8,7 @@ from typing import Any
 from opd.episodes.player import Episode, EpisodePlayer, Taken, numbered, turns_with_room
 from opd.records import Prompt, Rollout
 from opd.remote.client import Answer, Client, Deployment, Endpoint, Request
-from opd.remote.protocol import Sampled, SamplingParams, ServerProtocol
+from opd.remote.protocol_base import Sampled, SamplingParams, ServerProtocol
 from opd.remote.vllm import VllmProtocol
 from opd.roles import Seed, generator_of
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opd.remote.client import ANY_JSON, BadAnswer, Endpoint
-from opd.remote.protocol import (
+from opd.remote.protocol_base import (
     FULL_DISTRIBUTION,
     RawScores,
     Sampled,
@@ -24,7 +24,7 @@ _CLIPPED = 0  # the server lists the last id of its vocabulary as this id
 
 
 class SglangProtocol:
-    """The protocol of SGLang servers (`opd.remote.protocol.ServerProtocol`)."""
+    """The protocol of SGLang servers (`opd.remote.protocol_base.ServerProtocol`)."""
 
     path = "/generate"
     score_decoder = ANY_JSON

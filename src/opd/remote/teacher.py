@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from opd.episodes.player import EpisodePlayer
 from opd.errors import ModelError
 from opd.records import FailedScore, Prompt, Rollout, SampledScore, Score, ScoredRollout, TopKScore
 from opd.remote.client import BadAnswer, Client, Deployment, Endpoint, Refused, Request, StaticDeployment
-from opd.remote.protocol import Scores, ServerProtocol
+from opd.remote.protocol_base import Scores, ServerProtocol
+from opd.remote.protocols import protocol_of
 from opd.remote.sampler import RemoteSampler
-from opd.remote.sglang import SglangProtocol
 from opd.remote.vllm import VllmProtocol
 from opd.roles import Limit, OtherTemplate, Teacher, TeacherFacts
 from opd.text.chat import Chat
@@ -133,17 +133,6 @@ def with_servers(facts: TeacherFacts, remote: Mapping[str, RemoteTeacher]) -> Te
         unknown_tokenizers={name: t.unknown for name, t in remote.items()},
         templates={**facts.templates, **templates},
     )
-
-
-def protocol_of(kind: ServerKind) -> ServerProtocol:
-    """The protocol of a kind of server. A new kind is one class, one case here, and its name in `ServerKind`."""
-    match kind:
-        case "vllm":
-            return VllmProtocol()
-        case "sglang":
-            return SglangProtocol()
-        case _:
-            assert_never(kind)
 
 
 def connect_all(config: Config, tokenizer: Any, client: Client) -> dict[str, RemoteTeacher]:

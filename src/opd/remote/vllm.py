@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from opd.remote.client import BadAnswer, Endpoint
-from opd.remote.protocol import (
+from opd.remote.protocol_base import (
     FULL_DISTRIBUTION,
     RawScores,
     Sampled,
@@ -41,7 +41,7 @@ _NO_CHOICE = "an answer without its one choice"
 
 
 class VllmProtocol:
-    """The protocol of vLLM servers (`opd.remote.protocol.ServerProtocol`)."""
+    """The protocol of vLLM servers (`opd.remote.protocol_base.ServerProtocol`)."""
 
     path = "/v1/completions"
     score_decoder = msgspec.json.Decoder(_Scored)
