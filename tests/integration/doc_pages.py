@@ -9,7 +9,7 @@ from pathlib import Path
 from factories import save_adapter, save_toy, toy_model
 from zoo import toy_bpe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STUDENT = "models/smollm2-135m-instruct"
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
