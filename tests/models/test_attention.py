@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from opd.errors import ModelError
-from opd.models.attention import KVCache, TreePlan, use_plans
+from opd.models.attention import TreePlan, use_plans
+from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, fuse_adapters, merged
 from opd.models.network import Network
 from opd.models.packing import TokenTree, pack_trees

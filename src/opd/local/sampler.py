@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd.config import EpisodesConfig
 from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered, turns_with_room
-from opd.models.attention import KVCache
+from opd.models.kv_cache import KVCache
 from opd.models.network import Network
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout

@@ -9,7 +9,7 @@ branches do, unless several short branches fit into one. Tiles that see about as
 widest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +34,6 @@ _NAME = "opd"
 _TILE = 64  # nodes; a smaller tile sees less that it does not need, a larger one makes fewer, larger products
 _SLACK = 0.75  # a tile joins a group when it sees at least this fraction of the keys of the group's widest tile
 _KEPT = 64  # trees of which the tiles are kept: an eighth of a byte for each token and key that it sees
-_SPARE = 64  # places that a cached row gets beyond what it needs, so that buffers are seldom made anew
 _WIDE = 512  # keys; groups that see more keep only their inputs for the gradient
 # Arguments that change the scores, or which keys count. A plan ignores them.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
@@ -223,9 +222,7 @@ class TreePlan:
         if kind not in self._masks:
             self._masks = {kind: [_mask(visible, shared, query.dtype) for visible in self._visible]}
         counts = [len(keys) for keys in self._keys]
-        # Indexing, `rows[places]`, has a slower gradient: it adds up row by row, and no two nodes share a place.
-        rows = query[0].transpose(0, 1).flatten(1)
-        queries = rows.new_zeros(sum(counts) * _TILE, rows.shape[1]).index_copy_(0, self._places, rows)
+        queries = _Put.apply(query[0].transpose(0, 1).flatten(1), self._places, sum(counts) * _TILE)
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         found = []
         for mine, seen, mask in zip(
@@ -236,7 +233,7 @@ class TreePlan:
             one = _looked_at(given, keys, values, seen, mask, scale)
             found.append(one.view(len(seen), heads, shared, _TILE, width).permute(0, 3, 1, 2, 4).flatten(0, 1))
         whole = torch.cat([one.flatten(1) for one in found])
-        return whole.index_select(0, self._places).view(1, -1, heads * shared, width)
+        return _Take.apply(whole, self._places).view(1, -1, heads * shared, width)
 
 
 def _mask(visible: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
@@ -287,97 +284,33 @@ class _See(torch.autograd.Function):
         return whole.to(grad.dtype), None
 
 
-class KVCache:
-    """The KV cache of sequences that grow by a token a pass: rows of tokens, each at the left of its buffer. It is also the plan of
-    a pass with one new token a row, which sees all of its row.
+class _Put(torch.autograd.Function):
+    """Rows [rows, width] into their places of [total, width], zeros elsewhere. No two rows share a place, so the gradient needs no
+    sum, and nothing but the places is kept for it (torch's `index_copy` keeps the rows)."""
 
-    Buffers [rows, key heads, places, size] grow by half when they are full. Rows are numbered from 0 without gaps.
-    """
+    @staticmethod
+    def forward(ctx, rows, places, total):  # type: ignore[override]  # torch declares (*args)
+        ctx.save_for_backward(places)
+        out = rows.new_zeros(total, rows.shape[1])
+        out[places] = rows
+        return out
 
-    def __init__(self, device: torch.device) -> None:
-        self.lengths: list[int] = []
-        self._device = device
-        self._buffers: dict[tuple[int, str], Tensor] = {}  # by layer, and "key" or "value"
-        self._which = torch.empty(0)
-        self._at = torch.empty(0)
-        self._mask = torch.empty(0)
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
+        return grad[ctx.saved_tensors[0]], None, None
 
-    def __len__(self) -> int:
-        return len(self.lengths)
 
-    @property
-    def is_filled(self) -> bool:
-        """Whether any layer has given it keys and values."""
-        return bool(self._buffers)
+class _Take(torch.autograd.Function):
+    """The rows [rows, width] at their places of [total, width]: what undoes `_Put`."""
 
-    def add(self, kept: Mapping[int, tuple[Tensor, Tensor]], paths: Sequence[np.ndarray]) -> None:
-        """Append a row for each path through the nodes of a pass whose keys and values [nodes, key heads, size] were kept."""
-        first, longest = len(self), max(map(len, paths))
-        index = np.zeros((len(paths), longest), dtype=np.int64)
-        for row, path in enumerate(paths):
-            index[row, : len(path)] = path
-        where = torch.from_numpy(index).to(self._device)
-        self.lengths += map(len, paths)
-        for layer, (keys, values) in kept.items():
-            for name, nodes in (("key", keys), ("value", values)):
-                buffer = self._reserved((layer, name), nodes, longest)
-                buffer[first : len(self), :, :longest] = nodes[where].transpose(1, 2)
+    @staticmethod
+    def forward(ctx, whole, places):  # type: ignore[override]  # torch declares (*args)
+        ctx.save_for_backward(places)
+        ctx.total = len(whole)
+        return whole[places]
 
-    def copy(self, row: int) -> None:
-        """Append a copy of a row."""
-        length = self.lengths[row]
-        self.lengths.append(length)
-        for name, buffer in self._buffers.items():
-            whole = self._reserved(name, buffer.transpose(1, 2)[0], length)
-            whole[len(self) - 1, :, :length] = whole[row, :, :length]
-
-    def drop(self, row: int) -> None:
-        """Remove a row; the last one takes its number."""
-        length = self.lengths.pop()
-        if row < len(self):
-            for whole in self._buffers.values():
-                whole[row, :, :length] = whole[len(self), :, :length]
-            self.lengths[row] = length
-
-    def begin(self) -> Tensor:
-        """Make room for one more token a row; returns their positions [rows]."""
-        at = torch.tensor(self.lengths)
-        width = int(at.max()) + 1
-        for name, buffer in self._buffers.items():
-            self._reserved(name, buffer.transpose(1, 2)[0], width)
-        dtype = next(iter(self._buffers.values())).dtype
-        hidden = torch.arange(width) > at[:, None]
-        self._mask = torch.zeros(len(self), 1, 1, width, dtype=dtype).masked_fill_(hidden[:, None, None], -torch.inf)
-        self._mask, self._at = self._mask.to(self._device), at.to(self._device)
-        self._which = torch.arange(len(self), device=self._device)
-        self.lengths = [length + 1 for length in self.lengths]
-        return self._at
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query [rows, heads, 1, size], key and value [rows, key heads, 1, size] -> [rows, 1, heads, size]."""
-        rows, heads, width = len(self), key.shape[1], self._mask.shape[-1]
-        keys, values = self._buffers[layer, "key"], self._buffers[layer, "value"]
-        keys[self._which, :, self._at] = key[:, :, 0]
-        values[self._which, :, self._at] = value[:, :, 0]
-        # The heads that share a key head are rows of it.
-        shared = query.reshape(rows, heads, -1, query.shape[-1]).contiguous()
-        mask = self._mask.expand(rows, 1, shared.shape[2], width)
-        found = F.scaled_dot_product_attention(
-            shared, keys[:rows, :, :width], values[:rows, :, :width], attn_mask=mask, scale=scale
-        )
-        return found.reshape(rows, 1, -1, found.shape[-1])
-
-    def _reserved(self, name: tuple[int, str], like: Tensor, places: int) -> Tensor:
-        """A buffer with room for all rows of this many places; `like` [any, key heads, size]."""
-        old = self._buffers.get(name)
-        rows, room = (0, 0) if old is None else (old.shape[0], old.shape[2])
-        if old is not None and rows >= len(self) and room >= places:
-            return old
-        more_rows = rows if rows >= len(self) else max(len(self), rows * 3 // 2)
-        more_room = room if room >= places else max(places + _SPARE, room * 3 // 2)
-        # zeros: places not filled yet are hidden, but nan times 0 would not be 0
-        new = like.new_zeros(more_rows, like.shape[1], more_room, like.shape[2])
-        if old is not None:
-            new[:rows, :, :room] = old
-        self._buffers[name] = new
-        return new
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
+        out = grad.new_zeros(ctx.total, grad.shape[1])
+        out[ctx.saved_tensors[0]] = grad
+        return out, None

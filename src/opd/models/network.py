@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from opd.errors import ModelError
 from opd.models.architecture import decoder_layers, length_limit
-from opd.models.attention import KVCache, Plan, TreePlan, use_plans
+from opd.models.attention import Plan, TreePlan, use_plans
+from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, merged
 from opd.models.packing import MicroBatch, TokenTree, pack_trees
 from opd.roles import Limit

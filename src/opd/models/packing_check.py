@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from opd.models.architecture import decoder_layers
-from opd.models.attention import KVCache, own_attention
+from opd.models.attention import own_attention
+from opd.models.kv_cache import KVCache
 from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
