@@ -44,9 +44,11 @@ class Cell:
         mean_length: Tokens of the policy in an episode, on average.
         failed: Those whose environment failed. They have no verdict.
         timeouts: Those with reward 0 because the verifier did not compare them in time.
-        mean_reward, reward_deviation: The mean and the standard deviation of the rewards.
+        mean_reward: The mean of the rewards.
+        reward_deviation: The standard deviation of the rewards.
         kl_token: Reverse KL to the prompts' teacher on the policy's own responses, in nats per token.
-        kl_sequence, kl_byte: The same per episode, and per byte of text with a teacher of another tokenizer.
+        kl_sequence: The same in nats per episode.
+        kl_byte: The same in nats per byte of text, with a teacher of another tokenizer.
         sampled: Whether the reverse KL is an estimate.
     """
 
@@ -251,9 +253,7 @@ def _notes(rows: Sequence[ParityRow], every: Sequence[Cell]) -> list[str]:
     """What stands below the table."""
     lines = []
     if failed := sum(c.failed for c in every):
-        lines.append(
-            f"{failed} episodes have no verdict: their environments failed (the accuracies are of the others)."
-        )
+        lines.append(f"{failed} episodes have no verdict, because their environments failed; they are not counted.")
     if late := sum(c.timeouts for c in every):
         lines.append(f"{late} responses count as wrong: the verifier did not compare them in time.")
     if any(c is not None and c.sampled for row in rows for c in (row.before, row.after)):

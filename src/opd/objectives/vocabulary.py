@@ -113,21 +113,21 @@ def exact_reverse_kl(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
     """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without logits of shape [states, vocab].
 
-    This is the immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without
-    the variance of drawing the action. It lacks the future part of grad V. Loss and gradients come from one pass over chunks of
-    states, by d KL / d logits = p (log p - log q - KL). Memory is O(max_logits + states * width).
+    The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without the
+    variance of the draw and without the future part of grad V. Memory is O(max_logits + states * width).
 
     Args:
-        student_hidden, student_head: [states, width] and [vocab, width]; both may require a gradient.
-        teacher_hidden, teacher_head: [states, teacher_width] and [vocab, teacher_width], constants.
+        student_hidden: [states, width]; may require a gradient.
+        student_head: [vocab, width]; may require a gradient.
+        teacher_hidden: [states, teacher_width], constants.
+        teacher_head: [vocab, teacher_width], constants.
         weights: [states], the weight of each state in the loss: 1 / normaliser, times its multiplicity.
         temperature: Divides the logits of both.
         logprob_floor: Lower log-probabilities of the teacher are raised to it (`opd.objectives.target`).
         max_logits: The most logits of one model that exist at once.
 
     Returns:
-        (loss, reverse_kl, entropy of the student, floored: its probability of tokens at which the teacher was raised to the
-            floor). The last three are [states] and detached.
+        (loss, reverse_kl, the student's entropy, its probability of floored tokens). The last three are [states] and detached.
 
     Source: section 1.3 (g1).
     """
@@ -316,7 +316,7 @@ def _chunks(
 
 
 def _logprobs(teacher: TeacherStates, logits: Tensor, how: VocabularyLoss) -> Tensor:
-    """One teacher's log-probabilities of what is compared, [states, ids or cells]."""
+    """One teacher's log-probabilities of the ids or cells that are compared, [states, ids or cells]."""
     logprobs = _log_softmax(logits, how.temperature)
     if teacher.cells is None:
         return logprobs
@@ -385,9 +385,8 @@ def _at_top_k(chunk: _Chunk, gap: Tensor, sampled: Tensor, how: VocabularyLoss) 
     divergence = (chunk.p * bucketed).sum(-1)
     pull = chunk.p * bucketed
     if how.tail_residual:
-        # A policy-gradient term for the sampled token: what the bucket hides of its log ratio. 0 inside the support.
-        hidden = (gap - bucketed).gather(-1, here)
-        pull.scatter_add_(-1, here, hidden)
+        # a policy-gradient term for the sampled token: its log ratio beyond that of the bucket, which is 0 inside the support
+        pull.scatter_add_(-1, here, (gap - bucketed).gather(-1, here))
     return pull, divergence, (chunk.p * ~inside).sum(-1)
 
 
