@@ -283,14 +283,7 @@ class Saver:
         found = load_newest(self._checkpoints, warn=warn) if step is None else load_step(self._checkpoints, step)
         if found is None:
             return None
-        for what, identity in self._identities().items():
-            began = found.state["identities"].get(what, identity)  # an older checkpoint may not name it
-            if began != identity:
-                be = "are" if what.startswith("the training prompts") else "is"
-                raise CheckError(
-                    f"{what} {be} not what this run began with (identity {began}, now {identity}); give it what it began with, or "
-                    "start a new run"
-                )
+        require_same(found.state["identities"], self._identities())
         self.learner.load(found.path, found.state["learner"])
         self.done = self.saved = found.step
         self.cursor = dict(found.state["cursor"])
@@ -346,6 +339,18 @@ class Saver:
     @property
     def _continue(self) -> str:
         return f"continue with: {self._how_to_resume()}"
+
+
+def require_same(began: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise CheckError for the first thing by name that is not what a run began with."""
+    for what, identity in now.items():
+        before = began.get(what, identity)  # an older checkpoint may not name it
+        if before != identity:
+            be = "are" if what.startswith("the training prompts") else "is"
+            raise CheckError(
+                f"{what} {be} not what this run began with (identity {before}, now {identity}); give it what it began with, or "
+                "start a new run"
+            )
 
 
 def identities_of(prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from opd.callbacks import Callbacks
-from opd.checkpoint import Saver, explain_io, find_checkpoint, identities_of
+from opd.checkpoint import Saver, explain_io, find_checkpoint, identities_of, require_same
 from opd.checks import startup
 from opd.checks.notices import REWARD, discount_warning, mask_warning, warmup_warning
 from opd.checks.startup import packing_findings, run_checks
@@ -17,7 +17,7 @@ from opd.config import Config, config_changes, dump_config
 from opd.data.tasks import PromptStream, TaskData
 from opd.detectors.monitor import RunMonitor
 from opd.episodes.player import MakeEnvironment
-from opd.errors import CheckError, ConfigError, one_line
+from opd.errors import ConfigError, one_line
 from opd.evaluate import Evaluator, ParityRow
 from opd.interrupts import Interrupts
 from opd.local import build as local
@@ -32,6 +32,7 @@ from opd.loop import Components, StepReport, train_steps
 from opd.models.lora import export, write_merged
 from opd.roles import Backend, Teacher
 from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
+from opd.text.tokenizer import fingerprint
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Run:
             startup.require(packing_findings(self.backend))
             self._restore(line.say, step)
             name = "parity" if step is None else f"evaluations/step-{step:06d}"
+            (self.folder.path / name).parent.mkdir(exist_ok=True)
             return self.evaluator.parity(self.evaluator.kept(), line, name=name)
 
     def evaluate_untrained(self) -> list[ParityRow]:
@@ -302,12 +304,12 @@ def export_student(
     if dtype is not None and lora and not merged:
         raise ConfigError(f"dtype = '{dtype}' belongs to merged: an adapter is written in float32")
     found = find_checkpoint(folder.checkpoints, step, warn=partial(print, flush=True))
-    policy = build_student(config.started())
-    base = policy.network.fingerprint()
-    if lora and (began := found.state["identities"]["the student's base"]) != base:
-        raise CheckError(
-            f"'{config.student}' is not the base of this run (identity {began}, now {base}); give it what it began with"
-        )
+    on_cpu = {"compute": config.compute.model_copy(update={"device": "cpu"})}  # as a run may still fill its GPUs
+    policy = build_student(config.started().model_copy(update=on_cpu))
+    now = {"the student's tokenizer": fingerprint(policy.network.tokenizer)}
+    if lora:
+        now["the student's base"] = policy.network.fingerprint()
+    require_same(found.state["identities"], now)
     read_weights(found.path, policy.network, policy.adapter)
     with explain_io(target), tempfile.TemporaryDirectory(prefix="opd-export-") as place:
         if not lora or not merged:

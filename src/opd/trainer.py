@@ -9,7 +9,7 @@ from opd.callbacks import Callback, Callbacks
 from opd.checkpoint import list_checkpoints
 from opd.checks.notices import Finding
 from opd.checks.startup import run_checks
-from opd.config import Config, parse_config, read_recipe, require_resumable, resumed_config
+from opd.config import Config, continued_config, parse_config, read_recipe, resumed_config
 from opd.data.tasks import PythonPrompts, TaskData, read_tasks
 from opd.episodes.player import MakeEnvironment
 from opd.errors import ConfigError, RunError
@@ -146,7 +146,7 @@ class Trainer:
                 raise RunError(f"'{folder.path}' is no run folder: overrides and step belong to a run")
             return self.evaluate_untrained()
         folder.require_own_code(self._own_code())
-        config = resumed_config(self._config_of(folder), overrides, evaluation=True)
+        config = resumed_config(folder.config(), overrides, evaluation=True)
         _require_adapters(config, folder)
         _require_evaluation(config, f"run '{folder.path}'")
         _require_checkpoint(folder)
@@ -205,9 +205,7 @@ class Trainer:
         before = folder.config()
         if self._config is None:
             return before
-        now = self._config.model_copy(update={"template_time": before.template_time, "output": before.output})
-        require_resumable(before, now, allow_changes=allow_changes)
-        return now
+        return continued_config(before, self._config, folder.first_values(), allow_changes=allow_changes)
 
     def _existing(self) -> RunFolder:
         return self._folder or RunFolder.open(self.config.output)

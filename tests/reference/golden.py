@@ -31,10 +31,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def wide(*args: Any) -> LocalBackend:
+def wide(*args: Any, **kwargs: Any) -> LocalBackend:
     """The parts of a run with weights in float64: those of float32 are rounded otherwise on another kind of processor, and ten
     steps of Adam make 1e-6 of it."""
-    backend = build(*args)
+    backend = build(*args, **kwargs)
     for network in dict.fromkeys([backend.student.network, *(policy.network for policy in backend.policies.values())]):
         network.base.double()
     return backend

@@ -12,11 +12,11 @@ from opd.config.objective import ObjectiveConfig as ObjectiveConfig
 from opd.config.objective import RewardConfig as RewardConfig
 from opd.config.parse import AnyConfig as AnyConfig
 from opd.config.parse import config_changes as config_changes
+from opd.config.parse import continued_config as continued_config
 from opd.config.parse import dump_config as dump_config
 from opd.config.parse import load_config as load_config
 from opd.config.parse import parse_config as parse_config
 from opd.config.parse import read_recipe as read_recipe
-from opd.config.parse import require_resumable as require_resumable
 from opd.config.parse import resumed_config as resumed_config
 from opd.config.tasks import ChecksConfig as ChecksConfig
 from opd.config.tasks import EpisodesConfig as EpisodesConfig

@@ -246,13 +246,28 @@ def resumed_config(
     return changed
 
 
-def require_resumable(before: Config, now: Config, *, allow_changes: bool = False) -> None:
-    """Raise ConfigError when a run of the configuration `before` cannot continue with that of `now`."""
-    for key, _, new in config_changes(before, now):
-        if allow_changes and _is_one_of(key, ON_REQUEST):
-            continue
-        if not _may_change(key, evaluation=False) and key != "template_time":
-            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, before, evaluation=False)}")
+def continued_config(run: Config, recipe: Config, began: Mapping[str, Any], *, allow_changes: bool = False) -> Config:
+    """The configuration of a run that a recipe continues. Keys that the recipe still has as the run began keep what the run has
+    now.
+
+    began: the first value of each key that the run changed since. Raises ConfigError where the recipe has another value of a key
+    that may not change.
+    """
+    tree = json.loads(dump_config(recipe))
+    now = dict(_leaves(json.loads(dump_config(run))))
+    for key, value in list(_leaves(tree)):
+        if key in began and began[key] == value:
+            *above, last = key.split(".")
+            table = tree
+            for name in above:
+                table = table[name]
+            table[last] = now.get(key)
+    continued = parse_config(tree, source="recipe")
+    continued = continued.model_copy(update={"template_time": run.template_time, "output": run.output})
+    for key, _, new in config_changes(run, continued):
+        if not (_may_change(key, evaluation=False) or (allow_changes and _is_one_of(key, ON_REQUEST))):
+            raise ConfigError(f"{key} = {json.dumps(new)}: {_why_not(key, run, evaluation=False)}")
+    return continued
 
 
 def config_changes(before: Config, after: Config) -> list[tuple[str, Any, Any]]:

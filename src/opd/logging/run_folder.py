@@ -172,7 +172,6 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         with explain_io(self.path / name):
-            (self.path / name).parent.mkdir(exist_ok=True)
             replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def note_changes(self, step: int, changes: Sequence[tuple[str, Any, Any]]) -> None:
@@ -180,6 +179,12 @@ class RunFolder:
         with explain_io(self.path / _CHANGES), (self.path / _CHANGES).open("a", encoding="utf-8") as file:
             for key, before, after in changes:
                 file.write(json.dumps({"after_step": step, "key": key, "before": before, "now": after}) + "\n")
+
+    def first_values(self) -> dict[str, Any]:
+        """The value at the run's start of each key that changed since."""
+        path = self.path / _CHANGES
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {change["key"]: change["before"] for change in map(json.loads, reversed(lines))}
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with explain_io(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -308,12 +308,14 @@ def export(
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end: whole, or not at all."""
+    folder = folder.resolve()  # "." has no name
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         yield staging
-        for file in staging.iterdir():
-            file.chmod(0o644)  # safetensors writes files for their owner alone
+        for file in staging.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes files for their owner alone
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     finally:

@@ -8,7 +8,7 @@ import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,9 +81,28 @@ def check_turn(turn: CheckedTurn, rules: Sequence[Rule]) -> list[Found]:
     return [Found(rule, start, end) for rule in rules for start, end in CHECKS[rule](turn)]
 
 
-def call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
-    """The calls that fail for this reason."""
+def _call_errors(turn: CheckedTurn, reason: Reason) -> list[Span]:
     return [(error.start, error.end) for error in turn.parsed.errors if error.reason == reason]
+
+
+def tool_call(turn: CheckedTurn) -> list[Span]:
+    """Calls that are not the JSON object of the syntax, or that have no end."""
+    return _call_errors(turn, "unparsed")
+
+
+def unknown_tool(turn: CheckedTurn) -> list[Span]:
+    """Calls of a tool that the prompt does not have."""
+    return _call_errors(turn, "unknown")
+
+
+def tool_arguments(turn: CheckedTurn) -> list[Span]:
+    """Calls with arguments outside the tool's schema."""
+    return _call_errors(turn, "arguments")
+
+
+def dropped_call(turn: CheckedTurn) -> list[Span]:
+    """Text that looks like a call and is none in the syntax."""
+    return _call_errors(turn, "dropped")
 
 
 def tags(turn: CheckedTurn) -> list[Span]:
@@ -203,10 +222,10 @@ def after_answer(turn: CheckedTurn) -> list[Span]:
 
 CHECKS: Mapping[Rule, Callable[[CheckedTurn], list[Span]]] = MappingProxyType(
     {
-        "tool_call": partial(call_errors, reason="unparsed"),  # not the JSON object of the syntax, or without an end
-        "unknown_tool": partial(call_errors, reason="unknown"),
-        "tool_arguments": partial(call_errors, reason="arguments"),  # outside the schema of the tool
-        "dropped_call": partial(call_errors, reason="dropped"),  # it looks like a call, and is none in the syntax
+        "tool_call": tool_call,
+        "unknown_tool": unknown_tool,
+        "tool_arguments": tool_arguments,
+        "dropped_call": dropped_call,
         "tags": tags,
         "code_fence": code_fence,
         "answer_pattern": answer_pattern,
