@@ -60,6 +60,7 @@ _TEXT = [
 # module -> the tests that may notice its faults, the fastest first
 MODULES: dict[str, list[str]] = {
     "objective": [
+        "pack",
         "compute_advantages",
         "split_episodes",
         "loss_terms",
@@ -70,6 +71,7 @@ MODULES: dict[str, list[str]] = {
         "shared_vocabulary",
     ],
     "batch": [
+        "pack",
         "compute_advantages",
         "split_episodes",
         "floor",
@@ -91,7 +93,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "objectives.top_k": ["top_k", "vocabulary", "dense_reference"],
     "objectives.draw": ["draw", "sampler"],
-    "objectives.target": ["floor", "vocabulary", "dense_reference"],
+    "objectives.target": ["pack", "floor", "vocabulary", "dense_reference"],
     "objectives.vocabulary": _VOCABULARY,
     "objectives.tiles": ["vocabulary", "objectives", "top_k"],
     "objectives.logprobs": ["objectives", "vocabulary", "learner", "dense_reference"],
