@@ -84,6 +84,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "objectives.reduce": [*_SAMPLED, "defects"],
     "objectives.divergences": [
+        "rounding",
         "objectives",
         "vocabulary",
         "top_k",

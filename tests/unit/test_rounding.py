@@ -1,0 +1,60 @@
+"""Where two models of the same weights differ, it is by rounding: losses are exactly 0 there, and follow the rest."""
+
+import math
+
+import pytest
+import torch
+
+from opd.objectives.divergences import magnified, resolution, resolved, reverse_kl, top_k_reverse_kl
+
+BOUND = resolution(torch.float64)
+
+
+def test_the_bound_is_1e_4_in_float32_and_shrinks_with_the_dtype():
+    assert resolution(torch.float32) == pytest.approx(1e-4)
+    assert pytest.approx(1e-4 * 2.0**-29) == BOUND
+
+
+def test_errors_of_several_models_add_up_and_a_low_temperature_divides_them():
+    assert magnified(1.0) == magnified(2.0) == 1.0
+    assert magnified(0.5) == 2.0
+    assert magnified(1.0, (1.5, -0.5)) == 1.5
+    assert magnified(0.5, (3.0, -2.0)) == 6.0
+    assert magnified(1.0, (0.25, 0.25)) == 1.0  # never below that of one model
+
+
+@pytest.mark.parametrize(("mean", "spread", "seen"), [(0.9, 0.9, 0), (1.1, 0.0, 1), (-1.1, 0.0, 1), (0.0, 1.1, 1)])
+def test_a_state_counts_by_its_mean_or_by_its_standard_deviation(mean: float, spread: float, seen: int):
+    """Two tokens of p 1/2 with log ratios mean +- spread, in units of a bound of 1e-3."""
+    most = 1e-3
+    p = torch.full((1, 2), 0.5, dtype=torch.float64)
+    centred = torch.tensor([[spread, -spread]], dtype=torch.float64) * most
+    assert resolved(p, centred, torch.tensor([mean * most], dtype=torch.float64), most).tolist() == [seen]
+
+
+@pytest.mark.parametrize(("size", "seen"), [(0.9, False), (1.1, True)])
+@pytest.mark.parametrize("more", [1.0, 3.0])
+def test_top_k_is_zero_with_its_gradient_up_to_the_bound(size: float, seen: bool, more: float):
+    """Two ids of p 1/4 with log ratios -+ x, and a tail without one: the standard deviation is x / sqrt(2)."""
+    x = size * more * math.sqrt(2.0) * BOUND * 1e6
+    logp = torch.full((1, 2), math.log(0.25), dtype=torch.float64, requires_grad=True)
+    q = 0.25 * torch.tensor([[math.exp(x), 2.0 - math.exp(x)]], dtype=torch.float64)
+    loss = top_k_reverse_kl(logp, q.log(), rounding=more * 1e6)
+    [gradient] = torch.autograd.grad(loss.sum(), logp)
+    assert bool(loss.any()) == bool(gradient.any()) == seen
+
+
+def test_a_tail_that_is_only_the_error_of_a_sum_has_no_log_ratio():
+    """The ids hold all of p, and their sum in floating point is one minus a few units in the last place."""
+    p = torch.tensor([[0.5, 0.5 - 2.0**-51]], dtype=torch.float64)
+    assert 0 < 1 - float(p.log().exp().sum(-1)) < 4 * torch.finfo(torch.float64).eps
+    q = torch.tensor([[0.25, 0.25]], dtype=torch.float64)  # the teacher's tail is one half
+    torch.testing.assert_close(top_k_reverse_kl(p.log(), q.log()), (p * (p / q).log()).sum(-1), rtol=1e-12, atol=0)
+
+
+def test_what_is_above_the_bound_is_the_kl():
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    q = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64)
+    whole = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(reverse_kl(p.log(), q.log()), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(top_k_reverse_kl(p.log(), q.log()), whole, rtol=1e-9, atol=0)
