@@ -1,4 +1,8 @@
-"""From a packed batch to what the learner follows: masks, corrections and advantages. Pure functions of (config, batch)."""
+"""From a packed batch to its advantages: masks, corrections, baselines. Pure functions of (config, batch).
+
+A new type of objective is a name in `opd.config.objective`, a case of `_distillation` here, and its formula in
+`opd.objectives.advantages`.
+"""
 
 from dataclasses import replace
 from typing import assert_never

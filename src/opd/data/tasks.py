@@ -1,6 +1,7 @@
 """The tasks of a recipe: their prompts, rewards and environments, and the order of prompts.
 
-A new kind of task is a class of `opd.config`, a class here or beside its library, and a case of `make_tasks`.
+A new kind of task is a class of `opd.config`, a class here or beside its library, and a case of `make_tasks`. The teacher of a
+prompt, T(x), is that of its record, else that of its task, else the only one (`_with_default_teacher`).
 """
 
 import inspect
