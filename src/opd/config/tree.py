@@ -73,7 +73,8 @@ class OptimizerConfig(Node):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The shape of the learning rate after the warm-up. "cosine" ends low, because a student close to its teacher follows noise."""
     warmup_steps: NonNegative = 5
-    """The number of steps in which the rate rises from 0. It must be below `steps`: for a first try of a few steps write 1."""
+    """The number of steps in which the rate rises from 0. It should be below `steps`, or the rate never reaches `lr`: for a first
+    try of a few steps write 1."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The last rate as a fraction of `lr`."""
 

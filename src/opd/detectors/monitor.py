@@ -108,11 +108,10 @@ class RunMonitor:
         return {**values, **self._monitor.values}, any(alarm.action == "stop" for alarm in new)
 
     def report(self) -> None:
-        """Print the number of alarms, and which detectors lacked their metrics."""
-        idle = ", ".join(f"{name} ({why})" for name, why in self._monitor.inactive.items())
-        self._say(
-            f"detectors: {len(self._alarms)} alarms ({_ALARMS} in the run folder)" + (f"; idle: {idle}" if idle else "")
-        )
+        """Print the number of alarms, and how many detectors had no data to judge by."""
+        inactive = self._monitor.inactive
+        silent = f"; {len(inactive)} had too few steps or metrics: {', '.join(inactive)}" if inactive else ""
+        self._say(f"detectors: {len(self._alarms)} alarms ({_ALARMS} in the run folder){silent}")
 
     def _write(self) -> None:
         text = "".join(json.dumps(alarm._asdict()) + "\n" for alarm in self._alarms)
