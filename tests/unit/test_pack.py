@@ -152,6 +152,7 @@ def test_a_correction_without_a_used_action_measures_nothing():
     unused = replace(batch, chunks=torch.full((3,), -1), num_bytes=torch.tensor([0]), student_logprobs=torch.zeros(3))
     _, metrics = compute_advantages(how, unused)
     assert values(metrics)["correction/gap/max"] == 0.0
+    assert values(metrics)["correction/truncated/sum"] == 0  # its weight is e, above the cap of 2
 
 
 def test_a_target_scales_each_model_and_counts_those_below_the_floor_alone():
