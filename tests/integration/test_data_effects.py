@@ -40,7 +40,7 @@ def test_a_step_of_more_prompts_than_there_are_is_said(tmp_path):
     tree = one_task(tmp_path, PROMPTS)
     tree["sampling"] = tree["sampling"] | {"prompts_per_step": 4}
     [line] = warnings_of(tree)
-    assert line.startswith("sampling.prompts_per_step = 4 takes 4 prompts of tasks.words a step, and it has 3")
+    assert line.startswith("sampling.prompts_per_step = 4 takes 4 prompts of tasks.words per step, and it has 3")
 
 
 def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):

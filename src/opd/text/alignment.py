@@ -184,7 +184,8 @@ def pair_turns(
         teacher_text = teacher_side.read(seen.before, student_text, seen.transcript, opened=student_side.opened)
         if teacher_text.first == 0:
             raise DataError(
-                f"teacher '{teacher_side.name}': the response begins within the first token of its rendering"
+                f"teacher '{teacher_side.name}': the response starts in the first token of the teacher's text, so no token "
+                "precedes it and the teacher cannot score it; check the teacher's chat template"
             )
         blocks = None if seen.transcript is None else seen.transcript.blocks
         pairing = pair(student_text, teacher_text, ends_turn=ends_turn, blocks=blocks)
