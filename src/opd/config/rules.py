@@ -136,7 +136,7 @@ def _remote_fits(config: "Config") -> None:
         for mixture, teacher in config.teachers.items():
             if name in (teacher.weights or ()):
                 raise ValueError(
-                    f"{who}, and teachers.{mixture}.weights mixes teachers in this process (model); remove '{name}' from the weights"
+                    f"{who}, and teachers.{mixture}.weights mixes teachers in this process (model); remove '{name}' there"
                 )
         if config.warmup.steps:
             raise ValueError(
