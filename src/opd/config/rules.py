@@ -180,13 +180,14 @@ def _mask_fits(config: "Config") -> None:
     if masked and not objective.centred and reward.coef == 0:
         raise ValueError(
             f"{mask} with type = '{objective.type}' and a sampled term without a baseline rewards errors: unmasked tokens "
-            "have a mean advantage of -KL < 0, masked tokens have 0 (opd theory: errors rise from 2 % to 24 %); set objective.baseline = "
-            "'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without tail_residual, or reward.coef > 0"
+            "have a mean advantage of -KL < 0, masked tokens have 0 (opd theory: errors rise from 2 % to 24 %); set "
+            "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without tail_residual, or reward.coef > 0"
         )
     if masked and not objective.exactly_centred and reward.coef > 0 and reward.format_error == 0:
         raise ValueError(
             f"{mask} with reward.format_error = 0 pays for errors: a masked response saves more KL than it loses reward (opd "
-            "theory, claim H-e: errors rise from the teacher's 3 % to 48 %); set reward.format_error = -1, or objective.type = 'exact'"
+            "theory, claim H-e: errors rise from the teacher's 3 % to 48 %); set reward.format_error = -1, or "
+            "objective.type = 'exact'"
         )
     if objective.coef == 0 and reward.coef == 0:
         raise ValueError("objective.coef = 0 and reward.coef = 0 leave nothing to learn from; set one of them")
