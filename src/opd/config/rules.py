@@ -181,7 +181,8 @@ def _mask_fits(config: "Config") -> None:
         raise ValueError(
             f"{mask} with type = '{objective.type}' and a sampled term without a baseline rewards errors: unmasked tokens "
             "have a mean advantage of -KL < 0, masked tokens have 0 (opd theory: errors rise from 2 % to 24 %); set "
-            "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without tail_residual, or reward.coef > 0"
+            "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without "
+            "tail_residual, or reward.coef > 0"
         )
     if masked and not objective.exactly_centred and reward.coef > 0 and reward.format_error == 0:
         raise ValueError(
