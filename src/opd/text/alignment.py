@@ -327,7 +327,7 @@ def describe(facts: Facts) -> str:
     per_turn = [f"{name} {found[name]:.2f}" for name in _PER_TURN if found[name] > 0]
     return (
         f"{100 * found['one_to_one']:.1f} % of {facts.get('bytes', 0)} bytes in one-to-one chunks, "
-        f"{found['tokens_per_chunk']:.2f} student tokens a chunk, the largest {facts.get(LARGEST, 0)} bytes, "
+        f"{found['tokens_per_chunk']:.2f} student tokens per chunk, the largest {facts.get(LARGEST, 0)} bytes, "
         f"{100 * found['masked']:.1f} % of tokens masked"
         + (f" ({', '.join(reasons)})" if reasons else "")
         + (f"; a turn: {', '.join(per_turn)}" if per_turn else "")
