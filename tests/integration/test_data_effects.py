@@ -88,5 +88,5 @@ def test_fine_tuning_says_it_too(tmp_path, capsys):
     recipe["tasks"]["answers"]["held_out_path"] = write_prompts(tmp_path / "same.jsonl", 2)
     sft(parse_config(recipe, kind=SftConfig))
     said = capsys.readouterr().out
-    assert "warning: no effect: batch_size = 16 takes 16 prompts of tasks.answers a batch, and it has 12" in said
+    assert "warning: no effect: batch_size = 16 takes 16 prompts of tasks.answers per batch, and it has 12" in said
     assert "warning: no effect: 2 of 2 held-out prompts of tasks.answers are training prompts too" in said

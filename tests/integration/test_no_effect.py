@@ -299,7 +299,7 @@ def test_fine_tuning_names_what_has_no_effect(
         "warning: no effect: tasks.answers.weight = 2: there is no other task",
         "warning: no effect: tasks.answers.grader = \"math\": it grades held-out rewards, and 'opd sft' measures none",
         "warning: no effect: episodes.max_turns = 3: no prompt has an environment or tools",
-        "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers a batch, and it has 12",
+        "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers per batch, and it has 12",
     ]
     assert len(said) == len(starts), said
     assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
