@@ -88,7 +88,7 @@ def train(
 
             result = Trainer(resume).resume(overrides, allow_changes=allow_changes)
         elif allow_changes:
-            raise ConfigError("--allow-changes belongs to --resume RUN")
+            raise ConfigError("--allow-changes works only with --resume RUN")
         else:
             from opd.config import load_config
 
@@ -141,9 +141,11 @@ def evaluate(
         overrides = _split([str(source), *(keys or [])])[1]
         is_run = not source.is_file() and source.suffix != ".toml"
         if is_run and student is not None:
-            raise ConfigError(f"--student belongs to a recipe, got the run '{source}'; its own student is evaluated")
+            raise ConfigError(
+                f"--student works only with a recipe, got the run '{source}'; opd evaluates the run's own student"
+            )
         if not is_run and step is not None:
-            raise ConfigError(f"--step belongs to a run folder, got '{source}'")
+            raise ConfigError(f"--step works only with a run folder, got '{source}'")
         if is_run:
             _announce(f"loading run {source}")
             from opd.trainer import Trainer
@@ -251,7 +253,7 @@ def theory(
             typer.echo(_probe(probe, keys or [], output, as_json=as_json))
             return
         if keys:
-            raise ConfigError(f"'{keys[0]}': key=value pairs belong to --probe RECIPE")
+            raise ConfigError(f"'{keys[0]}': key=value pairs work only with --probe RECIPE")
         failed = _claims(output, as_json=as_json)
     if failed:
         raise typer.Exit(1)

@@ -302,7 +302,7 @@ def export_student(
     """
     lora = config.trainable == "lora"
     if dtype is not None and lora and not merged:
-        raise ConfigError(f"dtype = '{dtype}' belongs to merged: an adapter is written in float32")
+        raise ConfigError(f"dtype = '{dtype}' works only with merged: opd writes an adapter in float32")
     found = find_checkpoint(folder.checkpoints, step, warn=partial(print, flush=True))
     on_cpu = {"compute": config.compute.model_copy(update={"device": "cpu"})}  # as a run may still fill its GPUs
     policy = build_student(config.started().model_copy(update=on_cpu))

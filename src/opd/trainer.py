@@ -66,7 +66,7 @@ class Trainer:
         if prompts is not None:
             self._passed = PythonPrompts(_kept(prompts), None if held_out_prompts is None else _kept(held_out_prompts))
         if held_out_prompts is not None and prompts is None:
-            raise ConfigError("held_out_prompts belongs to prompts; pass prompts too")
+            raise ConfigError("held_out_prompts works only together with prompts; pass prompts too")
         if if_exists not in ("error", "resume", "overwrite"):
             raise ConfigError(f"if_exists = {if_exists!r}, expected 'error', 'resume' or 'overwrite'")
         self._reward, self._environment = reward, environment
@@ -79,7 +79,7 @@ class Trainer:
             self._folder = RunFolder.open(config)
             if teachers:
                 raise ConfigError(
-                    "teachers belongs to a new run; where a run's teachers are now is said by resume(overrides)"
+                    "teachers works only with a new run; to move a run's teachers, pass their new keys to resume(overrides)"
                 )
         else:
             self._config = _configured(config, teachers or {}, python=self._passed is not None)
@@ -99,7 +99,7 @@ class Trainer:
         """
         folder = RunFolder(Path(self.config.output))
         if self._folder is not None:
-            raise RunError(f"'{self._folder.path}' is a run already; continue it with Trainer(...).resume()")
+            raise RunError(f"'{self._folder.path}' already contains a run; continue it with Trainer(...).resume()")
         if (folder.path / "config.json").is_file():
             if self._if_exists == "resume":
                 with folder.locked():
@@ -143,7 +143,7 @@ class Trainer:
         folder = self._folder or RunFolder(Path(self.config.output))
         if not (folder.path / "config.json").is_file():
             if overrides or step is not None:
-                raise RunError(f"'{folder.path}' is no run folder: overrides and step belong to a run")
+                raise RunError(f"'{folder.path}' is no run folder: overrides and step work only with a run")
             return self.evaluate_untrained()
         folder.require_own_code(self._own_code())
         config = resumed_config(folder.config(), overrides, evaluation=True)

@@ -230,12 +230,12 @@ def warned(*overrides: str) -> str:
 def test_a_constant_normalizer_leaves_no_start_from_which_errors_grow_beside_one_from_which_they_fade():
     uncentred = ("objective.type=immediate", "objective.baseline=none", "reward.coef=2")
     line = warned(*uncentred)
-    assert "they fade only from a start with few of them" in line
+    assert "they decrease only if there are few at the start" in line
     advised = re.search(r"set (objective\.normalizer) = '(constant)' with (objective\.constant) = (\d+)", line)
     assert advised
     after = warned(*uncentred, f"{advised[1]}={advised[2]}", f"{advised[3]}={advised[4]}")
     assert after
-    assert "only from a start" not in after
+    assert "few at the start" not in after
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ def test_any_checkpoint_is_exported_as_an_adapter_or_merged(run: Path, tmp_path:
     for folder in (merged, run / "student"):
         assert AutoTokenizer.from_pretrained(folder).chat_template
     assert "exists and is not empty" in one_line(invoke("export", run, "--output", merged))
-    assert "belongs to merged" in one_line(invoke("export", run, "--dtype", "bfloat16", "--output", tmp_path / "x"))
+    assert "works only with merged" in one_line(
+        invoke("export", run, "--dtype", "bfloat16", "--output", tmp_path / "x")
+    )
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])
@@ -124,8 +126,8 @@ def test_an_adapter_is_evaluated_as_the_student_of_a_recipe(run: Path, tmp_path:
     rows = [line for line in result.output.splitlines() if line.startswith("| ")]
     assert rows[1:] != []
     assert not (tmp_path / "none").exists()
-    assert "--student belongs to a recipe" in one_line(invoke("eval", run, "--student", run / "student"))
-    assert "--step belongs to a run folder" in one_line(invoke("eval", recipe, "--step", "2"))
+    assert "--student works only with a recipe" in one_line(invoke("eval", run, "--student", run / "student"))
+    assert "--step works only with a run folder" in one_line(invoke("eval", recipe, "--step", "2"))
 
 
 def without_nothing(tree: Any) -> Any:

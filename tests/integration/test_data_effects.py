@@ -40,7 +40,7 @@ def test_a_step_of_more_prompts_than_there_are_is_said(tmp_path):
     tree = one_task(tmp_path, PROMPTS)
     tree["sampling"] = tree["sampling"] | {"prompts_per_step": 4}
     [line] = warnings_of(tree)
-    assert line.startswith("sampling.prompts_per_step = 4 takes 4 prompts of tasks.words a step, and it has 3")
+    assert line.startswith("sampling.prompts_per_step = 4 takes 4 prompts of tasks.words per step, and it has 3")
 
 
 def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
@@ -88,5 +88,5 @@ def test_fine_tuning_says_it_too(tmp_path, capsys):
     recipe["tasks"]["answers"]["held_out_path"] = write_prompts(tmp_path / "same.jsonl", 2)
     sft(parse_config(recipe, kind=SftConfig))
     said = capsys.readouterr().out
-    assert "warning: no effect: batch_size = 16 takes 16 prompts of tasks.answers a batch, and it has 12" in said
+    assert "warning: no effect: batch_size = 16 takes 16 prompts of tasks.answers per batch, and it has 12" in said
     assert "warning: no effect: 2 of 2 held-out prompts of tasks.answers are training prompts too" in said

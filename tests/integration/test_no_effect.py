@@ -128,13 +128,13 @@ IDLE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "more prompts a step than there are": (
         {"sampling.prompts_per_step": 30},
         [
-            "sampling.prompts_per_step = 30 takes 15 prompts of tasks.first a step, and it has 12",
-            "sampling.prompts_per_step = 30 takes 15 prompts of tasks.second a step, and it has 12",
+            "sampling.prompts_per_step = 30 takes 15 prompts of tasks.first per step, and it has 12",
+            "sampling.prompts_per_step = 30 takes 15 prompts of tasks.second per step, and it has 12",
         ],
     ),
     "a small task with a large weight": (
         {"sampling.prompts_per_step": 14, "tasks.first.weight": 9.0},
-        ["sampling.prompts_per_step = 14 takes 13 prompts of tasks.first a step, and it has 12"],
+        ["sampling.prompts_per_step = 14 takes 13 prompts of tasks.first per step, and it has 12"],
     ),
 }  # fmt: skip
 
@@ -253,7 +253,7 @@ def test_scores_of_teachers_are_not_kept_where_there_are_none(bench: dict[str, A
     value = 8 if key == "score_cache" else str(tmp_path / "scores")
     tree = sft_recipe(tmp_path, bench["student"], compute={"threads": 1, key: value})
     line = one_line(invoke("sft", write_toml(tmp_path / "sft.toml", tree)))
-    assert f"compute.{key} keeps teachers' scores, and fine-tuning has no teacher; drop it" in line
+    assert f"compute.{key} has no effect in opd sft, because fine-tuning has no teacher; remove the key" in line
 
 
 def test_a_writer_named_twice_is_refused(tree: dict[str, Any], tmp_path: Path):
@@ -299,7 +299,7 @@ def test_fine_tuning_names_what_has_no_effect(
         "warning: no effect: tasks.answers.weight = 2: there is no other task",
         "warning: no effect: tasks.answers.grader = \"math\": it grades held-out rewards, and 'opd sft' measures none",
         "warning: no effect: episodes.max_turns = 3: no prompt has an environment or tools",
-        "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers a batch, and it has 12",
+        "warning: no effect: batch_size = 13 takes 13 prompts of tasks.answers per batch, and it has 12",
     ]
     assert len(said) == len(starts), said
     assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))

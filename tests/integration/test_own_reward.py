@@ -51,7 +51,7 @@ def test_alignment_without_another_tokenizer_is_refused(tmp_path: Path):
     tree = toy_recipe(tmp_path, alignment={"credit": "full"})
     result = CliRunner().invoke(app, ["check", write_toml(tmp_path / "recipe.toml", tree)])
     assert result.exit_code == 2
-    assert "[alignment] is for teachers with another tokenizer" in result.output
+    assert "[alignment] has no effect, because no teacher has another tokenizer" in result.output
     with pytest.raises(ModelError):
         opd.train(opd.parse_config(tree))
 

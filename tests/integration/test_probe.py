@@ -95,7 +95,7 @@ def test_the_command_prints_the_table_and_writes_it(tmp_path: Path, monkeypatch:
 def test_overrides_without_a_recipe_are_refused(tmp_path: Path):
     result = CliRunner().invoke(app, ["theory", "steps=3", "--output", str(tmp_path)])
     assert result.exit_code == 2
-    assert "key=value pairs belong to --probe RECIPE" in result.output
+    assert "key=value pairs work only with --probe RECIPE" in result.output
 
 
 def test_one_prompt_is_too_few(folder: Path):

@@ -105,14 +105,14 @@ def test_another_model_under_the_same_address_is_refused_on_resume(tmp_path: Pat
     ("changes", "line"),
     [
         ({"objective": {"type": "exact"}}, "needs whole distributions"),
-        ({"temperature": 0.7}, "at temperature 1, got temperature = 0.7"),
-        ({"warmup": {"steps": 2}}, "learns from teachers in process"),
+        ({"temperature": 0.7}, "at temperature 1 only; got temperature = 0.7"),
+        ({"warmup": {"steps": 2}}, "warmup.steps = 2 needs teachers in this process"),
         ({"teachers": {"odd": {"url": "http://name:word@host"}}}, "credentials"),
         ({"teachers": {"odd": {"url": "host:8000"}}}, "is no address of a server"),
         ({"teachers": {"odd": {"url": "http://host:port"}}}, "is no address of a server"),
         ({"teachers": {"odd": {"url": ["http://host:1", "http://host:70000"]}}}, "70000' is no address of a server"),
         ({"teachers": {"odd": {"url": []}}}, "names no server"),
-        ({"teachers": {"odd": {"model": "x", "served_model": "y"}}}, "served_model belongs to url"),
+        ({"teachers": {"odd": {"model": "x", "served_model": "y"}}}, "served_model works only with url"),
     ],
 )
 def test_a_recipe_that_needs_more_than_servers_give_is_refused_before_anything_is_loaded(

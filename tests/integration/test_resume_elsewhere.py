@@ -169,7 +169,9 @@ def test_where_and_how_it_runs_may(tmp_path: Path):
     assert moved.cluster.learner_ranks == 4
     assert moved.cluster.max_staleness == 1
     for refused in ("cluster.max_staleness=0", "cluster.mixed_precision=true", "backend=local"):
-        with pytest.raises(ConfigError, match=r"may change is where and how it runs|drop it, or write backend = "):
+        with pytest.raises(
+            ConfigError, match=r"may change is where and how it runs|remove \[cluster\], or write backend = "
+        ):
             resumed_config(config, [refused])
 
 

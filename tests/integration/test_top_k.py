@@ -189,5 +189,8 @@ def test_a_run_follows_named_tokens_toward_its_teachers(tmp_path: Path):
 def test_top_k_and_whole_distributions_do_not_mix(tmp_path: Path):
     tree = toy_recipe(tmp_path, objective={"type": "top_k"})
     tree["teachers"]["odd"] = {"url": "http://127.0.0.1:1"}
-    with pytest.raises(opd.errors.ConfigError, match=r"teacher 'even' is in process: .* serve all teachers, or none"):
+    with pytest.raises(
+        opd.errors.ConfigError,
+        match=r"teacher 'even' is loaded in this process; .* put all teachers on servers, or none",
+    ):
         opd.parse_config(tree)

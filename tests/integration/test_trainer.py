@@ -82,7 +82,7 @@ def test_a_recipe_with_a_python_task_needs_prompts(tmp_path: Path):
     tree = tree_without_tasks(tmp_path) | {"tasks": {"mine": {"type": "python"}}}
     with pytest.raises(opd.OpdError, match=r"tasks.mine has type = 'python': pass its prompts"):
         opd.Trainer(tree).fit()
-    with pytest.raises(opd.OpdError, match="held_out_prompts belongs to prompts"):
+    with pytest.raises(opd.OpdError, match="held_out_prompts works only together with prompts"):
         opd.Trainer(tree, held_out_prompts=[])
 
 
@@ -223,7 +223,9 @@ def test_the_learning_rate_changes_on_request_and_the_folder_says_so(tmp_path: P
     assert invoke("train", "--resume", run, "--allow-changes", "steps=3", "optimizer.lr=1e-5").exit_code == 0
     changes = [json.loads(text) for text in (run / "changes.jsonl").read_text().splitlines()]
     assert ("optimizer.lr", 1e-5, 2) in [(c["key"], c["now"], c["after_step"]) for c in changes]
-    assert "belongs to --resume" in one_line(invoke("train", write_toml(tmp_path / "r.toml", tree), "--allow-changes"))
+    assert "works only with --resume" in one_line(
+        invoke("train", write_toml(tmp_path / "r.toml", tree), "--allow-changes")
+    )
 
 
 def test_overwriting_deletes_only_runs_and_only_once_the_new_one_is_checked(tmp_path: Path):

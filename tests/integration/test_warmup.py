@@ -98,5 +98,5 @@ def test_a_demonstration_is_not_evaluated_and_that_is_said(tmp_path: Path, capsy
 
 
 def test_a_rate_without_a_warm_up_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="lr belongs to steps > 0"):
+    with pytest.raises(ConfigError, match="lr works only with steps > 0"):
         opd.parse_config(toy_recipe(tmp_path, warmup={"lr": 1e-3}))

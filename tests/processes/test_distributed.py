@@ -148,7 +148,7 @@ def test_rollouts_on_an_older_student_are_compared_with_the_student_as_it_is(tmp
             {"engine_args": ["--fail"]},
             r"engine of the student ended while it started: ValueError: no such device; its whole log: /.*opd-engine-.*\.log ",
         ),
-        ({"engine_command": ["no-such-program"]}, r"cluster.engine_command = 'no-such-program' is not a command on"),
+        ({"engine_command": ["no-such-program"]}, r"cluster.engine_command = 'no-such-program' was not found on"),
         ({"gpus_per_rank": 1}, r"the cluster has 0 GPUs, and 1 ranks with 1 need 1; lower"),
         ({"address": "127.0.0.1:1"}, r"cluster.address = '127.0.0.1:1': .*start Ray there"),
     ],

@@ -43,12 +43,12 @@ def test_a_recipe_with_the_advised_overrides_parses(name: str, kind: Any):
         assert parse_config(data, kind=kind).batch_size == 7
         return
     line = answer_to(name, value, kind)
-    if kind is SftConfig and "; write " not in line and not line.endswith("; drop it"):
+    if kind is SftConfig and "; write " not in line and not line.endswith("; remove this key"):
         assert line.startswith(f"unknown key '{name.partition('.')[0]}'")  # fine-tuning has nothing like it
         return
     assert line.startswith(f"unknown key '{name}': ")
     advised = shlex.split(line.partition("; write ")[2])
-    assert bool(advised) != line.endswith("; drop it")
+    assert bool(advised) != line.endswith("; remove this key")
     data = recipe_of(kind)
     apply_overrides(data, advised, kind=kind)
     assert parse_config(data, kind=kind) != parse_config(recipe_of(kind), kind=kind) or set(advised) <= DEFAULTS
@@ -66,7 +66,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", ASKED.split())
 def test_the_common_names_of_trl_and_verl_are_answered(name: str):
-    assert re.match(rf"unknown key '{re.escape(name)}': .*; (write \S+=|drop it)", fault(put(name, 1)))
+    assert re.match(rf"unknown key '{re.escape(name)}': .*; (write \S+=|remove this key)", fault(put(name, 1)))
 
 
 def test_a_renamed_key_is_advised_with_the_value_that_was_given():

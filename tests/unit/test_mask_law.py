@@ -289,8 +289,8 @@ def warned(objective: dict[str, Any], reward: dict[str, Any]) -> str | None:
 def test_a_recipe_with_an_uncentred_mask_is_told_which_kl_its_outcome_outweighs():
     text = warned({"type": "immediate"}, {"coef": 1.25})
     assert text is not None
-    assert "from every start below 1.92 nats" in text
-    assert "from 1.92 to 2.5 nats they fade only from a start with few of them" in text
+    assert "errors always decrease if this KL is below 1.92 nats per response" in text
+    assert "from 1.92 to 2.5 nats they decrease only if there are few at the start" in text
     assert "objective.constant = 24" in text
     halved = warned({"type": "to_go", "discount": 1.0, "coef": 0.5}, {"coef": 1.25})
     assert halved is not None
@@ -301,7 +301,7 @@ def test_a_recipe_with_an_uncentred_mask_is_told_which_kl_its_outcome_outweighs(
 def test_the_advice_of_the_mask_warning_is_a_recipe_with_one_bound():
     text = warned({"type": "immediate", "normalizer": "constant", "constant": 24}, {"coef": 1.25})
     assert text is not None
-    assert "from every start below 2.5 nats a response, and grow above it" in text
+    assert "below 2.5 nats per response, and increase if it is above" in text
     assert "constant =" not in text
 
 

@@ -131,7 +131,7 @@ def test_values_of_libraries_become_plain_python():
         ([{"prompt": "x", "meta": {3: 4}}], "prompts[0]: a key of 'meta' is 3, expected a string"),
         ([{"prompt": "x", "score": float("nan")}], "prompts[0]: 'score' is nan, which is no JSON number; write a number,"),
         ([{"prompt": "x", "raw": [b"x"]}], "prompts[0]: 'raw'[0] is of type bytes, expected text, a number, a list or"),
-        ([{"prompt": "x\ud800"}], "prompts[0]: 'prompt' has half of a character"),
+        ([{"prompt": "x\ud800"}], "prompts[0]: 'prompt' contains a lone surrogate"),
         ([{"prompt": "x"}, {"messages": [USER, ANSWER]}], "prompts[1]: the last message is the assistant's, and"),
     ],
 )  # fmt: skip

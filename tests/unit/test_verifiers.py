@@ -157,7 +157,7 @@ def test_the_messages_of_a_task_are_its_system_prompt_and_its_prompt():
 
 def test_pictures_are_refused():
     picture = vf.UserMessage(content=[vf.TextContentPart(text="look")])
-    with pytest.raises(ValueError, match="more than text"):
+    with pytest.raises(ValueError, match="more than text, such as images"):
         messages_of(sum_task(prompt=[picture]))
 
 

@@ -33,13 +33,13 @@ REWARD = "reward"
 """The name of the finding on the use of rewards."""
 _NO_EFFECT = "no effect"
 _GROUP_MASK = (
-    "warning: mask.format_errors with baseline = 'leave_one_out' and no reward: other samples centre an advantage only where they "
-    "still go on, so errors keep a part of their reward (P 0.45 in pairs, 0.21 in groups of 4, where the teacher has 0.10; opd "
-    "theory, H-d); set reward.coef > 0, or type = 'exact', or with type = 'immediate' baseline = 'kl'"
+    "warning: mask.format_errors with baseline = 'leave_one_out' and no reward can increase format errors (opd theory, claim "
+    "H-d: from the teacher's 10 % to 21 % in groups of 4, and to 45 % in groups of 2); set reward.coef > 0, or "
+    "objective.type = 'exact', or objective.type = 'immediate' with objective.baseline = 'kl'"
 )
 _SAFE_DISCOUNT = 0.9
 _TRAIN_ON_IT = (
-    "reward.coef = 0, so nothing trains on it; to train on it set reward.coef above 0, with sampling.group_size of 2 or "
+    "reward.coef = 0, so opd does not train on it; to train on it set reward.coef above 0, with sampling.group_size of 2 or "
     "more (or reward.baseline = 'none')"
 )
 
@@ -53,7 +53,7 @@ def notices(config: Config, prompts: PromptSets, *, reward: bool, environment: b
     lines += _held_out_prompts_in_training(config.tasks, prompts)
     shown = sum(bool(p.demonstration) for splits in prompts.values() for p in splits["train"])
     if shown:
-        lines.append(f"the demonstrations of {shown} prompts: 'opd sft' learns from them, 'opd train' does not")
+        lines.append(f"the demonstrations of {shown} prompts: 'opd sft' trains on them, 'opd train' does not")
     if not config.evaluation.every and not config.evaluation.num_prompts:
         for name, task in config.tasks.items():
             if isinstance(task, FileTask) and task.held_out_path is not None:
@@ -187,7 +187,7 @@ def _repeated(prompts: PromptSets, config: Config | SftConfig, key: str, count: 
         has = len(splits["train"])
         if share > has:
             lines.append(
-                f"{key} = {count} takes {share:.0f} prompts of tasks.{name} a {what}, and it has {has}: prompts repeat within a "
+                f"{key} = {count} takes {share:.0f} prompts of tasks.{name} per {what}, and it has {has}: prompts repeat within a "
                 f"{what}; lower {key}"
             )
     return lines
@@ -215,8 +215,8 @@ def discount_warning(config: Config) -> str | None:
     if discount is None or discount <= _SAFE_DISCOUNT:
         return None
     return (
-        f"warning: objective.discount = {discount} lets a student that cannot match its teacher everywhere prefer short or empty "
-        "branches: a branch of teacher probability 5 % can become 46 % in 32 steps at discount 1 (docs/concepts/objectives.md)"
+        f"warning: with objective.discount = {discount}, a student that cannot match its teacher may learn short or empty "
+        "responses, because they have less total KL. Set it to 0.9 or less (docs/concepts/objectives.md)"
     )
 
 
@@ -240,17 +240,17 @@ def _outweighed(config: Config) -> str:
         weight, objective.normalizer, baseline=reward.baseline, group_size=config.sampling.group_size
     )
     text = (
-        "warning: mask.format_errors with an uncentred advantage rewards errors unless the reward outweighs the KL that a response"
-        f" without errors pays. At reward 1, errors fade from every start below {everywhere:.3g} nats a response"
+        "warning: mask.format_errors with this objective increases format errors, unless the reward outweighs the KL of a response "
+        f"without errors. At reward 1, errors always decrease if this KL is below {everywhere:.3g} nats per response"
     )
     if best - everywhere < 0.01 * best:
-        return f"{text}, and grow above it (docs/concepts/safeguards.md)"
+        return f"{text}, and increase if it is above (docs/concepts/safeguards.md)"
     episodes = config.sampling.prompts_per_step * config.sampling.group_size
-    longer = ", less where errors are longer than other responses" if objective.normalizer == "token" else ""
+    longer = " (lower if errors are longer than other responses)" if objective.normalizer == "token" else ""
     other = f", or set objective.normalizer = 'constant' with objective.constant = {episodes}"
     return (
-        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they fade only from a start with few of them. Raise reward.coef"
-        f"{other if objective.normalizer != 'constant' else ''} (docs/concepts/safeguards.md)"
+        f"{text}{longer}; from {everywhere:.3g} to {best:.3g} nats they decrease only if there are few at the start. "
+        f"Raise reward.coef{other if objective.normalizer != 'constant' else ''} (docs/concepts/safeguards.md)"
     )
 
 

@@ -146,7 +146,7 @@ def _fits(alias: Alias, known: Collection[str]) -> bool:
 
 def _advice(alias: Alias, given: Any) -> str:
     if alias.note:
-        return f"{alias.note}; {f'write {alias.write}' if alias.write else 'drop it'}"
+        return f"{alias.note}; {f'write {alias.write}' if alias.write else 'remove this key'}"
     target = alias.write.partition("=")[0]
     text = given if isinstance(given, str) else json.dumps(given, default=str).replace("e-0", "e-")
     return f"opd calls it {target}; write {shlex.quote(f'{target}={text}')}"

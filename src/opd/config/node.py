@@ -33,7 +33,8 @@ class Node(BaseModel):
             if getattr(self, owner) not in values and not self.is_default(key):
                 wanted = " or ".join(map(repr, values))
                 raise ValueError(
-                    f"{key} belongs to {owner} = {wanted}, got {owner} = '{getattr(self, owner)}'; drop one"
+                    f"{key} works only with {owner} = {wanted}, got {owner} = '{getattr(self, owner)}'; remove {key}, or change "
+                    f"{owner}"
                 )
 
 

@@ -175,8 +175,8 @@ class ObjectiveConfig(Node):
         )
         if self.tail_residual and (self.correction.type != "none" or self.epochs > 1):
             raise ValueError(
-                "corrections and epochs > 1 do not weigh the sampled term of tail_residual: its mean would differ from the reverse "
-                "KL; drop one"
+                "corrections and epochs > 1 do not reweight the sampled term of tail_residual, so its mean would differ from the "
+                "reverse KL; remove tail_residual, or set correction.type = 'none' and epochs = 1"
             )
         return self
 

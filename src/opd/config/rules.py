@@ -46,13 +46,13 @@ def _backend_fits(config: "Config") -> None:
     if config.backend == "local":
         if config.cluster != ClusterConfig():
             raise ValueError(
-                "[cluster] is for backend = 'ray', got backend = 'local'; drop it, or write backend = 'ray'"
+                "[cluster] works only with backend = 'ray', got backend = 'local'; remove [cluster], or write backend = 'ray'"
             )
         for name, teacher in config.teachers.items():
             if teacher.engines is not None:
                 raise ValueError(
-                    f"teachers.{name}.engines are started by backend = 'ray', got backend = 'local'; drop it, or give the url "
-                    "of a server"
+                    f"teachers.{name}.engines works only with backend = 'ray', got backend = 'local'; remove engines, or set "
+                    f"teachers.{name}.url to a server"
                 )
         return
     if config.warmup.steps:
@@ -80,18 +80,19 @@ def _engines_fit(config: "Config") -> None:
         ):
             raise ValueError(
                 f"teachers.{name} and teachers.{other} are one model, '{teacher.source}', with different engines; give both the "
-                "same"
+                "same engines"
             )
     if not config.cluster.teachers_sleep:
         return
     if len(first) < 2:
         raise ValueError(
-            f"cluster.teachers_sleep lets models take turns on their devices, and teachers.NAME.engines start {len(first)}; drop it"
+            "cluster.teachers_sleep lets several models take turns on the same devices, and teachers.NAME.engines start "
+            f"{len(first)} of them; remove cluster.teachers_sleep"
         )
     awake = [name for name, teacher in started.items() if not teacher.gpus_per_engine]
     if awake:
         raise ValueError(
-            f"cluster.teachers_sleep frees GPUs (vLLM sleeps on no CPU), and teachers.{awake[0]}.gpus_per_engine = 0; drop it"
+            f"cluster.teachers_sleep works only on GPUs, and teachers.{awake[0]}.gpus_per_engine = 0; remove cluster.teachers_sleep"
         )
     if len({(teacher.engines, teacher.gpus_per_engine) for teacher in started.values()}) > 1:
         said = ", ".join(f"{n}: {t.engines} with {t.gpus_per_engine} GPUs" for n, t in started.items())
@@ -103,36 +104,43 @@ def _remote_fits(config: "Config") -> None:
     remote = [name for name, teacher in config.teachers.items() if teacher.remote]
     inside = [name for name in config.teachers if name not in remote]
     if not remote and config.backend == "local" and config.remote != RemoteConfig():
-        raise ValueError("[remote] is for teachers with a url, and this recipe has none; drop it")
+        raise ValueError("[remote] has no effect, because no teacher has a url; remove [remote]")
     objective = config.objective
     for name in remote:
         key = "url" if config.teachers[name].url is not None else "engines"
-        who = f"teachers.{name}.{key}: a server gives log-probabilities of sampled tokens and of its likeliest"
+        who = f"teachers.{name}.{key}: a server returns log-probabilities of the sampled token and of the top-k tokens only"
         if objective.type == "top_k":
             if inside:
                 raise ValueError(
-                    f"{who}, and teacher '{inside[0]}' is in process: with type = 'top_k' serve all teachers, or none"
+                    f"{who}, and teacher '{inside[0]}' is loaded in this process; with objective.type = 'top_k' put all teachers "
+                    "on servers, or none"
                 )
             if objective.tail_residual:
-                raise ValueError(f"{who}, and objective.tail_residual needs whole distributions; drop it")
+                raise ValueError(
+                    f"{who}, and objective.tail_residual needs whole distributions; remove objective.tail_residual"
+                )
         elif objective.needs_distributions:
             raise ValueError(
                 f"{who}, and objective.type = '{objective.type}', baseline = '{objective.baseline}' needs whole distributions; "
                 "write type = 'top_k', or 'immediate' or 'to_go' with baseline = 'none' or 'leave_one_out', or load the teacher "
-                "in process (model)"
+                "in this process (model)"
             )
         if config.temperature != 1.0:
-            raise ValueError(f"{who} at temperature 1, got temperature = {config.temperature:g}; leave it at 1")
+            raise ValueError(
+                f"{who}, and at temperature 1 only; got temperature = {config.temperature:g}, set temperature = 1"
+            )
         if objective.extrapolation != 1.0:
-            raise ValueError(f"{who}, and objective.extrapolation needs the teacher in process (model); leave it at 1")
+            raise ValueError(
+                f"{who}, and objective.extrapolation needs the teacher in this process (model); set it to 1"
+            )
         for mixture, teacher in config.teachers.items():
             if name in (teacher.weights or ()):
                 raise ValueError(
-                    f"{who}, and teachers.{mixture}.weights mixes teachers in process (model); take it out"
+                    f"{who}, and teachers.{mixture}.weights mixes teachers in this process (model); remove '{name}' there"
                 )
         if config.warmup.steps:
             raise ValueError(
-                f"{who}, and warmup.steps = {config.warmup.steps} learns from teachers in process; leave it at 0"
+                f"{who}, and warmup.steps = {config.warmup.steps} needs teachers in this process (model); set it to 0"
             )
 
 
@@ -151,8 +159,8 @@ def _reward_fits(config: "Config") -> None:
     sampled = reward.coef > 0 or objective.type not in ("exact", "top_k")
     if objective.correction.type == "truncate" and not sampled:
         raise ValueError(
-            f"objective.correction.type = 'truncate' weighs sampled advantages; type = '{objective.type}' without a reward "
-            "integrates over the vocabulary: drop it (the exact term needs no weight of its action)"
+            f"objective.correction.type = 'truncate' has no effect: it reweights sampled advantages, and objective.type = "
+            f"'{objective.type}' without a reward has none; remove objective.correction"
         )
     if objective.loss == "ppo" and not sampled:
         raise ValueError(
@@ -171,15 +179,16 @@ def _mask_fits(config: "Config") -> None:
     masked = masked and objective.coef > 0
     if masked and not objective.centred and reward.coef == 0:
         raise ValueError(
-            f"{mask} with type = '{objective.type}' and a sampled term without a baseline rewards errors: kept tokens have "
-            "mean advantage -KL < 0, masked ones have 0 (an error of probability 2 % settles at 24 %); set objective.baseline = "
-            "'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without tail_residual, or reward.coef > 0"
+            f"{mask} with type = '{objective.type}' and a sampled term without a baseline rewards errors: unmasked tokens "
+            "have a mean advantage of -KL < 0, masked tokens have 0 (opd theory: errors rise from 2 % to 24 %); set "
+            "objective.baseline = 'leave_one_out' (or 'kl' with type = 'immediate'), or type = 'exact' without "
+            "tail_residual, or reward.coef > 0"
         )
     if masked and not objective.exactly_centred and reward.coef > 0 and reward.format_error == 0:
         raise ValueError(
-            f"{mask} with reward.format_error = 0 pays for errors: they get the worst reward and are spared the KL, which is more "
-            "(P 0.48 at the end where the teacher has 0.03; opd theory, H-e); leave reward.format_error at -1, or write type = "
-            "'exact'"
+            f"{mask} with reward.format_error = 0 pays for errors: a masked response saves more KL than it loses reward (opd "
+            "theory, claim H-e: errors rise from the teacher's 3 % to 48 %); set reward.format_error = -1, or "
+            "objective.type = 'exact'"
         )
     if objective.coef == 0 and reward.coef == 0:
         raise ValueError("objective.coef = 0 and reward.coef = 0 leave nothing to learn from; set one of them")

@@ -87,9 +87,11 @@ class ChecksConfig(Node):
     def _rules_and_settings(self) -> "ChecksConfig":
         for setting, (rule, advice) in _READ_BY.items():
             if rule in self.rules and not getattr(self, setting):
-                raise ValueError(f"rule '{rule}' needs the setting {setting}: write {advice}, or drop the rule")
+                raise ValueError(f"rule '{rule}' needs the setting {setting}: write {advice}, or remove the rule")
             if rule not in self.rules and not self.is_default(setting):
-                raise ValueError(f"{setting} belongs to the rule '{rule}': add '{rule}' to rules, or drop {setting}")
+                raise ValueError(
+                    f"{setting} works only with the rule '{rule}': add '{rule}' to rules, or remove {setting}"
+                )
         return self
 
 

@@ -72,7 +72,7 @@ class TeacherConfig(Node):
             what = (
                 "an adapter has the student's template" if self.adapter is not None else "weights names other teachers"
             )
-            raise ValueError(f"template = '{self.template}' has no effect: {what}; drop it")
+            raise ValueError(f"template = '{self.template}' has no effect: {what}; remove template")
         return self
 
     @model_validator(mode="after")
@@ -80,14 +80,14 @@ class TeacherConfig(Node):
         if self.engines is None:
             for key in ("gpus_per_engine", "engine_args"):
                 if not self.is_default(key):
-                    raise ValueError(f"{key} belongs to engines; drop it, or say how many engines")
+                    raise ValueError(f"{key} works only with engines; remove {key}, or set engines")
         elif self.source is None:
             raise ValueError(
-                f"engines = {self.engines} starts servers of a model; give it in model or adapter, or drop engines"
+                f"engines = {self.engines} starts servers of a model; set model or adapter, or remove engines"
             )
         elif self.source.endswith(".gguf"):
             raise ValueError(
-                f"engines = {self.engines}: they do not read '{self.source}'; give a folder with safetensors, or drop engines"
+                f"engines = {self.engines}: they do not read '{self.source}'; give a folder with safetensors, or remove engines"
             )
         return self
 
@@ -96,7 +96,7 @@ class TeacherConfig(Node):
         if self.url is None:
             for key in ("served_model", "api_key_env", "server"):
                 if not self.is_default(key):
-                    raise ValueError(f"{key} belongs to url; drop it, or give the server's url")
+                    raise ValueError(f"{key} works only with url; remove {key}, or set url")
         elif not self.urls:
             raise ValueError("url = [] names no server")
         for url in self.urls:

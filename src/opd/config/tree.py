@@ -96,7 +96,7 @@ class WarmupConfig(Node):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "WarmupConfig":
         if self.lr is not None and not self.steps:
-            raise ValueError("lr belongs to steps > 0, got steps = 0; drop it, or set steps")
+            raise ValueError("lr works only with steps > 0, got steps = 0; remove lr, or set steps")
         return self
 
 
@@ -220,7 +220,9 @@ class RunNode(Node):
                 "small updates; train an adapter (trainable = 'lora'), whose weights stay float32"
             )
         if self.trainable == "full" and self.lora.start is not None:
-            raise ValueError("lora.start is for an adapter, and trainable = 'full' has none; drop one")
+            raise ValueError(
+                "lora.start works only with trainable = 'lora', got trainable = 'full'; remove one of the two keys"
+            )
         return self
 
 
@@ -272,5 +274,7 @@ class SftConfig(RunNode):
     def _no_scores(self) -> "SftConfig":
         for key in ("score_cache", "score_cache_folder"):
             if getattr(self.compute, key):
-                raise ValueError(f"compute.{key} keeps teachers' scores, and fine-tuning has no teacher; drop it")
+                raise ValueError(
+                    f"compute.{key} has no effect in opd sft, because fine-tuning has no teacher; remove the key"
+                )
         return self

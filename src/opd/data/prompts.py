@@ -149,7 +149,7 @@ class _Reading:
         if self.completion is not None and not completed:
             raise DataError(
                 f"{self.source}: no record ends with an assistant's message, so {self.setting}completion = "
-                f"'{self.completion}' has no effect; drop it"
+                f"'{self.completion}' has no effect; remove the key"
             )
         return prompts
 

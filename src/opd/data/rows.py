@@ -126,8 +126,8 @@ def _python_value(value: Any, name: str) -> Any:
 def _require_text(text: str, name: str) -> None:
     found = _NO_TEXT.search(text)
     if found is not None:
-        what = "the character U+0000" if found[0] == "\0" else f"half of a character ({found[0]!a}, a lone surrogate)"
-        raise DataError(f"{name} has {what} at place {found.start() + 1}, which is no text; remove it")
+        what = "the character U+0000" if found[0] == "\0" else f"a lone surrogate ({found[0]!a}, half of a character)"
+        raise DataError(f"{name} contains {what} at position {found.start() + 1}, which is not valid text; remove it")
 
 
 def _located(record: Any, where: str, *, arrow: bool = False) -> dict[str, Any]:

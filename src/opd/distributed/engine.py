@@ -231,8 +231,8 @@ class Engine:
         plan = self._plan
         if shutil.which(plan.command[0]) is None:
             raise RunError(
-                f"cluster.engine_command = '{plan.command[0]}' is not a command on {socket.gethostname()}; name one of an "
-                "environment that has vLLM"
+                f"cluster.engine_command = '{plan.command[0]}' was not found on {socket.gethostname()}; give the path of the vllm "
+                "command of an environment with vLLM"
             )
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-engine-"))

@@ -112,7 +112,9 @@ def _plain(said: Any) -> list[Message]:
     said = [{"role": "user", "content": said}] if isinstance(said, str) else said or []
     found: list[Message] = [m if isinstance(m, dict) else m.model_dump(exclude_none=True) for m in said]
     if any(set(m) != {"role", "content"} or not isinstance(m["content"], str) for m in found):
-        raise ValueError("the environment says more than text; pictures and tools cannot be shown to the student")
+        raise ValueError(
+            "the environment sent more than text, such as images or tool calls; opd supports text messages only"
+        )
     return found
 
 

@@ -188,7 +188,9 @@ def _cross_tokenizer(
             own_syntax=config.episodes.tool_syntax if config.alignment.tool_calls == "own_syntax" else None,
         )
     if not found and config.alignment != AlignmentConfig():
-        raise ModelError("[alignment] is for teachers with another tokenizer, and this recipe has none; drop it")
+        raise ModelError(
+            "[alignment] has no effect, because no teacher has another tokenizer than the student; remove [alignment]"
+        )
     return found
 
 
@@ -262,7 +264,7 @@ def _need_beyond_text(config: Config, name: str) -> str | None:
     """Why a recipe needs more of a teacher with another tokenizer than the probability of a text; None where it does not."""
     objective = config.objective
     if objective.tail_residual:
-        return "and objective.tail_residual needs one vocabulary's sampled token in the tail; drop it"
+        return "and objective.tail_residual needs the same vocabulary for both models; remove objective.tail_residual"
     if objective.type == "top_k" and config.mask.format_errors != "off":
         return (
             "so part of type = 'top_k' is a sampled log ratio without a baseline, and mask.format_errors would reward errors; "

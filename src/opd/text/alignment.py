@@ -184,7 +184,8 @@ def pair_turns(
         teacher_text = teacher_side.read(seen.before, student_text, seen.transcript, opened=student_side.opened)
         if teacher_text.first == 0:
             raise DataError(
-                f"teacher '{teacher_side.name}': the response begins within the first token of its rendering"
+                f"teacher '{teacher_side.name}': the response starts in the first token of the teacher's text, so no token "
+                "precedes it and the teacher cannot score it; check the teacher's chat template"
             )
         blocks = None if seen.transcript is None else seen.transcript.blocks
         pairing = pair(student_text, teacher_text, ends_turn=ends_turn, blocks=blocks)
@@ -326,7 +327,7 @@ def describe(facts: Facts) -> str:
     per_turn = [f"{name} {found[name]:.2f}" for name in _PER_TURN if found[name] > 0]
     return (
         f"{100 * found['one_to_one']:.1f} % of {facts.get('bytes', 0)} bytes in one-to-one chunks, "
-        f"{found['tokens_per_chunk']:.2f} student tokens a chunk, the largest {facts.get(LARGEST, 0)} bytes, "
+        f"{found['tokens_per_chunk']:.2f} student tokens per chunk, the largest {facts.get(LARGEST, 0)} bytes, "
         f"{100 * found['masked']:.1f} % of tokens masked"
         + (f" ({', '.join(reasons)})" if reasons else "")
         + (f"; a turn: {', '.join(per_turn)}" if per_turn else "")

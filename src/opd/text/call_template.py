@@ -115,7 +115,10 @@ class CallTemplate:
         """
         marked = [{**call, "function": quotes.mark_all(call["function"])} for call in calls]
         if marked != [dict(call) for call in calls] and (self._escapes or not quotes.plain_in_json):
-            raise DataError("a call quotes a special token, and the chat template would not write it as it is")
+            raise DataError(
+                "a tool call in the conversation contains the text of a special token, and the chat template would change this "
+                "text; remove it from the call"
+            )
         return [self._shape(call) for call in marked]
 
     def write(
