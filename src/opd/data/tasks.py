@@ -15,7 +15,6 @@ from opd.config import (
     Config,
     EpisodesConfig,
     FileTask,
-    GeneratedTask,
     PythonTask,
     ReasoningGymTask,
     TaskConfig,
@@ -100,30 +99,6 @@ class PassedRecords(_Records):
     def prompts(self, split: str) -> list[Prompt]:
         records = self._passed.train if split == "train" else self._passed.held_out
         return [] if records is None else read_prompts_from(records, **self._reading)
-
-
-class GeneratedPrompts:
-    """The base of tasks of generated prompts: `draw` makes all prompts, and the first of them are held out."""
-
-    def __init__(self, name: str, config: GeneratedTask) -> None:
-        self.name = name
-        self._config = config
-        self._drawn: list[Prompt] = []
-
-    def draw(self, count: int) -> list[Prompt]:
-        """So many distinct prompts, a function of the task's seed."""
-        raise NotImplementedError
-
-    def prompts(self, split: str) -> list[Prompt]:
-        held_out = self._config.held_out_size
-        self._drawn = self._drawn or self.draw(held_out + self._config.size)
-        return self._drawn[:held_out] if split == "held_out" else self._drawn[held_out:]
-
-    def reward(self, prompt: Prompt, response: str) -> float | None:
-        raise NotImplementedError
-
-    def grade(self, prompt: Prompt, response: str) -> float | None:
-        return self.reward(prompt, response)
 
 
 def make_tasks(

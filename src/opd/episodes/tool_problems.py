@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import EpisodesConfig, ToolTask
-from opd.data.tasks import GeneratedPrompts
+from opd.data.generated import GeneratedPrompts
 from opd.episodes.tools import Tool, ToolEnvironment
 from opd.errors import DataError
 from opd.records import Message, Prompt

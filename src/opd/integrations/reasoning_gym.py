@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import ReasoningGymTask, nearest
-from opd.data.tasks import GeneratedPrompts
+from opd.data.generated import GeneratedPrompts
 from opd.errors import DataError
 from opd.records import Message, Prompt
 from opd.text.chat import user_message

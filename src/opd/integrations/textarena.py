@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opd.config import TextArenaTask, nearest
-from opd.data.tasks import GeneratedPrompts
+from opd.data.generated import GeneratedPrompts
 from opd.errors import ConfigError, DataError, describe_error
 from opd.records import Message, Prompt
 from opd.roles import Step
