@@ -236,8 +236,8 @@ def _teacher_logprobs(item: ScoredRollout, floor: float) -> tuple[np.ndarray, in
     bad = np.logical_or.reduce([np.isnan(x) | np.isposinf(x) for _, x in models]) & mask
     if bad.any():
         raise ScoreError(
-            f"rollout '{item.rollout.id}': teacher '{score.teacher}' gave {int(bad.sum())} of {int(mask.sum())} "
-            "log-probabilities that are no numbers; check the teacher's weights (opd check)"
+            f"rollout '{item.rollout.id}': {int(bad.sum())} of {int(mask.sum())} log-probabilities from teacher "
+            f"'{score.teacher}' are NaN or +infinity; check the teacher's weights (opd check)"
         )
     if isinstance(score, ChunkScore):
         return np.where(mask, score.logprobs, 0.0), score.facts.get("floored", 0)

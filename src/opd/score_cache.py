@@ -241,8 +241,9 @@ class ScoreFiles:
             return nearest
         if nearest is not None:
             self._warn(
-                f"warning: teacher '{name}' has changed since its scores in '{self._folder}' were made (a probe text differs by "
-                f"{distances[nearest]:.2g} nats a token, more than {TOLERANCE:g}); opd ignores them and caches new ones"
+                f"warning: teacher '{name}' has changed since its scores in '{self._folder}' were computed (its log-probabilities "
+                f"of a test text differ by {distances[nearest]:.2g} nats per token, limit {TOLERANCE:g}); opd ignores the old scores "
+                "and caches new ones"
             )
         folder = self._folder / f"{digest}-{hashlib.sha256(probe.tobytes()).hexdigest()[:8]}"
         about = {"identity": identity, "probe": probe.tolist()}

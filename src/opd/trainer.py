@@ -299,7 +299,7 @@ def _require_adapters(config: Config, folder: RunFolder) -> None:
         if teacher.adapter is not None and not Path(teacher.adapter).is_dir():
             raise RunError(
                 f"run '{folder.path}': teachers.{name}.adapter = '{teacher.adapter}' is not a folder here; if it has moved, add "
-                f"teachers.{name}.adapter=PATH after the run"
+                f"teachers.{name}.adapter=PATH to the command, after the run folder"
             )
 
 

@@ -256,8 +256,8 @@ def test_another_teacher_under_the_same_name_gets_none_of_its_scores(tmp_path: P
     assert strange.get([key]) == {}
     strange.put({key: other})
     [line] = said
-    assert line.startswith(f"warning: teacher 't' has changed since its scores in '{tmp_path}' were made (a probe")
-    assert "differs by 0.15 nats a token, more than 0.1" in line
+    assert line.startswith(f"warning: teacher 't' has changed since its scores in '{tmp_path}' were computed (its")
+    assert "differ by 0.15 nats per token, limit 0.1" in line
     # rounding is no other teacher, and both are still there
     assert_same_bits(files(tmp_path, says=[-1.1, -2.05]).get([key])[key], score)
     assert_same_bits(files(tmp_path, says=[-1.31, -1.96]).get([key])[key], other)

@@ -109,9 +109,9 @@ REFUSED: dict[str, tuple[Change | None, dict[str, Any], str]] = {
     "a head's bias": (more(lm_head__bias=torch.ones(258)), {}, "first 'lm_head.bias'"),
     "a norm behind the embeddings": (more(model__embed_norm__weight=torch.ones(32)), {}, "first 'model.embed_norm.weight'"),
     "other widths": (None, {"intermediate_size": 64},
-        "6 weights have other shapes in its files than LlamaForCausalLM has, first "
-        "'model.layers.0.mlp.down_proj.weight': [32, 48] in the files, [32, 64] by config.json"),
-    "another vocabulary": (None, {"vocab_size": 300}, "[258, 32] in the files, [300, 32] by config.json"),
+        "the shapes of 6 weights differ from those of LlamaForCausalLM, for example "
+        "'model.layers.0.mlp.down_proj.weight': [32, 48] in the files, [32, 64] according to config.json"),
+    "another vocabulary": (None, {"vocab_size": 300}, "[258, 32] in the files, [300, 32] according to config.json"),
     "quantised weights without their config": (more(model__layers__0__mlp__up_proj__weight_scale_inv=torch.ones(1)), {},
         "first 'model.layers.0.mlp.up_proj.weight_scale_inv'"),
 }  # fmt: skip
@@ -332,8 +332,8 @@ def test_a_checkpoint_of_another_student_is_refused(tree: dict[str, Any], tmp_pa
     said = json.loads(sums.read_text()) | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
     sums.write_text(json.dumps(said))
     line = one_line(invoke("train", "--resume", tree["output"]))
-    assert "the checkpoint is of another student: " in line
-    assert "resume with the model, transformers and peft that wrote it" in line
+    assert "the checkpoint belongs to another student: " in line
+    assert "resume with the same model and the same versions of transformers and peft as before" in line
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32])

@@ -292,14 +292,14 @@ def test_pack_of_nothing_but_failures_says_why():
 def test_a_score_that_is_no_number_is_an_error_that_names_the_rollout_and_the_teacher(poison):
     good, other = scored_of([3, 3])
     bad = scored(other.rollout, [-1.0, poison])
-    with pytest.raises(ScoreError, match=r"rollout 'p1/0': teacher 't' gave 1 of 2 log-probabilities that are no num"):
+    with pytest.raises(ScoreError, match=r"rollout 'p1/0': 1 of 2 log-probabilities from teacher 't' are NaN or \+infinity"):
         pack([good, bad], logprob_floor=-50.0)
 
 
 def test_a_ruled_out_token_is_no_fault_and_is_not_counted_as_one():
     [item] = scored_of([4])
     bad = scored(item.rollout, [float("-inf"), float("nan"), -1.0])
-    with pytest.raises(ScoreError, match="gave 1 of 3 log-probabilities that are no numbers"):
+    with pytest.raises(ScoreError, match="1 of 3 log-probabilities from teacher"):
         pack([bad], logprob_floor=-50.0)
 
 

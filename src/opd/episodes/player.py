@@ -164,7 +164,7 @@ class EpisodePlayer:
                 episode.hosted = HostedEnvironment(environment, self._limits)
             except (OSError, RuntimeError) as error:  # out of files, out of threads
                 raise RunError(
-                    f"the system hosts no further environment: {describe_error(error)}; lower episodes.max_concurrent = "
+                    f"the operating system cannot start another environment: {describe_error(error)}; lower episodes.max_concurrent = "
                     f"{self._limits.max_concurrent}, or raise the limit ('ulimit -n')"
                 ) from None
         return episode

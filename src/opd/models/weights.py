@@ -60,8 +60,9 @@ def require_loaded(model: Any, info: Mapping[str, Any], source: str) -> list[str
     if info["mismatched_keys"]:
         first, here, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(
-            f"model '{source}': {len(info['mismatched_keys'])} weights have other shapes in its files than {name} has, first "
-            f"'{first}': {list(here)} in the files, {list(wanted)} by config.json; use the config.json of these weights ({report})"
+            f"model '{source}': the shapes of {len(info['mismatched_keys'])} weights differ from those of {name}, for example "
+            f"'{first}': {list(here)} in the files, {list(wanted)} according to config.json; use the config.json that belongs to "
+            f"these weights ({report})"
         )
     if missing:
         own = dict(model.named_parameters(remove_duplicate=False))
