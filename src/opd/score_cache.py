@@ -242,8 +242,8 @@ class ScoreFiles:
         if nearest is not None:
             self._warn(
                 f"warning: teacher '{name}' has changed since its scores in '{self._folder}' were computed (its log-probabilities "
-                f"of a test text differ by {distances[nearest]:.2g} nats per token, limit {TOLERANCE:g}); opd ignores the old scores "
-                "and caches new ones"
+                f"of a test text differ by {distances[nearest]:.2g} nats per token, limit {TOLERANCE:g}); opd ignores the old "
+                "scores and caches new ones"
             )
         folder = self._folder / f"{digest}-{hashlib.sha256(probe.tobytes()).hexdigest()[:8]}"
         about = {"identity": identity, "probe": probe.tolist()}

@@ -292,7 +292,8 @@ def test_pack_of_nothing_but_failures_says_why():
 def test_a_score_that_is_no_number_is_an_error_that_names_the_rollout_and_the_teacher(poison):
     good, other = scored_of([3, 3])
     bad = scored(other.rollout, [-1.0, poison])
-    with pytest.raises(ScoreError, match=r"rollout 'p1/0': 1 of 2 log-probabilities from teacher 't' are NaN or \+infinity"):
+    message = r"rollout 'p1/0': 1 of 2 log-probabilities from teacher 't' are NaN or \+infinity"
+    with pytest.raises(ScoreError, match=message):
         pack([good, bad], logprob_floor=-50.0)
 
 

@@ -164,8 +164,8 @@ class EpisodePlayer:
                 episode.hosted = HostedEnvironment(environment, self._limits)
             except (OSError, RuntimeError) as error:  # out of files, out of threads
                 raise RunError(
-                    f"the operating system cannot start another environment: {describe_error(error)}; lower episodes.max_concurrent = "
-                    f"{self._limits.max_concurrent}, or raise the limit ('ulimit -n')"
+                    f"the operating system cannot start another environment: {describe_error(error)}; lower "
+                    f"episodes.max_concurrent = {self._limits.max_concurrent}, or raise the limit ('ulimit -n')"
                 ) from None
         return episode
 

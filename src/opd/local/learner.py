@@ -226,9 +226,9 @@ def _require_same_weights(wanted: Mapping[str, Tensor], found: Mapping[str, Tens
     odd = sorted(extra | {n for n, p in wanted.items() if n not in found or found[n].shape != p.shape})
     if odd:
         raise RunError(
-            f"the checkpoint belongs to another student: {len(odd)} weights differ in name or shape from the {len(wanted)} trainable "
-            f"weights of this student, for example '{odd[0].removeprefix('student/')}'; resume with the same model and the same "
-            "versions of transformers and peft as before"
+            f"the checkpoint belongs to another student: {len(odd)} weights differ in name or shape from the {len(wanted)} "
+            f"trainable weights of this student, for example '{odd[0].removeprefix('student/')}'; resume with the same model and "
+            "the same versions of transformers and peft as before"
         )
 
 
