@@ -98,5 +98,5 @@ def test_another_base_and_a_cut_file_are_refused(tmp_path: Path, start: Path):
 
 
 def test_a_whole_student_has_no_adapter_to_begin_with(tmp_path: Path, start: Path):
-    with pytest.raises(ConfigError, match=r"lora.start is for an adapter"):
+    with pytest.raises(ConfigError, match=r"lora.start works only with trainable = 'lora'"):
         recipe(tmp_path, start, trainable="full")

@@ -115,7 +115,7 @@ def test_truncated_responses_are_masked_and_counted(tmp_path: Path):
 def test_a_discount_close_to_one_warns_with_the_branch_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     objective = {"type": "exact_to_go", "discount": 0.95, "baseline": "leave_one_out"}
     opd.train(opd.parse_config(quick(tmp_path, objective=objective, steps=2) | {"evaluation": {"num_prompts": 0}}))
-    assert "warning: objective.discount = 0.95" in capsys.readouterr().out
+    assert "warning: with objective.discount = 0.95" in capsys.readouterr().out
 
 
 def test_a_prompts_meta_reads_back(tmp_path: Path):
