@@ -86,7 +86,7 @@ demo-distributed: install model vllm
 # Everything that a change must pass; .ci/run calls this.
 test: install model vllm check docs
 	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes
-	$(BIN)/pytest -n 2 --dist loadfile tests/processes
+	$(BIN)/pytest tests/processes
 
 # The tests of tests/unit: no model, no server and no network; a minute on two cores.
 quick: install
