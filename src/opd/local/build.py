@@ -46,26 +46,7 @@ def build(
     network = _student(config)
     lora = config.trainable == "lora"
     loaded: dict[str, Network] = {config.student: network} if lora else {}
-    policies: dict[str, Policy] = {}
-    for index, (name, teacher) in enumerate(config.teachers.items()):
-        if teacher.weights is not None or teacher.remote:
-            continue
-        source = teacher.model or config.student
-        if source not in loaded:
-            say(f"loading teacher '{name}': '{source}'")
-            loaded[source] = _load(source, config)
-        adapter = None
-        if teacher.adapter is not None:
-            adapter = f"teacher{index}"  # a name of our own: peft refuses some, and a teacher may be called "student"
-            add_adapter(loaded[source], teacher.adapter, teacher=name, name=adapter)
-        policies[name] = Policy(loaded[source], adapter)
-    if config.objective.reference == _INITIAL:
-        if config.student not in loaded:
-            loaded[config.student] = _load(config.student, config)
-        # A fresh adapter changes nothing before the first step: its base is the student as it was.
-        if config.lora.start is not None:
-            add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
-        policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
+    policies = _policies(config, loaded, say)
     cross_tokenizer = _cross_tokenizer(config, network, policies)
     same_tokenizer = {name: policy for name, policy in policies.items() if name not in cross_tokenizer}
     same_tokenizer |= _with_own_prompts(config, network, same_tokenizer)
@@ -90,6 +71,31 @@ def build(
         connected,
         make_environment,
     )
+
+
+def _policies(config: Config, loaded: dict[str, Network], say: Callable[[str], None]) -> dict[str, Policy]:
+    """Every model in process that scores, by name; those that `loaded` lacks are loaded into it."""
+    policies: dict[str, Policy] = {}
+    for index, (name, teacher) in enumerate(config.teachers.items()):
+        if teacher.weights is not None or teacher.remote:
+            continue
+        source = teacher.model or config.student
+        if source not in loaded:
+            say(f"loading teacher '{name}': '{source}'")
+            loaded[source] = _load(source, config)
+        adapter = None
+        if teacher.adapter is not None:
+            adapter = f"teacher{index}"  # a name of our own: peft refuses some, and a teacher may be called "student"
+            add_adapter(loaded[source], teacher.adapter, teacher=name, name=adapter)
+        policies[name] = Policy(loaded[source], adapter)
+    if config.objective.reference == _INITIAL:
+        if config.student not in loaded:
+            loaded[config.student] = _load(config.student, config)
+        # A fresh adapter changes nothing before the first step: its base is the student as it was.
+        if config.lora.start is not None:
+            add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
+        policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
+    return policies
 
 
 def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
