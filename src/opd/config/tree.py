@@ -23,7 +23,7 @@ class LoraConfig(Node):
     target_modules: str | list[str] = "all-linear"
     """The layers with an adapter: names of modules, or every linear layer but the output head."""
     start: str | None = None
-    """An adapter with whose weights the student starts, such as one that `opd sft` wrote. It must have the same layers, rank and
+    """The student starts with the weights of this adapter, such as one that `opd sft` wrote. It must have the same layers, rank and
     scale. Without one the student starts as its base."""
 
 
