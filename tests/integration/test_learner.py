@@ -338,7 +338,7 @@ def test_a_teachers_logprob_that_is_no_number_names_the_rollout(bench: Bench):
     bad = item.score.logprobs.copy()
     bad[np.flatnonzero(item.rollout.loss_mask)[1]] = np.nan
     scored = [*bench.scored[:5], replace(item, score=replace(item.score, logprobs=bad)), *bench.scored[6:]]
-    with pytest.raises(ScoreError, match=r"rollout 'p2/1': teacher 'even' gave 1 of \d+ log-probabilities that are no"):
+    with pytest.raises(ScoreError, match=r"rollout 'p2/1': 1 of \d+ log-probabilities from teacher 'even' are NaN"):
         pack(scored, logprob_floor=-50.0)
 
 
