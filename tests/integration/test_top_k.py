@@ -41,6 +41,8 @@ def test_logprobs_on_a_support_are_those_of_the_whole_distribution(max_logits: i
     torch.testing.assert_close(entropy, -(dense.exp() * dense).sum(-1), rtol=0, atol=1e-12)
     assert not entropy.requires_grad
     assert torch.autograd.gradcheck(chunked, (hidden, head))
+    if temperature == 1.0:
+        torch.testing.assert_close(logprobs_at(hidden, head, ids)[0], found)
 
 
 @pytest.fixture(scope="module")

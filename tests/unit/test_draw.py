@@ -53,3 +53,16 @@ def test_a_row_that_is_no_distribution_gives_a_token_whose_logprob_says_so():
     assert 0 <= tokens[1] < 300
     assert math.isnan(logprobs[1])
     assert logprobs[0] == pytest.approx(-math.log(300))
+
+
+@pytest.mark.parametrize("rare", [2.0**-26, 2.0**-36])
+def test_rare_tokens_behind_a_likely_one_keep_their_probability(rare: float):
+    """One token of weight 1 and 1,023 of `rare`: float32 would round every sum back to 1, within a block and over blocks."""
+    logits = torch.full((1, 1024), math.log(rare), dtype=torch.float32)
+    logits[0, 0] = 0.0
+    weight = float(logits[0, 1].exp())
+    wanted = [1, 17, 255, 256, 700, 1023]
+    marks = torch.tensor([1 + (token - 0.5) * weight for token in wanted], dtype=torch.float64) / (1 + 1023 * weight)
+    tokens, logprobs = invert(logits, torch.zeros(6, dtype=torch.int64), marks)
+    assert tokens == wanted
+    assert logprobs == [float(np.float32(math.log(weight / (1 + 1023 * weight))))] * 6  # as float32 holds it
