@@ -97,7 +97,7 @@ def _distillation(config: Config, batch: Batch) -> Tensor | None:
         case "exact" | "top_k":
             # A teacher of another tokenizer has a distribution only where both sides chose the same token.
             alone = None if batch.compared is None else mask & ~batch.padded(batch.compared)
-            if chunks is None or alone is None or not bool(alone.any()):
+            if alone is None or not bool(alone.any()):
                 return None
             total = adv.immediate(log_ratio, mask, chunks) * alone
         case "immediate":

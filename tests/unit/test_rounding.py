@@ -44,12 +44,52 @@ def test_top_k_is_zero_with_its_gradient_up_to_the_bound(size: float, seen: bool
     assert bool(loss.any()) == bool(gradient.any()) == seen
 
 
+def test_the_bound_is_that_of_one_model_unless_another_is_given():
+    x = 1.5 * math.sqrt(2.0) * BOUND
+    logp = torch.full((1, 2), math.log(0.25), dtype=torch.float64, requires_grad=True)
+    q = 0.25 * torch.tensor([[math.exp(x), 2.0 - math.exp(x)]], dtype=torch.float64)
+    for options, seen in [({}, True), ({"rounding": 2.0}, False)]:
+        [gradient] = torch.autograd.grad(top_k_reverse_kl(logp, q.log(), **options).sum(), logp)
+        assert bool(gradient.any()) == seen
+
+
 def test_a_tail_that_is_only_the_error_of_a_sum_has_no_log_ratio():
     """The ids hold all of p, and their sum in floating point is one minus a few units in the last place."""
-    p = torch.tensor([[0.5, 0.5 - 2.0**-51]], dtype=torch.float64)
+    p = torch.tensor([[0.5, 0.5 - 1.5 * 2.0**-51]], dtype=torch.float64)
     assert 0 < 1 - float(p.log().exp().sum(-1)) < 4 * torch.finfo(torch.float64).eps
     q = torch.tensor([[0.25, 0.25]], dtype=torch.float64)  # the teacher's tail is one half
-    torch.testing.assert_close(top_k_reverse_kl(p.log(), q.log()), (p * (p / q).log()).sum(-1), rtol=1e-12, atol=0)
+    logp = p.log().requires_grad_()
+    loss = top_k_reverse_kl(logp, q.log())
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1), rtol=1e-12, atol=0)
+    [gradient] = torch.autograd.grad(loss.sum(), logp)  # of a tail with a log ratio it would be a multiple of this
+    torch.testing.assert_close(gradient, p * (p / q).log(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("ids", [2, 16, 400])
+def test_a_student_whose_ids_hold_nearly_all_its_mass_equals_itself(ids: int):
+    """In float32 the tail is a few units in the last place, and its logarithm is off by as much as its own size."""
+    generator = torch.Generator().manual_seed(ids)
+    logits = torch.randn(400, ids + 1, generator=generator, dtype=torch.float64)
+    logits[:, -1] = logits[:, :-1].logsumexp(-1) + torch.linspace(math.log(1e-9), math.log(1e-5), 400)
+    logp = logits.log_softmax(-1)[:, :-1].float().requires_grad_()
+    loss = top_k_reverse_kl(logp, logp)
+    [gradient] = torch.autograd.grad(loss.sum(), logp)
+    assert (int(loss.count_nonzero()), int(gradient.count_nonzero())) == (0, 0)
+
+
+def test_the_floor_of_top_k_raises_ids_and_the_tail_alike():
+    """p 1/2 and 1/4, a tail of 1/4; the teacher gives the second id e^-60 and the tail nothing."""
+    logp = torch.tensor([[0.5, 0.25]], dtype=torch.float64).log()
+    logq = torch.tensor([[0.0, -60.0]], dtype=torch.float64)
+    for floor, options in [(-50.0, {}), (-8.0, {"logprob_floor": -8.0})]:
+        wanted = 0.5 * math.log(0.5) + 2 * 0.25 * (math.log(0.25) - floor)
+        assert float(top_k_reverse_kl(logp, logq, **options)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_teachers_logprobs_of_top_k_are_constants():
+    logp = torch.tensor([[0.5, 0.25]], dtype=torch.float64).log()
+    logq = torch.tensor([[0.25, 0.25]], dtype=torch.float64).log().requires_grad_()
+    assert not top_k_reverse_kl(logp, logq).requires_grad
 
 
 def test_what_is_above_the_bound_is_the_kl():

@@ -103,9 +103,9 @@ def top_k_reverse_kl(
     p, eps = logp.exp(), torch.finfo(logp.dtype).eps
     gap = torch.where(p > 0, logp, 0.0).detach() - raised(logq, logprob_floor)
     log_tail_q = tail_logprob(logq, logprob_floor=logprob_floor)
-    tail_p = (1.0 - p.sum(-1)).clamp(min=0.0)
+    tail_p = 1.0 - p.sum(-1)
     left = tail_p.detach()
-    tail_gap = torch.where(left > 4 * eps, left.clamp(min=torch.finfo(p.dtype).tiny).log() - log_tail_q, 0.0)
+    tail_gap = torch.where(left > 4 * eps, left.log() - log_tail_q, 0.0)
     found = (p * gap).sum(-1) + tail_p * tail_gap
     # one minus a sum has an error that a small tail's logarithm magnifies
     sure = torch.where(left * tail_gap.abs() > 32 * eps, tail_gap, 0.0)
