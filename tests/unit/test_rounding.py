@@ -98,3 +98,11 @@ def test_what_is_above_the_bound_is_the_kl():
     whole = (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(reverse_kl(p.log(), q.log()), whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(top_k_reverse_kl(p.log(), q.log()), whole, rtol=1e-9, atol=0)
+
+
+def test_a_small_tail_counts_where_its_log_ratio_is_beyond_all_rounding():
+    """A tail of six units in the last place, where the teacher has none: ln of it is 15 nats above the floor."""
+    logp = torch.tensor([[0.5, 0.5 - 3 * 2.0**-51]], dtype=torch.float64).log().requires_grad_()
+    loss = top_k_reverse_kl(logp, torch.tensor([[0.5, 0.5]], dtype=torch.float64).log())
+    [gradient] = torch.autograd.grad(loss.sum(), logp)
+    assert float(gradient[0, 0]) == pytest.approx(-0.5 * (math.log(6 * 2.0**-52) + 50), rel=1e-3)
