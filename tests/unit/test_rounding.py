@@ -106,3 +106,9 @@ def test_a_small_tail_counts_where_its_log_ratio_is_beyond_all_rounding():
     loss = top_k_reverse_kl(logp, torch.tensor([[0.5, 0.5]], dtype=torch.float64).log())
     [gradient] = torch.autograd.grad(loss.sum(), logp)
     assert float(gradient[0, 0]) == pytest.approx(-0.5 * (math.log(6 * 2.0**-52) + 50), rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "seen"), [(0.9, False), (1.1, True)])
+def test_a_shift_of_all_log_ratios_counts_from_the_bound_on(size: float, seen: bool):
+    logp = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
+    assert bool(top_k_reverse_kl(logp, logp - size * BOUND).any()) == seen
