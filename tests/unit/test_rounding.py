@@ -23,10 +23,12 @@ def test_errors_of_several_models_add_up_and_a_low_temperature_divides_them():
     assert magnified(1.0, (0.25, 0.25)) == 1.0  # never below that of one model
 
 
-@pytest.mark.parametrize(("mean", "spread", "seen"), [(0.9, 0.9, 0), (1.1, 0.0, 1), (-1.1, 0.0, 1), (0.0, 1.1, 1)])
+@pytest.mark.parametrize(
+    ("mean", "spread", "seen"), [(0.9, 0.9, 0), (1.1, 0.0, 1), (-1.1, 0.0, 1), (0.0, 1.1, 1), (1.0, 1.0, 0)]
+)
 def test_a_state_counts_by_its_mean_or_by_its_standard_deviation(mean: float, spread: float, seen: int):
-    """Two tokens of p 1/2 with log ratios mean +- spread, in units of a bound of 1e-3."""
-    most = 1e-3
+    """Two tokens of p 1/2 with log ratios mean +- spread, in units of the bound."""
+    most = 2.0**-10
     p = torch.full((1, 2), 0.5, dtype=torch.float64)
     centred = torch.tensor([[spread, -spread]], dtype=torch.float64) * most
     assert resolved(p, centred, torch.tensor([mean * most], dtype=torch.float64), most).tolist() == [seen]
