@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd.objectives.divergences import magnified, resolution, resolved, reverse_kl, top_k_reverse_kl
+from opd.objectives.divergences import magnified, resolution, resolved, reverse_kl, tail_logprob, top_k_reverse_kl
 
 BOUND = resolution(torch.float64)
 
@@ -114,3 +114,18 @@ def test_a_small_tail_counts_where_its_log_ratio_is_beyond_all_rounding():
 def test_a_shift_of_all_log_ratios_counts_from_the_bound_on(size: float, seen: bool):
     logp = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
     assert bool(top_k_reverse_kl(logp, logp - size * BOUND).any()) == seen
+
+
+def test_the_tail_of_float32_logprobs_is_summed_in_float64():
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    logp = (logits - logits.logsumexp(-1) + math.log1p(-3e-6)).detach()
+    found = tail_logprob(logp)
+    assert found.dtype == torch.float32
+    exact = math.log1p(-math.fsum(math.exp(x) for x in logp[0].tolist()))
+    torch.testing.assert_close(found, torch.tensor([exact]), rtol=1e-5, atol=0)
+
+
+def test_probabilities_that_sum_to_more_than_one_leave_a_tail_at_the_floor():
+    logp = torch.full((1, 2), math.log(0.5) + 1e-9, dtype=torch.float64)
+    assert tail_logprob(logp).tolist() == [-50.0]
+    assert tail_logprob(logp, logprob_floor=-8.0).tolist() == [-8.0]
