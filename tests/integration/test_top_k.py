@@ -41,8 +41,25 @@ def test_logprobs_on_a_support_are_those_of_the_whole_distribution(max_logits: i
     torch.testing.assert_close(entropy, -(dense.exp() * dense).sum(-1), rtol=0, atol=1e-12)
     assert not entropy.requires_grad
     assert torch.autograd.gradcheck(chunked, (hidden, head))
+    assert torch.autograd.gradcheck(chunked, (hidden, head.detach()))
+    assert torch.autograd.gradcheck(chunked, (hidden.detach(), head))
     if temperature == 1.0:
         torch.testing.assert_close(logprobs_at(hidden, head, ids)[0], found)
+
+
+def test_logprobs_of_bfloat16_states_are_those_of_their_logits_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator).bfloat16().requires_grad_()
+    head = torch.randn(300, 5, generator=generator).bfloat16().requires_grad_()
+    ids = torch.randint(0, 300, (7, 3), generator=generator)
+    found, entropy = logprobs_at(hidden, head, ids, temperature=0.7)
+    dense = ((hidden @ head.T).float() / 0.7).log_softmax(-1)
+    assert found.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(found, dense.gather(-1, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy, -(dense.exp() * dense).sum(-1), rtol=0, atol=1e-5)
+    mine = torch.autograd.grad(found.sum(), (hidden, head))
+    for one, other in zip(mine, torch.autograd.grad(dense.gather(-1, ids).sum(), (hidden, head)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,8 @@ _NAMES = {
     "zeros": "ones",
     "new_zeros": "new_ones",
 }
+# Arguments that change memory and time alone.
+_MEMORY = ("max_logits",)
 # Without them a tensor, or an iterator, does the same.
 _CONVERSIONS = ("int", "float", "bool", "list", "tuple")
 
@@ -112,9 +114,10 @@ class _Walk:
                 yield from self._expression("", "constant", node, "value", None)
 
     def _function(self, node: ast.FunctionDef, owner: str) -> Iterator[Mutant]:
-        for field in ("defaults", "kw_defaults"):
+        ordered = [*node.args.posonlyargs, *node.args.args]
+        for field, names in (("defaults", ordered[-len(node.args.defaults) :]), ("kw_defaults", node.args.kwonlyargs)):
             for i, default in enumerate(getattr(node.args, field)):
-                if default is not None:
+                if default is not None and names[i].arg not in _MEMORY:
                     yield from self._expression(owner, f"{field}:{i}", node.args, field, i)
         yield from self._statements(owner, node, "body")
 
@@ -207,6 +210,8 @@ def _swapped(node: ast.expr) -> Iterator[ast.expr]:
         case ast.BoolOp(op, operands):
             yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), operands)
             yield from (_without(op, operands, i) for i in range(len(operands)))
+        case ast.UnaryOp(ast.USub(), ast.Constant(int())):
+            pass  # the last dimension of two is dimension 1; other numbers take its place below
         case ast.UnaryOp(_, operand):
             yield operand
         case ast.IfExp(test, body, orelse):
