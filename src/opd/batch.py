@@ -268,7 +268,7 @@ def consecutive(sizes: Sequence[int], together: Sequence[Hashable], parts: int) 
     ends, whole = np.cumsum(sizes), sum(sizes)
     bounds, start = [], 0
     for part in range(1, parts + 1):
-        stop = int(np.searchsorted(ends, whole * part / parts - 1e-9, side="left")) + 1 if part < parts else len(sizes)
+        stop = int(np.searchsorted(ends, whole * part / parts - 1e-9)) + 1 if part < parts else len(sizes)
         stop = max(start, min(stop, len(sizes)))
         while 0 < stop < len(sizes) and together[stop - 1] == together[stop]:
             stop += 1

@@ -13,7 +13,7 @@ from opd.errors import ScoreError
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.objectives.target import target_logprobs
-from opd.records import ChunkScore, FailedScore, HiddenPart, ScoredRollout
+from opd.records import ChunkScore, FailedScore, HiddenPart, ScoredRollout, TopKScore, Turn
 
 P0 = prompt("p0")
 
@@ -103,6 +103,48 @@ def test_stretches_of_nothing_and_of_much():
     assert consecutive([3, 1, 1, 1], "abcd", 2) == [(0, 1), (1, 4)]
     assert consecutive([1, 1, 1, 3], "abcd", 2) == [(0, 3), (3, 4)]
     assert consecutive([1, 1, 1, 1], "abbb", 2) == [(0, 4), (4, 4)]
+    assert consecutive([5, 1, 1], "aab", 2) == [(0, 2), (2, 3)]
+
+
+def test_student_turns_are_numbered_through_each_episode():
+    first, second = item([-0.5, -0.5, -0.5, -0.5]), item([-0.5, -0.5], sample=1)
+    turns = (Turn("prompt", 0, 2), Turn("student", 2, 3), Turn("observation", 3, 4), Turn("student", 4, 6))
+    other = replace(second, rollout=replace(second.rollout, turns=(Turn("prompt", 0, 2), Turn("student", 2, 4))))
+    batch = packed(replace(first, rollout=replace(first.rollout, turns=turns)), other)
+    assert batch.turns.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+
+
+def test_chunks_are_numbered_through_the_batch_and_only_where_there_are_any():
+    plain = packed(item([-0.5]))
+    assert (plain.chunks, plain.num_bytes, plain.compared) == (None, None, None)
+    one, other = (in_chunks([0, 0, 1], [0.0, -0.5, -1.0], compared=[False, False, True]) for _ in range(2))
+    other = replace(other, rollout=replace(other.rollout, sample=1))
+    failed = lost(replace(other, rollout=replace(other.rollout, sample=2)), "no answer")
+    batch = packed(one, failed, other, unscored=True)
+    assert batch.chunks is not None
+    assert batch.num_bytes is not None
+    assert batch.chunks.tolist() == [-1, -1, 0, 0, 1, *[-1] * 5, -1, -1, 2, 2, 3]
+    assert batch.num_bytes.tolist() == [5, 0, 5]
+    assert batch.teacher_parts is not None
+    assert [len(parts) for parts in batch.teacher_parts] == [1, 0, 1]
+
+
+def test_ids_that_a_teacher_did_not_name_are_minus_one_with_no_probability():
+    made = item([-0.5]).rollout
+    score = TopKScore("t", np.array([0, 0, -0.5], np.float32), np.array([[3, 4]]), np.array([[-0.5, -1.0]], np.float32))
+    batch = packed(ScoredRollout(made, score))
+    assert batch.top_k_ids is not None
+    assert batch.logprobs_at is not None
+    assert batch.logprobs_at.dtype == torch.float32
+    assert batch.top_k_ids.tolist() == [[-1, -1], [-1, -1], [3, 4]]
+    assert batch.logprobs_at.tolist() == [[-np.inf] * 2, [-np.inf] * 2, [-0.5, -1.0]]
+
+
+def test_the_first_scored_part_of_an_episode_leads_it():
+    parts = [item([-0.5], part=0), item([-0.5], part=1), item([-0.25], sample=1)]
+    batch = packed(lost(parts[0], "no answer"), *parts[1:])
+    assert batch.leading.dtype == torch.bool
+    assert batch.leading.tolist() == [False, True, True]
 
 
 def test_only_tokens_without_a_common_distribution_have_a_sampled_part_beside_top_k():

@@ -31,7 +31,8 @@ def test_a_state_counts_by_its_mean_or_by_its_standard_deviation(mean: float, sp
     most = 2.0**-10
     p = torch.full((1, 2), 0.5, dtype=torch.float64)
     centred = torch.tensor([[spread, -spread]], dtype=torch.float64) * most
-    assert resolved(p, centred, torch.tensor([mean * most], dtype=torch.float64), most).tolist() == [seen]
+    found = resolved(p, centred, torch.tensor([mean * most], dtype=torch.float64), most)
+    assert (found.dtype, found.tolist()) == (torch.float64, [seen])
 
 
 @pytest.mark.parametrize(("size", "seen"), [(0.9, False), (1.1, True)])
@@ -129,3 +130,22 @@ def test_probabilities_that_sum_to_more_than_one_leave_a_tail_at_the_floor():
     logp = torch.full((1, 2), math.log(0.5) + 1e-9, dtype=torch.float64)
     assert tail_logprob(logp).tolist() == [-50.0]
     assert tail_logprob(logp, logprob_floor=-8.0).tolist() == [-8.0]
+
+
+def seen_of(p: list[float], q: list[float]) -> bool:
+    """Whether top-k tells two distributions apart: whether the loss has a gradient."""
+    logp = torch.tensor([p], dtype=torch.float64).log().requires_grad_()
+    loss = top_k_reverse_kl(logp, torch.tensor([q], dtype=torch.float64).log())
+    return bool(torch.autograd.grad(loss.sum(), logp)[0].any())
+
+
+def test_a_tail_below_the_bound_is_rounding_however_large_it_is():
+    assert not seen_of([0.25, 0.25], [0.25 - 2.5e-14, 0.25 - 2.5e-14])  # all log ratios are -+1e-13
+    assert seen_of([0.25, 0.25], [0.25 - 1e-13, 0.25 - 1e-13])
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(100, 500), (500, 100)])
+def test_a_tail_that_is_only_a_fraction_of_the_others_is_told_apart(mine: int, theirs: int):
+    """Tails of so many units in the last place; what the two ids differ by is below the bound."""
+    eps = torch.finfo(torch.float64).eps
+    assert seen_of([0.5 - mine / 2 * eps] * 2, [0.5 - theirs / 2 * eps] * 2)

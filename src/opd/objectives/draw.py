@@ -30,7 +30,7 @@ def invert(
     before = torch.where(block > 0, mine.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inner = blocks[owners, block].double().cumsum(-1)
     tokens = (block * _BLOCK + _first_above(inner, mark - before)).clamp(max=vocab - 1)
-    logprobs = (logits[owners, tokens] - top[owners, 0]).double() - mine[:, -1].log()
+    logprobs = logits[owners, tokens] - top[owners, 0] - mine[:, -1].log()
     return tokens.tolist(), logprobs.float().tolist()
 
 
