@@ -14,7 +14,7 @@ from opd.episodes.player import Demonstrator, Replay
 from opd.errors import DataError
 from opd.evaluate import Cell, evaluate, pick, reward_text
 from opd.interrupts import Interrupts
-from opd.local.backend import packing_of
+from opd.local.backend import check_passes_of
 from opd.local.build import build_student
 from opd.local.learner import LocalLearner, imitation_batch
 from opd.local.sampler import LocalSampler, episode_player
@@ -74,7 +74,7 @@ def _tune(config: SftConfig, folder: RunFolder, *, resume: bool) -> SftResult:
     started = config.started()
     student = build_student(started)
     config = started if clock_of(student.network.tokenizer) else config
-    startup.require([startup.packed_equals_plain("the student", packing_of(student, trains=True))])
+    startup.require([startup.passes_equal_own("the student", *check_passes_of(student, trains=True))])
     school = _School(student, tasks, config.episodes)
     for name, splits in prompts.items():
         school.require_learnable(tasks[name], splits["train"])

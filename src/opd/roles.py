@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -150,6 +150,16 @@ class OwnReading:
     room: int
 
 
+class PassGaps(NamedTuple):
+    """What the check of a model's forward passes found (`opd.models.packing_check`).
+
+    gaps: the differences by probe. padded_because: why the passes are padded; None: they are packed.
+    """
+
+    gaps: Mapping[str, float]
+    padded_because: str | None = None
+
+
 @dataclass(frozen=True)
 class TeacherFacts:
     """Facts about the teachers for the start-up checks, by teacher.
@@ -225,8 +235,8 @@ class Backend(Protocol):
         """Of each teacher with distributions: the student's reverse KL in nats per token, and their top-k overlap."""
         ...
 
-    def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
-        """For each model, the difference of its packed and plain passes by probe (`opd.models.packing_check.packed_gaps`)."""
+    def check_passes(self) -> Mapping[str, PassGaps]:
+        """Compare each model's forward passes with its own (`opd.models.packing_check`)."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -11,7 +11,7 @@ from architectures import FOUND, REFUSED, SOUND, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
 from torch import Tensor
 
-from opd.checks.startup import packed_equals_plain
+from opd.checks.startup import passes_equal_own
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.models import architecture, attention
@@ -42,7 +42,7 @@ def test_a_model_of_plain_attention_passes_the_packing_check_in_every_precision(
     gaps = packed_gaps(network_of(kind, SOUND[kind], dtype), gradients=True)
     assert max(gaps.values()) < PACKED_WITHIN / 20, gaps
     assert list(gaps)[-1] == "gradients"
-    assert packed_equals_plain(kind, gaps).passed
+    assert passes_equal_own(kind, gaps).passed
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -62,7 +62,7 @@ def test_a_difference_that_no_config_names_is_found_in_every_precision(kind: str
     gaps = packed_gaps(network_of(kind, options, dtype), gradients=True)
     assert list(gaps)[-1] == probe, gaps
     assert gaps[probe] > 10 * PACKED_WITHIN
-    found = packed_equals_plain("teacher 'even'", gaps)
+    found = passes_equal_own("teacher 'even'", gaps)
     assert not found.passed
     assert found.detail.startswith("this model")
 
@@ -116,7 +116,7 @@ def test_a_gradient_that_is_lost_on_the_way_fails_the_check(monkeypatch: pytest.
     gaps = broken(network_of("qwen3", SOUND["qwen3"]), monkeypatch, halved)
     assert list(gaps)[-1] == "gradients"
     assert gaps["gradients"] == pytest.approx(0.5, abs=1e-3)
-    assert not packed_equals_plain("the student", gaps).passed
+    assert not passes_equal_own("the student", gaps).passed
 
 
 def test_what_depends_on_the_order_of_a_pass_fails_the_check(monkeypatch: pytest.MonkeyPatch):
@@ -136,7 +136,7 @@ def test_a_difference_that_is_no_number_fails_the_check(bad: str):
         network.base.get_input_embeddings().weight[token] = torch.nan
     gaps = packed_gaps(network, gradients=False)
     assert np.isnan(list(gaps.values())[-1])
-    assert not packed_equals_plain("toy", gaps).passed
+    assert not passes_equal_own("toy", gaps).passed
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS[:2], ids=str)
@@ -168,9 +168,9 @@ def test_an_adapter_that_breaks_packed_passes_is_found_beside_a_sound_base(tmp_p
         0.0 if layer.disable_adapters else plain(x).cumsum(1) * 0.1
     )  # fmt: skip
     network.activate(None)
-    assert packed_equals_plain("base", packed_gaps(network, gradients=False)).passed
+    assert passes_equal_own("base", packed_gaps(network, gradients=False)).passed
     network.activate("teacher0")
-    assert not packed_equals_plain("adapter", packed_gaps(network, gradients=False)).passed
+    assert not passes_equal_own("adapter", packed_gaps(network, gradients=False)).passed
 
 
 @pytest.mark.parametrize("context", [1, 2, 5, 16])
@@ -253,7 +253,7 @@ def test_a_short_sequence_packed_with_a_long_one_keeps_its_numbers_up_to_the_lim
             hidden = network.hidden_states(tree)[torch.from_numpy(tree.paths[sequences.index(short)])]
             gap = float((hidden @ network.head_weight().T - plain).abs().max())
         assert (gap < 1e-4) is right, (length, gap)
-    assert packed_equals_plain(kind, packed_gaps(network, gradients=True)).passed
+    assert passes_equal_own(kind, packed_gaps(network, gradients=True)).passed
 
 
 @pytest.mark.parametrize("kind", ["phi3", "llama"])
@@ -264,7 +264,7 @@ def test_a_limit_beyond_the_change_of_a_rope_fails_the_check(kind: str, monkeypa
     assert network.max_context == 256
     gaps = packed_gaps(network, gradients=False)
     assert list(gaps)[-1] == "distant positions"
-    found = packed_equals_plain("the student", gaps)
+    found = passes_equal_own("the student", gaps)
     assert found.detail.startswith("in this model the longest sequence of a pass changes the others")
 
 

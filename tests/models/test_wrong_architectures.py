@@ -17,6 +17,7 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.records import FailedScore, Rollout
+from opd.roles import PassGaps
 
 LONGROPE = {
     "rope_parameters": {
@@ -75,14 +76,14 @@ def test_a_model_whose_numbers_alone_are_wrong_is_refused_before_anything_is_sam
     config = recipe(tmp_path, who, model, compute={"dtype": dtype})
     name = "the student" if who == "student" else "teacher 'even'"
     line = (
-        rf"^start-up check 'packed logits equal plain logits \({name}\)' failed: this model scales, caps or shifts its logits "
+        rf"^start-up check 'forward passes equal the model's own \({name}\)' failed: this model scales, caps or shifts its logits "
         "after the output head; largest difference"
     )
     with pytest.raises(CheckError, match=line):
         opd.train(config)
     assert not (tmp_path / "run").exists()
     findings = opd.Trainer(config).check()
-    assert [f.name for f in findings if not f.passed] == [f"packed logits equal plain logits ({name})"]
+    assert [f.name for f in findings if not f.passed] == [f"forward passes equal the model's own ({name})"]
 
 
 def test_fine_tuning_refuses_a_model_whose_numbers_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,9 +97,11 @@ def test_fine_tuning_refuses_a_model_whose_numbers_are_wrong(tmp_path: Path, mon
 def test_evaluation_checks_the_packing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = recipe(tmp_path, "student", save(tmp_path / "qwen3", "qwen3", SOUND["qwen3"]), steps=2)
     opd.train(config)
-    monkeypatch.setattr(LocalBackend, "packing_errors", lambda self: {"the student": {"several sequences": 0.3}})
+    monkeypatch.setattr(
+        LocalBackend, "check_passes", lambda self: {"the student": PassGaps({"several sequences": 0.3})}
+    )
     with pytest.raises(
-        CheckError, match=r"packed logits equal plain logits \(the student\)' failed: .* carry state across"
+        CheckError, match=r"forward passes equal the model's own \(the student\)' failed: .* carry state across"
     ):
         opd.Trainer(tmp_path / "run").evaluate()
 
@@ -108,7 +111,7 @@ def test_every_model_is_checked_with_its_adapter_and_none_twice(tmp_path: Path):
     adapter = save_adapter(tmp_path / "adapter", tree["student"])
     tree["teachers"]["even"] = {"adapter": adapter}
     tree["teachers"]["odd"] = {"model": tree["student"]}
-    found = build(opd.parse_config(tree)).packing_errors()
+    found = build(opd.parse_config(tree)).check_passes()
     assert list(found) == ["the student", "teacher 'even'", "teacher 'odd'"]
     assert ["gradients" in gaps for gaps in found.values()] == [True, False, False]
 

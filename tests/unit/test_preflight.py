@@ -275,7 +275,7 @@ def test_a_teacher_that_could_score_nothing_fails_a_check_of_that_name_with_the_
     assert startup.can_score([*lost[1:], *own_scores(items[:1])]) == []
 
 
-# --- packed_equals_plain ---
+# --- passes_equal_own ---
 
 
 @pytest.mark.parametrize("probe", ["head", "several sequences", "gradients"])
@@ -283,17 +283,17 @@ def test_a_teacher_that_could_score_nothing_fails_a_check_of_that_name_with_the_
     ("difference", "passed"), [(0.0, True), (1e-3, True), (2e-3, False), (math.nan, False), (math.inf, False)]
 )
 def test_packed_logits_must_equal_plain_ones_in_every_probe(probe, difference, passed):
-    found = startup.packed_equals_plain("the student", {"plan": 0.0, probe: difference})
+    found = startup.passes_equal_own("the student", {"plan": 0.0, probe: difference})
     assert found.passed is passed
-    assert found.name == "packed logits equal plain logits (the student)"
+    assert found.name == "forward passes equal the model's own (the student)"
 
 
 def test_a_packing_check_that_probed_nothing_fails():
-    assert not startup.packed_equals_plain("the student", {}).passed
+    assert not startup.passes_equal_own("the student", {}).passed
 
 
 def test_a_packing_check_that_fails_says_the_cause_the_figures_and_what_to_do():
-    found = startup.packed_equals_plain("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
+    found = startup.passes_equal_own("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
     assert found.detail == (
         "this model's layers carry state across packed sequences; largest difference 2.5e-01 of the spread of the logits "
         "(allowed 1e-03); use another model (a teacher of this kind can be served: teachers.NAME.url)"
@@ -305,7 +305,7 @@ def test_findings_are_plain_booleans():
     for found in (
         startup.same_policy(items, own_scores(items), tolerance=1e-3),
         *startup.informative(own_scores(items), vocab_size=VOCAB),
-        startup.packed_equals_plain("student", {"head": float(np.float32(0.0))}),
+        startup.passes_equal_own("student", {"head": float(np.float32(0.0))}),
     ):
         assert isinstance(found.passed, bool)
 

@@ -11,7 +11,7 @@ from opd.checks.notices import Finding, clock_unread, notices
 from opd.config import Config
 from opd.data.tasks import SPLITS, TaskData, require_teachers
 from opd.errors import CheckError, DataError
-from opd.models.packing_check import PACKED_WITHIN
+from opd.models.packing_check import PACKED_WITHIN, PACKING_CAUSES, first_wrong
 from opd.records import ChunkScore, FailedScore, Prompt, Rollout, ScoredRollout
 from opd.roles import Backend, Limit, OtherTemplate, OwnReading, Teacher, TeacherFacts
 from opd.text.alignment import describe, total
@@ -75,8 +75,8 @@ def run_checks(config: Config, backend: Backend, task_data: TaskData) -> list[Fi
 
 
 def packing_findings(backend: Backend) -> list[Finding]:
-    """Whether packed passes of each model equal its own."""
-    return [packed_equals_plain(who, gaps) for who, gaps in backend.packing_errors().items()]
+    """Whether the forward passes of each model equal its own."""
+    return [passes_equal_own(who, *found) for who, found in backend.check_passes().items()]
 
 
 def _distances(backend: Backend, rollouts: Sequence[Rollout]) -> list[Finding]:
@@ -92,17 +92,6 @@ def _distances(backend: Backend, rollouts: Sequence[Rollout]) -> list[Finding]:
 
 
 _NEAR_OVERLAP, _NEAR_KL = 0.6, 1.0  # nats a token
-_PACKING_CAUSES = {
-    "plan": "this model does not pass the arguments of a forward pass on to its attention",
-    "head": "this model scales, caps or shifts its logits after the output head",
-    "one sequence": "this model's layers do not see a token's predecessors by plain attention alone",
-    "several sequences": "this model's layers carry state across packed sequences",
-    "another order": "this model's layers carry state across packed sequences, which depends on their order",
-    "distant positions": "in this model the longest sequence of a pass changes the others",
-    "next pass": "this model keeps state from one pass to the next",
-    "grown rows": "this model's decoding token by token differs from its forward pass (layers that run twice share one cache)",
-    "gradients": "this model's gradient through a packed pass differs from that of its forward pass",
-}
 _UNIFORM_WITHIN = 0.01  # nats; a teacher that lost its weights gives every token -ln V
 
 
@@ -325,20 +314,22 @@ def near_enough(teacher: str, reverse_kl: float, overlap: float) -> Finding:
     )
 
 
-def packed_equals_plain(name: str, gaps: Mapping[str, float]) -> Finding:
-    """Packed passes of a model equal its own forward pass of one row, in float32 (`opd.models.packing_check`)."""
-    wrong = next((probe for probe, gap in gaps.items() if not gap <= PACKED_WITHIN), None)
+def passes_equal_own(name: str, gaps: Mapping[str, float], padded_because: str | None = None) -> Finding:
+    """The packed or padded passes of a model equal its own forward pass of one row, in float32 (`opd.models.packing_check`)."""
+    wrong = first_wrong(gaps)
+    title = f"forward passes equal the model's own ({name})"
     worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
-    detail = f"largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"
+    kind = "packed" if padded_because is None else f"padded, one row for each sequence, because {padded_because}"
+    detail = f"{kind}; largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"
     if wrong is not None:
         if math.isnan(gaps[wrong]):
             detail = (
                 "its logits are no numbers (nan): weights of it are nan or infinite, or too large for compute.dtype; copy them "
                 "again, or use compute.dtype = 'float32'"
             )
-            return Finding(f"packed logits equal plain logits ({name})", False, detail)
+            return Finding(title, False, detail)
         detail = (
-            f"{_PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
+            f"{PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
             "teachers.NAME.url)"
         )
-    return Finding(f"packed logits equal plain logits ({name})", bool(gaps) and wrong is None, detail)
+    return Finding(title, bool(gaps) and wrong is None, detail)

@@ -36,7 +36,7 @@ from opd.remote.teacher import (
     identities_of,
     with_servers,
 )
-from opd.roles import Limit, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
+from opd.roles import Limit, PassGaps, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
 from opd.text.template import freeze, turn_end
 
@@ -60,11 +60,11 @@ class RankGroup:
         """What the ranks hold, once every rank has loaded its models. Raises the first error of a rank."""
         return self._wait(self._loading)[0]
 
-    def packing_errors(self) -> dict[str, dict[str, float]]:
+    def check_passes(self) -> dict[str, PassGaps]:
         """The packing errors at the first rank; none after the ranks have met, when no rank has whole weights."""
         if self._met:
             return {}
-        return self._call("packing_errors", [()])[0]
+        return self._call("check_passes", [()])[0]
 
     def meet(self) -> None:
         """Join the ranks to a process group and shard the weights, once."""
@@ -307,8 +307,8 @@ class RayBackend:
         found = self._group.each("distances", [(list(scored[a:b]),) for a, b in bounds])
         return distances_of(merge(found), [s.score.teacher for s in scored])
 
-    def packing_errors(self) -> Mapping[str, Mapping[str, float]]:
-        return self._group.packing_errors()
+    def check_passes(self) -> Mapping[str, PassGaps]:
+        return self._group.check_passes()
 
     def export(self, folder: Path) -> None:
         self._group.all("export", str(folder.resolve()))

@@ -36,7 +36,7 @@ from opd.models.architecture import decoder_layers
 from opd.models.lora import export, export_files
 from opd.models.network import Network
 from opd.records import Rollout, ScoredRollout
-from opd.roles import Limit, Teacher, TeacherFacts
+from opd.roles import Limit, PassGaps, Teacher, TeacherFacts
 
 TeacherOf: TypeAlias = Callable[[LocalBackend], Teacher]
 """Which of a rank's teachers score, chosen from its backend."""
@@ -91,8 +91,8 @@ class Rank:
             found.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
-    def packing_errors(self) -> dict[str, dict[str, float]]:
-        return self._backend.packing_errors()
+    def check_passes(self) -> dict[str, PassGaps]:
+        return self._backend.check_passes()
 
     def meet(self, address: str) -> None:
         """Join the process group, and shard every network over its ranks."""

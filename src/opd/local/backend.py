@@ -20,7 +20,7 @@ from opd.local.teacher import CrossTokenizerPolicy, LocalTeachers, Part, Policy,
 from opd.metrics import Metrics, values
 from opd.models.lora import export
 from opd.models.network import Network
-from opd.models.packing_check import packed_gaps
+from opd.models.packing_check import settled_passes
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead
 from opd.records import ScoredRollout
 from opd.remote.teacher import LocalAndRemoteTeachers, RemoteTeacher, identities_of, with_servers
@@ -29,6 +29,7 @@ from opd.roles import (
     Limit,
     OtherTemplate,
     OwnReading,
+    PassGaps,
     StandaloneSampler,
     Teacher,
     TeacherFacts,
@@ -45,10 +46,10 @@ def distances_of(metrics: Metrics, teachers: Sequence[str]) -> dict[str, tuple[f
     return {t: (found[f"kl/token/{t}/mean"], found[f"student/topk_overlap/{t}/mean"]) for t in dict.fromkeys(teachers)}
 
 
-def packing_of(policy: Policy, *, trains: bool) -> dict[str, float]:
-    """How far packed passes of one model, adapter included, are from its plain ones; trains: its gradients too."""
+def check_passes_of(policy: Policy, *, trains: bool) -> PassGaps:
+    """How far the passes of one model, adapter included, are from its own; trains: its gradients too."""
     policy.network.activate(policy.adapter, trainable=trains)
-    return packed_gaps(policy.network, gradients=trains)
+    return settled_passes(policy.network, gradients=trains)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class LocalBackend:
                     found[network.source] = end.note
         return found
 
-    def packing_errors(self) -> dict[str, dict[str, float]]:
+    def check_passes(self) -> dict[str, PassGaps]:
         names = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
@@ -190,7 +191,7 @@ class LocalBackend:
         found = {}
         for (network, adapter), who in names.items():
             trains = (network, adapter) == (self.student.network, self.student.adapter)
-            found[who] = packing_of(Policy(network, adapter), trains=trains)
+            found[who] = check_passes_of(Policy(network, adapter), trains=trains)
         return found
 
     def student_as_teacher(self) -> LocalTeachers:

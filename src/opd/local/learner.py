@@ -29,7 +29,6 @@ from opd.local.loss_terms import (
 )
 from opd.metrics import Max, Metrics, Sum, mean_of, merge
 from opd.models.network import Network
-from opd.models.packing import micro_batches
 from opd.objective import divisor
 from opd.objectives.vocabulary import TeacherHead
 from opd.records import Rollout
@@ -107,7 +106,7 @@ class LocalLearner:
     def stand_by(self) -> None:
         """Without a batch, join the passes that the other ranks of a sharded network make."""
         self._network.activate(self._adapter, trainable=True)
-        for _ in self._network.synchronised_passes([]):
+        for _ in self._network.synchronised_passes([], [], max_tokens=self._max_tokens):
             raise AssertionError("unexpected micro-batch")
 
     def forward_backward(self, batch: Batch, *, shared: float | None = None) -> Metrics:
@@ -132,7 +131,7 @@ class LocalLearner:
         sequences = [batch.token_ids[a:b].numpy() for a, b in pairwise(batch.offsets)]
         mask = batch.loss_mask if actions is None else actions
         masks = [mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
-        for micro in self._network.synchronised_passes(micro_batches(sequences, masks, max_tokens=self._max_tokens)):
+        for micro in self._network.synchronised_passes(sequences, masks, max_tokens=self._max_tokens):
             yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
 
     def loss_of(self, forward: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:

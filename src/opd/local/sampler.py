@@ -11,6 +11,7 @@ from opd.config import EpisodesConfig
 from opd.episodes.player import Episode, EpisodePlayer, MakeEnvironment, Taken, numbered, turns_with_room
 from opd.models.kv_cache import KVCache
 from opd.models.network import Network
+from opd.models.padded import PaddedCache
 from opd.objectives.draw import invert
 from opd.records import Finish, Prompt, Rollout
 from opd.roles import Seed, generator_of
@@ -72,7 +73,7 @@ class LocalSampler:
         """
         responses = [_Response() for _ in prompts]
         waiting = list(range(len(prompts)))[::-1]
-        cache, samples = KVCache(self.network.device), list[list[int]]()  # the samples that each row stands for
+        cache, samples = self.network.new_cache(), list[list[int]]()  # the samples that each row stands for
         hidden = torch.empty(0)
         while waiting or samples:
             free = self.max_rows - sum(map(len, samples))
@@ -130,7 +131,7 @@ class _Response:
             self.finish = "length"
 
 
-def _part(cache: KVCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
+def _part(cache: KVCache | PaddedCache, samples: list[list[int]], responses: Sequence[_Response]) -> list[int]:
     """Copy rows where samples part, drop rows without samples; returns each row's next token."""
     inputs: list[int] = []
     for row in range(len(samples)):

@@ -13,7 +13,6 @@ import torch
 
 from opd.errors import DataError
 from opd.models.network import Network
-from opd.models.packing import micro_batches
 from opd.objectives.logprobs import token_logprobs
 from opd.objectives.target import target_logprobs
 from opd.records import (
@@ -117,7 +116,7 @@ def read_logprobs(
     every_end = sorted(set().union(*ends))
     end_ids = torch.tensor(every_end, dtype=torch.long, device=network.device)
     last_places = np.array([len(s) - 1 for s in sequences])
-    for micro in network.synchronised_passes(micro_batches(sequences, masks, max_tokens=max_tokens)):
+    for micro in network.synchronised_passes(sequences, masks, max_tokens=max_tokens):
         nodes, inverse = (torch.from_numpy(a).to(network.device) for a in np.unique(micro.states, return_inverse=True))
         hidden = network.hidden_states(micro.tree)[nodes][inverse]
         targets = torch.from_numpy(micro.targets).to(network.device)

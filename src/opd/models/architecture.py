@@ -1,6 +1,7 @@
 """The architectures for which packed passes are right, and the longest sequence: read from a config and a model's modules.
 
-The start-up check then measures packed passes on the weights themselves (`opd.models.packing_check`).
+All others run padded passes (`opd.models.padded`). The start-up check then measures the passes on the weights themselves
+(`opd.models.packing_check`).
 """
 
 import contextlib
@@ -43,33 +44,37 @@ def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def require_packable_config(config: Any, *, source: str) -> None:
-    """Raise ModelError for the config of a model that packed passes cannot run, before its weights are read."""
-    text = config.get_text_config()
+def unpackable(model: PreTrainedModel) -> str | None:
+    """Why packed passes cannot run a model's layers, by its config and its modules; None where they can."""
+    text = model.config.get_text_config()
     why = _layers_named(text) or _keys_named(text)
-    if why is not None:
-        raise _refused(source, why)
-
-
-def require_packable(model: PreTrainedModel, *, source: str) -> None:
-    """Raise ModelError for a model whose layers packed passes cannot run, with the cause that its modules show."""
-    require_packable_config(model.config, source=source)
-    for layer in (*decoder_layers(model),) or (model.base_model,):
-        why = _modules_named(layer)
-        if why is not None:
-            raise _refused(source, why)
-    if not model._supports_attention_backend:
+    for layer in (*decoder_layers(model),) or (backbone(model),):
+        why = why or _modules_named(layer)
+    if why is None and not model._supports_attention_backend:
         why = f"{type(model).__name__} does not take another attention function (transformers' AttentionInterface)"
-        raise _refused(source, why)
-    if model.base_model is model:
-        raise _refused(source, f"{type(model).__name__} does not say which of its modules lie below the output head")
+    return why
 
 
-def length_limit(config: Any) -> Limit | None:
-    """The longest sequence that packed passes are right for, with its cause; None where the config sets no limit.
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The modules below the output head; the model itself where it does not say which these are."""
+    below: torch.nn.Module = model.base_model
+    return getattr(model, "model", below) if below is model else below
 
-    The mask of a packed pass has no window and no chunks, and one rope turns all sequences of a pass: where a rope changes with the
-    longest of them ("longrope", "dynamic"), all stay below the change.
+
+def require_backbone(model: PreTrainedModel, *, source: str) -> None:
+    """Raise ModelError for a model that does not say which of its modules lie below the output head."""
+    if backbone(model) is model:
+        raise ModelError(
+            f"model '{source}': {type(model).__name__} does not say which of its modules lie below the output head; use another "
+            "model (a teacher of this kind can run behind a server: teachers.NAME.url)"
+        )
+
+
+def length_limit(config: Any, *, packed: bool = True) -> Limit | None:
+    """The longest sequence that passes are right for, with its cause; None where the config sets no limit.
+
+    The mask of a packed pass has no window and no chunks. One rope turns all sequences of a pass, packed or padded: where a rope
+    changes with the longest of them ("longrope", "dynamic"), all stay below the change.
     """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -77,10 +82,10 @@ def length_limit(config: Any) -> Limit | None:
     if (context := getattr(text, "max_position_embeddings", None)) is not None:
         found.append(Limit(context))
     window = getattr(text, "sliding_window", None)
-    if window is not None and (kinds is None or "sliding_attention" in kinds):
+    if packed and window is not None and (kinds is None or "sliding_attention" in kinds):
         found.append(Limit(window, f"its attention has a sliding window of {window} tokens"))
     chunk = getattr(text, "attention_chunk_size", None)
-    if chunk is not None and (kinds is None or "chunked_attention" in kinds):
+    if packed and chunk is not None and (kinds is None or "chunked_attention" in kinds):
         found.append(Limit(chunk, f"its attention has chunks of {chunk} tokens"))
     found += _rope_limits(text)
     return smallest(reversed(found))  # of equal limits the last one, which names a cause other than the context
@@ -159,10 +164,3 @@ def _modules_named(layer: torch.nn.Module) -> str | None:
         if re.search("(^|[._])sinks?$|sink_bias$", name):
             return f"{_SINKS} ({name})"
     return None
-
-
-def _refused(source: str, why: str) -> ModelError:
-    return ModelError(
-        f"model '{source}': {why}, so its passes cannot be packed; use another model (a teacher of this kind can run "
-        "behind a server: teachers.NAME.url)"
-    )

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opd.errors import ModelError
-from opd.models.architecture import require_packable
+from opd.models.architecture import unpackable
 from opd.models.packing import TokenTree
 
 _NAME = "opd"
@@ -47,22 +47,27 @@ class Plan(Protocol):
         ...
 
 
-def use_plans(model: PreTrainedModel, *, source: str) -> None:
-    """Let a model attend as plans say. Raises ModelError for an architecture that keeps its own attention, or has layers that no
-    plan can run."""
-    require_packable(model, source=source)
-    model.set_attn_implementation(_NAME)
-    if model.config.get_text_config()._attn_implementation != _NAME:
-        raise ModelError(
-            f"model '{source}': {type(model).__name__} kept its own attention, so its passes cannot be packed"
-        )
+def use_plans(model: PreTrainedModel) -> str | None:
+    """Let a model attend as plans say; returns why not for an architecture that keeps its own attention, or has layers that no plan
+    can run, and leaves that one as it is."""
+    why = unpackable(model)
+    if why is None:
+        model.set_attn_implementation(_NAME)
+        if model.config.get_text_config()._attn_implementation != _NAME:
+            return f"{type(model).__name__} keeps its own attention"
+    return why
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Let a model attend as in transformers from now on: in full, with the model's own mask."""
+    model.set_attn_implementation("eager")
 
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model attend as in transformers: in full, with the model's own mask."""
     before = model.config.get_text_config()._attn_implementation or _NAME
-    model.set_attn_implementation("eager")
+    use_own_attention(model)
     try:
         yield
     finally:

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from opd.config import ComputeConfig
 from opd.errors import ModelError
-from opd.models.architecture import require_packable_config
 from opd.models.network import Network
 from opd.models.weights import require_floats, require_loaded, require_whole
 
@@ -58,11 +57,8 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     where = str(path)
     device = resolve_device(compute.device)
     with _one_line(source), quiet():
-        facts = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    require_packable_config(facts, source=source)
-    with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        # every architecture has this attention; `Network` replaces it
+        # every architecture has this attention; `Network` replaces it for packed passes
         model, notes = _read_model(
             where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
         )

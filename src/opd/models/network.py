@@ -1,4 +1,4 @@
-"""A causal language model, the LoRA adapters that live on it, and the packed forward pass that all parts use."""
+"""A causal language model, the LoRA adapters that live on it, and the forward pass that all parts use."""
 
 import hashlib
 import math
@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from opd.errors import ModelError
-from opd.models.architecture import decoder_layers, length_limit
-from opd.models.attention import Plan, TreePlan, use_plans
+from opd.models import padded
+from opd.models.architecture import backbone, decoder_layers, length_limit, require_backbone
+from opd.models.attention import Plan, TreePlan, use_own_attention, use_plans
 from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, merged
-from opd.models.packing import MicroBatch, TokenTree, pack_trees
+from opd.models.packing import MicroBatch, TokenTree, micro_batches, pack_trees
+from opd.models.padded import PaddedCache
 from opd.roles import Limit
 from opd.text.tokenizer import described_token
 
@@ -64,8 +66,10 @@ class Network:
         embeddings = cast(Any, model.get_input_embeddings())
         # Nothing is padded here, and the pad token may be the one that ends a turn: torch would leave out its gradient.
         embeddings.padding_idx = None
-        self._num_embeddings = int(embeddings.weight.shape[0])
-        use_plans(model, source=source)
+        self.num_embeddings = int(embeddings.weight.shape[0])
+        require_backbone(model, source=source)
+        # Why passes have one padded row for each sequence (`opd.models.padded`); None: they are packed.
+        self.padded_because = use_plans(model)
         self._active: tuple[str | None, bool] | None = None
 
     @property
@@ -74,13 +78,18 @@ class Network:
 
     @property
     def limit(self) -> Limit | None:
-        """The longest sequence that the packed pass is right for, and why; None where the model's config sets no limit."""
-        return length_limit(self.base.config)
+        """The longest sequence that the forward pass is right for, and why; None where the model's config sets no limit."""
+        return length_limit(self.base.config, packed=self.padded_because is None)
 
     @property
     def max_context(self) -> int | None:
         """The tokens of `limit`."""
         return None if self.limit is None else self.limit.tokens
+
+    def pad(self, because: str) -> None:
+        """Make padded passes from now on; because: the cause, for the user."""
+        self.padded_because = because
+        use_own_attention(self.base)
 
     def head_weight(self) -> Tensor:
         """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
@@ -97,7 +106,7 @@ class Network:
 
     @property
     def _backbone(self) -> torch.nn.Module:
-        return cast(torch.nn.Module, self.base.base_model)
+        return backbone(self.base)
 
     def _whole_head(self) -> Tensor:
         if self.shards is not None:
@@ -138,9 +147,14 @@ class Network:
         """Keep the fingerprint: weights on several ranks cannot be read by one."""
         self._fingerprint = self.fingerprint()
 
-    def synchronised_passes(self, micros: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        """The packed passes to make, one after the other. All ranks of a sharded network make the same number: a rank with fewer
-        micro-batches adds passes over one token, with a gradient of zero unless gradients are switched off."""
+    def synchronised_passes(
+        self, sequences: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray], *, max_tokens: int
+    ) -> Iterator[MicroBatch]:
+        """The passes over the sequences with an action, one after the other (`micro_batches`). All ranks of a sharded network make
+        the same number: a rank with fewer micro-batches adds passes over one token, with a gradient of zero unless gradients are
+        switched off."""
+        padded = self.padded_because is not None
+        micros = micro_batches(sequences, loss_masks, max_tokens=max_tokens, padded=padded)
         # asked before the first pass: each pass is a collective call too
         most = len(micros) if self.shards is None else self.shards.most(len(micros))
         yield from micros
@@ -151,17 +165,15 @@ class Network:
 
     def hidden_states(self, tree: TokenTree) -> Tensor:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
+        self._require_rows(tree.token_ids)
+        if self.padded_because is not None:
+            return padded.hidden_states(self._backbone, tree, self.device)
         plan = TreePlan(tree, device=self.device)
         return self._run(tree.token_ids[None], tree.positions[None], plan)[0]
 
     def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
         """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
         device = self.device
-        if token_ids.size and int(token_ids.max()) >= self._num_embeddings:
-            raise ModelError(
-                f"model '{self.source}': a sequence has token {described_token(self.tokenizer, int(token_ids.max()))}, and the "
-                f"embeddings have {self._num_embeddings} rows; take it out of the text"
-            )
         return self._backbone(
             input_ids=torch.from_numpy(token_ids).to(device),
             position_ids=torch.as_tensor(positions).to(device),
@@ -170,6 +182,14 @@ class Network:
             plan=plan,
         ).last_hidden_state
 
+    def _require_rows(self, token_ids: np.ndarray) -> None:
+        """Raise ModelError for a token that the embeddings have no row for."""
+        if token_ids.size and int(token_ids.max()) >= self.num_embeddings:
+            raise ModelError(
+                f"model '{self.source}': a sequence has token {described_token(self.tokenizer, int(token_ids.max()))}, and the "
+                f"embeddings have {self.num_embeddings} rows; take it out of the text"
+            )
+
     @contextmanager
     def merged(self, adapter: str | None) -> Iterator[None]:
         """Compute with this adapter in passes of few tokens without gradients: copies of the weights have its update added."""
@@ -177,11 +197,18 @@ class Network:
         with merged(self._backbone):
             yield
 
-    def prefill(self, sequences: Sequence[Sequence[int]], cache: KVCache, *, max_tokens: int) -> Tensor:
-        """Add a row for each sequence to the cache, in packed passes of at most `max_tokens` distinct tokens.
+    def new_cache(self) -> KVCache | PaddedCache:
+        """An empty cache for `prefill` and `decode`."""
+        return KVCache(self.device) if self.padded_because is None else PaddedCache(self.device)
+
+    def prefill(self, sequences: Sequence[Sequence[int]], cache: KVCache | PaddedCache, *, max_tokens: int) -> Tensor:
+        """Add a row for each sequence to the cache, in passes of at most `max_tokens` tokens.
 
         Returns the hidden states [sequences, hidden] after the last token of each.
         """
+        self._require_rows(np.array([max(s, default=0) for s in sequences]))
+        if isinstance(cache, PaddedCache):
+            return cache.prefill(self._backbone, sequences, max_tokens=max_tokens)
         found = []
         for _, tree in pack_trees(sequences, max_tokens=max_tokens):
             plan = TreePlan(tree, device=self.device, keep=True)
@@ -190,8 +217,10 @@ class Network:
             found.append(hidden[torch.tensor([int(path[-1]) for path in tree.paths], device=self.device)])
         return torch.cat(found)
 
-    def decode(self, token_ids: Sequence[int], cache: KVCache) -> Tensor:
+    def decode(self, token_ids: Sequence[int], cache: KVCache | PaddedCache) -> Tensor:
         """One more token for each row of the cache; returns the hidden states [rows, hidden] after it."""
+        if isinstance(cache, PaddedCache):
+            return cache.decode(self._backbone, token_ids)
         positions = cache.begin()
         return self._run(np.array(token_ids)[:, None], positions[:, None], cache)[:, 0]
 

@@ -82,21 +82,26 @@ class _Builder:
         return TokenTree(token_ids, parents, positions, tuple(self._paths))
 
 
-def pack_trees(sequences: Sequence[ArrayLike], *, max_tokens: int) -> list[tuple[list[int], TokenTree]]:
-    """Pack sequences, in order, into trees of at most `max_tokens` nodes each.
+def pack_trees(
+    sequences: Sequence[ArrayLike], *, max_tokens: int, padded: bool = False
+) -> list[tuple[list[int], TokenTree]]:
+    """Pack sequences, in order, into trees of at most `max_tokens` nodes each; padded: of at most as many tokens where each
+    sequence is a row as long as the longest.
 
     Returns (indices of the sequences in this tree, the tree) for each; every sequence is in exactly one tree. One that
     is longer than `max_tokens` by itself gets a tree of its own.
     """
     trees: list[tuple[list[int], TokenTree]] = []
-    builder, members = _Builder(), []
+    builder, members, longest = _Builder(), [], 0
     for index, each in enumerate(sequences):
         sequence = np.asarray(each, dtype=np.int64)
         shared = builder.shared(sequence)
-        if members and builder.num_nodes + len(sequence) - len(shared) > max_tokens:
+        rows = (len(members) + 1) * max(longest, len(sequence))
+        if members and (rows if padded else builder.num_nodes + len(sequence) - len(shared)) > max_tokens:
             trees.append((members, builder.build()))
-            builder, members = _Builder(), []
+            builder, members, longest = _Builder(), [], 0
             shared = shared[:0]
+        longest = max(longest, len(sequence))
         builder.add(sequence, shared)
         members.append(index)
     if members:
@@ -126,26 +131,30 @@ class MicroBatch:
 
 
 def micro_batches(
-    sequences: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray], *, max_tokens: int
+    sequences: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray], *, max_tokens: int, padded: bool = False
 ) -> tuple[MicroBatch, ...]:
     """Split sequences into packed trees of at most `max_tokens` tokens, each sequence with an action in exactly one.
+
+    padded: for passes of one row for each sequence; padding counts as tokens.
 
     A sequence's first token is never an action: nothing precedes it. A sequence without an action needs no pass. The packings of
     the last few calls are kept, so that the same tokens with the same actions are packed once; callers must not write into them.
     """
     tokens = tuple(np.asarray(s, dtype=np.int64).tobytes() for s in sequences)
     masks = tuple(np.asarray(m, dtype=bool).tobytes() for m in loss_masks)
-    return _packed(tokens, masks, max_tokens)
+    return _packed(tokens, masks, max_tokens, padded)
 
 
 @lru_cache(maxsize=_KEPT)
-def _packed(tokens: tuple[bytes, ...], masks: tuple[bytes, ...], max_tokens: int) -> tuple[MicroBatch, ...]:
+def _packed(
+    tokens: tuple[bytes, ...], masks: tuple[bytes, ...], max_tokens: int, padded: bool
+) -> tuple[MicroBatch, ...]:
     """`micro_batches` of the bytes of sequences [tokens] int64 and masks [tokens] bool."""
     sequences = [np.frombuffer(each, dtype=np.int64) for each in tokens]
     actions = [np.flatnonzero(np.frombuffer(each, dtype=bool)) for each in masks]
     needed = [i for i, places in enumerate(actions) if len(places)]
     found = []
-    for packed, tree in pack_trees([sequences[i] for i in needed], max_tokens=max_tokens):
+    for packed, tree in pack_trees([sequences[i] for i in needed], max_tokens=max_tokens, padded=padded):
         members = [needed[i] for i in packed]
         places = [actions[m] for m in members]
         assert all(p[0] > 0 for p in places)

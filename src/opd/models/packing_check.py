@@ -1,4 +1,4 @@
-"""Packed passes against the model's own forward pass, in float32: the start-up check of every model.
+"""Packed and padded passes against the model's own forward pass, in float32: the start-up check of every model.
 
 Half precision moves logits by as much as a wrong architecture does, so weights of half precision are widened operation by operation
 while the check runs. Memory: one weight at a time in float32, and for the gradient one layer.
@@ -18,16 +18,29 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from opd.models.architecture import decoder_layers
+from opd.models.architecture import backbone, decoder_layers
 from opd.models.attention import own_attention
 from opd.models.kv_cache import KVCache
 from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
+from opd.roles import PassGaps
 
 # Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2
 # (docs/results/packed-passes.md).
 PACKED_WITHIN = 1e-3
+# What it means where a probe (`packed_gaps`) is the first to fail.
+PACKING_CAUSES: Mapping[str, str] = {
+    "plan": "this model does not pass the arguments of a forward pass on to its attention",
+    "head": "this model scales, caps or shifts its logits after the output head",
+    "one sequence": "this model's layers do not see a token's predecessors by plain attention alone",
+    "several sequences": "this model's layers carry state across packed sequences",
+    "another order": "this model's layers carry state across packed sequences, which depends on their order",
+    "distant positions": "in this model the longest sequence of a pass changes the others",
+    "next pass": "this model keeps state from one pass to the next",
+    "grown rows": "this model's decoding token by token differs from its forward pass (layers that run twice share one cache)",
+    "gradients": "this model's gradient through a packed pass differs from that of its forward pass",
+}
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
     "brown fox among them."
@@ -37,6 +50,22 @@ _GROWN = 3  # tokens that rows grow by
 _FAR = 100_000  # a position to probe where nothing limits it
 _SPREAD = 30.0  # of the logits with which the head is probed: where soft caps bend
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def settled_passes(network: Network, *, gradients: bool) -> PassGaps:
+    """Check a model's passes. Where packed ones turn out to be wrong, the model makes padded ones from now on, which are checked
+    too."""
+    gaps = packed_gaps(network, gradients=gradients)
+    wrong = first_wrong(gaps)
+    if wrong not in (None, "head") and not math.isnan(gaps[wrong]) and network.padded_because is None:
+        network.pad(PACKING_CAUSES[wrong])
+        gaps = packed_gaps(network, gradients=gradients)
+    return PassGaps(gaps, network.padded_because)
+
+
+def first_wrong(gaps: Mapping[str, float]) -> str | None:
+    """The first probe with a difference that is too large, or is no number."""
+    return next((probe for probe, gap in gaps.items() if not gap <= PACKED_WITHIN), None)
 
 
 def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
@@ -86,7 +115,7 @@ class _Probe:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._sequences = _sequences(network)
-        self.gaps: Mapping[str, Callable[[], float]] = {
+        every: dict[str, Callable[[], float]] = {
             "plan": self._plan_gap,
             "head": self._head_gap,
             "one sequence": lambda: self._tree_gap(self._sequences[:1], self._plain[:1]),
@@ -96,6 +125,9 @@ class _Probe:
             "next pass": lambda: _gap([self._own(self._sequences[0])], self._plain[:1]),
             "grown rows": self._rows_gap,
         }
+        if network.padded_because is not None:  # rows are what the model makes of them: no plan, and its own positions
+            del every["plan"], every["distant positions"]
+        self.gaps: Mapping[str, Callable[[], float]] = every
 
     @cached_property
     def _plain(self) -> list[Tensor]:
@@ -147,7 +179,7 @@ class _Probe:
             return None if below else (states[None],)
 
         hooks = [
-            network.base.base_model.register_forward_hook(put),
+            backbone(network.base).register_forward_hook(put),
             output_head.register_forward_pre_hook(put_in),
         ]
         try:
@@ -174,7 +206,7 @@ class _Probe:
         if not chosen:
             return 0.0
         texts = [self._sequences[i] for i in chosen]
-        cache = KVCache(self._network.device)
+        cache = self._network.new_cache()
         found = [self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)]
         found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
         logits = torch.stack(found, dim=1) @ self._network.head_weight().T
@@ -184,15 +216,16 @@ class _Probe:
         """Gradients of weighted log-probabilities for the embeddings of a pass, which flow through every layer."""
         network, sequences = self._network, self._sequences
         tree = _tree(sequences)
+        size = network.num_embeddings
         with _inputs(network) as given:
             logits = self._packed(tree)
             total = torch.stack([_loss(mine, s) for mine, s in zip(logits, sequences, strict=True)]).sum()
-            packed = _gradient(total, given.pop())
-        expected = torch.zeros_like(packed)
-        for sequence, path in zip(sequences, tree.paths, strict=True):
+            found = _by_token(total, given, size)
+        expected = torch.zeros_like(found)
+        for sequence in sequences:
             with _inputs(network) as given, own_attention(network.base):  # which layers may attend with once more
-                expected[0, self._on(path)] += _gradient(_loss(self._own(sequence), sequence), given.pop())[0]
-        return float((packed - expected).norm() / expected.norm().clamp_min(1e-30))
+                expected += _by_token(_loss(self._own(sequence), sequence), given, size)
+        return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _gap(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
@@ -227,14 +260,22 @@ def _tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
     return tree
 
 
+def _by_token(value: Tensor, given: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor:
+    """The gradient of one scalar for the embedding of each token id that the last pass read, [ids, hidden]."""
+    token_ids, leaf = given[-1]
+    gradient = _gradient(value, leaf)
+    found = torch.zeros(size, gradient.shape[-1], dtype=gradient.dtype, device=gradient.device)
+    return found.index_add_(0, token_ids.flatten(), gradient.flatten(0, -2))
+
+
 @contextmanager
-def _inputs(network: Network) -> Iterator[list[Tensor]]:
-    """The embeddings of the passes that follow, as leaves of their own."""
-    given: list[Tensor] = []
+def _inputs(network: Network) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The token ids and the embeddings of the passes that follow, which are leaves of their own."""
+    given: list[tuple[Tensor, Tensor]] = []
 
     def leaf(module: Any, args: Any, output: Tensor) -> Tensor:
-        given.append(output.detach().requires_grad_())
-        return given[-1]
+        given.append((args[0], output.detach().requires_grad_()))
+        return given[-1][1]
 
     hook = network.base.get_input_embeddings().register_forward_hook(leaf)
     try:
