@@ -72,7 +72,7 @@ def memory(what: str) -> float:
 def opd(student, student_head, teacher, teacher_head) -> Callable[[], float]:
     import torch
 
-    from opd.objectives.vocabulary import exact_reverse_kl
+    from opd.objectives.losses import exact_reverse_kl
 
     weights = torch.full((len(student),), 1.0 / len(student), device=student.device)
 

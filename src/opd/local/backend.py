@@ -273,10 +273,11 @@ class LocalBackend:
 
     def _heads(self) -> dict[str, TeacherHead]:
         """The output head of every policy that can give distributions."""
-        found = {name: TeacherHead(policy.network.head_weight()) for name, policy in self.same_tokenizer.items()}
+        networks = {name: policy.network for name, policy in self.same_tokenizer.items()}
+        found = {name: TeacherHead(own.head_weight(), softcap=own.softcap) for name, own in networks.items()}
         for name, policy in self.cross_tokenizer.items():
             if (shared := policy.shared_vocabulary) is not None:
                 ours, theirs = shared.student[: self.vocab_size], shared.teacher[: policy.network.vocab_size]
                 ids = SharedVocabularyIds(torch.from_numpy(ours), torch.from_numpy(theirs), shared.num)
-                found[name] = TeacherHead(policy.network.head_weight(), ids)
+                found[name] = TeacherHead(policy.network.head_weight(), ids, policy.network.softcap)
         return found

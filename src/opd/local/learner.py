@@ -60,7 +60,7 @@ class LocalLearner:
         self._config = optimizer
         self._steps = steps
         self._heads = dict(heads)
-        self._how = vocabulary_settings(objective, temperature=temperature)
+        self._how = vocabulary_settings(objective, temperature=temperature, softcap=network.softcap)
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._num_updates = 0
@@ -132,7 +132,8 @@ class LocalLearner:
         mask = batch.loss_mask if actions is None else actions
         masks = [mask[a:b].numpy() for a, b in pairwise(batch.offsets)]
         for micro in self._network.synchronised_passes(sequences, masks, max_tokens=self._max_tokens):
-            yield Pass(batch, micro, self._network.hidden_states(micro.tree), self._head(), self._heads)
+            hidden = self._network.hidden_states(micro.tree)
+            yield Pass(batch, micro, hidden, self._head(), self._heads, self._network.softcap)
 
     def loss_of(self, forward: Pass, *, divisor: float) -> tuple[Tensor, Metrics]:
         """The part of the batch's loss that falls on one pass, divided by the whole batch's `divisor`, and its metrics."""

@@ -33,13 +33,15 @@ _MOST_COMPARED = 128
 
 @dataclass(frozen=True)
 class Pass:
-    """One packed forward pass of the student: hidden [nodes, width], its head [vocab, width] and its teachers'."""
+    """One forward pass of the student: hidden [nodes, width], its head [vocab, width] and its teachers', and the soft cap of its
+    logits."""
 
     batch: Batch
     micro: MicroBatch
     hidden: Tensor
     head: Tensor
     heads: Mapping[str, TeacherHead]
+    softcap: float | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -61,8 +63,10 @@ class Pass:
         return values[self.flat].to(self.hidden.device)
 
 
-def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> VocabularyLoss:
-    """How the immediate term is computed over the vocabulary."""
+def vocabulary_settings(
+    objective: ObjectiveConfig, *, temperature: float, softcap: float | None = None
+) -> VocabularyLoss:
+    """How the immediate term is computed over the vocabulary; softcap: of the student's logits."""
     return VocabularyLoss(
         divergence=objective.divergence,
         jsd_beta=objective.jsd_beta,
@@ -70,6 +74,7 @@ def vocabulary_settings(objective: ObjectiveConfig, *, temperature: float) -> Vo
         tail_residual=objective.tail_residual,
         temperature=temperature,
         logprob_floor=objective.teacher_logprob_floor,
+        softcap=softcap,
     )
 
 
@@ -131,7 +136,9 @@ def _teacher_top_k_term(forward: Pass, how: VocabularyLoss, *, divisor: float, c
     ids, logq = batch.top_k_ids[flat[first]].to(device), batch.logprobs_at[flat[first]].to(device)
     known = (ids >= 0) & (ids < len(forward.head))  # padding and ids beyond the shared ones count in the bucket
     states = forward.hidden[torch.from_numpy(micro.states[first]).to(device)]
-    logp, entropy = logprobs_at(states, forward.head, ids.where(known, 0), temperature=how.temperature)
+    logp, entropy = logprobs_at(
+        states, forward.head, ids.where(known, 0), temperature=how.temperature, softcap=forward.softcap
+    )
     logq = logq.masked_fill(~known, -torch.inf)
     logp = logp.masked_fill(~known, -torch.inf)
     divergence = top_k_reverse_kl(
@@ -165,7 +172,9 @@ def policy_term(
     assert batch.advantages is not None
     advantages = forward.column(batch.advantages)[None]
     mask = forward.column(batch.train_mask)[None]
-    logprobs = token_logprobs(forward.states, forward.head, forward.targets, temperature=temperature)[None]
+    logprobs = token_logprobs(
+        forward.states, forward.head, forward.targets, temperature=temperature, softcap=forward.softcap
+    )[None]
     metrics: Metrics = {}
     if objective.loss == "ppo":
         # A correction accounts for the sampling policy, so the ratio is to the student as this update found it.
@@ -186,7 +195,9 @@ def policy_term(
         refuse_nan(kl, forward)
         metrics |= kl_metrics(kl, forward)
         if batch.teacher_parts is not None:
-            metrics |= agreement_metrics(forward, vocabulary_settings(objective, temperature=temperature))
+            metrics |= agreement_metrics(
+                forward, vocabulary_settings(objective, temperature=temperature, softcap=forward.softcap)
+            )
     return loss, metrics
 
 
@@ -217,7 +228,9 @@ def sampled_kl(forward: Pass) -> np.ndarray:
 @torch.no_grad()
 def student_scores(forward: Pass, how: VocabularyLoss, *, score_weighted: bool) -> dict[str, Tensor]:
     """The student's log-probability of each action and, where teachers gave distributions, the reverse KL and b*."""
-    logprobs = token_logprobs(forward.states, forward.head, forward.targets, temperature=how.temperature)
+    logprobs = token_logprobs(
+        forward.states, forward.head, forward.targets, temperature=how.temperature, softcap=forward.softcap
+    )
     found = {"student_logprobs": logprobs.cpu()}
     if forward.batch.teacher_parts is None:
         return found
@@ -254,7 +267,7 @@ def _by_teacher(
         for k, part in enumerate(members[0]):
             # Actions come rollout by rollout, so these rows are those of `actions`.
             hidden = torch.from_numpy(np.concatenate([parts[k].hidden for parts in members])[first])
-            rows, cells = forward.heads[part.model]
+            rows, cells, softcap = forward.heads[part.model]
             rows = rows.to(device)
             if cells is None:
                 rows = rows[: len(forward.head)]
@@ -262,7 +275,7 @@ def _by_teacher(
                 cells = SharedVocabularyIds(
                     cells.student[: len(forward.head)].to(device), cells.teacher.to(device), cells.num
                 )
-            teachers.append(TeacherStates(hidden.to(device, forward.hidden.dtype), rows, part.weight, cells))
+            teachers.append(TeacherStates(hidden.to(device, forward.hidden.dtype), rows, part.weight, cells, softcap))
         yield actions, first, inverse, torch.from_numpy(micro.states[actions[first]]).to(device), teachers
 
 

@@ -111,6 +111,7 @@ def read_logprobs(
     ends: of each sequence, the tokens that its last one stands for: the event that the turn ends, by any of them.
     """
     network, head = policy.network, policy.network.head_weight()
+    how = {"temperature": temperature, "softcap": network.softcap}
     nothing = ReadSequence(np.zeros(0), np.zeros((0, head.shape[1]), dtype=np.float32))
     found = [nothing] * len(sequences)
     every_end = sorted(set().union(*ends))
@@ -120,12 +121,12 @@ def read_logprobs(
         nodes, inverse = (torch.from_numpy(a).to(network.device) for a in np.unique(micro.states, return_inverse=True))
         hidden = network.hidden_states(micro.tree)[nodes][inverse]
         targets = torch.from_numpy(micro.targets).to(network.device)
-        logprobs = token_logprobs(hidden, head, targets, temperature=temperature)
+        logprobs = token_logprobs(hidden, head, targets, **how)
         last = np.flatnonzero(micro.places == last_places[micro.owners])
         if every_end and len(last):
             where = torch.from_numpy(last).to(network.device)
             states = hidden[where].repeat_interleave(len(every_end), 0)
-            each = token_logprobs(states, head, end_ids.repeat(len(where)), temperature=temperature)
+            each = token_logprobs(states, head, end_ids.repeat(len(where)), **how)
             others = torch.tensor([[i not in ends[owner] for i in every_end] for owner in micro.owners[last]])
             meant = each.view(len(where), -1).masked_fill(others.to(network.device), -torch.inf)
             logprobs[where] = meant.logsumexp(-1)  # ending is one event, by any of the tokens

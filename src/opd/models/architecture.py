@@ -140,10 +140,8 @@ def _keys_named(text: Any) -> str | None:
     for key, value in text.to_dict().items():
         if not value or isinstance(value, Mapping):
             continue
-        capped = re.search("soft_?cap", key)
-        if capped and re.search("rout|moe|gate", key) is None:
-            what = "attention scores" if "attn" in key or "attention" in key else "logits after the output head"
-            return f"this model soft-caps its {what} ({key} = {value}), which packed passes do not do"
+        if re.search("soft_?cap", key) and ("attn" in key or "attention" in key):
+            return f"this model soft-caps its attention scores ({key} = {value}), which packed passes do not do"
         if "sink" in key and value is True:
             return f"{_SINKS} ({key})"
         if key == "attn_temperature_tuning":

@@ -18,10 +18,12 @@ from opd.errors import ModelError
 from opd.models import padded
 from opd.models.architecture import backbone, decoder_layers, length_limit, require_backbone
 from opd.models.attention import Plan, TreePlan, use_own_attention, use_plans
+from opd.models.head import head_shape
 from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, merged
 from opd.models.packing import MicroBatch, TokenTree, micro_batches, pack_trees
 from opd.models.padded import PaddedCache
+from opd.objectives.tiles import soft_capped
 from opd.roles import Limit
 from opd.text.tokenizer import described_token
 
@@ -63,6 +65,9 @@ class Network:
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         self.vocab_size = len(self._whole_head())
+        # `hidden_states` and the cached passes multiply by the factor, so that everyone else sees a plain product
+        self._scale, self.softcap = head_shape(model)
+        self._has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
         embeddings = cast(Any, model.get_input_embeddings())
         # Nothing is padded here, and the pad token may be the one that ends a turn: torch would leave out its gradient.
         embeddings.padding_idx = None
@@ -92,12 +97,14 @@ class Network:
         use_own_attention(self.base)
 
     def head_weight(self) -> Tensor:
-        """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used."""
+        """The output head over the first `vocab_size` ids, [vocab, hidden]; the rows behind are padding, never used. A bias is its
+        last column, for the last of the `hidden_states`, which is 1."""
         return self._whole_head()[: self.vocab_size]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's logits [rows, vocab] of a few hidden states [rows, hidden], without gradients."""
-        return few_rows(self.head_weight(), None, hidden, together=False)
+        logits = few_rows(self.head_weight(), None, hidden, together=False)
+        return logits if self.softcap is None else soft_capped(logits, self.softcap)[0]
 
     @property
     def _tuner(self) -> Any:
@@ -110,14 +117,25 @@ class Network:
 
     def _whole_head(self) -> Tensor:
         if self.shards is not None:
+            if self._has_bias:
+                raise ModelError(
+                    f"model '{self.source}': its output head has a bias, which several ranks cannot share yet"
+                )
             return self.shards.head()
         head = self.base.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        if not isinstance(head, torch.nn.Linear):
             raise ModelError(
-                f"model '{self.source}': needs a plain linear output head without bias, got {type(head).__name__}; adapters "
-                "that touch the head (target_modules, modules_to_save) are not supported"
+                f"model '{self.source}': needs a plain linear output head, got {type(head).__name__}; adapters that touch the head "
+                "(target_modules, modules_to_save) are not supported"
             )
-        return cast(Tensor, head.weight)
+        return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+    def for_head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states as `head_weight` takes them: times the head's factor, and a 1 for its bias."""
+        hidden = hidden if self._scale == 1.0 else hidden * self._scale
+        if not self._has_bias:
+            return hidden
+        return torch.cat([hidden, hidden.new_full((*hidden.shape[:-1], 1), self._scale)], dim=-1)
 
     def activate(self, adapter: str | None, *, trainable: bool = False) -> None:
         """Compute with this adapter from now on; trainable: whether its weights collect gradients."""
@@ -167,20 +185,21 @@ class Network:
         """The final hidden states [nodes, hidden] of a packed tree, those that the head reads."""
         self._require_rows(tree.token_ids)
         if self.padded_because is not None:
-            return padded.hidden_states(self._backbone, tree, self.device)
+            return self.for_head(padded.hidden_states(self._backbone, tree, self.device))
         plan = TreePlan(tree, device=self.device)
         return self._run(tree.token_ids[None], tree.positions[None], plan)[0]
 
     def _run(self, token_ids: np.ndarray, positions: np.ndarray | Tensor, plan: Plan) -> Tensor:
         """One pass over tokens [batch, tokens] that see what `plan` says: hidden states [batch, tokens, hidden]."""
         device = self.device
-        return self._backbone(
+        output = self._backbone(
             input_ids=torch.from_numpy(token_ids).to(device),
             position_ids=torch.as_tensor(positions).to(device),
             attention_mask=_NO_MASK.to(device),
             use_cache=False,
             plan=plan,
-        ).last_hidden_state
+        )
+        return self.for_head(output.last_hidden_state)
 
     def _require_rows(self, token_ids: np.ndarray) -> None:
         """Raise ModelError for a token that the embeddings have no row for."""
@@ -208,7 +227,7 @@ class Network:
         """
         self._require_rows(np.array([max(s, default=0) for s in sequences]))
         if isinstance(cache, PaddedCache):
-            return cache.prefill(self._backbone, sequences, max_tokens=max_tokens)
+            return self.for_head(cache.prefill(self._backbone, sequences, max_tokens=max_tokens))
         found = []
         for _, tree in pack_trees(sequences, max_tokens=max_tokens):
             plan = TreePlan(tree, device=self.device, keep=True)
@@ -220,7 +239,7 @@ class Network:
     def decode(self, token_ids: Sequence[int], cache: KVCache | PaddedCache) -> Tensor:
         """One more token for each row of the cache; returns the hidden states [rows, hidden] after it."""
         if isinstance(cache, PaddedCache):
-            return cache.decode(self._backbone, token_ids)
+            return self.for_head(cache.decode(self._backbone, token_ids))
         positions = cache.begin()
         return self._run(np.array(token_ids)[:, None], positions[:, None], cache)[:, 0]
 

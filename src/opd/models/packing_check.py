@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from opd.models.architecture import backbone, decoder_layers
+from opd.models.architecture import decoder_layers
 from opd.models.attention import own_attention
+from opd.models.head import logits_of_states
 from opd.models.kv_cache import KVCache
 from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
+from opd.objectives.tiles import soft_capped
 from opd.roles import PassGaps
 
 # Of the spread of the logits, in float32. Right architectures were within 2e-5, wrong ones beyond 1e-2
@@ -145,8 +147,12 @@ class _Probe:
 
     def _packed(self, tree: TokenTree) -> list[Tensor]:
         """The logits [tokens, vocab] of each path of a packed pass."""
-        logits = self._network.hidden_states(tree) @ self._network.head_weight().T
+        logits = self._logits(self._network.hidden_states(tree))
         return [logits[self._on(path)] for path in tree.paths]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., vocab] of hidden states as the head takes them, as losses form them."""
+        return soft_capped(hidden @ self._network.head_weight().T, self._network.softcap)[0]
 
     def _on(self, path: np.ndarray) -> Tensor:
         return torch.from_numpy(path).to(self._network.device)
@@ -162,32 +168,12 @@ class _Probe:
 
     def _head_gap(self) -> float:
         """Logits of large random states by the model itself and by its head alone."""
-        network, head = self._network, self._network.head_weight()
+        network, head = self._network, cast(Any, self._network.base.get_output_embeddings()).weight
         states = torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0))
         states = states.to(network.device, torch.promote_types(head.dtype, torch.float32))
         states = states * (_SPREAD / (states @ head.T).std().clamp_min(1e-30))
-
-        below: list[bool] = []
-        output_head: Any = network.base.get_output_embeddings()
-
-        def put(module: Any, args: Any, output: Any) -> Any:
-            below.append(True)
-            output.last_hidden_state = states[None]
-            return output
-
-        def put_in(module: Any, args: Any) -> Any:  # where a model runs its layers by another module
-            return None if below else (states[None],)
-
-        hooks = [
-            backbone(network.base).register_forward_hook(put),
-            output_head.register_forward_pre_hook(put_in),
-        ]
-        try:
-            logits = self._own([0] * len(states))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return _gap([states @ head.T], [logits])
+        logits = logits_of_states(network.base, states)[:, : network.vocab_size]
+        return _gap([self._logits(network.for_head(states))], [logits])
 
     def _distant_gap(self) -> float:
         """A short sequence at the first positions beside one at the last positions, as beside a long sequence."""
@@ -209,7 +195,7 @@ class _Probe:
         cache = self._network.new_cache()
         found = [self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)]
         found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
-        logits = torch.stack(found, dim=1) @ self._network.head_weight().T
+        logits = self._logits(torch.stack(found, dim=1))
         return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
 
     def gradient_gap(self) -> float:

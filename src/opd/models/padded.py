@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opd.errors import ModelError
 from opd.models.packing import TokenTree
 
 # Where the output of a model keeps its cache, and the argument that takes it again; the later names are those of transformers
@@ -86,7 +87,12 @@ class PaddedCache:
         for members in _of_one_length(sequences, max_tokens):
             ids = torch.tensor([list(sequences[i]) for i in members], device=self._device)
             output = backbone(ids, use_cache=True)
-            name = next(name for name in _CACHES if getattr(output, name, None) is not None)
+            name = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
+            if name is None:
+                raise ModelError(
+                    f"{type(backbone).__name__} returns no cache, so opd cannot sample from it; use another model (a teacher of "
+                    "this kind can run behind a server: teachers.NAME.url)"
+                )
             group = _Group(name, getattr(output, name), len(members), ids.shape[1])
             for place, (i, state) in enumerate(zip(members, output.last_hidden_state[:, -1], strict=True)):
                 found[i], rows[i] = state, (group, place)

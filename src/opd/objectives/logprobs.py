@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd.objectives.tiles import blocks, tiles
+from opd.objectives.tiles import blocks, soft_capped, tiles
 
 
 def gather_logprobs(
@@ -25,30 +25,34 @@ def token_logprobs(
     token_ids: Int[Tensor, " states"],
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     max_logits: int = 2**26,
 ) -> Float[Tensor, " states"]:
-    """The same from hidden states [states, hidden] and a head [vocab, hidden], token_ids [states] -> [states].
+    """The same from hidden states [states, hidden] and a head [vocab, hidden], token_ids [states] -> [states]. The logits are
+    c tanh(hidden head^T / c) with a `softcap` c.
 
     At most `max_logits` logits exist at once. The gradient to the hidden states is formed with the logits, in one pass; that to
     the head, where it is asked for, takes another.
     """
-    return cast(Tensor, _TokenLogprobs.apply(hidden, head, token_ids, temperature, max_logits))
+    return cast(Tensor, _TokenLogprobs.apply(hidden, head, token_ids, temperature, softcap, max_logits))
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """d log p_token / d logits_a = 1[a = token] - p_a."""
 
     @staticmethod
-    def forward(ctx, hidden, head, token_ids, temperature, max_logits):  # type: ignore[override]  # torch declares (*args)
+    def forward(ctx, hidden, head, token_ids, temperature, softcap, max_logits):  # type: ignore[override]  # torch declares (*args)
         found = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows, [logits] in tiles([(hidden, head)], max_logits=max_logits):
             for place, which in blocks(rows, logits.shape[-1], logits.device):
-                found[which] = _slopes_in_place(logits[place], token_ids[which], temperature, wanted=slopes is not None)
+                found[which] = _slopes_in_place(
+                    logits[place], token_ids[which], temperature, softcap, wanted=slopes is not None
+                )
             if slopes is not None:
                 torch.mm(logits, head, out=slopes[rows])
         ctx.save_for_backward(slopes, hidden, head, token_ids)
-        ctx.temperature, ctx.max_logits = temperature, max_logits
+        ctx.temperature, ctx.softcap, ctx.max_logits = temperature, softcap, max_logits
         return found
 
     @staticmethod
@@ -61,14 +65,16 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_head = torch.zeros_like(head)
             for rows, [logits] in tiles([(hidden, head)], max_logits=ctx.max_logits):
                 for place, which in blocks(rows, logits.shape[-1], logits.device):
-                    _slopes_in_place(logits[place], token_ids[which], ctx.temperature, wanted=True)
+                    _slopes_in_place(logits[place], token_ids[which], ctx.temperature, ctx.softcap, wanted=True)
                 grad_head.addmm_(logits.T, hidden[rows] * grad[rows, None].to(hidden.dtype))
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 
-def _slopes_in_place(logits: Tensor, token_ids: Tensor, temperature: float, *, wanted: bool) -> Tensor:
+def _slopes_in_place(
+    logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None, *, wanted: bool
+) -> Tensor:
     """The tokens' log-probabilities [states]; if `wanted`, their gradients take the place of the logits [states, vocab]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide, bend = soft_capped(logits, softcap)
     if temperature != 1.0:
         wide = wide / temperature
     place = token_ids.unsqueeze(-1)
@@ -77,5 +83,7 @@ def _slopes_in_place(logits: Tensor, token_ids: Tensor, temperature: float, *, w
     if wanted:
         slope = (wide - total).exp_().neg_()
         slope.scatter_add_(-1, place, torch.ones_like(total))
+        if bend is not None:
+            slope.mul_(bend)
         logits.copy_(slope if temperature == 1.0 else slope.div_(temperature))
     return found

@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd.objectives.reduce import Normalizer, denominator, masked
-from opd.objectives.vocabulary import exact_reverse_kl
-
-__all__ = ["exact_reverse_kl", "ppo", "reinforce"]
+from opd.objectives.vocabulary import TeacherStates, VocabularyLoss, vocabulary_loss
 
 
 def reinforce(
@@ -89,3 +87,40 @@ def ppo(
     total = masked(surrogate, mask).sum()
     num_clipped = (inactive & mask).sum()
     return -total / (divisor if divisor is not None else denominator(mask)), num_clipped
+
+
+def exact_reverse_kl(
+    student_hidden: Float[Tensor, "states width"],
+    student_head: Float[Tensor, "vocab width"],
+    teacher_hidden: Float[Tensor, "states teacher_width"],
+    teacher_head: Float[Tensor, "vocab teacher_width"],
+    weights: Float[Tensor, " states"],
+    *,
+    temperature: float = 1.0,
+    logprob_floor: float = -50.0,
+    max_logits: int = 2**26,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
+    """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without logits of shape [states, vocab].
+
+    The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without the
+    variance of the draw and without the future part of grad V. Memory is O(max_logits + states * width).
+
+    Args:
+        student_hidden: [states, width]; may require a gradient.
+        student_head: [vocab, width]; may require a gradient.
+        teacher_hidden: [states, teacher_width], constants.
+        teacher_head: [vocab, teacher_width], constants.
+        weights: [states], the weight of each state in the loss: 1 / normaliser, times its multiplicity.
+        temperature: Divides the logits of both.
+        logprob_floor: Lower log-probabilities of the teacher are raised to it (`opd.objectives.target`).
+        max_logits: The most logits of one model that exist at once.
+
+    Returns:
+        (loss, reverse_kl, the student's entropy, its probability of floored tokens). The last three are [states] and detached.
+
+    Source: section 1.3 (g1).
+    """
+    how = VocabularyLoss(temperature=temperature, logprob_floor=logprob_floor, max_logits=max_logits)
+    teachers = [TeacherStates(teacher_hidden, teacher_head)]
+    loss, stats = vocabulary_loss(student_hidden, student_head, teachers, weights, how)
+    return loss, stats.reverse_kl, stats.entropy, stats.floored

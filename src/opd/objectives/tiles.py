@@ -57,6 +57,15 @@ def blocks(rows: slice, widest: int, device: torch.device) -> Iterator[tuple[sli
         yield slice(start, stop), slice(rows.start + start, rows.start + stop)
 
 
+def soft_capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """(c tanh(logits / c), its slope 1 - tanh^2), both float32 or wider; without a cap the logits and None."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is None:
+        return logits, None
+    bent = (logits / softcap).tanh_()
+    return bent * softcap, 1.0 - bent.square()
+
+
 def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """hidden @ head.T into `out`."""
     columns = _COLUMNS if head.device.type == "cpu" else len(head)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from opd.objectives.baselines import score_weighted_mean
 from opd.objectives.divergences import magnified, mixture, resolution, resolved
 from opd.objectives.target import target_logprobs
-from opd.objectives.tiles import blocks, tiles
+from opd.objectives.tiles import blocks, soft_capped, tiles
 
 _TINY = 1e-35  # a probability below it is none
 
@@ -36,22 +36,26 @@ class SharedVocabularyIds(NamedTuple):
 
 
 class TeacherHead(NamedTuple):
-    """What turns a teacher's states into distributions: rows [vocab, width], and the cells of another vocabulary."""
+    """What turns a teacher's states into distributions: rows [vocab, width], the cells of another vocabulary, and the soft cap of
+    the logits."""
 
     rows: Tensor
     cells: SharedVocabularyIds | None = None
+    softcap: float | None = None
 
 
 class TeacherStates(NamedTuple):
     """One teacher at every state: hidden [states, width], head [vocab, width], and its weight in log q.
 
-    cells: of a teacher that has another vocabulary, which then stands alone: the loss compares cells, not ids.
+    cells: of a teacher that has another vocabulary, which then stands alone: the loss compares cells, not ids. softcap: its logits
+    are c tanh(hidden head^T / c).
     """
 
     hidden: Tensor
     head: Tensor
     weight: float = 1.0
     cells: SharedVocabularyIds | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class VocabularyLoss:
     divergence: of the whole distributions; jsd_beta belongs to "jsd". support: with k, the reverse KL on the union of the
     student's and the teacher's k likeliest tokens and the sampled one, all others as one bucket; with tail_residual the
     sampled token stays out of the support and what the bucket hides is added as a policy-gradient term, which makes the
-    gradient's mean that of the reverse KL. max_logits: how many logits of one model may exist at once.
+    gradient's mean that of the reverse KL. softcap: the student's, as `TeacherStates` has the teacher's. max_logits: how many
+    logits of one model may exist at once.
     """
 
     divergence: Divergence = "reverse_kl"
@@ -70,6 +75,7 @@ class VocabularyLoss:
     tail_residual: bool = False
     temperature: float = 1.0
     logprob_floor: float = -50.0
+    softcap: float | None = None
     max_logits: int = 2**26
 
 
@@ -100,43 +106,6 @@ class Agreement(NamedTuple):
     teacher_entropy: Tensor
 
 
-def exact_reverse_kl(
-    student_hidden: Float[Tensor, "states width"],
-    student_head: Float[Tensor, "vocab width"],
-    teacher_hidden: Float[Tensor, "states teacher_width"],
-    teacher_head: Float[Tensor, "vocab teacher_width"],
-    weights: Float[Tensor, " states"],
-    *,
-    temperature: float = 1.0,
-    logprob_floor: float = -50.0,
-    max_logits: int = 2**26,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " states"], Float[Tensor, " states"], Float[Tensor, " states"]]:
-    """sum_i weights_i KL(student_i, teacher_i) over the full vocabulary, without logits of shape [states, vocab].
-
-    The immediate term integrated over the action: its gradient has the mean g1 of the sampled immediate log ratio, without the
-    variance of the draw and without the future part of grad V. Memory is O(max_logits + states * width).
-
-    Args:
-        student_hidden: [states, width]; may require a gradient.
-        student_head: [vocab, width]; may require a gradient.
-        teacher_hidden: [states, teacher_width], constants.
-        teacher_head: [vocab, teacher_width], constants.
-        weights: [states], the weight of each state in the loss: 1 / normaliser, times its multiplicity.
-        temperature: Divides the logits of both.
-        logprob_floor: Lower log-probabilities of the teacher are raised to it (`opd.objectives.target`).
-        max_logits: The most logits of one model that exist at once.
-
-    Returns:
-        (loss, reverse_kl, the student's entropy, its probability of floored tokens). The last three are [states] and detached.
-
-    Source: section 1.3 (g1).
-    """
-    how = VocabularyLoss(temperature=temperature, logprob_floor=logprob_floor, max_logits=max_logits)
-    teachers = [TeacherStates(teacher_hidden, teacher_head)]
-    loss, stats = vocabulary_loss(student_hidden, student_head, teachers, weights, how)
-    return loss, stats.reverse_kl, stats.entropy, stats.floored
-
-
 def vocabulary_loss(
     student_hidden: Float[Tensor, "states width"],
     student_head: Float[Tensor, "vocab width"],
@@ -159,7 +128,7 @@ def vocabulary_loss(
     assert len(teachers) == 1 or all(teacher.cells is None for teacher in teachers)
     # autograd.Function wants tensors one by one
     flat = [t for teacher in teachers for t in (teacher.hidden, teacher.head)]
-    shares = tuple((teacher.weight, teacher.cells) for teacher in teachers)
+    shares = tuple((teacher.weight, teacher.cells, teacher.softcap) for teacher in teachers)
     found = _VocabularyLoss.apply(student_hidden, student_head, weights, sampled_ids, shares, how, *flat)
     loss, divergence, reverse_kl, entropy, floored, tail = cast(tuple[Tensor, ...], found)
     return loss, StateStatistics(divergence, reverse_kl, entropy, floored, tail, torch.full_like(tail, torch.nan))
@@ -237,6 +206,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 else:
                     pull, *found = _pull(chunk, _sampled(chunk, sampled_ids, cells), how)
                     torch.mul(_of_logits(chunk, pull, cells), scale, out=place)
+                if chunk.slope is not None:
+                    place.mul_(chunk.slope)
                 for whole, part in zip(stats, found, strict=True):
                     whole[chunk.rows] = part
             if grad_hidden is not None:
@@ -273,7 +244,8 @@ def _of_logits(chunk: "_Chunk", pull: Tensor, cells: SharedVocabularyIds | None)
 class _Chunk(NamedTuple):
     """Some states: rows, which they are; place, where they are in their tile; ids, p of each of the student's ids
     [states, vocab]; log p, p and log q of what is compared, [states, ids or cells]; entropy of the student, floored mass, both
-    [states]; apart: whether the last cell is no event of its own; rounding: the log ratio that is none (`divergences`)."""
+    [states]; apart: whether the last cell is no event of its own; rounding: the log ratio that is none (`divergences`); slope: of
+    the student's soft cap."""
 
     rows: slice
     place: slice
@@ -285,6 +257,7 @@ class _Chunk(NamedTuple):
     floored: Tensor
     apart: bool
     rounding: float
+    slope: Tensor | None
 
 
 def _all_chunks(
@@ -302,22 +275,23 @@ def _chunks(
     """The distributions at a tile's states, a few at a time."""
     rounding = resolution(_wide(logits[0])) * magnified(how.temperature, [t.weight for t in teachers])
     for place, which in blocks(rows, max(x.shape[-1] for x in logits), logits[0].device):
-        logp = _log_softmax(logits[0][place], how.temperature)
+        own, slope = soft_capped(logits[0][place], how.softcap)
+        logp = _log_softmax(own, how.temperature)
         p = ids = logp.exp()
         entropy = -(p * logp).sum(-1)
         cells = teachers[0].cells
         if cells is not None:
             p = _in_cells(ids, cells.student, cells.num)
             logp = p.clamp(min=_TINY).log()
-        models = ((_logprobs(t, own[place], how), t.weight) for t, own in zip(teachers, logits[1:], strict=True))
+        models = ((_logprobs(t, x[place], how), t.weight) for t, x in zip(teachers, logits[1:], strict=True))
         logq, below = target_logprobs(models, how.logprob_floor)
         floored = torch.zeros_like(entropy) if below is None else (p * below).sum(-1)
-        yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, cells is not None, rounding)
+        yield _Chunk(which, place, ids, logp, p, logq, entropy, floored, cells is not None, rounding, slope)
 
 
 def _logprobs(teacher: TeacherStates, logits: Tensor, how: VocabularyLoss) -> Tensor:
     """One teacher's log-probabilities of the ids or cells that are compared, [states, ids or cells]."""
-    logprobs = _log_softmax(logits, how.temperature)
+    logprobs = _log_softmax(soft_capped(logits, teacher.softcap)[0], how.temperature)
     if teacher.cells is None:
         return logprobs
     return _in_cells(logprobs.exp(), teacher.cells.teacher, teacher.cells.num).log()
@@ -396,5 +370,4 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.to(_wide(logits))
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
