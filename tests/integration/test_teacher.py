@@ -224,9 +224,9 @@ def test_teacher_student_scores_and_every_epoch_pack_the_rollouts_once(
 ):
     packed: list[int] = []
 
-    def counted(sequences: Sequence[np.ndarray], *, max_tokens: int) -> Any:
+    def counted(sequences: Sequence[np.ndarray], **options: Any) -> Any:
         packed.append(len(sequences))
-        return pack_trees(sequences, max_tokens=max_tokens)
+        return pack_trees(sequences, **options)
 
     mine = [replace(r, prompt=replace(r.prompt, teacher="even")) for r in rollouts]
     monkeypatch.setattr("opd.models.packing.pack_trees", counted)

@@ -297,8 +297,7 @@ def test_rows_of_attention_lie_together_while_merged(tmp_path):
     assert len([name for name in seen if "self_attn" in name]) == 8
 
 
-def test_an_architecture_that_keeps_its_attention_to_itself_is_refused():
+def test_an_architecture_that_keeps_its_attention_to_itself_says_so():
     sizes = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
     model = FalconForCausalLM(FalconConfig(**sizes, alibi=False))
-    with pytest.raises(ModelError, match="model 'here/falcon': FalconForCausalLM does not take another attention"):
-        use_plans(model, source="here/falcon")
+    assert "FalconForCausalLM does not take another attention" in (use_plans(model) or "")

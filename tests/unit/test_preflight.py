@@ -295,8 +295,8 @@ def test_a_packing_check_that_probed_nothing_fails():
 def test_a_packing_check_that_fails_says_the_cause_the_figures_and_what_to_do():
     found = startup.passes_equal_own("teacher 'even'", {"head": 1e-6, "several sequences": 0.25})
     assert found.detail == (
-        "this model's layers carry state across packed sequences; largest difference 2.5e-01 of the spread of the logits "
-        "(allowed 1e-03); use another model (a teacher of this kind can be served: teachers.NAME.url)"
+        "this model's layers carry state across packed sequences; packed passes; largest difference 2.5e-01 of the spread of "
+        "the logits (allowed 1e-03); use another model (a teacher of this kind can be served: teachers.NAME.url)"
     )
 
 

@@ -319,7 +319,9 @@ def passes_equal_own(name: str, gaps: Mapping[str, float], padded_because: str |
     wrong = first_wrong(gaps)
     title = f"forward passes equal the model's own ({name})"
     worst = float(np.max(list(gaps.values()))) if gaps else math.inf  # np.max keeps a nan, max() may lose it
-    kind = "packed" if padded_because is None else f"padded, one row for each sequence, because {padded_because}"
+    kind = "packed passes"
+    if padded_because is not None:
+        kind = f"padded passes, one row for each sequence, because {padded_because}"
     detail = f"{kind}; largest difference {worst:.1e} of the spread of the logits (allowed {PACKED_WITHIN:.0e})"
     if wrong is not None:
         if math.isnan(gaps[wrong]):

@@ -187,13 +187,15 @@ class _Probe:
         return _gap(self._packed(replace(tree, positions=positions)), [self._plain[0], self._own(far, first)])
 
     def _rows_gap(self) -> float:
-        """Rows of different lengths that grow together."""
+        """Rows of different lengths that grow together, one of them twice."""
         chosen = [i for i, s in enumerate(self._sequences) if len(s) > _GROWN]
         if not chosen:
             return 0.0
         texts = [self._sequences[i] for i in chosen]
         cache = self._network.new_cache()
-        found = [self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)]
+        begun = self._network.prefill([s[:-_GROWN] for s in texts], cache, max_tokens=2 * _TOKENS)
+        cache.copy(0)
+        found, texts, chosen = [torch.cat([begun, begun[:1]])], [*texts, texts[0]], [*chosen, chosen[0]]
         found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
         logits = self._logits(torch.stack(found, dim=1))
         return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])

@@ -108,7 +108,7 @@ class PaddedCache:
         for group, rows in groups.items():
             wanted = [self._rows[row][1] for row in rows]
             if wanted != list(range(group.rows)):
-                group.cache.reorder_cache(torch.tensor(wanted, device=self._device))
+                _select(group.cache, torch.tensor(wanted, device=self._device))
             ids = torch.tensor([[token_ids[row]] for row in rows], device=self._device)
             options: dict[str, Any] = {group.name: group.cache}
             if (
@@ -120,6 +120,13 @@ class PaddedCache:
             for place, (row, state) in enumerate(zip(rows, output.last_hidden_state[:, -1], strict=True)):
                 self._rows[row], found[row] = (group, place), state
         return torch.stack([state for state in found if state is not None])
+
+
+def _select(cache: Any, rows: Tensor) -> None:
+    """Keep these rows of a cache, in this order; a row may come twice."""
+    cache.reorder_cache(rows)
+    states = getattr(cache, "linear_cache", [])  # which MiniMax keeps beside its layers
+    states[:] = [state.index_select(0, rows) if isinstance(state, Tensor) else state for state in states]
 
 
 def _of_one_length(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
