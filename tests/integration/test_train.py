@@ -330,7 +330,7 @@ def test_opd_check_passes_on_a_sound_recipe_without_writing(mixed: Run, tmp_path
     assert len(findings) >= 7
     assert [f for f in findings if not f.passed] == []
     names = " ".join(f.name for f in findings)
-    assert all(word in names for word in ("KL 0", "packed logits", "deterministic", "'even'", "'odd'", "contexts"))
+    assert all(word in names for word in ("KL 0", "forward passes", "deterministic", "'even'", "'odd'", "contexts"))
     assert not (tmp_path / "never").exists()
 
 
