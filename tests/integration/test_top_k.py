@@ -25,18 +25,22 @@ from opd.remote.teacher import connect
 
 
 @pytest.mark.parametrize("max_logits", [1, 90, 2**20])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_on_a_support_are_those_of_the_whole_distribution(max_logits: int, temperature: float):
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (0.7, 0.9)])
+def test_logprobs_on_a_support_are_those_of_the_whole_distribution(
+    max_logits: int, temperature: float, softcap: float | None
+):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     head = torch.randn(11, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     ids = torch.randint(0, 11, (7, 3), generator=generator)
 
     def chunked(hidden: Tensor, head: Tensor) -> Tensor:
-        return logprobs_at(hidden, head, ids, temperature=temperature, max_logits=max_logits)[0]
+        return logprobs_at(hidden, head, ids, temperature=temperature, softcap=softcap, max_logits=max_logits)[0]
 
-    found, entropy = logprobs_at(hidden, head, ids, temperature=temperature, max_logits=max_logits)
-    dense = (hidden @ head.T / temperature).log_softmax(-1)
+    found, entropy = logprobs_at(hidden, head, ids, temperature=temperature, softcap=softcap, max_logits=max_logits)
+    logits = hidden @ head.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    dense = (logits / temperature).log_softmax(-1)
     torch.testing.assert_close(found, dense.gather(-1, ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, -(dense.exp() * dense).sum(-1), rtol=0, atol=1e-12)
     assert not entropy.requires_grad

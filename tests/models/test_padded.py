@@ -5,15 +5,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from architectures import FOUND, NO_CACHE, PADDED, network_of
+from architectures import FOUND, NO_CACHE, PADDED, SOUND, network_of
 from torch import Tensor
 
 from opd.checks.startup import passes_equal_own
+from opd.config import LoraConfig
 from opd.errors import ModelError
+from opd.models.attention import own_attention
+from opd.models.lora import add_student_adapter
 from opd.models.network import Network
 from opd.models.packing import pack_trees
 from opd.models.packing_check import PACKED_WITHIN, settled_passes
 from opd.models.padded import rows_of
+from opd.objectives.logprobs import token_logprobs
 
 PRECISIONS = (torch.float32, torch.bfloat16)
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8], [5, 6, 7, 20, 21], [30], [5, 6, 7, 8, 9, 10]]
@@ -91,3 +95,69 @@ def test_a_model_that_returns_no_cache_is_refused_by_that_cause():
     network = network_of("recurrent_gemma", NO_CACHE)
     with pytest.raises(ModelError, match="RecurrentGemmaModel returns no cache, so opd cannot sample from it"):
         settled_passes(network, gradients=False)
+
+
+def gradients(network: Network, *, by_passes: bool) -> dict[str, Tensor]:
+    """Of weighted log-probabilities of all tokens, for every weight that trains: by opd's passes and losses, or by the model's own
+    forward pass over one sequence after the other."""
+    [(_, tree)] = pack_trees(SEQUENCES, max_tokens=100)
+    total = torch.zeros(())
+    hidden = network.hidden_states(tree) if by_passes else torch.empty(0)
+    for i, (sequence, path) in enumerate(zip(SEQUENCES, tree.paths, strict=True)):
+        targets = torch.tensor([*sequence[1:], sequence[0]])
+        if by_passes:
+            states, head = hidden[torch.from_numpy(path)], network.head_weight()
+            found = token_logprobs(states, head, targets, temperature=0.8, softcap=network.softcap)
+        else:
+            logits = network.base(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
+            found = (logits / 0.8).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        total = total + (found * torch.linspace(-1.0, 2.0 + i, len(found))).sum()
+    named = {name: p for name, p in network.model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return {name: torch.zeros(()) if g is None else g for name, g in zip(named, grads, strict=True)}
+
+
+HEADS = ("phi", "codegen", "nanochat", "granite", "minicpm3")
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("kind", [*PADDED, *FOUND, *HEADS])
+def test_every_weight_that_trains_has_the_gradient_of_the_models_own_passes(kind: str, trainable: str):
+    network = network_of(kind, SOUND[kind] if kind in HEADS else (PADDED | FOUND)[kind][0])
+    if kind in FOUND:
+        network.pad("of the test")
+    if trainable == "lora":
+        add_student_adapter(network, LoraConfig(rank=4), seed=0)
+        network.activate("student", trainable=True)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # as after some steps; B is zero at first
+            for name, p in network.model.named_parameters():
+                if p.requires_grad and "lora_B" in name:
+                    p.normal_(0.0, 0.1, generator=generator)
+    else:
+        network.activate(None, trainable=True)
+    mine = gradients(network, by_passes=True)
+    with own_attention(network.base):
+        theirs = gradients(network, by_passes=False)
+    assert len(mine) > 4
+    assert sum(bool(g.any()) for g in theirs.values()) > len(theirs) / 2
+    largest = max(float(g.norm()) for g in theirs.values())
+    for name, wanted in theirs.items():
+        assert float((mine[name] - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-6 * largest, name
+
+
+def test_a_packed_pass_that_fails_makes_way_for_padded_ones(monkeypatch: pytest.MonkeyPatch):
+    network = network_of("qwen3", SOUND["qwen3"])
+
+    def fails(self: Network, *args: object) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Network, "_run", fails)
+    found = settled_passes(network, gradients=True)
+    assert found.padded_because == "a packed pass fails in this model (shapes do not match)"
+    assert max(found.gaps.values()) < PACKED_WITHIN / 20
+    monkeypatch.setattr(Network, "hidden_states", fails)
+    with pytest.raises(
+        ModelError, match=r"model 'qwen3': its own code fails .* \(shapes do not match\); use another model"
+    ):
+        settled_passes(network, gradients=True)

@@ -18,6 +18,7 @@ from opd.local.backend import LocalBackend
 from opd.local.build import build
 from opd.local.sampler import LocalSampler
 from opd.models.head import HeadShape
+from opd.models.network import Network
 from opd.records import FailedScore, Rollout
 from opd.roles import PassGaps
 
@@ -127,6 +128,25 @@ def test_every_model_is_checked_with_its_adapter_and_none_twice(tmp_path: Path):
     found = build(opd.parse_config(tree)).check_passes()
     assert list(found) == ["the student", "teacher 'even'", "teacher 'odd'"]
     assert ["gradients" in each.gaps for each in found.values()] == [True, False, False]
+
+
+def test_where_one_adapter_needs_padded_passes_the_others_on_its_base_are_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tree = toy_recipe(tmp_path)
+    tree["teachers"]["even"] = {"adapter": save_adapter(tmp_path / "adapter", tree["student"])}
+    asked: list[bool] = []
+
+    def settled(network: Network, *, gradients: bool) -> PassGaps:
+        asked.append(gradients)
+        if not gradients and network.padded_because is None and len(asked) == 2:  # the teacher
+            network.pad("its adapter keeps state")
+        return PassGaps({"head": 0.0}, network.padded_because)
+
+    monkeypatch.setattr("opd.local.backend.settled_passes", settled)
+    found = build(opd.parse_config(tree)).check_passes()
+    assert asked == [True, False, *([False] * (len(found) - 2)), True]
+    assert found["the student"].padded_because == found["teacher 'even'"].padded_because == "its adapter keeps state"
 
 
 # --- lengths ---

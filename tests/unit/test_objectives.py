@@ -245,12 +245,15 @@ def test_exact_reverse_kl_never_holds_more_logits_than_allowed(max_logits):
 
 @pytest.mark.parametrize("max_logits", [1, 25, 2**24])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_in_chunks_equal_the_dense_form_in_value_and_gradients(max_logits, temperature):
+@pytest.mark.parametrize("softcap", [None, 0.9])
+def test_token_logprobs_in_chunks_equal_the_dense_form_in_value_and_gradients(max_logits, temperature, softcap):
     inputs = states()
     ids = torch.tensor([3, 0, 10, 3, 7, 1])
     hidden, head = inputs["student_hidden"], inputs["student_head"]
-    got = token_logprobs(hidden, head, ids, temperature=temperature, max_logits=max_logits)
-    want = torch.log_softmax(hidden @ head.T / temperature, -1)[torch.arange(6), ids]
+    got = token_logprobs(hidden, head, ids, temperature=temperature, softcap=softcap, max_logits=max_logits)
+    logits = hidden @ head.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    want = torch.log_softmax(logits / temperature, -1)[torch.arange(6), ids]
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     weights = torch.linspace(-1, 2, 6, dtype=torch.float64)
     for a, b in zip(gradients(got @ weights, inputs), gradients(want @ weights, inputs), strict=True):

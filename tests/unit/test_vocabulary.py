@@ -33,9 +33,16 @@ def given_states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, li
     return hidden.requires_grad_(), head.requires_grad_(), teachers, weights, torch.tensor([0, 8, 3, 3, 5])
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def dense(name: str, student: Tensor, teachers: list[TeacherStates], how: VocabularyLoss) -> Tensor:
-    """The divergence [states] with all logits in memory."""
-    parts = [t.weight * torch.log_softmax(t.hidden @ t.head.T / how.temperature, -1) for t in teachers]
+    """The divergence [states] with all logits in memory; student [states, vocab] before its soft cap."""
+    student = capped(student, how.softcap)
+    parts = [
+        t.weight * torch.log_softmax(capped(t.hidden @ t.head.T, t.softcap) / how.temperature, -1) for t in teachers
+    ]
     target = torch.stack(parts).sum(0)
     if name == "reverse_kl":
         logp = torch.log_softmax(student / how.temperature, -1)
@@ -52,6 +59,8 @@ CASES = [
     {"divergence": "forward_kl", "temperature": 1.4},
     {"divergence": "jsd", "jsd_beta": 0.3},
     {"divergence": "jsd", "jsd_beta": 0.9, "temperature": 0.8},
+    {"divergence": "reverse_kl", "softcap": 0.9, "temperature": 0.6},
+    {"divergence": "jsd", "jsd_beta": 0.3, "softcap": 1.5},
 ]
 
 
@@ -63,6 +72,8 @@ def test_chunked_equals_dense_in_value_and_gradient(
 ):
     hidden, head, teachers, weights, _ = given_states(dtype)
     how = VocabularyLoss(max_logits=max_logits, **options)
+    if how.softcap is not None:  # one teacher has a cap of its own, the other none
+        teachers[0] = teachers[0]._replace(softcap=0.7)
     loss, stats = vocabulary_loss(hidden, head, teachers, weights, how)
     wanted = dense(how.divergence, hidden @ head.T, teachers, how)
     torch.testing.assert_close(stats.divergence, wanted.detach(), rtol=tolerance, atol=tolerance)
@@ -100,7 +111,9 @@ def test_a_shared_head_is_read_once_a_tile(monkeypatch: pytest.MonkeyPatch):
         assert products == expected
 
 
-@pytest.mark.parametrize("options", [*CASES, {"top_k": 2}, {"top_k": 2, "temperature": 0.7}, {"top_k": VOCAB}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*CASES, {"top_k": 2}, {"top_k": 2, "temperature": 0.7, "softcap": 0.9}, {"top_k": VOCAB}], ids=str
+)
 def test_gradcheck(options: dict[str, Any]):
     hidden, head, teachers, weights, sampled = given_states()
     how = VocabularyLoss(max_logits=2 * VOCAB, **options)

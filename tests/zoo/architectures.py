@@ -89,6 +89,7 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "one sequence"),
     "diffllama": ({}, "grown rows"),  # attends twice a layer
 }
+NO_CACHE = {"lru_width": 32, "attention_window_size": 256, "num_hidden_layers": 3}  # of RecurrentGemma
 
 
 def toy_of(kind: str, options: dict[str, Any], *, scale: float = 0.15) -> PreTrainedModel:
@@ -109,6 +110,3 @@ def toy_of(kind: str, options: dict[str, Any], *, scale: float = 0.15) -> PreTra
 
 def network_of(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Network:
     return Network(toy_of(kind, options).to(dtype), byte_tokenizer(), kind)
-
-
-NO_CACHE = {"lru_width": 32, "attention_window_size": 256, "num_hidden_layers": 3}  # of RecurrentGemma

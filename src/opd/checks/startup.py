@@ -330,8 +330,8 @@ def passes_equal_own(name: str, gaps: Mapping[str, float], padded_because: str |
                 "again, or use compute.dtype = 'float32'"
             )
             return Finding(title, False, detail)
-        detail = (
-            f"{PACKING_CAUSES.get(wrong, wrong)}; {detail}; use another model (a teacher of this kind can be served: "
-            "teachers.NAME.url)"
-        )
+        cause = PACKING_CAUSES.get(wrong, wrong)
+        if padded_because is not None and wrong != "head":
+            cause = f"this model's passes of several rows differ from those of one ('{wrong}')"
+        detail = f"{cause}; {detail}; use another model (a teacher of this kind can be served: teachers.NAME.url)"
     return Finding(title, bool(gaps) and wrong is None, detail)

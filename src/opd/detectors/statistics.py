@@ -144,7 +144,7 @@ class Detector(Generic[Settings]):
 
     def measure(self, step: int, *found: float) -> Measurements:
         """The same from the values of `reads`, which are finite."""
-        raise NotImplementedError
+        raise NotImplementedError  # of a detector with an `observe` of its own, which does not ask for it
 
 
 class Threshold(Detector[ThresholdConfig]):

@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -154,8 +155,8 @@ class _Engines(Deployment):
         with self._moving:
             return self._refreshed()
 
-    def _refreshed(self) -> Endpoint:
-        raise NotImplementedError
+    @abstractmethod
+    def _refreshed(self) -> Endpoint: ...
 
     def _endpoint(self, who: str, states: Sequence[EngineState]) -> Endpoint:
         contexts = [s.context for s in states if s.context is not None]

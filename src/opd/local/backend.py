@@ -188,10 +188,12 @@ class LocalBackend:
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
             names.setdefault((policy.network, policy.adapter), who)
-        found = {}
-        for (network, adapter), who in names.items():
-            trains = (network, adapter) == (self.student.network, self.student.adapter)
-            found[who] = check_passes_of(Policy(network, adapter), trains=trains)
+        found: dict[str, PassGaps] = {}
+        for _ in range(2):  # where one of several adapters needs padded passes, the others on its base make them too
+            for (network, adapter), who in names.items():
+                if who not in found or found[who].padded_because != network.padded_because:
+                    trains = (network, adapter) == (self.student.network, self.student.adapter)
+                    found[who] = check_passes_of(Policy(network, adapter), trains=trains)
         return found
 
     def student_as_teacher(self) -> LocalTeachers:

@@ -34,9 +34,10 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
 
 
 def _softcap(config: Any) -> float | None:
+    """The soft cap of logits that a config names; those of attention, routers and MLPs are others."""
     for key, value in config.to_dict().items():
-        if re.search("soft_?cap", key) and not re.search("attn|attention|rout|moe|gate|mlp|up", key):
-            return float(value) if isinstance(value, int | float) and value else None
+        if re.search("soft_?cap", key) and not re.search("attn|attention|rout|moe|gate|mlp", key) and value:
+            return float(value)
     return None
 
 
@@ -64,9 +65,8 @@ def _factor(model: PreTrainedModel, candidates: list[float]) -> float:
         if head.bias is not None:
             plain = plain + head.bias
         factor = float((found * plain).sum() / plain.square().sum().clamp_min(1e-30))
-    near = [
-        value for value in candidates if abs(value / factor - 1.0) < _WITHIN * (1 if wide == head.weight.dtype else 10)
-    ]
+    within = _WITHIN if wide == head.weight.dtype else 10 * _WITHIN  # in half precision
+    near = [value for value in candidates if abs(value - factor) < within * abs(factor)]
     return near[0] if near else 1.0
 
 

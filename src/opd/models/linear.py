@@ -147,15 +147,18 @@ def _adapted(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         return base(x)
     down, up, scale = adapters[0]
     whole = layer.opd_whole.current(base.weight, down, up, scale)
-    return _Adapted.apply(x, base.weight, base.bias, down, up, scale, whole)  # type: ignore[no-any-return]  # torch types it as Any
+    rows = x.reshape(-1, x.shape[-1])
+    out = _Adapted.apply(rows, base.weight, base.bias, down, up, scale, whole)
+    # a view that the function itself returned could not be written over, as Llama 4 does
+    return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # torch types it as Any
 
 
 class _Adapted(torch.autograd.Function):
-    """x [..., in] -> W x + bias + scale B A x, [..., out]; W and its bias are frozen. whole: W + scale B A, if it is there."""
+    """rows [rows, in] -> W x + bias + scale B A x of each, [rows, out]; W and its bias are frozen. whole: W + scale B A, if it is
+    there."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, scale, whole):  # type: ignore[override]  # torch declares (*args)
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(ctx, rows, weight, bias, down, up, scale, whole):  # type: ignore[override]  # torch declares (*args)
         weight = weight if whole is None else whole
         out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         small = None
@@ -163,19 +166,18 @@ class _Adapted(torch.autograd.Function):
             small = rows @ down.T
             out.addmm_(small, up.T, alpha=scale)
         ctx.save_for_backward(rows, small, weight, down, up)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], -1)
+        ctx.scale = scale
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]  # torch declares (*args)
         rows, small, weight, down, up = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
         grad_small = (grad @ up).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
-            grad_x = (grad_x if small is None else grad_x.addmm_(grad_small, down)).view(ctx.shape)
+            grad_x = grad_x if small is None else grad_x.addmm_(grad_small, down)
         grad_down = (rows.T @ grad_small).T if ctx.needs_input_grad[3] else None
         grad_up = None
         if ctx.needs_input_grad[4]:

@@ -235,6 +235,9 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has renamed
             warnings.simplefilter("ignore", UserWarning)  # of missing keys, which are refused
+            warnings.filterwarnings(
+                "ignore", message="The following (rank|alpha)_pattern keys"
+            )  # which peft adds for experts
             yield
     finally:
         transformers.logging.set_verbosity(level)

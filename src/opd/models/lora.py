@@ -179,10 +179,16 @@ def _shown(value: Any) -> str:
 def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> None:
     """Put a trainable adapter named "student" on a network; it starts as the identity, or as `config.start`."""
     torch.manual_seed(seed)
+    left_out = _not_adapted(network.base) if config.target_modules == "all-linear" else []
+    if left_out:
+        network.notes.append(
+            f"model '{network.source}': lora.target_modules = 'all-linear' leaves out {', '.join(left_out)}"
+        )
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
+        exclude_modules="|".join(rf"(.*\.)?{name}" for name in left_out) or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -196,6 +202,26 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
     network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
     if config.start is not None:
         _start_from(network, config.start)
+
+
+def _not_adapted(model: nn.Module) -> list[str]:
+    """Linear layers that an adapter would be wrong for, by the ends of their names.
+
+    Routers return more than their product. Fused kernels read the weight of a Mamba mixer's last layer without calling the layer, so
+    an adapter there would do nothing (PEFT refuses it).
+    """
+    found = []
+    for name, module in model.named_modules():
+        own, above = name.rpartition(".")[2], name.rpartition(".")[0].rpartition(".")[2]
+        if isinstance(module, nn.Linear) and "Router" in type(module).__name__:
+            found.append(own)
+        if (
+            isinstance(getattr(module, "out_proj", None), nn.Linear)
+            and hasattr(module, "A_log")
+            and hasattr(module, "D")
+        ):
+            found.append(f"{own}.out_proj" if above else "out_proj")
+    return sorted(set(found))
 
 
 def _start_from(network: Network, folder: str) -> None:

@@ -64,6 +64,7 @@ class Network:
         self.notes = list(notes)
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
+        require_backbone(model, source=source)
         self.vocab_size = len(self._whole_head())
         # `hidden_states` and the cached passes multiply by the factor, so that everyone else sees a plain product
         self._scale, self.softcap = head_shape(model)
@@ -72,7 +73,6 @@ class Network:
         # Nothing is padded here, and the pad token may be the one that ends a turn: torch would leave out its gradient.
         embeddings.padding_idx = None
         self.num_embeddings = int(embeddings.weight.shape[0])
-        require_backbone(model, source=source)
         # Why passes have one padded row for each sequence (`opd.models.padded`); None: they are packed.
         self.padded_because = use_plans(model)
         self._active: tuple[str | None, bool] | None = None

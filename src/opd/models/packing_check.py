@@ -18,6 +18,7 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from opd.errors import ModelError, one_line
 from opd.models.architecture import decoder_layers
 from opd.models.attention import own_attention
 from opd.models.head import logits_of_states
@@ -52,16 +53,30 @@ _GROWN = 3  # tokens that rows grow by
 _FAR = 100_000  # a position to probe where nothing limits it
 _SPREAD = 30.0  # of the logits with which the head is probed: where soft caps bend
 _HALF = (torch.bfloat16, torch.float16)
+# what the code of a model raises where it cannot run a pass
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 
 def settled_passes(network: Network, *, gradients: bool) -> PassGaps:
     """Check a model's passes. Where packed ones turn out to be wrong, the model makes padded ones from now on, which are checked
     too."""
-    gaps = packed_gaps(network, gradients=gradients)
-    wrong = first_wrong(gaps)
-    if wrong not in (None, "head") and not math.isnan(gaps[wrong]) and network.padded_because is None:
-        network.pad(PACKING_CAUSES[wrong])
+    try:
         gaps = packed_gaps(network, gradients=gradients)
+        wrong = first_wrong(gaps)
+        because = None if wrong in (None, "head") or math.isnan(gaps[wrong]) else PACKING_CAUSES[wrong]
+    except _FAILURES as error:
+        if isinstance(error, ModelError | torch.OutOfMemoryError):
+            raise
+        said = one_line(str(error))[:200]
+        if network.padded_because is not None:
+            raise ModelError(
+                f"model '{network.source}': its own code fails in a forward pass over text ({said}); use another model (a teacher "
+                "of this kind can run behind a server: teachers.NAME.url)"
+            ) from None
+        gaps, because = {}, f"a packed pass fails in this model ({said})"
+    if because is not None and network.padded_because is None:
+        network.pad(because)
+        return settled_passes(network, gradients=gradients)
     return PassGaps(gaps, network.padded_because)
 
 

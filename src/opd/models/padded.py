@@ -101,6 +101,7 @@ class PaddedCache:
 
     def decode(self, backbone: nn.Module, token_ids: Sequence[int]) -> Tensor:
         """One more token for each row; returns the hidden states [rows, hidden] after it."""
+        counted = "position_ids" in inspect.signature(backbone.forward).parameters
         groups: dict[_Group, list[int]] = {}
         for row, (group, _) in enumerate(self._rows):
             groups.setdefault(group, []).append(row)
@@ -111,9 +112,7 @@ class PaddedCache:
                 _select(group.cache, torch.tensor(wanted, device=self._device))
             ids = torch.tensor([[token_ids[row]] for row in rows], device=self._device)
             options: dict[str, Any] = {group.name: group.cache}
-            if (
-                "position_ids" in inspect.signature(backbone.forward).parameters
-            ):  # some models do not count from their cache
+            if counted:  # some models do not count from their cache
                 options["position_ids"] = torch.full_like(ids, group.length)
             output = backbone(ids, use_cache=True, **options)
             group.cache, group.rows, group.length = getattr(output, group.name), len(rows), group.length + 1
