@@ -207,8 +207,8 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
 def _not_adapted(model: nn.Module) -> list[str]:
     """Linear layers that an adapter would be wrong for, by the ends of their names.
 
-    Routers return more than their product. Fused kernels read the weight of a Mamba mixer's last layer without calling the layer, so
-    an adapter there would do nothing (PEFT refuses it).
+    Routers return more than their product. Fused kernels read the weight of a Mamba mixer's last layer without calling the layer,
+    so an adapter there would do nothing (PEFT refuses it).
     """
     found = []
     for name, module in model.named_modules():

@@ -31,7 +31,7 @@ def rows_of(tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
     kept: list[np.ndarray] = []
     for path in sorted(tree.paths, key=len, reverse=True):
         if len(path) and row_of[path[-1]] < 0:
-            row_of[path[row_of[path] < 0]] = len(kept)
+            row_of[path] = len(kept)
             kept.append(path)
     token_ids = np.zeros((len(kept), max(map(len, kept), default=0)), dtype=np.int64)
     for row, path in zip(token_ids, kept, strict=True):
