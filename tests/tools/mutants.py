@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 import types
 import warnings
@@ -136,6 +137,7 @@ class Faults:
         self.name, self.options, self.done = name, options, done
         self.kills: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
+        self.reached: dict[str, set[str]] = {}
         self.path = ROOT / "src" / "opd" / (name.replace(".", "/") + ".py")
         self.running: dict[int, Running] = {}
 
@@ -180,20 +182,22 @@ class Faults:
         reader, writer = os.pipe()
         if not (pid := os.fork()):
             _quiet()
-            found = {}
+            times, reached = {}, Reached(str(self.path))
             for item, following in _pairs(items):
                 began = time.process_time()
-                passed = _passes(item, following)
-                found[item.nodeid] = time.process_time() - began if passed else None
-            os.write(writer, json.dumps(found).encode())
+                passed = reached.passes(item, following)
+                times[item.nodeid] = time.process_time() - began if passed else None
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(json.dumps([times, reached.owners()]).encode())
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
-            found = json.loads(pipe.read())
+            found, owners = json.loads(pipe.read())
         os.waitpid(pid, 0)
         for name in (name for name, took in found.items() if took is None):
             print(f"left out, as it fails without a fault: {name}")
         self.seconds = {name: took for name, took in found.items() if took is not None}
+        self.reached = {name: set(names) for name, names in owners.items()}
         return [item for item in items if item.nodeid in self.seconds]
 
     def start(self, mutant: Mutant, tree: ast.Module, functions: Any, items: list[pytest.Item]) -> None:
@@ -216,22 +220,30 @@ class Faults:
         if not applied:
             os.write(writer, json.dumps({"status": "invalid", "test": "no such function in memory"}).encode())
             os._exit(0)
-        for item, following in _pairs(self.ordered(items)):
+        for item, following in _pairs(self.ordered(mutant, items)):
             if not _passes(item, following):
                 os.write(writer, json.dumps({"status": "killed", "test": item.nodeid}).encode())
                 os._exit(0)
         os.write(writer, json.dumps({"status": "survived", "test": ""}).encode())
         os._exit(0)
 
-    def ordered(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        """File by file, in each the tests that killed most a second first."""
-        files = list(dict.fromkeys(item.nodeid.split("::")[0] for item in items))
+    def ordered(self, mutant: Mutant, items: list[pytest.Item]) -> list[pytest.Item]:
+        """The tests that reach the function of a mutant; first those that have killed some, most a second first, each file in one
+        piece. A mutant that survived is tried on every test (`--again`): a test may read what an earlier one left in a cache."""
+        if mutant.kind == "code" and not self.options.again:
+            items = [item for item in items if mutant.owner in self.reached[item.nodeid]]
 
-        def rank(item: pytest.Item) -> tuple[int, float]:
-            worth = (self.kills[item.nodeid] + 0.1) / (self.seconds[item.nodeid] + 0.02)
-            return files.index(item.nodeid.split("::")[0]), -worth
+        def worth(several: Sequence[pytest.Item]) -> float:
+            return sum(self.kills[i.nodeid] for i in several) / sum(self.seconds[i.nodeid] + 0.02 for i in several)
 
-        return sorted(items, key=rank)
+        found: list[pytest.Item] = []
+        for part in ([i for i in items if self.kills[i.nodeid]], [i for i in items if not self.kills[i.nodeid]]):
+            files: dict[str, list[pytest.Item]] = {}
+            for item in sorted(part, key=lambda i: (-worth([i]), self.seconds[i.nodeid])):
+                files.setdefault(item.nodeid.split("::")[0], []).append(item)
+            quickest = sorted(files.values(), key=lambda f: (-worth(f), sum(self.seconds[i.nodeid] for i in f)))
+            found += [item for file in quickest for item in file]
+        return found
 
     def wait(self) -> None:
         """Until one fork has ended; keep what it found."""
@@ -252,6 +264,42 @@ class Faults:
             file.write(json.dumps(line) + "\n")
         if found["status"] != "killed":
             print(f"{found['status']}: {shown(line)} {found['test']}", flush=True)
+
+
+class Reached:
+    """Which functions of a file a test runs, those of its file's fixtures included: they may be made for an earlier test."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._calls: dict[str, set[str]] = {}
+        self._fixtures: dict[str, set[str]] = {}
+        self._now: set[str] = set()
+
+    def passes(self, item: pytest.Item, following: pytest.Item | None) -> bool:
+        mine = self._calls[item.nodeid] = set()
+        before = self._fixtures.setdefault(item.nodeid.split("::")[0], set())
+        call = item.runtest
+
+        def runtest() -> None:
+            self._now = mine
+            call()
+
+        item.runtest = runtest  # type: ignore[method-assign]
+        self._now = before
+        threading.settrace(self._trace)
+        sys.settrace(self._trace)
+        try:
+            return _passes(item, following)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+
+    def _trace(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename == self._path:
+            self._now.add(frame.f_code.co_qualname)
+
+    def owners(self) -> dict[str, list[str]]:
+        return {name: sorted(mine | self._fixtures[name.split("::")[0]]) for name, mine in self._calls.items()}
 
 
 def _functions(path: str) -> dict[str, list[types.FunctionType]]:
