@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import SOUND, network_of
 from factories import save_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from opd.errors import ModelError
-from opd.models.attention import TreePlan, use_plans
+from opd.models.architecture import Reach, reach_of
+from opd.models.attention import TreePlan, own_attention, tiles_of, use_plans
 from opd.models.kv_cache import KVCache
 from opd.models.linear import few_rows, fuse_adapters, merged
 from opd.models.network import Network
@@ -38,22 +40,27 @@ def one_tree(tokens: list[list[int]]) -> TokenTree:
     return tree
 
 
-def dense(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def dense(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: Reach | None) -> Tensor:
     """Attention written out, key heads repeated."""
     visible = torch.zeros(len(tree), len(tree), dtype=torch.bool)
-    for node, parent in enumerate(tree.parents.tolist()):
-        if parent >= 0:
-            visible[node] = visible[parent]
-        visible[node, node] = True
+    for path in tree.paths:
+        for at, node in enumerate(path):
+            first = 0
+            if reach is not None:
+                first = at - at % reach.window if reach.in_chunks else max(0, at - reach.window + 1)
+            visible[node, path[first : at + 1]] = True
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
     return (torch.softmax(scores, -1) @ value).transpose(1, 2)
 
 
-@quick
-@given(sequences, st.sampled_from([(1, 1), (2, 2), (2, 6)]), st.integers(0, 99))
-def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens, heads, seed):
+REACHES = [None, Reach(1), Reach(7), Reach(70), Reach(200), Reach(16, in_chunks=True), Reach(100, in_chunks=True)]
+
+
+@settings(max_examples=60)
+@given(sequences, st.sampled_from([(1, 1), (2, 2), (2, 6)]), st.sampled_from(REACHES), st.integers(0, 99))
+def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens, heads, reach, seed):
     tree, (few, many) = one_tree(tokens), heads
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,7 +69,7 @@ def test_a_packed_tree_attends_as_with_a_dense_mask_and_has_its_gradients(tokens
 
     given_ = [normal(1, n, len(tree), 4).requires_grad_() for n in (many, few, few)]
     plan = TreePlan(tree, device=torch.device("cpu"))
-    found, expected = plan.attend(0, *given_, 0.3), dense(tree, *given_, 0.3)
+    found, expected = plan.attend(0, *given_, 0.3, reach), dense(tree, *given_, 0.3, reach)
     assert found.shape == expected.shape == (1, len(tree), many, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = normal(*found.shape)
@@ -80,7 +87,7 @@ def test_what_tiles_keep_for_their_gradient_does_not_grow_with_what_they_see(mon
         monkeypatch.setattr("opd.models.attention._WIDE", wide)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
-            out = plan.attend(0, *given_, None)
+            out = plan.attend(0, *given_, None, None)
         found.append((out, *torch.autograd.grad(out.cos().sum(), given_)))
         kept.append(sum(sizes))
     for kept_all, again in zip(*found, strict=True):
@@ -98,7 +105,7 @@ def test_a_shared_prefix_keeps_its_gradient_in_half_precision():
     gradients = []
     for dtype in (torch.bfloat16, torch.float64):
         mine = [x.to(dtype).requires_grad_() for x in numbers]
-        out = plan.attend(0, *mine, None)
+        out = plan.attend(0, *mine, None, None)
         gradients.append(torch.autograd.grad(out.sum(), mine[2])[0][:, :, :8].double())
     half, exact = gradients
     assert float((half - exact).norm() / exact.norm()) < 0.01
@@ -110,6 +117,14 @@ def test_attention_that_a_plan_cannot_make_is_refused(name: str):
     states = torch.randn(1, 2, 3, 4)
     with pytest.raises(ModelError, match=f"Linear attends with '{name}', which packed passes do not do"):
         attend(torch.nn.Linear(1, 1), states, states, states, None, **{name: torch.ones(1)})
+
+
+def test_a_window_keeps_the_tiles_of_a_long_sequence_small():
+    """Of 4,000 tokens a tile sees its window and itself, not all that came before."""
+    tree = one_tree([list(range(4000))])
+    wide, narrow = (tiles_of(tree, size=64, reach=reach) for reach in (None, Reach(128)))
+    assert max(group.keys.shape[1] for group in wide.groups) == 4000
+    assert max(group.keys.shape[1] for group in narrow.groups) == 128 + 63
 
 
 def toy_network(tmp_path: Path) -> Network:
@@ -142,6 +157,48 @@ def test_rows_that_begin_grow_split_and_end_have_the_states_of_their_tokens(tmp_
         texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
         assert rows.lengths == [len(text) - 1 for text in texts]
         hidden = network.decode(tokens, rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("mistral", {"sliding_window": 9}),
+        ("qwen3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9, "use_sliding_window": True}),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 40}),
+    ],
+)  # fmt: skip
+def test_rows_in_a_window_keep_what_it_needs_alone(kind, options):
+    """Rows of very different lengths, beyond the window, through all that happens to rows, against the model's own pass."""
+    network = network_of(kind, {**SOUND[kind], **options, "max_position_embeddings": 1024})
+    assert network.padded_because is None
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 250, length).tolist() for length in (3, 60, 1, 150)]
+    rows = KVCache(network.device)
+    hidden = network.prefill(texts, rows, max_tokens=100)
+    for step in range(300):
+        if step % 7 == 0 or step < 20:
+            for text, state in zip(texts, hidden, strict=True):
+                with own_attention(network.base):
+                    plain = network._backbone(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
+                torch.testing.assert_close(state, plain, rtol=0, atol=5e-5)
+        if step == 100:
+            rows.copy(1)
+            texts.append(list(texts[1]))
+        if step == 130:
+            rows.drop(0)
+            texts[0] = texts.pop()
+        if step == 160:
+            texts.append([9, 8])
+            network.prefill([[9, 8]], rows, max_tokens=100)
+        tokens = rng.integers(0, 200, len(texts)).tolist()
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+        hidden = network.decode(tokens, rows)
+    windowed = [layer for layer in (0, 1) if reach_of(network.base.config, layer) is not None]
+    assert windowed
+    for layer in (0, 1):
+        room = rows._buffers[layer, "key"].shape[2]
+        assert (room < 200) if layer in windowed else (room >= 450)
 
 
 def adapted(tmp_path: Path, **options: bool) -> PeftModel:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import FOUND, PADDED, SOUND, network_of, toy_of
+from architectures import FOUND, PADDED, SOUND, WINDOWED, network_of, toy_of
 from factories import byte_tokenizer, save_adapter, save_toy, toy_model
 from torch import Tensor
 
 from opd.checks.startup import passes_equal_own
 from opd.config import ComputeConfig
 from opd.models import architecture, attention
-from opd.models.architecture import length_limit
+from opd.models.architecture import Reach, length_limit, reach_of, reaches_of
 from opd.models.loading import load_network
 from opd.models.lora import add_adapter
 from opd.models.network import Network
@@ -177,14 +177,61 @@ def config_of(kind: str, **options: Any) -> Any:
         ("llama", {"rope_parameters": LONGROPE, **SHORT}, 64, "its rope ('longrope') changes beyond 64 tokens"),
         ("llama", {"rope_parameters": DYNAMIC}, 256, "its rope ('dynamic') changes beyond 256 tokens"),
         ("llama", {"rope_parameters": {**DYNAMIC, "rope_type": "linear"}}, 256, ""),
-        ("mistral", {"sliding_window": 32}, 32, "its attention has a sliding window of 32 tokens"),
-        ("mistral", {"sliding_window": None}, 256, ""),
+        ("mistral", {"sliding_window": 32}, 256, ""),
     ],
 )  # fmt: skip
 def test_the_longest_sequence_that_may_be_packed_says_why(kind: str, options: dict[str, Any], tokens: int, cause: str):
     limit = length_limit(config_of(kind, **options))
     assert limit is not None
     assert (limit.tokens, limit.cause) == (tokens, cause)
+
+
+@pytest.mark.parametrize(
+    ("facts", "window", "reaches"),
+    [
+        ({"sliding_window": 8}, None, [Reach(8), Reach(8)]),
+        ({"sliding_window": None}, None, [None, None]),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, None, [None, Reach(8)]),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}, None, [None, None]),
+        ({"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16}, None, [Reach(16, True), None]),
+        ({}, 8, [Reach(8), Reach(8)]),
+    ],
+)  # fmt: skip
+def test_how_far_back_a_layer_sees(facts: dict[str, Any], window: int | None, reaches: list[Reach | None]):
+    assert [reach_of(Said(**facts), layer, window) for layer in (0, 1)] == reaches
+    if window is None:
+        assert reaches_of(Said(**facts)) == set(reaches) - {None}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_are_right_in_packed_passes_and_checked_beyond_their_end(kind: str, dtype: torch.dtype):
+    network = network_of(kind, WINDOWED[kind], dtype)
+    gaps, because = settled_passes(network, gradients=True)
+    assert because is None
+    assert max(gaps.values()) < PACKED_WITHIN / 20, gaps
+    assert gaps["windows"] == 0.0
+    assert network.max_context == 256
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_wide_window_is_narrowed_for_the_check_and_stays_as_it_was(kind: str, monkeypatch: pytest.MonkeyPatch):
+    network = network_of(kind, {**WINDOWED[kind], "sliding_window": 200})
+    states = network.hidden_states(pack_trees([[1, 2, 3] * 80], max_tokens=300)[0][1])
+    assert max(packed_gaps(network, gradients=True).values()) < PACKED_WITHIN / 20
+    assert torch.equal(network.hidden_states(pack_trees([[1, 2, 3] * 80], max_tokens=300)[0][1]), states)
+    # what the check is for: attention that sees as if there were no window, within 32 tokens of 200
+    monkeypatch.setattr(attention, "reach_of", lambda config, layer, window=None: None)
+    assert list(packed_gaps(network, gradients=False))[-1] == "one sequence"
+
+
+def test_a_window_that_only_the_config_has_is_found():
+    """Llama has no windows, whatever a config says; transformers' cache believes the config, so it cannot sample from it."""
+    model = toy_of("llama", SOUND["llama"])
+    model.config.sliding_window = 100
+    gaps, because = settled_passes(Network(model, byte_tokenizer(), "toy"), gradients=False)
+    assert because == PACKING_CAUSES["windows"]
+    assert list(gaps)[-1] == "grown rows"
 
 
 class Said:
@@ -203,9 +250,6 @@ class Said:
         ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 128}, 128),
         ({"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}}, 64),
         ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, 1000),
-        ({"attention_chunk_size": 100, "layer_types": ["chunked_attention", "full_attention"]}, 100),
-        ({"attention_chunk_size": 100, "layer_types": ["full_attention"]}, 1000),
-        ({"sliding_window": 100, "layer_types": ["full_attention"]}, 1000),
     ],
 )
 def test_a_limit_is_found_wherever_a_config_keeps_it(facts: dict[str, Any], tokens: int):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from architectures import FOUND, NO_CACHE, PADDED, SOUND, network_of
+from architectures import FOUND, NO_CACHE, PADDED, SOUND, WINDOWED, network_of
 from torch import Tensor
 
 from opd.checks.startup import passes_equal_own
@@ -121,9 +121,13 @@ HEADS = ("phi", "codegen", "nanochat", "granite", "minicpm3")
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])
-@pytest.mark.parametrize("kind", [*PADDED, *FOUND, *HEADS])
+@pytest.mark.parametrize("kind", [*PADDED, *FOUND, *HEADS, *WINDOWED])
 def test_every_weight_that_trains_has_the_gradient_of_the_models_own_passes(kind: str, trainable: str):
-    network = network_of(kind, SOUND[kind] if kind in HEADS else (PADDED | FOUND)[kind][0])
+    if kind in WINDOWED:
+        network = network_of(kind, {**WINDOWED[kind], "sliding_window": 3})  # shorter than the sequences
+        assert network.padded_because is None
+    else:
+        network = network_of(kind, SOUND[kind] if kind in HEADS else (PADDED | FOUND)[kind][0])
     if kind in FOUND:
         network.pad("of the test")
     if trainable == "lora":

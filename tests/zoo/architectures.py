@@ -58,6 +58,22 @@ SOUND: dict[str, dict[str, Any]] = {
     # a hybrid's config whose layers are all attention
     "granitemoehybrid": {**_GRANITE, "layer_types": ["attention", "attention"]},
 }
+# each layer with a window of 12 tokens, or only some
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 12},
+    "mixtral": {**_HEAD, "sliding_window": 12, "num_local_experts": 2},
+    "phi3": {"sliding_window": 12},
+    "starcoder2": {"sliding_window": 12},
+    "qwen2": {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_moe": {
+        "sliding_window": 12, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"],
+        "moe_intermediate_size": 16, "num_experts": 4, "shared_expert_intermediate_size": 16,
+    },
+    "gemma3_text": {**_HEAD, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"], "logit_scale": 0.25},
+    "exaone4": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
 # packed passes are wrong for these, by their config or modules: why
 PADDED: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "short convolutions carry state across packed sequences"),

@@ -7,13 +7,17 @@ All others run padded passes (`opd.models.padded`). The start-up check then meas
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from opd.errors import ModelError
 from opd.roles import Limit, smallest
+
+Place = TypeVar("Place", int, np.ndarray, torch.Tensor)  # of a token in its sequence
 
 _STATE = "carry state across packed sequences"
 _ALLOWED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp"}
@@ -70,23 +74,67 @@ def require_backbone(model: PreTrainedModel, *, source: str) -> None:
         )
 
 
-def length_limit(config: Any, *, packed: bool = True) -> Limit | None:
+@dataclass(frozen=True)
+class Reach:
+    """How far back the tokens of a layer see: the last `window` tokens, the token itself among them; or, `in_chunks`, its chunk of
+    so many tokens up to itself."""
+
+    window: int
+    in_chunks: bool = False
+
+    def first(self, place: Place) -> Place:
+        """The first place that the token at `place` sees; 0 or less: the beginning."""
+        return place // self.window * self.window if self.in_chunks else place - (self.window - 1)
+
+
+def reach_of(config: Any, layer: int, window: int | None = None) -> Reach | None:
+    """How far back the tokens of a layer see, by the config that its attention keeps and the window that it is called with (many
+    architectures put theirs into the mask alone); None: to the first token."""
+    kinds = getattr(config, "layer_types", None)
+    kind = "sliding_attention" if kinds is None else kinds[layer]
+    if kind == "chunked_attention" and getattr(config, "attention_chunk_size", None):
+        return Reach(config.attention_chunk_size, in_chunks=True)
+    if window is None and kind == "sliding_attention":
+        window = getattr(config, "sliding_window", None)
+    return None if window is None else Reach(window)
+
+
+def reaches_of(config: Any) -> set[Reach]:
+    """How far back the tokens of layers with a window or chunks see."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [None]
+    return {reach for layer in range(len(kinds)) if (reach := reach_of(text, layer)) is not None}
+
+
+@contextlib.contextmanager
+def narrow_windows(model: PreTrainedModel, tokens: int) -> Iterator[bool]:
+    """Let every window and chunk of a model be of at most so many tokens; yields whether it has any. What lies beyond a window can
+    then be tried with few tokens."""
+    found = [
+        (part, name, size)
+        for part in (model.config.get_text_config(), *model.modules())
+        for name in ("sliding_window", "attention_chunk_size")
+        if isinstance(size := getattr(part, name, None), int) and size > tokens
+    ]
+    for part, name, _ in found:
+        setattr(part, name, tokens)
+    try:
+        yield bool(found)
+    finally:
+        for part, name, size in found:
+            setattr(part, name, size)
+
+
+def length_limit(config: Any) -> Limit | None:
     """The longest sequence that passes are right for, with its cause; None where the config sets no limit.
 
-    The mask of a packed pass has no window and no chunks. One rope turns all sequences of a pass, packed or padded: where a rope
-    changes with the longest of them ("longrope", "dynamic"), all stay below the change.
+    One rope turns all sequences of a pass, packed or padded: where a rope changes with the longest of them ("longrope",
+    "dynamic"), all stay below the change.
     """
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
     found: list[Limit] = []
     if (context := getattr(text, "max_position_embeddings", None)) is not None:
         found.append(Limit(context))
-    window = getattr(text, "sliding_window", None)
-    if packed and window is not None and (kinds is None or "sliding_attention" in kinds):
-        found.append(Limit(window, f"its attention has a sliding window of {window} tokens"))
-    chunk = getattr(text, "attention_chunk_size", None)
-    if packed and chunk is not None and (kinds is None or "chunked_attention" in kinds):
-        found.append(Limit(chunk, f"its attention has chunks of {chunk} tokens"))
     found += _rope_limits(text)
     return smallest(reversed(found))  # of equal limits the last one, which names a cause other than the context
 

@@ -4,9 +4,9 @@ transformers calls a function of our choice in every attention layer, with the k
 of them, `plan`, says what the tokens of this pass see. Without a plan a model attends as it always does.
 
 The plan of a tree works in tiles, so that tokens that do not see each other cost little. A tile is a stretch of consecutive
-nodes. Its keys are the nodes that any of them sees: the tile itself, and the ancestors of the branches in it. Tiles begin where
-branches do, unless several short branches fit into one. Tiles that see about as many keys are computed together, padded to the
-widest.
+nodes. Its keys are the nodes that any of them sees: the tile itself, and the ancestors of the branches in it, as far back as the
+layer looks. Tiles begin where branches do, unless several short branches fit into one. Tiles that see about as many keys are
+computed together, padded to the widest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opd.errors import ModelError
-from opd.models.architecture import unpackable
+from opd.models.architecture import Reach, reach_of, unpackable
 from opd.models.packing import TokenTree
 
 _NAME = "opd"
@@ -39,11 +39,19 @@ _WIDE = 512  # keys; groups that see more keep only their inputs for the gradien
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
 
 
+# of one layer, for each node of a pass: keys and values [nodes, key heads, size], and how far back the layer sees
+Kept = tuple[Tensor, Tensor, Reach | None]
+
+
 class Plan(Protocol):
     """What the tokens of one pass see."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query [batch, heads, tokens, size], key and value [batch, key heads, tokens, size] -> [batch, tokens, heads, size]."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, reach: Reach | None
+    ) -> Tensor:
+        """query [batch, heads, tokens, size], key and value [batch, key heads, tokens, size] -> [batch, tokens, heads, size].
+
+        reach: how far back the tokens of this layer see; None: to the first one."""
         ...
 
 
@@ -83,7 +91,8 @@ def _attend(
     plan: Plan | None = options.pop("plan", None)
     if plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return plan.attend(module.layer_idx, query, key, value, options.get("scaling")), None
+    reach = reach_of(module.config, module.layer_idx, options.get("sliding_window"))
+    return plan.attend(module.layer_idx, query, key, value, options.get("scaling"), reach), None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -106,24 +115,32 @@ class TileGroup:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of a tree, the widest group first, and the nodes' numbers in depth-first order.
+    """The tiles of a tree, the widest group first, the nodes' numbers in depth-first order, and how far back each node sees.
 
-    enter, leave [nodes] int32: node n sees node k (k is n or an ancestor of n) where enter[k] <= enter[n] < leave[k].
+    enter, leave [nodes] int32: node k is n or an ancestor of n where enter[k] <= enter[n] < leave[k]; depths, first [nodes] int64:
+    n sees of these the nodes k with first[n] <= depths[k].
     """
 
     groups: Sequence[TileGroup]
     enter: np.ndarray
     leave: np.ndarray
+    depths: np.ndarray
+    first: np.ndarray
 
 
 @lru_cache(maxsize=_KEPT)
-def tiles_of(tree: TokenTree, *, size: int) -> Tiles:
+def tiles_of(tree: TokenTree, *, size: int, reach: Reach | None) -> Tiles:
     """Every node of a tree in exactly one tile of at most `size` nodes. Those of the last trees are kept."""
+    depths = tree.depths
+    first_seen = np.zeros_like(depths) if reach is None else reach.first(depths)
     breaks = np.flatnonzero(tree.parents != np.arange(len(tree)) - 1)
     runs = [0, *breaks.tolist(), len(tree)]  # bounds of the unbroken lines of nodes, each the parent of the next
     first_of_run = np.repeat(runs[:-1], np.diff(runs))
     cuts = _cuts(runs, size)
     keys = [_keys(tree.parents, first_of_run, start, end) for start, end in cuts]
+    if reach is not None:
+        lowest = [first_seen[start:end].min() for start, end in cuts]
+        keys = [mine[depths[mine] >= low] for mine, low in zip(keys, lowest, strict=True)]
     groups: list[list[int]] = []
     for i in sorted(range(len(keys)), key=lambda i: -len(keys[i])):
         if not groups or len(keys[i]) < _SLACK * len(keys[groups[-1][0]]):
@@ -137,7 +154,7 @@ def tiles_of(tree: TokenTree, *, size: int) -> Tiles:
             row[: len(keys[i])] = keys[i]
         starts, ends = np.array([cuts[i] for i in members]).T
         found.append(TileGroup(starts, ends, padded, counts))
-    return Tiles(found, *_depth_first(tree.parents, runs))
+    return Tiles(found, *_depth_first(tree.parents, runs), depths, first_seen)
 
 
 def _cuts(runs: Sequence[int], size: int) -> list[tuple[int, int]]:
@@ -187,41 +204,61 @@ def _depth_first(parents: np.ndarray, runs: Sequence[int]) -> tuple[np.ndarray, 
 
 
 def visible_keys(tiles: Tiles, group: TileGroup, *, size: int, device: torch.device) -> Tensor:
-    """Which keys each node of a group's tiles sees, [tiles, size, width] bool. A place behind a tile's last node sees the first
-    key, so that every row sees something."""
-    enter, leave = (torch.from_numpy(a).to(device) for a in (tiles.enter, tiles.leave))
+    """Which keys each node of a group's tiles sees, [tiles, size, width] bool. A place behind a tile's last node sees what the
+    first key sees, itself at least, so that every row sees something."""
+    enter, leave, depths, first_seen = (
+        torch.from_numpy(a).to(device) for a in (tiles.enter, tiles.leave, tiles.depths, tiles.first)
+    )
     starts, ends, keys, counts = (
         torch.from_numpy(a).to(device) for a in (group.starts, group.ends, group.keys, group.counts[:, None])
     )
     nodes = starts[:, None] + torch.arange(size, device=device)
-    nodes = torch.where(nodes < ends[:, None], nodes, keys[:, :1])  # the first key is a root, which sees itself alone
+    nodes = torch.where(nodes < ends[:, None], nodes, keys[:, :1])
     is_key = torch.arange(keys.shape[1], device=device) < counts
     at, first = enter[nodes][:, :, None], enter[keys].masked_fill(~is_key, len(enter))
-    return (first[:, None] <= at).logical_and_(at < leave[keys][:, None])
+    visible = (first[:, None] <= at).logical_and_(at < leave[keys][:, None])
+    return visible.logical_and_(depths[keys][:, None] >= first_seen[nodes][:, :, None])
 
 
 class TreePlan:
     """A token of a packed tree sees itself and its ancestors. With `keep`, `kept` has each layer's keys and values
-    [tokens, key heads, size] afterwards."""
+    [tokens, key heads, size], and its reach, afterwards."""
 
     def __init__(self, tree: TokenTree, *, device: torch.device, keep: bool = False) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
-        self._chain = bool((tree.parents == np.arange(len(tree)) - 1).all())
-        if self._chain:
-            return
-        tiles = tiles_of(tree, size=_TILE)
+        self.kept: dict[int, Kept] | None = {} if keep else None
+        self._tree, self._device = tree, device
+        self._is_chain = bool((tree.parents == np.arange(len(tree)) - 1).all())
+        self._deepest = int(tree.depths.max(initial=0))
+        self._tiled: dict[Reach | None, _TiledAttention] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, reach: Reach | None
+    ) -> Tensor:
+        if self.kept is not None:
+            self.kept[layer] = (key[0].transpose(0, 1), value[0].transpose(0, 1), reach)
+        if reach is not None and reach.first(self._deepest) <= 0:
+            reach = None  # all see to the first token
+        if self._is_chain and reach is None:
+            shared = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+        if reach not in self._tiled:
+            self._tiled[reach] = _TiledAttention(self._tree, reach, self._device)
+        return self._tiled[reach].attend(query, key, value, scale)
+
+
+class _TiledAttention:
+    """The tiles of a tree for the layers of one reach, and the masks that they share."""
+
+    def __init__(self, tree: TokenTree, reach: Reach | None, device: torch.device) -> None:
+        tiles = tiles_of(tree, size=_TILE, reach=reach)
         self._keys = [torch.from_numpy(group.keys).to(device) for group in tiles.groups]
         self._visible = [visible_keys(tiles, group, size=_TILE, device=device) for group in tiles.groups]
         self._masks: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._places = torch.from_numpy(_places(tiles.groups, len(tree))).to(device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        if self.kept is not None:
-            self.kept[layer] = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         shared = query.shape[1] // key.shape[1]
-        if self._chain:
-            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
         heads, size, width = key.shape[1], query.shape[3], value.shape[3]
         kind = (shared, query.dtype)  # under mixed precision not that of the weights
         if kind not in self._masks:

@@ -84,7 +84,7 @@ class Network:
     @property
     def limit(self) -> Limit | None:
         """The longest sequence that the forward pass is right for, and why; None where the model's config sets no limit."""
-        return length_limit(self.base.config, packed=self.padded_because is None)
+        return length_limit(self.base.config)
 
     @property
     def max_context(self) -> int | None:

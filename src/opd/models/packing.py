@@ -7,7 +7,7 @@ same numbers as the sequence alone, at the cost of the distinct tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,6 +32,14 @@ class TokenTree:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """How many nodes lie above each, [nodes] int64: its place in every sequence that goes through it."""
+        found = np.zeros(len(self), dtype=np.int64)
+        for path in self.paths:
+            found[path] = np.arange(len(path))
+        return found
 
 
 class _Builder:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from opd.errors import ModelError, one_line
-from opd.models.architecture import decoder_layers
+from opd.models.architecture import decoder_layers, narrow_windows, reaches_of
 from opd.models.attention import own_attention
 from opd.models.head import logits_of_states
 from opd.models.kv_cache import KVCache
@@ -36,6 +36,7 @@ PACKED_WITHIN = 1e-3
 PACKING_CAUSES: Mapping[str, str] = {
     "plan": "this model does not pass the arguments of a forward pass on to its attention",
     "head": "this model scales, caps or shifts its logits after the output head",
+    "windows": "this model's attention does not have the window that its config names",
     "one sequence": "this model's layers do not see a token's predecessors by plain attention alone",
     "several sequences": "this model's layers carry state across packed sequences",
     "another order": "this model's layers carry state across packed sequences, which depends on their order",
@@ -49,6 +50,7 @@ _TEXT = (
     "brown fox among them."
 )
 _TOKENS = 32  # of the longest probe
+_WINDOW = 8  # tokens that windows and chunks have in the check, so that short texts go beyond them
 _GROWN = 3  # tokens that rows grow by
 _FAR = 100_000  # a position to probe where nothing limits it
 _SPREAD = 30.0  # of the logits with which the head is probed: where soft caps bend
@@ -91,25 +93,35 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
     Log-probabilities by their largest difference, as a fraction of the spread (standard deviation) of the logits; gradients by
     the norm of the difference, as a fraction of theirs. A nan stays a nan. The first probe that is too large is the last one made.
 
-    plan: whether attention uses the plan of a pass; head: logits from hidden states; one sequence: a pass of one; several
-    sequences: one pass over all, which share prefixes; another order: the same pass with the sequences reversed; distant
-    positions: a short sequence beside one at the end of the model's limit; next pass: the first sequence once more; grown rows:
-    tokens one by one, as while sampling; gradients: of the pass over all, for its inputs.
+    plan: whether attention uses the plan of a pass; head: logits from hidden states; windows: whether narrower windows change the
+    model's own logits; one sequence: a pass of one; several sequences: one pass over all, which share prefixes; another order:
+    the same pass with the sequences reversed; distant positions: a short sequence beside one at the end of the model's limit; next
+    pass: the first sequence once more; grown rows: tokens one by one, as while sampling; gradients: of the pass over all, for its
+    inputs. Windows and chunks have a few tokens meanwhile, so that every probe goes beyond them.
     """
     with _in_float32(network) as widened:
-        probe = _Probe(network)
-        found: dict[str, float] = {}
-        for name, gap in probe.gaps.items():
+        wide = []
+        if any(reach.window > _WINDOW for reach in reaches_of(network.base.config)):
             with torch.no_grad():
-                found[name] = gap()
-            if not found[name] <= PACKED_WITHIN:
-                return found
-        if gradients:
-            # only the inputs of layers are kept for the gradient, so that weights of one layer at a time are widened
-            layers = decoder_layers(network.base) if widened else ()
-            with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
-                found["gradients"] = probe.gradient_gap()
-        return found
+                wide = _Probe(network, ()).plain[:1]
+        with narrow_windows(network.base, _WINDOW):
+            return _measured(_Probe(network, wide), network, gradients=gradients, layer_by_layer=widened)
+
+
+def _measured(probe: "_Probe", network: Network, *, gradients: bool, layer_by_layer: bool) -> dict[str, float]:
+    """`packed_gaps` of a probe; layer_by_layer: keep only the inputs of layers for the gradient, so that weights of one layer at a
+    time are widened."""
+    found: dict[str, float] = {}
+    for name, gap in probe.gaps.items():
+        with torch.no_grad():
+            found[name] = gap()
+        if not found[name] <= PACKED_WITHIN:
+            return found
+    if gradients:
+        layers = decoder_layers(network.base) if layer_by_layer else ()
+        with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
+            found["gradients"] = probe.gradient_gap()
+    return found
 
 
 def _sequences(network: Network) -> list[list[int]]:
@@ -129,25 +141,32 @@ def _sequences(network: Network) -> list[list[int]]:
 class _Probe:
     """The comparisons of one model, each of its packed passes with the model's own logits of every sequence alone."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, wide: Sequence[Tensor]) -> None:
+        """wide: the model's own logits of the first sequence in windows as they are, of a model that has wide ones."""
         self._network = network
+        self._wide = wide
         self._sequences = _sequences(network)
         every: dict[str, Callable[[], float]] = {
             "plan": self._plan_gap,
             "head": self._head_gap,
-            "one sequence": lambda: self._tree_gap(self._sequences[:1], self._plain[:1]),
-            "several sequences": lambda: self._tree_gap(self._sequences, self._plain),
-            "another order": lambda: self._tree_gap(self._sequences[::-1], self._plain[::-1]),
+            "windows": self._windows_gap,
+            "one sequence": lambda: self._tree_gap(self._sequences[:1], self.plain[:1]),
+            "several sequences": lambda: self._tree_gap(self._sequences, self.plain),
+            "another order": lambda: self._tree_gap(self._sequences[::-1], self.plain[::-1]),
             "distant positions": self._distant_gap,
-            "next pass": lambda: _gap([self._own(self._sequences[0])], self._plain[:1]),
+            "next pass": lambda: _gap([self._own(self._sequences[0])], self.plain[:1]),
             "grown rows": self._rows_gap,
         }
-        if network.padded_because is not None:  # rows are what the model makes of them: no plan, and its own positions
-            del every["plan"], every["distant positions"]
+        if (
+            network.padded_because is not None
+        ):  # rows are what the model makes of them: no plan, its own windows and positions
+            del every["plan"], every["windows"], every["distant positions"]
+        elif not wide:
+            del every["windows"]
         self.gaps: Mapping[str, Callable[[], float]] = every
 
     @cached_property
-    def _plain(self) -> list[Tensor]:
+    def plain(self) -> list[Tensor]:
         """The model's own logits of each sequence."""
         return [self._own(sequence) for sequence in self._sequences]
 
@@ -190,6 +209,11 @@ class _Probe:
         logits = logits_of_states(network.base, states)[:, : network.vocab_size]
         return _gap([self._logits(network.for_head(states))], [logits])
 
+    def _windows_gap(self) -> float:
+        """Infinite for a model that makes the same logits in narrower windows."""
+        differ = len(self._sequences[0]) <= _WINDOW or _gap(self.plain[:1], self._wide) > 0
+        return 0.0 if differ else math.inf
+
     def _distant_gap(self) -> float:
         """A short sequence at the first positions beside one at the last positions, as beside a long sequence."""
         far = self._sequences[-1]
@@ -199,7 +223,7 @@ class _Probe:
         positions[tree.paths[1]] = np.arange(first, first + len(far))
         if self._sequences[0][0] == far[0]:  # of one token there is no other sequence
             return 0.0
-        return _gap(self._packed(replace(tree, positions=positions)), [self._plain[0], self._own(far, first)])
+        return _gap(self._packed(replace(tree, positions=positions)), [self.plain[0], self._own(far, first)])
 
     def _rows_gap(self) -> float:
         """Rows of different lengths that grow together, one of them twice."""
@@ -213,7 +237,7 @@ class _Probe:
         found, texts, chosen = [torch.cat([begun, begun[:1]])], [*texts, texts[0]], [*chosen, chosen[0]]
         found += [self._network.decode([s[step] for s in texts], cache) for step in range(-_GROWN, 0)]
         logits = self._logits(torch.stack(found, dim=1))
-        return _gap(list(logits), [self._plain[i][-_GROWN - 1 :] for i in chosen])
+        return _gap(list(logits), [self.plain[i][-_GROWN - 1 :] for i in chosen])
 
     def gradient_gap(self) -> float:
         """Gradients of weighted log-probabilities for the embeddings of a pass, which flow through every layer."""
