@@ -112,7 +112,11 @@ class Handler(BaseHTTPRequestHandler):
             return tokenizer(body["prompt"], add_special_tokens=False).input_ids
         generate = body["add_generation_prompt"]
         return tokenizer.apply_chat_template(
-            body["messages"], add_generation_prompt=generate, tokenize=True, return_dict=False
+            body["messages"],
+            add_generation_prompt=generate,
+            tokenize=True,
+            return_dict=False,
+            **body.get("chat_template_kwargs", {}),
         )
 
     def do_POST(self) -> None:

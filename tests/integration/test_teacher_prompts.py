@@ -231,7 +231,9 @@ def test_a_conversation_that_the_teachers_template_refuses_fails_by_itself_with_
     found = backend.teachers(keep_hidden=True).score(items)
     assert isinstance(found[0].score, HiddenScore)
     assert found[1].score == FailedScore(
-        "even", "teacher 'even': prompt 'bad': the model's chat template refuses it: no system message here"
+        "even",
+        f"teacher 'even': prompt 'bad': the chat template of '{tmp_path / 'theirs'}' refuses its system message: no system "
+        "message here",
     )
 
 

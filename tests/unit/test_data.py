@@ -50,7 +50,7 @@ def test_the_worked_example_of_a_tree():
     assert tree.positions.tolist() == [0, 1, 2, 2]
     assert [p.tolist() for p in tree.paths] == [[0, 1, 2], [0, 1, 3]]
     assert len(tree) == 4
-    tiles = tiles_of(tree, size=4)
+    tiles = tiles_of(tree, size=4, reach=None)
     [group] = tiles.groups
     assert group.keys.tolist() == [[0, 1, 2, 3]]
     assert (tiles.enter.tolist(), tiles.leave.tolist()) == ([0, 1, 2, 3], [4, 4, 3, 4])
@@ -85,7 +85,7 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
             expected[node, path[: depth + 1]] = True
     found = np.zeros_like(expected)
     seen: list[int] = []
-    tiles = tiles_of(tree, size=size)
+    tiles = tiles_of(tree, size=size, reach=None)
     for group in tiles.groups:
         columns = (group.starts, group.ends, group.keys, visible(tiles, group, size))
         for start, end, keys, rows in zip(*columns, strict=True):
@@ -101,8 +101,8 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
 
 def test_the_tiles_of_a_tree_are_made_once():
     tree = one_tree([[5, 6, 7], [5, 6, 8]])
-    assert tiles_of(tree, size=4) is tiles_of(tree, size=4)
-    assert tiles_of(one_tree([[5, 6, 7], [5, 6, 8]]), size=4) is not tiles_of(tree, size=4)
+    assert tiles_of(tree, size=4, reach=None) is tiles_of(tree, size=4)
+    assert tiles_of(one_tree([[5, 6, 7], [5, 6, 8]]), size=4, reach=None) is not tiles_of(tree, size=4, reach=None)
 
 
 @quick
@@ -110,7 +110,7 @@ def test_the_tiles_of_a_tree_are_made_once():
 def test_tiles_begin_where_branches_do_unless_several_fit(sequences):
     tree = one_tree(sequences)
     begins = [i for i, parent in enumerate(tree.parents) if parent != i - 1]
-    for group in tiles_of(tree, size=4).groups:
+    for group in tiles_of(tree, size=4, reach=None).groups:
         for start, end in zip(group.starts, group.ends, strict=True):
             inside = [b for b in begins if start < b < end]
             for first, after in pairwise([*inside, end]):

@@ -51,6 +51,9 @@ max_prompt_length max_length max_seq_length max_model_len | sampling.max_new_tok
     | opd never cuts a prompt, and refuses one that exceeds a model's context; only responses have a limit
 top_p min_p repetition_penalty | sampling.top_p=1.0 | opd samples the whole distribution, which it also scores
 do_sample | temperature=1.0 | opd always samples
+# chat templates
+chat_template_kwargs apply_chat_template_kwargs data.apply_chat_template_kwargs enable_thinking
+    | chat.template_args.enable_thinking=false
 # models
 model model_path model_name model_name_or_path model.path | student=Qwen/Qwen3-1.7B
 teacher_model teacher_model_name_or_path teacher_path | teachers.teacher.model=Qwen/Qwen3-8B
@@ -126,7 +129,7 @@ _TABLE = tuple(_read(_ALIASES))
 def answer(key: str, value: Any, known: Collection[str]) -> str | None:
     """One line for an unknown key that another library has, or that stands in another table of opd; None for any other.
 
-    known: every dotted key of the recipe; of [teachers] and [tasks], whose keys are names, the table alone.
+    known: every dotted key of the recipe; of a table whose keys are names, such as [teachers], the table alone.
     """
     for name, given in _leaves(key, value):
         parts = name.split(".")
@@ -141,7 +144,7 @@ def answer(key: str, value: Any, known: Collection[str]) -> str | None:
 
 def _fits(alias: Alias, known: Collection[str]) -> bool:
     keys = [override.partition("=")[0] for override in alias.overrides]
-    return all(key in known or key.partition(".")[0] in known for key in keys)
+    return all(any(key == k or key.startswith(f"{k}.") for k in known) for key in keys)
 
 
 def _advice(alias: Alias, given: Any) -> str:

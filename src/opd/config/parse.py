@@ -107,7 +107,7 @@ def _parse_value(text: str, types: Sequence[Any]) -> Any:
     except tomllib.TOMLDecodeError:
         return text  # a bare word: student=Qwen/Qwen3-1.7B needs no quotes
     # output=2026-11-21 is a name, not a date
-    return text if str in types and not isinstance(value, str | list) else value
+    return text if str in types and type(value) not in (str, list, *types) else value
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:

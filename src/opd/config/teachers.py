@@ -3,10 +3,12 @@
 from typing import Annotated, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from opd.config.node import Node, NonNegative, Positive
 
+TemplateArgs: TypeAlias = dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | list[StrictStr]]
+"""Variables of a chat template, by name."""
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
 """The kinds of servers; each has a case in `opd.remote.protocols.protocol_of`."""
 
@@ -35,6 +37,8 @@ class TeacherConfig(Node):
     template: Literal["own", "student"] = "own"
     """The chat template of the teacher's prompts, where both models share a vocabulary. "own", because the teacher was trained on
     it. An adapter and a served model always have the student's."""
+    template_args: TemplateArgs | None = None
+    """With `model`: variables for the teacher's own chat template. By default those of `chat.template_args`."""
     engines: Positive | None = None
     """With `model` or `adapter` and `backend = "ray"`: the number of vLLM servers of this teacher that the run starts. Teachers of
     one model share its servers."""
@@ -68,11 +72,19 @@ class TeacherConfig(Node):
             )
         if self.weights is not None and len(self.weights) < 2:
             raise ValueError(f"weights names {len(self.weights)} teachers, expected two or more")
-        if self.template != "own" and (self.adapter is not None or self.weights is not None):
-            what = (
-                "an adapter has the student's template" if self.adapter is not None else "weights names other teachers"
-            )
-            raise ValueError(f"template = '{self.template}' has no effect: {what}; remove template")
+        for key in ("template", "template_args"):
+            if self.is_default(key):
+                continue
+            why = None
+            if self.weights is not None:
+                why = "weights names other teachers"
+            elif self.adapter is not None:
+                why = "an adapter has the student's template"
+            elif key == "template_args" and (self.remote or self.template == "student"):
+                why = "this teacher reads the student's prompts"
+            if why is not None:
+                given = f"template = '{self.template}'" if key == "template" else key
+                raise ValueError(f"{given} has no effect: {why}; remove {key}")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from opd.config.node import EachOnce, Node, NonNegative, Positive
 from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.rules import require_consistent
 from opd.config.tasks import EpisodesConfig, TaskConfig
-from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig
+from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig, TemplateArgs
 
 
 class LoraConfig(Node):
@@ -25,6 +25,14 @@ class LoraConfig(Node):
     start: str | None = None
     """The student starts with the weights of this adapter, such as one that `opd sft` wrote. It must have the same layers, rank and
     scale. Without one the student starts as its base."""
+
+
+class ChatConfig(Node):
+    """How conversations are written for the student."""
+
+    template_args: TemplateArgs = Field(default_factory=dict)
+    """Variables for the student's chat template, such as `{ enable_thinking = false }`. A teacher in process reads them too, unless
+    it has its own (`teachers.NAME.template_args`)."""
 
 
 class SamplingConfig(Node):
@@ -202,6 +210,7 @@ class RunNode(Node):
     trainable: Literal["lora", "full"] = "lora"
     """The weights that train. "full" trains all weights, in float32. "lora", because adapter teachers then share the student's
     base, and AdamW's state stays small."""
+    chat: ChatConfig = ChatConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()

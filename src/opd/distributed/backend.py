@@ -38,7 +38,7 @@ from opd.remote.teacher import (
 )
 from opd.roles import Limit, PassGaps, Sampler, StandaloneSampler, Teacher, TeacherFacts, smallest
 from opd.text.chat import Chat
-from opd.text.template import freeze, turn_end
+from opd.text.template import freeze, require_variables, set_variables, turn_end
 
 
 class RankGroup:
@@ -210,6 +210,9 @@ def build(config: Config, make_environment: MakeEnvironment) -> "RayBackend":
         if teacher.adapter is not None:  # fails before a cluster starts
             adapter_config(teacher.adapter, f"adapter '{teacher.adapter}' (teacher '{name}')")
     loaded = load_tokenizer(config.student)
+    variables = config.chat.template_args
+    require_variables(loaded.tokenizer, variables, key="chat.template_args", source=config.student)
+    set_variables(loaded.tokenizer, variables)
     if config.template_time is not None:
         freeze(loaded.tokenizer, config.template_time)
     # raises where no token ends a turn

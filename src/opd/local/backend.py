@@ -36,7 +36,7 @@ from opd.roles import (
     smallest,
 )
 from opd.text.teacher_prompt import different_renderings, same_template
-from opd.text.template import clock_of, turn_end
+from opd.text.template import clock_of, turn_end, world_of
 from opd.text.tokenizer import fingerprint
 
 
@@ -125,8 +125,8 @@ class LocalBackend:
         named["the student's tokenizer"] = fingerprint(self.tokenizer)
         for name, policy in self.policies.items():
             if policy.prompts is not None:
-                tokenizer, clock = policy.network.tokenizer, clock_of(policy.network.tokenizer)
-                named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + (f" at {clock}" if clock else "")
+                tokenizer = policy.network.tokenizer
+                named[f"the tokenizer of teacher '{name}'"] = fingerprint(tokenizer) + world_of(tokenizer)
         if self.config.trainable == "lora":
             named["the student's base"] = self.student.network.fingerprint()
         return named

@@ -1,5 +1,6 @@
 """From a configuration to the local backend: which weights are loaded, each once, and which policies use them."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from opd.roles import INITIAL_STUDENT
 from opd.text.student_text import StudentSide
 from opd.text.teacher_prompt import OwnPrompt, same_template
 from opd.text.teacher_text import TeacherSide
-from opd.text.template import freeze, turn_end
+from opd.text.template import freeze, require_variables, set_variables, turn_end
 from opd.text.tokenizer import described_token, difference, ids_without_rows, shared_vocabulary
 
 _INITIAL = "student"  # objective.reference: the student as it was before the first step
@@ -80,14 +81,22 @@ def _policies(config: Config, loaded: dict[str, Network], say: Callable[[str], N
         if teacher.weights is not None or teacher.remote:
             continue
         source = teacher.model or config.student
-        if source not in loaded:
+        variables = config.chat.template_args if teacher.template_args is None else teacher.template_args
+        kept_as = (
+            source if variables == config.chat.template_args else f"{source} {json.dumps(variables, sort_keys=True)}"
+        )
+        if kept_as not in loaded:
             say(f"loading teacher '{name}': '{source}'")
-            loaded[source] = _load(source, config)
+            loaded[kept_as] = _load(source, config)
+            if teacher.template_args is not None:
+                tokenizer = loaded[kept_as].tokenizer
+                require_variables(tokenizer, variables, key=f"teachers.{name}.template_args", source=source)
+                set_variables(tokenizer, variables)
         adapter = None
         if teacher.adapter is not None:
             adapter = f"teacher{index}"  # a name of our own: peft refuses some, and a teacher may be called "student"
             add_adapter(loaded[source], teacher.adapter, teacher=name, name=adapter)
-        policies[name] = Policy(loaded[source], adapter)
+        policies[name] = Policy(loaded[kept_as], adapter)
     if config.objective.reference == _INITIAL:
         if config.student not in loaded:
             loaded[config.student] = _load(config.student, config)
@@ -128,8 +137,9 @@ def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]
 
 
 def _load(source: str, config: Config | SftConfig) -> Network:
-    """A model with a chat template that reads the run's clock."""
+    """A model with a chat template that reads the run's clock and variables."""
     network = load_network(source, config.compute)
+    set_variables(network.tokenizer, config.chat.template_args)
     if config.template_time is not None:
         freeze(network.tokenizer, config.template_time)
     return network
@@ -147,6 +157,7 @@ def _student(config: Config | SftConfig) -> Network:
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
     network = _load(config.student, config)
+    require_variables(network.tokenizer, config.chat.template_args, key="chat.template_args", source=config.student)
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)
     if config.compute.activation_checkpointing:

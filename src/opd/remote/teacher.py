@@ -22,7 +22,7 @@ from opd.remote.sampler import RemoteSampler
 from opd.remote.vllm import VllmProtocol
 from opd.roles import Limit, OtherTemplate, Teacher, TeacherFacts
 from opd.text.chat import Chat
-from opd.text.template import clock_of
+from opd.text.template import clock_of, variables_of
 from opd.text.tokenizer import PROBE
 
 _HASHED_WHOLE = 2**28  # bytes
@@ -174,6 +174,8 @@ def compare_templates(teacher: RemoteTeacher, tokenizer: Any, *, own: bool) -> R
     with teacher.deployment.in_use():
         endpoint = teacher.deployment.latest()
         body = {"model": endpoint.model, "messages": list(question.messages), "add_generation_prompt": True}
+        if variables := variables_of(tokenizer):
+            body["chat_template_kwargs"] = variables
         first = replace(endpoint, urls=endpoint.urls[:1])
         reason, theirs = teacher.unknown or ("it writes the time" if clock_of(tokenizer) else ""), None
         if not reason:

@@ -74,9 +74,25 @@ class Chat:
 
     def _apply(self, messages: Sequence[Message], tools: Sequence[Any], *, generate: bool) -> str:
         try:
-            return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
+            natively = bool(tools) and self._shows_tools
+            return apply_template(self.tokenizer, messages, tools, natively=natively, generate=generate)
         except (TemplateError, TypeError) as error:  # TypeError: what an expression in a template runs into
-            raise DataError(f"the model's chat template refuses it: {error}") from None
+            who = f"the chat template of '{self.tokenizer.name_or_path}'"
+            raise DataError(f"{who} refuses {self._refused(messages, tools)}: {error}") from None
+
+    def _refused(self, messages: Sequence[Message], tools: Sequence[Any]) -> str:
+        """What a chat template refuses of a conversation."""
+
+        def shown(messages: Sequence[Message]) -> bool:
+            try:
+                apply_template(self.tokenizer, messages)
+            except (TemplateError, TypeError):
+                return False
+            return True
+
+        if tools and shown(messages):
+            return "its tools"
+        return "its system message" if messages[0]["role"] == "system" and shown(messages[1:]) else "it"
 
     @cached_property
     def _calls(self) -> CallTemplate | None:

@@ -16,7 +16,7 @@ from opd.text.chat import Chat
 from opd.text.encoding import Quotes
 from opd.text.special_tags import opens_thinking, thinking_opening
 from opd.text.student_text import student_turns
-from opd.text.template import frame_or_none, require_generation_prompt
+from opd.text.template import frame_or_none, require_generation_prompt, variables_of
 
 _QUESTION: Message = {"role": "user", "content": "?"}
 # some templates drop the thoughts of earlier turns
@@ -116,8 +116,8 @@ class Renderings:
 
 
 def same_template(student: Any, teacher: Any) -> bool:
-    """Whether two tokenizers have one chat template, and the same special tokens for it to write."""
-    ours, theirs = ((t.chat_template or None, dict(t.special_tokens_map)) for t in (student, teacher))
+    """Whether two tokenizers have one chat template, with the same variables, and the same special tokens for it to write."""
+    ours, theirs = ((t.chat_template or None, dict(t.special_tokens_map), variables_of(t)) for t in (student, teacher))
     return ours == theirs
 
 

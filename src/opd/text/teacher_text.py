@@ -163,7 +163,8 @@ class TeacherSide:
 
     def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, generate: bool) -> str:
         try:
-            return apply_template(self.tokenizer, messages, tools, natively=self._shows_tools, generate=generate)
+            natively = bool(tools) and self._shows_tools
+            return apply_template(self.tokenizer, messages, tools, natively=natively, generate=generate)
         except REFUSALS as error:
             raise DataError(f"teacher '{self.name}': its chat template refuses the conversation: {error}") from None
 

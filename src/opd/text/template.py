@@ -1,18 +1,23 @@
 """Rendering chat templates, the text that they write around an answer, and the tokens that end a turn.
 
 A template may read the clock (`strftime_now`) and draw at random (`random`, `lipsum`). Both are frozen here: every rendering of one
-tokenizer sees the moment that `freeze` gave it, and the same draws.
+tokenizer sees the moment that `freeze` gave it, and the same draws. It may also read variables of the recipe, such as
+`enable_thinking`: those of `set_variables`.
 """
 
+import json
 import random
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
+from jinja2 import Environment, meta
+from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.exceptions import TemplateError
 from transformers.utils import chat_template_utils
 
@@ -29,10 +34,15 @@ _PROBE_TOOL = {
 }
 _QUESTION: Sequence[Message] = ({"role": "user", "content": "?"},)
 _SYSTEM: Message = {"role": "system", "content": "?"}  # some templates want one
-_MOMENT = "_opd_moment"
+_MOMENT, _VARIABLES = "_opd_moment", "_opd_variables"
 _CLOCK = "strftime_now"
 _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b|['\"]random['\"]")
 _WORLD = threading.Lock()  # the clock and the generator are those of the process
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers, which marks text alone
+# Names that a template gets in any case: a recipe cannot set them.
+GIVEN = frozenset(DEFAULT_NAMESPACE) | {
+    "messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"
+}  # fmt: skip
 REFUSALS = (TemplateError, TypeError, ValueError)  # what an expression in a template runs into, too
 
 
@@ -41,10 +51,58 @@ def freeze(tokenizer: Any, moment: datetime) -> None:
     setattr(tokenizer, _MOMENT, moment)
 
 
+def set_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """From now on the tokenizer's chat template reads these variables."""
+    setattr(tokenizer, _VARIABLES, dict(variables))
+
+
+def variables_of(tokenizer: Any) -> dict[str, Any]:
+    """The variables of `set_variables` that the chat template reads, by name."""
+    given = getattr(tokenizer, _VARIABLES, {})
+    return {name: value for name, value in sorted(given.items()) if name in _names_read(_text_of(tokenizer))}
+
+
+def require_variables(tokenizer: Any, variables: Mapping[str, Any], *, key: str, source: str) -> None:
+    """Raise ModelError for a variable that the chat template of a model, `source`, does not read; key: of the recipe."""
+    template = _text_of(tokenizer)
+    names = _names_read(template)
+    for name in variables:
+        if name in GIVEN:
+            raise ModelError(f"{key}.{name}: opd itself gives '{name}' to chat templates; remove the key")
+        if name not in names:
+            known = ", ".join(sorted(n for n in names if n not in GIVEN and not n.endswith("_token"))) or "none"
+            why = f"does not read it; the template's variables: {known}" if template else "does not exist"
+            raise ModelError(
+                f"{key}.{name} has no effect, because the chat template of '{source}' {why}; remove the key"
+            )
+
+
+def _text_of(tokenizer: Any) -> str:
+    """A chat template, or all that a tokenizer has, one after the other."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template or "")
+
+
+@lru_cache
+def _names_read(template: str) -> frozenset[str]:
+    """The names that a chat template reads and does not set itself; none where it cannot be read, which a rendering then says."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
+    except TemplateError:
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(parsed))
+
+
 def clock_of(tokenizer: Any) -> str:
     """The moment that a chat template reads, as text; "" where it reads no clock."""
     moment = getattr(tokenizer, _MOMENT, None)
     return str(moment) if moment is not None and _CLOCK in str(getattr(tokenizer, "chat_template", None)) else ""
+
+
+def world_of(tokenizer: Any) -> str:
+    """What a chat template reads beside conversations: the moment and the variables, as text."""
+    clock, variables = clock_of(tokenizer), variables_of(tokenizer)
+    return (f" at {clock}" if clock else "") + (f" with {json.dumps(variables)}" if variables else "")
 
 
 def apply_template(
@@ -61,7 +119,11 @@ def apply_template(
     shown = [dict(tool) for tool in tools] if tools and natively else None
     with _frozen(tokenizer):
         return tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tools=shown, add_generation_prompt=generate, tokenize=False
+            [dict(m) for m in messages],
+            tools=shown,
+            add_generation_prompt=generate,
+            tokenize=False,
+            **variables_of(tokenizer),
         )
 
 
