@@ -101,7 +101,7 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(sequences, size):
 
 def test_the_tiles_of_a_tree_are_made_once():
     tree = one_tree([[5, 6, 7], [5, 6, 8]])
-    assert tiles_of(tree, size=4, reach=None) is tiles_of(tree, size=4)
+    assert tiles_of(tree, size=4, reach=None) is tiles_of(tree, size=4, reach=None)
     assert tiles_of(one_tree([[5, 6, 7], [5, 6, 8]]), size=4, reach=None) is not tiles_of(tree, size=4, reach=None)
 
 
