@@ -28,7 +28,7 @@ from work import SHAPES, opd_parts, trl_command
 def ours(options: argparse.Namespace, rate: float, folder: Path) -> dict[str, Any]:
     """A run of opd in this process: its adapters, and the seconds of training to each."""
     from opd.loop import train_step
-    from opd.models.lora import export
+    from opd.models.export import export
 
     settings = [f"optimizer.lr={rate}", f"seed={options.seed}", *options.set]
     config, backend, _, parts = opd_parts(options.shape, options.tokens, options.steps, settings, endless=False)

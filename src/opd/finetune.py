@@ -23,7 +23,7 @@ from opd.logging.console import ProgressLine
 from opd.logging.run_folder import RunFolder
 from opd.logging.writers import draw_run
 from opd.metrics import values
-from opd.models.lora import export
+from opd.models.export import export
 from opd.records import Prompt, Rollout
 from opd.rewards.judge import Judge
 from opd.roles import Environment, Task

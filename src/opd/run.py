@@ -29,7 +29,7 @@ from opd.logging.console import ProgressLine
 from opd.logging.run_folder import Background, RunFolder, read_metrics
 from opd.logging.writers import Writers, draw_run
 from opd.loop import Components, StepReport, train_steps
-from opd.models.lora import export, write_merged
+from opd.models.export import export, write_merged
 from opd.roles import Backend, Teacher
 from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
 from opd.text.tokenizer import fingerprint

@@ -18,8 +18,9 @@ import opd
 from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.local.build import build
+from opd.models.export import write_merged
 from opd.models.loading import load_network
-from opd.models.lora import add_adapter, write_merged
+from opd.models.lora import add_adapter
 from opd.models.network import Network
 from opd.models.packing import pack_trees
 

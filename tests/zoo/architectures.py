@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd.models.network import Network
 
-_SIZES = {
+SIZES = {
     "vocab_size": 258,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -21,36 +21,36 @@ _SIZES = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
-_HEAD = {"head_dim": 8}
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_LATENT = {
+HEAD = {"head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "moe_intermediate_size": 16, "first_k_dense_replace": 1,
 }  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-_DELTA = {
+DELTA = {
     "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 _GRANITE = {"num_local_experts": 0, "shared_intermediate_size": 48, "logits_scaling": 1.0, **_MAMBA}
 
 SOUND: dict[str, dict[str, Any]] = {
-    "llama": _HEAD,
-    "mistral": {**_HEAD, "sliding_window": None},
+    "llama": HEAD,
+    "mistral": {**HEAD, "sliding_window": None},
     "qwen2": {},
-    "qwen3": _HEAD,
-    "qwen3_moe": {**_HEAD, **_EXPERTS},
-    "gemma3_text": _HEAD,
-    "smollm3": _HEAD,
+    "qwen3": HEAD,
+    "qwen3_moe": {**HEAD, **EXPERTS},
+    "gemma3_text": HEAD,
+    "smollm3": HEAD,
     "olmo2": {},
     "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "deepseek_v3": _LATENT,
+    "deepseek_v3": LATENT,
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.25},
-    "minicpm3": {k: v for k, v in _LATENT.items() if "rank" in k or "head" in k},
+    "minicpm3": {k: v for k, v in LATENT.items() if "rank" in k or "head" in k},
     "hyperclovax": {"logits_scaling": 0.25},
     "nanochat": {},
     "phi": {},
@@ -61,7 +61,7 @@ SOUND: dict[str, dict[str, Any]] = {
 # each layer with a window of 12 tokens, or only some
 WINDOWED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
-    "mixtral": {**_HEAD, "sliding_window": 12, "num_local_experts": 2},
+    "mixtral": {**HEAD, "sliding_window": 12, "num_local_experts": 2},
     "phi3": {"sliding_window": 12},
     "starcoder2": {"sliding_window": 12},
     "qwen2": {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1},
@@ -69,7 +69,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "sliding_window": 12, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"],
         "moe_intermediate_size": 16, "num_experts": 4, "shared_expert_intermediate_size": 16,
     },
-    "gemma3_text": {**_HEAD, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {**HEAD, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo3": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere2": {"sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"], "logit_scale": 0.25},
     "exaone4": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
@@ -82,20 +82,20 @@ PADDED: dict[str, tuple[dict[str, Any], str]] = {
         "recurrent layers .* carry state across packed sequences",
     ),
     "falcon_h1": (
-        {**_HEAD, **_MAMBA, "mamba_d_ssm": 64},
+        {**HEAD, **_MAMBA, "mamba_d_ssm": 64},
         "recurrent layers .* carry state across packed sequences",
     ),
     "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, "recurrent layers .* carry state across packed sequences"),
     "qwen3_next": (
-        {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 16},
+        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
         "recurrent layers .* carry state across packed sequences",
     ),
-    "qwen3_5_text": (_DELTA, "recurrent layers .* carry state across packed sequences"),
-    "minimax": ({**_HEAD, **_EXPERTS}, "recurrent layers .* carry state across packed sequences"),
-    "gemma2": (_HEAD, r"soft-caps its attention scores .*softcapping = 50"),
-    "gpt_oss": ({**_HEAD, **_EXPERTS}, r"needs attention sinks, which packed passes do not have \(self_attn.sinks\)"),
+    "qwen3_5_text": (DELTA, "recurrent layers .* carry state across packed sequences"),
+    "minimax": ({**HEAD, **EXPERTS}, "recurrent layers .* carry state across packed sequences"),
+    "gemma2": (HEAD, r"soft-caps its attention scores .*softcapping = 50"),
+    "gpt_oss": ({**HEAD, **EXPERTS}, r"needs attention sinks, which packed passes do not have \(self_attn.sinks\)"),
     "llama4_text": (
-        {**_HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        {**HEAD, "num_local_experts": 2, "intermediate_size_mlp": 48},
         "scales its attention by a token's place within the pass",
     ),
 }
@@ -113,7 +113,7 @@ def toy_of(kind: str, options: dict[str, Any], *, scale: float = 0.15) -> PreTra
     torch.manual_seed(0)
     known = AutoConfig.for_model(kind)
     options = copy.deepcopy(options)  # configs write into what they are given
-    sizes = {k: v for k, v in {**_SIZES, **options}.items() if k in options or hasattr(known, k)}
+    sizes = {k: v for k, v in {**SIZES, **options}.items() if k in options or hasattr(known, k)}
     model = AutoModelForCausalLM.from_config(type(known)(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -190,7 +190,7 @@ class Engine:
             shutil.rmtree(adapter)
 
     def _merge(self, adapter: Path, place: Path) -> None:
-        from opd.models.lora import write_merged  # imports torch, which most engines do not need
+        from opd.models.export import write_merged  # imports torch, which most engines do not need
 
         whose = self._plan.teachers[0] if self._plan.teachers else self._plan.name
         write_merged(self._plan.model, adapter, place, dtype=self._plan.dtype, whose=whose)

@@ -33,7 +33,7 @@ from opd.local.build import build
 from opd.local.learner import LocalLearner
 from opd.metrics import Metrics
 from opd.models.architecture import decoder_layers
-from opd.models.lora import export, export_files
+from opd.models.export import export, export_files
 from opd.models.network import Network
 from opd.records import Rollout, ScoredRollout
 from opd.roles import Limit, PassGaps, Teacher, TeacherFacts
@@ -143,7 +143,7 @@ class Rank:
 
     def files(self) -> tuple[bool, dict[str, np.ndarray]]:
         """True when it is done, and the files of the student's folder from the first rank; the other ranks only take part."""
-        found = {name: _full(p) for name, p in self._learner.weights().items()}
+        found = self._whole_weights()
         if self._rank:
             return True, {}
         student = self._backend.student
@@ -158,10 +158,16 @@ class Rank:
 
     def export(self, folder: str) -> None:
         """Write the student from the first rank; the other ranks only take part."""
-        found = {name: _full(p) for name, p in self._learner.weights().items()}
+        found = self._whole_weights()
         if not self._rank:
             student = self._backend.student
             export(student.network, student.adapter, Path(folder), weights=found)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The weights that go into the student's files, by name: those that train, or all; all ranks call this together."""
+        student = self._backend.student
+        weights = self._learner.weights() if student.adapter else dict(student.network.base.named_parameters())
+        return {name: _full(weight) for name, weight in weights.items()}
 
     def save(self, folder: str) -> Saved:
         """Write this rank's shards of the weights and the optimizer's moments."""

@@ -18,7 +18,7 @@ from opd.local.learner import LocalLearner
 from opd.local.sampler import LocalSampler, episode_player
 from opd.local.teacher import CrossTokenizerPolicy, LocalTeachers, Part, Policy, Target
 from opd.metrics import Metrics, values
-from opd.models.lora import export
+from opd.models.export import export
 from opd.models.network import Network
 from opd.models.packing_check import settled_passes
 from opd.objectives.vocabulary import SharedVocabularyIds, TeacherHead

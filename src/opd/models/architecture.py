@@ -40,10 +40,16 @@ _KINDS = (
 _SINKS = "this model needs attention sinks, which packed passes do not have"
 
 
+def is_text_only(config: Any) -> bool:
+    """Whether a model has no parts that read images or sound."""
+    return config.get_text_config() is config
+
+
 def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """The blocks of a model, those that transformers would not split over devices."""
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
+    """The blocks of a model that read text, those that transformers would not split over devices."""
+    below = backbone(model)
+    blocks = {name for part in (model, below) for name in getattr(part, "_no_split_modules", None) or ()}
+    for module in below.modules():
         if type(module).__name__ in blocks:
             yield module
 
@@ -54,15 +60,39 @@ def unpackable(model: PreTrainedModel) -> str | None:
     why = _layers_named(text) or _keys_named(text)
     for layer in (*decoder_layers(model),) or (backbone(model),):
         why = why or _modules_named(layer)
-    if why is None and not model._supports_attention_backend:
+    if why is None and not language_model(model)._supports_attention_backend:
         why = f"{type(model).__name__} does not take another attention function (transformers' AttentionInterface)"
     return why
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:
-    """The modules below the output head; the model itself where it does not say which these are."""
+    """The modules below the output head, of a model that also reads images those that read text; the model itself where it does not
+    say which these are."""
+    if not is_text_only(model.config):
+        causal = causal_model(model)
+        return model.get_decoder() if causal is model else backbone(causal)
     below: torch.nn.Module = model.base_model
     return getattr(model, "model", below) if below is model else below
+
+
+def text_parameters(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+    """The weights that text reaches: those of the backbone and of the output head."""
+    head = model.get_output_embeddings()
+    yield from backbone(model).parameters()
+    yield from () if head is None else head.parameters()
+
+
+def causal_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that makes logits of text alone: itself, unless its language model has the output head."""
+    decoder = model if is_text_only(model.config) else model.get_decoder()
+    return model if decoder.get_output_embeddings() is None else decoder
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that attends to text: itself, unless it also reads images."""
+    below = model if is_text_only(model.config) else backbone(model)
+    assert isinstance(below, PreTrainedModel)
+    return below
 
 
 def require_backbone(model: PreTrainedModel, *, source: str) -> None:

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opd.errors import ModelError
-from opd.models.architecture import Reach, reach_of, unpackable
+from opd.models.architecture import Reach, language_model, reach_of, unpackable
 from opd.models.packing import TokenTree
 
 _NAME = "opd"
@@ -60,7 +60,7 @@ def use_plans(model: PreTrainedModel) -> str | None:
     can run, and leaves that one as it is."""
     why = unpackable(model)
     if why is None:
-        model.set_attn_implementation(_NAME)
+        language_model(model).set_attn_implementation(_NAME)
         if model.config.get_text_config()._attn_implementation != _NAME:
             return f"{type(model).__name__} keeps its own attention"
     return why
@@ -68,7 +68,7 @@ def use_plans(model: PreTrainedModel) -> str | None:
 
 def use_own_attention(model: PreTrainedModel) -> None:
     """Let a model attend as in transformers from now on: in full, with the model's own mask."""
-    model.set_attn_implementation("eager")
+    language_model(model).set_attn_implementation("eager")
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        language_model(model).set_attn_implementation(before)
 
 
 def _attend(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.models.architecture import backbone
+from opd.models.architecture import backbone, causal_model
 
 _SMALL = 1e-3  # of logits that no soft cap bends
 _WITHIN = 1e-3  # of a factor
@@ -86,7 +86,7 @@ def logits_of_states(model: PreTrainedModel, states: Tensor) -> Tensor:
     hooks = [backbone(model).register_forward_hook(put), head.register_forward_pre_hook(put_in)]
     try:
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        found: Mapping[str, Any] = model(input_ids=ids, use_cache=False)
+        found: Mapping[str, Any] = causal_model(model)(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,18 +7,27 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from opd.config import ComputeConfig
 from opd.errors import ModelError
+from opd.models.architecture import is_text_only
 from opd.models.network import Network
 from opd.models.weights import require_floats, require_loaded, require_whole
 
@@ -70,7 +79,7 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
 
 def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]]:
     """A model with every weight from its files, and notes about weights that are left out."""
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    found: Any = _auto_class(where, options).from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model, info = found
@@ -83,6 +92,23 @@ def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]
     if getattr(model.config, "quantization_config", None) is None:
         require_floats(sorted(Path(where).glob("model*.safetensors")), f"model '{source}'")
     return model, notes
+
+
+def _auto_class(where: str, options: Mapping[str, Any]) -> Any:
+    """The class that keeps all parts of a model: a model that also reads images is written as it was read."""
+    if "gguf_file" in options:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    kind = type(config)
+    if is_text_only(config) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    whole: str = cast(Any, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]).__name__
+    named = config.architectures or [whole]
+    return (
+        AutoModelForImageTextToText
+        if whole in named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else AutoModelForCausalLM
+    )
 
 
 def _own_code(model: Any, tokenizer: Any, source: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA adapters: reading a folder, checking what it computes, attaching it to a network, and writing a student.
+"""LoRA adapters: reading a folder, checking what it computes, and attaching it to a network.
 
 PEFT's own layers compute an adapter of every kind that passes the checks, or products that give the same (`opd.models.linear`).
 opd refuses an adapter that acts outside the linear layers, by the name of its field: rows of the embeddings, whole copies of
@@ -7,11 +7,9 @@ modules and changed base weights would also act on the student and the other tea
 
 import dataclasses
 import json
-import shutil
-import tempfile
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from opd.config import ComputeConfig, LoraConfig
+from opd.config import LoraConfig
 from opd.errors import ModelError, one_line
+from opd.models.architecture import backbone, is_text_only
 from opd.models.linear import fuse_adapters
-from opd.models.loading import first_line, load_network, quiet
+from opd.models.loading import first_line, quiet
 from opd.models.network import Network
 from opd.models.weights import difference_of_names, require_floats
 
@@ -188,7 +187,7 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
-        exclude_modules="|".join(rf"(.*\.)?{name}" for name in left_out) or None,
+        exclude_modules="|".join([*(rf"(.*\.)?{name}" for name in left_out), *_beside_text(network.base)]) or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -202,6 +201,14 @@ def add_student_adapter(network: Network, config: LoraConfig, *, seed: int) -> N
     network.head_weight()  # refuses an adapter on the head: the exact objective reads the head as it is
     if config.start is not None:
         _start_from(network, config.start)
+
+
+def _beside_text(model: PreTrainedModel) -> list[str]:
+    """A pattern of the modules that read no text, where a model has such."""
+    if is_text_only(model.config):
+        return []
+    [name] = [name for name, module in model.named_modules() if module is backbone(model)]
+    return [rf"(?!{re.escape(name)}\.).*"]
 
 
 def _not_adapted(model: nn.Module) -> list[str]:
@@ -302,99 +309,3 @@ def _json_object(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{what} must hold a JSON object, got {type(found).__name__}")
     return found
-
-
-def export(
-    network: Network,
-    adapter: str | None,
-    folder: Path,
-    *,
-    dtype: str = "float32",
-    weights: Mapping[str, Tensor] | None = None,
-    tokenizer: bool = True,
-) -> None:
-    """Write a student into a folder, whole or not at all: a PEFT adapter, or (None) the whole model.
-
-    weights: the trained weights by name, when the model itself holds only a part of them. tokenizer: whether the tokenizer and its
-    chat template are written too.
-    """
-    kind = getattr(torch, dtype)
-    with _whole_folder(folder) as staging:
-        if adapter is None:
-            kept = None if weights is None else {name: w.to(kind) for name, w in weights.items()}
-            model = network.base if weights is not None else network.base.to(kind)  # type: ignore[call-arg]  # a decorator hides its signature
-            with quiet():
-                model.save_pretrained(staging, state_dict=kept)
-        else:
-            _write_adapter(network, adapter, staging, kind, weights)
-        if tokenizer:
-            network.tokenizer.save_pretrained(staging)
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which takes its place at the end: whole, or not at all."""
-    folder = folder.resolve()  # "." has no name
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        yield staging
-        for file in staging.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes files for their owner alone
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_adapter(
-    network: Network, adapter: str, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
-) -> None:
-    """Write a standard PEFT adapter, and beside it on which base it was made: a wrong base is refused, not trained on."""
-    assert isinstance(network.model, PeftModel)
-    network.model.save_pretrained(
-        str(folder),
-        selected_adapters=[adapter],
-        save_embedding_layers=False,
-        state_dict=None if weights is None else dict(weights),
-    )
-    # peft puts an adapter of this name into a folder of this name
-    for file in (folder / adapter).iterdir():
-        file.rename(folder / file.name)
-    (folder / adapter).rmdir()
-    (folder / "README.md").unlink(missing_ok=True)  # an empty template of a model card
-    # peft keeps lists as sets, whose order changes from process to process
-    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in said.items()}
-    facts = {"base": network.source, "base_fingerprint": network.fingerprint()}
-    for name, plain in (("adapter_config.json", ordered), (ADAPTER_FACTS, facts)):
-        (folder / name).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    path = folder / "adapter_model.safetensors"
-    tensors = {name: t.to(dtype).contiguous() for name, t in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def export_files(network: Network, adapter: str | None, weights: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The contents of the files that `export` writes, by name."""
-    with tempfile.TemporaryDirectory(prefix="opd-export-") as place:
-        export(network, adapter, Path(place) / "student", weights=weights, tokenizer=False)
-        return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
-
-
-def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, whose: str) -> None:
-    """Write a base, with an adapter merged into its weights if there is one, and its tokenizer. whose: in errors, a teacher's name.
-
-    dtype: that in which it will be computed; adding to weights of less precision would round the adapter away. Raises ModelError
-    where the two do not fit.
-    """
-    network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
-    model: Any = network.model
-    if adapter is not None:
-        add_adapter(network, str(adapter), teacher=whose, name="merged")
-        assert isinstance(network.model, PeftModel)
-        model = network.model.merge_and_unload()
-    with _whole_folder(folder) as staging:
-        with quiet():
-            model.save_pretrained(staging)
-        network.tokenizer.save_pretrained(staging)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from opd.errors import ModelError
 from opd.models import padded
-from opd.models.architecture import backbone, decoder_layers, length_limit, require_backbone
+from opd.models.architecture import backbone, decoder_layers, length_limit, require_backbone, text_parameters
 from opd.models.attention import Plan, TreePlan, use_own_attention, use_plans
 from opd.models.head import head_shape
 from opd.models.kv_cache import KVCache
@@ -150,7 +150,8 @@ class Network:
                 self._tuner.set_adapter(adapter, inference_mode=not trainable)
         else:
             assert adapter is None, f"{self.source} has no adapters, asked for {adapter!r}"
-            self.base.requires_grad_(trainable)
+            for parameter in text_parameters(self.base):
+                parameter.requires_grad_(trainable)
         if self.shards is not None:
             self.shards.keep_trainable()
         self._active = (adapter, trainable)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from opd.errors import ModelError, one_line
-from opd.models.architecture import decoder_layers, narrow_windows, reaches_of
+from opd.models.architecture import causal_model, decoder_layers, narrow_windows, reaches_of
 from opd.models.attention import own_attention
 from opd.models.head import logits_of_states
 from opd.models.kv_cache import KVCache
@@ -176,7 +176,7 @@ class _Probe:
         ids = torch.tensor([list(sequence)], device=network.device)
         where = torch.arange(first, first + len(sequence), device=network.device)[None]
         with own_attention(network.base):
-            logits = network.base(input_ids=ids, position_ids=where, use_cache=False).logits
+            logits = causal_model(network.base)(input_ids=ids, position_ids=where, use_cache=False).logits
         return logits[0, :, : network.vocab_size]
 
     def _packed(self, tree: TokenTree) -> list[Tensor]:
