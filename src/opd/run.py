@@ -29,7 +29,7 @@ from opd.logging.console import ProgressLine
 from opd.logging.run_folder import Background, RunFolder, read_metrics
 from opd.logging.writers import Writers, draw_run
 from opd.loop import Components, StepReport, train_steps
-from opd.models.export import export, write_merged
+from opd.models.export import export, require_mergeable, write_merged
 from opd.roles import Backend, Teacher
 from opd.score_cache import CachedTeacher, MemoryScores, ScoreFiles, identities, probe
 from opd.text.tokenizer import fingerprint
@@ -306,6 +306,8 @@ def export_student(
     found = find_checkpoint(folder.checkpoints, step, warn=partial(print, flush=True))
     on_cpu = {"compute": config.compute.model_copy(update={"device": "cpu"})}  # as a run may still fill its GPUs
     policy = build_student(config.started().model_copy(update=on_cpu))
+    if lora and merged:
+        require_mergeable(policy.network)
     now = {"the student's tokenizer": fingerprint(policy.network.tokenizer)}
     if lora:
         now["the student's base"] = policy.network.fingerprint()

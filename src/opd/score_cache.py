@@ -336,7 +336,8 @@ def identities(config: Config, backend: Backend) -> dict[str, dict[str, Any]]:
         if name not in facts.cross_tokenizer and any(own_tokenizers.values()):
             identity["prompts"] = own_tokenizers
         identity["states"] = config.objective.needs_distributions
-        identity["dtype"] = "mixed" if config.cluster.mixed_precision else config.compute.dtype
+        dtypes = {config.teachers[part].dtype or config.compute.dtype for part in weights}
+        identity["dtype"] = "mixed" if config.cluster.mixed_precision else "+".join(sorted(dtypes))
         if name in facts.cross_tokenizer:
             found[name] = identity | {  # what the alignment of its tokens with the student's depends on
                 "student": config.student,  # its tokens and its declared end tokens

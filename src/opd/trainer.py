@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoint import list_checkpoints
 from opd.checks.notices import Finding
+from opd.checks.quantised import quantised_findings
 from opd.checks.startup import run_checks
 from opd.config import Config, continued_config, parse_config, read_recipe, resumed_config
 from opd.data.tasks import PythonPrompts, TaskData, read_tasks
@@ -192,7 +193,9 @@ class Trainer:
         """
         task_data = self._task_data(self.config)
         with closing(make_backend(self.config.started(), task_data.make_environment)) as backend:
-            return run_checks(self.config, backend, task_data)
+            findings = run_checks(self.config, backend, task_data)
+            prompts = [p for splits in task_data.prompts.values() for p in splits["train"]]
+            return findings + quantised_findings(backend, prompts, max_tokens=self.config.compute.max_tokens)
 
     def _continue(self, folder: RunFolder, config: Config) -> Result:
         folder.require_own_code(self._own_code())

@@ -27,6 +27,7 @@ from opd.config.tasks import ReasoningGymTask as ReasoningGymTask
 from opd.config.tasks import TaskConfig as TaskConfig
 from opd.config.tasks import TextArenaTask as TextArenaTask
 from opd.config.tasks import ToolTask as ToolTask
+from opd.config.teachers import Quantization as Quantization
 from opd.config.teachers import RemoteConfig as RemoteConfig
 from opd.config.teachers import TeacherConfig as TeacherConfig
 from opd.config.tree import AlignmentConfig as AlignmentConfig

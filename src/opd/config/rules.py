@@ -59,6 +59,13 @@ def _backend_fits(config: "Config") -> None:
         raise ValueError(
             f"warmup.steps = {config.warmup.steps} needs backend = 'local'; warm up there, then set lora.start"
         )
+    quantized = {"compute.quantization": config.compute.quantization}
+    quantized |= {f"teachers.{name}.quantization": t.quantization for name, t in config.teachers.items()}
+    for key, value in quantized.items():
+        if value is not None:
+            raise ValueError(
+                f"{key} = '{value}' works only with backend = 'local': ranks cannot share weights of a few bits; remove the key"
+            )
     cluster = config.cluster
     if cluster.gpus_per_rank > 1:
         raise ValueError(

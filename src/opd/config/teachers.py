@@ -7,6 +7,8 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model
 
 from opd.config.node import Node, NonNegative, Positive
 
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+Quantization: TypeAlias = Literal["nf4", "int8"]
 TemplateArgs: TypeAlias = dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | list[StrictStr]]
 """Variables of a chat template, by name."""
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
@@ -37,6 +39,11 @@ class TeacherConfig(Node):
     template: Literal["own", "student"] = "own"
     """The chat template of the teacher's prompts, where both models share a vocabulary. "own", because the teacher was trained on
     it. An adapter and a served model always have the student's."""
+    dtype: Dtype | None = None
+    """With `model`: the data type of its weights and passes. By default `compute.dtype`."""
+    quantization: Quantization | None = None
+    """With `model`: keeps the weights of its linear layers in 4 ("nf4") or 8 bits ("int8"), by bitsandbytes. Install
+    `opd[quantized]`. It saves memory, and moves the teacher: `opd check` says by how much."""
     template_args: TemplateArgs | None = None
     """With `model`: variables for the teacher's own chat template. By default those of `chat.template_args`."""
     engines: Positive | None = None
@@ -85,6 +92,9 @@ class TeacherConfig(Node):
             if why is not None:
                 given = f"template = '{self.template}'" if key == "template" else key
                 raise ValueError(f"{given} has no effect: {why}; remove {key}")
+        for key in ("dtype", "quantization"):
+            if not self.is_default(key) and (self.model is None or self.remote):
+                raise ValueError(f"{key} works only with model, in process; remove {key}, or set model")
         return self
 
     @model_validator(mode="after")

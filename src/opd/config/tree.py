@@ -10,7 +10,7 @@ from opd.config.node import EachOnce, Node, NonNegative, Positive
 from opd.config.objective import MaskConfig, ObjectiveConfig, RewardConfig
 from opd.config.rules import require_consistent
 from opd.config.tasks import EpisodesConfig, TaskConfig
-from opd.config.teachers import ClusterConfig, RemoteConfig, TeacherConfig, TemplateArgs
+from opd.config.teachers import ClusterConfig, Dtype, Quantization, RemoteConfig, TeacherConfig, TemplateArgs
 
 
 class LoraConfig(Node):
@@ -113,9 +113,12 @@ class ComputeConfig(Node):
 
     device: str = "auto"
     """The torch device, such as "cpu" or "cuda:1". "auto" takes a CUDA device where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """The data type of weights and passes. "float32", because passes in bfloat16 differ by 0.06 to 0.14 nats per token, and a
     student close to its teacher follows that noise."""
+    quantization: Quantization | None = None
+    """Keeps the linear layers of the student's base in 4 ("nf4") or 8 bits ("int8"), by bitsandbytes (`opd[quantized]`); an adapter
+    trains on it (QLoRA). A teacher that is a whole model has a key of its own."""
     max_tokens: Positive = 2048
     """The maximum number of distinct tokens in one packed forward pass. Lower it if memory runs out; it changes results by rounding
     only."""
@@ -227,6 +230,11 @@ class RunNode(Node):
             raise ValueError(
                 f"trainable = 'full' needs compute.dtype = 'float32', got '{self.compute.dtype}': a weight in half precision loses "
                 "small updates; train an adapter (trainable = 'lora'), whose weights stay float32"
+            )
+        if self.trainable == "full" and self.compute.quantization is not None:
+            raise ValueError(
+                f"compute.quantization = '{self.compute.quantization}' works only with trainable = 'lora': weights of a few bits "
+                "cannot train; remove one of the two keys"
             )
         if self.trainable == "full" and self.lora.start is not None:
             raise ValueError(

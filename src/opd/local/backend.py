@@ -183,11 +183,16 @@ class LocalBackend:
                     found[network.source] = end.note
         return found
 
-    def check_passes(self) -> dict[str, PassGaps]:
-        names = {(self.student.network, self.student.adapter): "the student"}
+    def models(self) -> dict[tuple[Network, str | None], str]:
+        """Every model in process, adapter included, with the first name that it has for the user."""
+        names: dict[tuple[Network, str | None], str] = {(self.student.network, self.student.adapter): "the student"}
         for name, policy in self.policies.items():
             who = f"teacher '{name}'" if name in self.config.teachers else name
             names.setdefault((policy.network, policy.adapter), who)
+        return names
+
+    def check_passes(self) -> dict[str, PassGaps]:
+        names = self.models()
         found: dict[str, PassGaps] = {}
         for _ in range(2):  # where one of several adapters needs padded passes, the others on its base make them too
             for (network, adapter), who in names.items():

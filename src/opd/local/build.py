@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd.config import AlignmentConfig, Config, SftConfig
+from opd.config import AlignmentConfig, ComputeConfig, Config, SftConfig
 from opd.episodes.player import MakeEnvironment, one_turn
 from opd.errors import ModelError
 from opd.local.backend import LocalBackend
@@ -46,7 +46,9 @@ def build(
     say(f"loading student '{config.student}'")
     network = _student(config)
     lora = config.trainable == "lora"
-    loaded: dict[str, Network] = {config.student: network} if lora else {}
+    loaded: dict[str, Network] = {}
+    if lora:
+        loaded[_kept_as(config.student, config.compute, config.chat.template_args)] = network
     policies = _policies(config, loaded, say)
     cross_tokenizer = _cross_tokenizer(config, network, policies)
     same_tokenizer = {name: policy for name, policy in policies.items() if name not in cross_tokenizer}
@@ -82,12 +84,15 @@ def _policies(config: Config, loaded: dict[str, Network], say: Callable[[str], N
             continue
         source = teacher.model or config.student
         variables = config.chat.template_args if teacher.template_args is None else teacher.template_args
-        kept_as = (
-            source if variables == config.chat.template_args else f"{source} {json.dumps(variables, sort_keys=True)}"
-        )
+        compute = config.compute
+        if teacher.model is not None:
+            compute = compute.model_copy(
+                update={"dtype": teacher.dtype or compute.dtype, "quantization": teacher.quantization}
+            )
+        kept_as = _kept_as(source, compute, variables)
         if kept_as not in loaded:
             say(f"loading teacher '{name}': '{source}'")
-            loaded[kept_as] = _load(source, config)
+            loaded[kept_as] = _load(source, config, compute)
             if teacher.template_args is not None:
                 tokenizer = loaded[kept_as].tokenizer
                 require_variables(tokenizer, variables, key=f"teachers.{name}.template_args", source=source)
@@ -95,16 +100,22 @@ def _policies(config: Config, loaded: dict[str, Network], say: Callable[[str], N
         adapter = None
         if teacher.adapter is not None:
             adapter = f"teacher{index}"  # a name of our own: peft refuses some, and a teacher may be called "student"
-            add_adapter(loaded[source], teacher.adapter, teacher=name, name=adapter)
+            add_adapter(loaded[kept_as], teacher.adapter, teacher=name, name=adapter)
         policies[name] = Policy(loaded[kept_as], adapter)
     if config.objective.reference == _INITIAL:
-        if config.student not in loaded:
-            loaded[config.student] = _load(config.student, config)
+        student = _kept_as(config.student, config.compute, config.chat.template_args)
+        if student not in loaded:
+            loaded[student] = _load(config.student, config, config.compute)
         # A fresh adapter changes nothing before the first step: its base is the student as it was.
         if config.lora.start is not None:
-            add_adapter(loaded[config.student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
-        policies[INITIAL_STUDENT] = Policy(loaded[config.student], None if config.lora.start is None else "initial")
+            add_adapter(loaded[student], config.lora.start, teacher=INITIAL_STUDENT, name="initial")
+        policies[INITIAL_STUDENT] = Policy(loaded[student], None if config.lora.start is None else "initial")
     return policies
+
+
+def _kept_as(source: str, compute: ComputeConfig, variables: Mapping[str, Any]) -> str:
+    """The name under which a model is loaded once for all that want the same of it."""
+    return json.dumps([source, compute.dtype, compute.quantization, variables], sort_keys=True)
 
 
 def _connected(config: Config, tokenizer: Any) -> dict[str, RemoteTeacher]:
@@ -136,9 +147,9 @@ def _extrapolated(config: Config, target: Target, policies: Mapping[str, Policy]
     return (*scaled, Part(name, policies[name], 1.0 - weight))
 
 
-def _load(source: str, config: Config | SftConfig) -> Network:
+def _load(source: str, config: Config | SftConfig, compute: ComputeConfig) -> Network:
     """A model with a chat template that reads the run's clock and variables."""
-    network = load_network(source, config.compute)
+    network = load_network(source, compute)
     set_variables(network.tokenizer, config.chat.template_args)
     if config.template_time is not None:
         freeze(network.tokenizer, config.template_time)
@@ -156,7 +167,7 @@ def _student(config: Config | SftConfig) -> Network:
     """The network of the student, with its adapter where one trains."""
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
-    network = _load(config.student, config)
+    network = _load(config.student, config, config.compute)
     require_variables(network.tokenizer, config.chat.template_args, key="chat.template_args", source=config.student)
     if config.trainable == "lora":
         add_student_adapter(network, config.lora, seed=config.seed)

@@ -275,7 +275,7 @@ def _by_teacher(
                 cells = SharedVocabularyIds(
                     cells.student[: len(forward.head)].to(device), cells.teacher.to(device), cells.num
                 )
-            teachers.append(TeacherStates(hidden.to(device, forward.hidden.dtype), rows, part.weight, cells, softcap))
+            teachers.append(TeacherStates(hidden.to(device, rows.dtype), rows, part.weight, cells, softcap))
         yield actions, first, inverse, torch.from_numpy(micro.states[actions[first]]).to(device), teachers
 
 

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from opd.config import ComputeConfig
+from opd.errors import ModelError
 from opd.models.architecture import is_text_only
 from opd.models.loading import load_network, quiet
 from opd.models.lora import ADAPTER_FACTS, add_adapter
 from opd.models.network import Network
+from opd.models.quantized import quantised_by
 
 # of a model that also reads images: what transformers and vLLM look for beside its weights and its tokenizer
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -129,6 +131,16 @@ def export_files(network: Network, adapter: str | None, weights: Mapping[str, Te
         return {file.name: file.read_bytes() for file in sorted((Path(place) / "student").iterdir())}
 
 
+def require_mergeable(network: Network) -> None:
+    """Raise ModelError for a quantised base: whole weights with the adapter would be another model than the trained one."""
+    method = network.quantization or quantised_by(network.base)
+    if method is not None:
+        raise ModelError(
+            f"model '{network.source}' is quantised ({method}), and opd makes no merged weights of a quantised base: the adapter "
+            "was trained on its rounded weights; use the adapter (the run's student/ folder) on the base with the same quantisation"
+        )
+
+
 def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, whose: str) -> None:
     """Write a base, with an adapter merged into its weights if there is one, and its tokenizer. whose: in errors, a teacher's name.
 
@@ -138,6 +150,7 @@ def write_merged(base: str, adapter: Path | None, folder: Path, *, dtype: str, w
     network = load_network(base, ComputeConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]  # one of its two
     model: Any = network.model
     if adapter is not None:
+        require_mergeable(network)
         add_adapter(network, str(adapter), teacher=whose, name="merged")
         assert isinstance(network.model, PeftModel)
         model = network.model.merge_and_unload()

@@ -29,6 +29,7 @@ from opd.config import ComputeConfig
 from opd.errors import ModelError
 from opd.models.architecture import is_text_only
 from opd.models.network import Network
+from opd.models.quantized import loading_options, quantised_by, widen_products
 from opd.models.weights import require_floats, require_loaded, require_whole
 
 # raised by transformers and its loaders for files and settings that do not fit one another
@@ -65,21 +66,30 @@ def load_network(source: str, compute: ComputeConfig) -> Network:
     require_whole(path, source)
     where = str(path)
     device = resolve_device(compute.device)
+    dtype = getattr(torch, compute.dtype)
+    options = {} if compute.quantization is None else loading_options(compute.quantization, dtype, device)
     with _one_line(source), quiet():
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         # every architecture has this attention; `Network` replaces it for packed passes
         model, notes = _read_model(
-            where, source, dtype=getattr(torch, compute.dtype), attn_implementation="eager", use_safetensors=True
+            where, source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **options
         )
     notes += _own_code(model, tokenizer, source)
     _require_an_end(tokenizer, source)
-    model.to(device).eval().requires_grad_(False)
-    return Network(model, tokenizer, source, notes=notes)
+    if quantised_by(model) is None:
+        model.to(device)
+    else:
+        widen_products(model, dtype)
+    for parameter in model.parameters():  # the model's own method takes whole weights alone
+        parameter.requires_grad_(False)
+    network = Network(model.eval(), tokenizer, source, notes=notes)
+    network.quantization = compute.quantization
+    return network
 
 
 def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]]:
     """A model with every weight from its files, and notes about weights that are left out."""
-    found: Any = _auto_class(where, options).from_pretrained(
+    found: Any = _auto_class(where, source, options).from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model, info = found
@@ -94,11 +104,15 @@ def _read_model(where: str, source: str, **options: Any) -> tuple[Any, list[str]
     return model, notes
 
 
-def _auto_class(where: str, options: Mapping[str, Any]) -> Any:
+def _auto_class(where: str, source: str, options: Mapping[str, Any]) -> Any:
     """The class that keeps all parts of a model: a model that also reads images is written as it was read."""
     if "gguf_file" in options:
         return AutoModelForCausalLM
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if "quantization_config" in options and getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model '{source}' is quantised already (quantization_config in config.json); remove quantization"
+        )
     kind = type(config)
     if is_text_only(config) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM

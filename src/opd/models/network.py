@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from opd.config import Quantization
 from opd.errors import ModelError
 from opd.models import padded
 from opd.models.architecture import backbone, decoder_layers, length_limit, require_backbone, text_parameters
@@ -62,6 +63,7 @@ class Network:
         self.tokenizer = tokenizer
         self.source = source
         self.notes = list(notes)
+        self.quantization: Quantization | None = None  # with which it was loaded; None: as its files are
         self.shards: Shards | None = None
         self._fingerprint: str | None = None
         require_backbone(model, source=source)
@@ -123,7 +125,7 @@ class Network:
                 )
             return self.shards.head()
         head = self.base.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear):
+        if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
             raise ModelError(
                 f"model '{self.source}': needs a plain linear output head, got {type(head).__name__}; adapters that touch the head "
                 "(target_modules, modules_to_save) are not supported"

@@ -26,6 +26,7 @@ from opd.models.kv_cache import KVCache
 from opd.models.linear import replaced_forwards
 from opd.models.network import Network, checkpointed
 from opd.models.packing import TokenTree, pack_trees
+from opd.models.quantized import quantised_by
 from opd.objectives.tiles import soft_capped
 from opd.roles import PassGaps
 
@@ -44,12 +45,16 @@ PACKING_CAUSES: Mapping[str, str] = {
     "next pass": "this model keeps state from one pass to the next",
     "grown rows": "this model's decoding token by token differs from its forward pass (layers that run twice share one cache)",
     "gradients": "this model's gradient through a packed pass differs from that of its forward pass",
+    "slopes": "this model's quantised layers lose a gradient, or have a wrong one",
 }
 _TEXT = (
     'Packing keeps many texts in one pass: 3 questions, 14 answers, {"x": [1, 59]} and naïve prose, one after another, the quick '
     "brown fox among them."
 )
 _TOKENS = 32  # of the longest probe
+_STEP = 1e-3  # of the embeddings, for a slope
+_DIRECTIONS = 3
+_SLOPE_WITHIN = 0.05  # of the slopes; curvature and rounding left less than 0.01
 _WINDOW = 8  # tokens that windows and chunks have in the check, so that short texts go beyond them
 _GROWN = 3  # tokens that rows grow by
 _FAR = 100_000  # a position to probe where nothing limits it
@@ -97,7 +102,8 @@ def packed_gaps(network: Network, *, gradients: bool) -> dict[str, float]:
     model's own logits; one sequence: a pass of one; several sequences: one pass over all, which share prefixes; another order:
     the same pass with the sequences reversed; distant positions: a short sequence beside one at the end of the model's limit; next
     pass: the first sequence once more; grown rows: tokens one by one, as while sampling; gradients: of the pass over all, for its
-    inputs. Windows and chunks have a few tokens meanwhile, so that every probe goes beyond them.
+    inputs; slopes: of a quantised model's loss, by differences. Windows and chunks have a few tokens meanwhile, so that every probe
+    goes beyond them.
     """
     with _in_float32(network) as widened:
         wide = []
@@ -121,6 +127,8 @@ def _measured(probe: "_Probe", network: Network, *, gradients: bool, layer_by_la
         layers = decoder_layers(network.base) if layer_by_layer else ()
         with replaced_forwards((layer, partial(checkpointed, layer.forward)) for layer in layers):
             found["gradients"] = probe.gradient_gap()
+            if quantised_by(network.base) is not None and found["gradients"] <= PACKED_WITHIN:
+                found["slopes"] = probe.slope_gap()
     return found
 
 
@@ -253,6 +261,37 @@ class _Probe:
             with _inputs(network) as given, own_attention(network.base):  # which layers may attend with once more
                 expected += _by_token(_loss(self._own(sequence), sequence), given, size)
         return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+    def slope_gap(self) -> float:
+        """The gradient of an own pass against slopes of its loss in random directions, as a fraction of these; 0 where they are as
+        close as float32 allows. A kernel of a quantised layer may lose its gradient in packed passes and in the model's own."""
+        network, sequence = self._network, self._sequences[0]
+        with _inputs(network) as given, own_attention(network.base):
+            loss = _loss(self._own(sequence), sequence)
+            leaf = given[-1][1]
+            gradient = _gradient(loss, leaf)
+        generator, apart, whole = torch.Generator().manual_seed(0), 0.0, 0.0
+        for _ in range(_DIRECTIONS):
+            step = torch.randn(leaf.shape, generator=generator).to(leaf.device)
+            step *= _STEP * leaf.detach().norm() / step.norm()
+            found = (self._moved(sequence, step) - self._moved(sequence, -step)) / 2
+            apart += (found - float((gradient * step).sum())) ** 2
+            whole += found**2
+        gap = math.sqrt(apart / max(whole, 1e-30))
+        return 0.0 if gap < _SLOPE_WITHIN else gap
+
+    @torch.no_grad()
+    def _moved(self, sequence: Sequence[int], step: Tensor) -> float:
+        """The loss of an own pass with embeddings that a step has moved."""
+
+        def moved(module: Any, args: Any, output: Tensor) -> Tensor:
+            return output + step
+
+        hook = self._network.base.get_input_embeddings().register_forward_hook(moved)
+        try:
+            return float(_loss(self._own(sequence), sequence))
+        finally:
+            hook.remove()
 
 
 def _gap(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
