@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 RUN ?= runs/merge
 
-.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test quick fuzz mutants check format reference docs docs-serve clean
+.PHONY: install model demo experts agents hacking-demo hacking-teachers peers vllm demo-distributed test quick fuzz mutants check format models-page reference docs docs-serve clean
 
 install: .venv/installed
 
@@ -120,6 +120,10 @@ format: install
 # The pages of docs/reference/ that are generated from the code; a test holds them to it.
 reference: install
 	$(BIN)/python -m opd.reference docs/reference
+
+# docs/reference/models.md, from the toys of the tests; a test holds it to them.
+models-page: install
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/zoo $(BIN)/python tests/zoo/models_page.py docs/reference/models.md
 
 # The documentation as a site in site/: open site/index.html. A broken link, or a page outside the nav, fails the build.
 docs: install

@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 import torch
 from architectures import FOUND, NO_CACHE, PADDED, SOUND, WINDOWED, network_of
+from own_passes import SEQUENCES, gradients
 from torch import Tensor
 
 from opd.checks.startup import passes_equal_own
 from opd.config import LoraConfig
 from opd.errors import ModelError
-from opd.models.attention import own_attention
 from opd.models.lora import add_student_adapter
 from opd.models.network import Network
 from opd.models.packing import pack_trees
 from opd.models.packing_check import PACKED_WITHIN, settled_passes
 from opd.models.padded import rows_of
-from opd.objectives.logprobs import token_logprobs
 
 PRECISIONS = (torch.float32, torch.bfloat16)
-SEQUENCES = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8], [5, 6, 7, 20, 21], [30], [5, 6, 7, 8, 9, 10]]
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -97,26 +95,6 @@ def test_a_model_that_returns_no_cache_is_refused_by_that_cause():
         settled_passes(network, gradients=False)
 
 
-def gradients(network: Network, *, by_passes: bool) -> dict[str, Tensor]:
-    """Of weighted log-probabilities of all tokens, for every weight that trains: by opd's passes and losses, or by the model's own
-    forward pass over one sequence after the other."""
-    [(_, tree)] = pack_trees(SEQUENCES, max_tokens=100)
-    total = torch.zeros(())
-    hidden = network.hidden_states(tree) if by_passes else torch.empty(0)
-    for i, (sequence, path) in enumerate(zip(SEQUENCES, tree.paths, strict=True)):
-        targets = torch.tensor([*sequence[1:], sequence[0]])
-        if by_passes:
-            states, head = hidden[torch.from_numpy(path)], network.head_weight()
-            found = token_logprobs(states, head, targets, temperature=0.8, softcap=network.softcap)
-        else:
-            logits = network.base(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
-            found = (logits / 0.8).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        total = total + (found * torch.linspace(-1.0, 2.0 + i, len(found))).sum()
-    named = {name: p for name, p in network.model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    return {name: torch.zeros(()) if g is None else g for name, g in zip(named, grads, strict=True)}
-
-
 HEADS = ("phi", "codegen", "nanochat", "granite", "minicpm3")
 
 
@@ -140,9 +118,7 @@ def test_every_weight_that_trains_has_the_gradient_of_the_models_own_passes(kind
                     p.normal_(0.0, 0.1, generator=generator)
     else:
         network.activate(None, trainable=True)
-    mine = gradients(network, by_passes=True)
-    with own_attention(network.base):
-        theirs = gradients(network, by_passes=False)
+    mine, theirs = (gradients(network, by_passes=by_passes) for by_passes in (True, False))
     assert len(mine) > 4
     assert sum(bool(g.any()) for g in theirs.values()) > len(theirs) / 2
     largest = max(float(g.norm()) for g in theirs.values())

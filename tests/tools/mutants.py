@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 _VOCABULARY = [
     "vocabulary",
+    "detector_metrics",
     "shared_vocabulary",
     "learner_objectives",
     "dense_reference",

@@ -13,7 +13,7 @@ from opd.errors import ScoreError
 from opd.metrics import values
 from opd.objective import compute_advantages
 from opd.objectives.target import target_logprobs
-from opd.records import ChunkScore, FailedScore, HiddenPart, ScoredRollout, TopKScore, Turn
+from opd.records import ChunkScore, FailedScore, Flag, HiddenPart, ScoredRollout, TopKScore, Turn
 
 P0 = prompt("p0")
 
@@ -138,6 +138,29 @@ def test_ids_that_a_teacher_did_not_name_are_minus_one_with_no_probability():
     assert batch.logprobs_at.dtype == torch.float32
     assert batch.top_k_ids.tolist() == [[-1, -1], [-1, -1], [3, 4]]
     assert batch.logprobs_at.tolist() == [[-np.inf] * 2, [-np.inf] * 2, [-0.5, -1.0]]
+
+
+def test_teachers_that_name_different_numbers_of_tokens_share_columns_of_the_widest():
+    found = []
+    for ids in ([[3]], [[3, 4, 5]]):
+        values = np.full((1, len(ids[0])), -0.5, np.float32)
+        found.append(
+            ScoredRollout(
+                item([-0.5]).rollout, TopKScore("t", np.array([0, 0, -0.5], np.float32), np.array(ids), values)
+            )
+        )
+    batch = packed(*found)
+    assert batch.top_k_ids is not None
+    assert batch.top_k_ids[[2, 5]].tolist() == [[3, -1, -1], [3, 4, 5]]
+
+
+def test_an_error_lies_in_actions_alone():
+    """A flag may run across what the environment said."""
+    made = rollout([1, 2, 3, 4, 5, 6], 2, prompt=P0, logprobs=[-1.0] * 4)
+    mask = np.array([False, False, True, False, True, True])
+    made = replace(made, loss_mask=mask, flags=(Flag("rule", 2, 5),))
+    batch = packed(scored(made, [-0.5] * 3))
+    assert batch.flagged.tolist() == [False, False, True, False, True, False]
 
 
 def test_the_first_scored_part_of_an_episode_leads_it():

@@ -105,7 +105,45 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "one sequence"),
     "diffllama": ({}, "grown rows"),  # attends twice a layer
 }
+# further families with sizes by the names of their settings: those that are packed, and those that are padded
+OTHERS = (
+    "afmoe", "apertus", "arcee", "bitnet", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "exaone", "exaone_moe",
+    "flex_olmo", "gemma", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_bigcode",
+    "gpt_neox", "gptj", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3",
+    "jetmoe", "minimax_m2", "ministral", "ministral3", "olmo", "olmoe", "persimmon", "phimoe", "seed_oss",
+)  # fmt: skip
+OTHERS_PADDED = (
+    "bloom", "deepseek_v32", "falcon", "falcon_mamba", "glm_moe_dsa", "granite_swa", "mamba", "mamba2", "mimo_v2_flash",
+    "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "stablelm", "vaultgemma",
+)  # fmt: skip
+_GENERIC: dict[str, Any] = {
+    **SIZES, **EXPERTS, **_MAMBA, **{k: v for k, v in DELTA.items() if k.startswith("linear")},
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48, "d_model": 32, "n_layers": 2, "n_heads": 4,
+    "rotary_dim": 8, "sliding_window": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64, "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 48, "moe_num_experts": 4, "moe_k": 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 258, "num_kv_shared_layers": 0, "laurel_rank": 8, "altup_num_inputs": 2,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "expand": 2, "num_heads": 8,
+    "n_groups": 1, "time_step_rank": 4, "conv_kernel": 4,
+}  # fmt: skip
 NO_CACHE = {"lru_width": 32, "attention_window_size": 256, "num_hidden_layers": 3}  # of RecurrentGemma
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """Sizes for one of `OTHERS` or `OTHERS_PADDED`, by the settings that its config has; each of its kinds of layers once."""
+    known = AutoConfig.for_model(kind).to_dict()
+    found = {name: size for name, size in _GENERIC.items() if name in known}
+    if "kv_lora_rank" in known:
+        found["num_key_value_heads"] = 4
+    elif "head_dim" in known:
+        found["head_dim"] = 8
+    for name in ("layer_types", "mlp_layer_types"):
+        if known.get(name):
+            kinds = list(dict.fromkeys(known[name]))
+            found[name] = (kinds * 2)[: max(2, len(kinds), len(found.get("layer_types", ())))]
+            found["num_hidden_layers"] = len(found["layer_types"] if "layer_types" in found else found[name])
+    return found
 
 
 def toy_of(kind: str, options: dict[str, Any], *, scale: float = 0.15) -> PreTrainedModel:
