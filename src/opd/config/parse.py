@@ -215,7 +215,7 @@ MAY_CHANGE = (
     *("remote.*", "cluster.*", "compute.*", "checkpoint.*", "logging.*"),
     *("sampling.max_rows", "episodes.max_concurrent"),
 )
-MAY_NOT_CHANGE = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype")
+MAY_NOT_CHANGE = ("cluster.max_staleness", "cluster.mixed_precision", "compute.dtype", "compute.quantization")
 IN_EVALUATION = "evaluation.num_prompts"
 # an evaluation uses none of these
 _TRAINED = ("checkpoint.*", "logging.*", "compute.score_cache", "compute.score_cache_folder")
