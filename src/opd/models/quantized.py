@@ -5,6 +5,7 @@ and its 8-bit kernel rounds the states as well. Here every product widens the we
 equals that of a model with these widened weights, whatever its shape.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
@@ -45,8 +46,7 @@ def widen_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 def widened(layer: Any, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of a layer that bitsandbytes quantised."""
-    import bitsandbytes.functional as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes.functional")
     state = getattr(layer.weight, "quant_state", None)
     if state is not None:
         whole: Tensor = bnb.dequantize_4bit(layer.weight.data, state)
@@ -58,9 +58,8 @@ def widened(layer: Any, dtype: torch.dtype) -> Tensor:
 def _layers(model: nn.Module) -> Iterator[Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         return
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    yield from (module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt))
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
+    yield from (module for module in model.modules() if isinstance(module, (bnb.Linear4bit, bnb.Linear8bitLt)))
 
 
 def _product(layer: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
