@@ -35,6 +35,7 @@ OF_NAMES = {
         for key in task.model_fields
     },
 }
+FREE = "chat.template_args."  # names of a template's own variables stand below
 NAMED = re.compile(rf"(?<![\w./\[])({'|'.join([*TABLES, *OF_NAMES])})\.([\w{FILLED}]+(?:\.[\w{FILLED}]+)*)")
 
 
@@ -104,6 +105,8 @@ def wrong_keys(text: str) -> list[str]:
         leaf = rest.partition(".")[2]
         if table in OF_NAMES:
             wrong += [key] if leaf and leaf.partition(".")[0] not in OF_NAMES[table] else []
+        elif key.startswith(FREE):
+            continue
         elif FILLED not in key and not any(known == key or known.startswith(f"{key}.") for known in KEYS):
             wrong.append(key)
     return wrong
