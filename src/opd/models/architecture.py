@@ -137,9 +137,8 @@ def reaches_of(config: Any) -> set[Reach]:
 
 
 @contextlib.contextmanager
-def narrow_windows(model: PreTrainedModel, tokens: int) -> Iterator[bool]:
-    """Let every window and chunk of a model be of at most so many tokens; yields whether it has any. What lies beyond a window can
-    then be tried with few tokens."""
+def narrow_windows(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Let every window and chunk of a model be of at most so many tokens: what lies beyond it can be tried with few tokens."""
     found = [
         (part, name, size)
         for part in (model.config.get_text_config(), *model.modules())
@@ -149,7 +148,7 @@ def narrow_windows(model: PreTrainedModel, tokens: int) -> Iterator[bool]:
     for part, name, _ in found:
         setattr(part, name, tokens)
     try:
-        yield bool(found)
+        yield
     finally:
         for part, name, size in found:
             setattr(part, name, size)
