@@ -15,7 +15,6 @@ import random
 import resource
 import signal
 import sys
-import threading
 import time
 import types
 import warnings
@@ -27,6 +26,7 @@ from typing import Any
 
 import pytest
 from mutations import Mutant, mutants, report, shown
+from reached import Reached, passes
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,7 +222,7 @@ class Faults:
             os.write(writer, json.dumps({"status": "invalid", "test": "no such function in memory"}).encode())
             os._exit(0)
         for item, following in _pairs(self.ordered(mutant, items)):
-            if not _passes(item, following):
+            if not passes(item, following):
                 os.write(writer, json.dumps({"status": "killed", "test": item.nodeid}).encode())
                 os._exit(0)
         os.write(writer, json.dumps({"status": "survived", "test": ""}).encode())
@@ -265,42 +265,6 @@ class Faults:
             file.write(json.dumps(line) + "\n")
         if found["status"] != "killed":
             print(f"{found['status']}: {shown(line)} {found['test']}", flush=True)
-
-
-class Reached:
-    """Which functions of a file a test runs, those of its file's fixtures included: they may be made for an earlier test."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._calls: dict[str, set[str]] = {}
-        self._fixtures: dict[str, set[str]] = {}
-        self._now: set[str] = set()
-
-    def passes(self, item: pytest.Item, following: pytest.Item | None) -> bool:
-        mine = self._calls[item.nodeid] = set()
-        before = self._fixtures.setdefault(item.nodeid.split("::")[0], set())
-        call = item.runtest
-
-        def runtest() -> None:
-            self._now = mine
-            call()
-
-        item.runtest = runtest  # type: ignore[method-assign]
-        self._now = before
-        threading.settrace(self._trace)
-        sys.settrace(self._trace)
-        try:
-            return _passes(item, following)
-        finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
-
-    def _trace(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_filename == self._path:
-            self._now.add(frame.f_code.co_qualname)
-
-    def owners(self) -> dict[str, list[str]]:
-        return {name: sorted(mine | self._fixtures[name.split("::")[0]]) for name, mine in self._calls.items()}
 
 
 def _functions(path: str) -> dict[str, list[types.FunctionType]]:
@@ -375,15 +339,6 @@ def _few(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def _pairs(items: Sequence[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
     return zip(items, [*items[1:], None], strict=True)
-
-
-def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:
-    """Run one test with all hooks; whether nothing of it failed."""
-    failed: list[Any] = []
-    item.session.testsfailed = 0
-    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-    failed += [True] * item.session.testsfailed
-    return not failed
 
 
 def _quiet() -> None:
