@@ -1,8 +1,8 @@
 """How far quantised models are from the whole ones: what a person wants to know before a run, and no run needs."""
 
-import os
 from collections.abc import Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def quantised_findings(backend: Backend, prompts: Sequence[Prompt], *, max_token
             found.append(Finding(title, True, detail))
             continue
         kl, count = _kl(network, prompts[:_PROMPTS], max_tokens)
-        detail = f"{network.quantization}: {kl:.3f} nats per token from the whole model (reverse KL over {count} tokens of prompts)"
+        detail = f"{network.quantization}: {kl:.3f} nats per token from the whole model (reverse KL over {count} distinct tokens of prompts)"
         found.append(Finding(title, True, detail))
     return found
 
@@ -75,4 +75,4 @@ def _free_bytes(device: torch.device) -> int:
     """The free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available  # free pages alone would leave out the cache of files just read

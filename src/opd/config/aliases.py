@@ -64,7 +64,7 @@ lora_target_modules | lora.target_modules=all-linear
 lora_dropout lora.dropout |  | opd trains adapters without dropout
 use_peft use_lora | trainable=lora | an adapter is the default
 bf16 fp16 torch_dtype | compute.dtype=bfloat16 | opd takes the data type by name
-load_in_4bit use_bnb_nested_quant | compute.quantization=nf4 | opd takes the kind of quantization by name
+load_in_4bit | compute.quantization=nf4 | opd takes the kind of quantization by name
 load_in_8bit | compute.quantization=int8 | opd takes the kind of quantization by name
 gradient_checkpointing enable_gradient_checkpointing | compute.activation_checkpointing=true
 # objective

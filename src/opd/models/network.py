@@ -125,7 +125,9 @@ class Network:
                 )
             return self.shards.head()
         head = self.base.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point():
+        if isinstance(head, torch.nn.Linear) and not head.weight.is_floating_point():
+            raise ModelError(f"model '{self.source}': its output head is quantised, and objectives read it whole")
+        if not isinstance(head, torch.nn.Linear):
             raise ModelError(
                 f"model '{self.source}': needs a plain linear output head, got {type(head).__name__}; adapters that touch the head "
                 "(target_modules, modules_to_save) are not supported"

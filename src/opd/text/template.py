@@ -40,7 +40,7 @@ _DRAWS = re.compile(r"\|\s*random\b|\blipsum\b|['\"]random['\"]")
 _WORLD = threading.Lock()  # the clock and the generator are those of the process
 _GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers, which marks text alone
 # Names that a template gets in any case: a recipe cannot set them.
-GIVEN = frozenset(DEFAULT_NAMESPACE) | {
+_GIVEN = frozenset(DEFAULT_NAMESPACE) | {
     "messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"
 }  # fmt: skip
 REFUSALS = (TemplateError, TypeError, ValueError)  # what an expression in a template runs into, too
@@ -67,10 +67,10 @@ def require_variables(tokenizer: Any, variables: Mapping[str, Any], *, key: str,
     template = _text_of(tokenizer)
     names = _names_read(template)
     for name in variables:
-        if name in GIVEN:
+        if name in _GIVEN:
             raise ModelError(f"{key}.{name}: opd itself gives '{name}' to chat templates; remove the key")
         if name not in names:
-            known = ", ".join(sorted(n for n in names if n not in GIVEN and not n.endswith("_token"))) or "none"
+            known = ", ".join(sorted(n for n in names if n not in _GIVEN and not n.endswith("_token"))) or "none"
             why = f"does not read it; the template's variables: {known}" if template else "does not exist"
             raise ModelError(
                 f"{key}.{name} has no effect, because the chat template of '{source}' {why}; remove the key"
