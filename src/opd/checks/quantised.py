@@ -38,7 +38,7 @@ def quantised_findings(backend: Backend, prompts: Sequence[Prompt], *, max_token
             found.append(Finding(title, True, detail))
             continue
         kl, count = _kl(network, prompts[:_PROMPTS], max_tokens)
-        detail = f"{network.quantization}: {kl:.3f} nats per token from the whole model (reverse KL over {count} distinct tokens of prompts)"
+        detail = f"{network.quantization}: {kl:.3f} nats per token from the whole model (reverse KL over {count} prompt tokens)"
         found.append(Finding(title, True, detail))
     return found
 
